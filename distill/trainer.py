@@ -1,0 +1,131 @@
+"""The training loop: one loop for distillation and for the tiny teacher's own training, told apart by their loss."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from distill.batches import RowBatches
+from distill.losses import forward_kl
+from distill.schedule import learning_rate_share
+
+STATE_FILE = "state.pt"
+LossFunction = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainPlan:
+    """How one run of the loop goes. Tokens are rounded down to whole steps of the batches' size."""
+
+    tokens: int
+    learning_rate: float
+    final_learning_rate_share: float
+    warmup_share: float
+    weight_decay: float
+    clip_norm: float
+    save_every_seconds: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one step did. loss in nats per token; seconds since the run began, earlier sittings included."""
+
+    step: int
+    total_steps: int
+    tokens: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    seconds: float
+
+
+def distill(teacher: nn.Module, student: nn.Module, batches: RowBatches, plan: TrainPlan, *, temperature: float, folder: Path,
+            on_step: Callable[[StepRecord], None]) -> StepRecord:  # fmt: skip
+    """Train the student to the teacher's distribution by forward KL on logits alone (MT1, arXiv 2407.14679, §3)."""
+    teacher.eval().requires_grad_(False)
+
+    def loss(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            teacher_logits = teacher(ids_BT, use_cache=False).logits
+        return forward_kl(model(ids_BT, use_cache=False).logits, teacher_logits, temperature=temperature)
+
+    return train(student, batches, plan, loss, folder=folder, on_step=on_step)
+
+
+def train(model: nn.Module, batches: RowBatches, plan: TrainPlan, loss_function: LossFunction, *, folder: Path,
+          on_step: Callable[[StepRecord], None]) -> StepRecord:  # fmt: skip
+    """Run the loop to its end, from the state saved in `folder` if there is one. Returns the last step's record.
+
+    The state (weights, optimiser, position) is saved every so many seconds and when interrupted, by rename; resuming
+    from it is exact. Raises ValueError for too few tokens, FloatingPointError where the loss stops being finite.
+    """
+    total_steps = plan.tokens // batches.tokens_per_step
+    if total_steps < 1:
+        raise ValueError(f"train.tokens is {plan.tokens}; it must be at least one batch, {batches.tokens_per_step} tokens")
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(_parameter_groups(model, plan.weight_decay), lr=plan.learning_rate, betas=(0.9, 0.95))
+    record, earlier_seconds = _load_state(folder / STATE_FILE, model, optimizer)
+    started = last_saved = time.monotonic()
+    model.train()
+    try:
+        for step in range(record.step + 1 if record else 0, total_steps):
+            rate = plan.learning_rate * learning_rate_share(step, total_steps, warmup_share=plan.warmup_share, final_share=plan.final_learning_rate_share)
+            loss, norm = _step(model, optimizer, loss_function, batches.at(step).to(device), rate, plan.clip_norm, step)
+            seconds = earlier_seconds + time.monotonic() - started
+            record = StepRecord(step, total_steps, (step + 1) * batches.tokens_per_step, loss, norm, rate, seconds)
+            on_step(record)
+            if time.monotonic() - last_saved > plan.save_every_seconds:
+                _save_state(folder / STATE_FILE, model, optimizer, record)
+                last_saved = time.monotonic()
+    except KeyboardInterrupt:
+        if record:
+            _save_state(folder / STATE_FILE, model, optimizer, record)
+        raise
+    model.eval()
+    return record
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_function: LossFunction, ids_BT: torch.Tensor, rate: float,
+          clip_norm: float, step: int) -> tuple[float, float]:  # fmt: skip
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss = loss_function(model, ids_BT)
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"loss is {value} at step {step}; the state saved before it is untouched. A lower learning rate may help")
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return value, norm
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Decay on matrices only; norms, biases and the per-head vectors of Mamba go without."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, record: StepRecord) -> None:
+    partial = path.with_suffix(".partial")
+    fields = {name: getattr(record, name) for name in StepRecord.__slots__}
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "record": fields}, partial)
+    os.replace(partial, path)
+
+
+def _load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[StepRecord | None, float]:
+    if not path.exists():
+        return None, 0.0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    record = StepRecord(**state["record"])
+    return record, record.seconds

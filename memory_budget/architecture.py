@@ -1,0 +1,105 @@
+"""Architecture: the sizes and the pattern of a model, without weights.
+
+Legend of pattern letters: M Mamba-2 · * attention · - FFN · E mixture of experts (MoE) FFN.
+A transformer block of Llama's kind is two letters, `*-`, since each half has a norm of its own.
+
+Sizes may be numpy arrays instead of int where the search evaluates many architectures of one pattern
+at once: the formulas of this package are plain arithmetic and pass them through.
+"""
+
+from dataclasses import dataclass
+
+LAYER_KINDS = {"M": "mamba", "*": "attention", "-": "ffn", "E": "moe"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """Sizes of one model; depth is len(pattern), everything else derivable is a property."""
+
+    model_type: str
+    pattern: str
+    hidden: int
+    vocab: int
+    tied_embeddings: bool = False
+
+    ffn: int = 0
+    ffn_gated: bool = False
+    ffn_bias: bool = False
+
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    attention_head_dim: int = 0
+    attention_input_bias: bool = False
+    attention_output_bias: bool = False
+    attention_qk_norm: bool = False
+
+    mamba_num_heads: int = 0
+    mamba_head_dim: int = 0
+    mamba_num_groups: int = 0
+    mamba_state_size: int = 0
+    mamba_conv_kernel: int = 0
+    mamba_conv_bias: bool = True
+    mamba_projection_bias: bool = False
+
+    moe_num_experts: int = 0
+    moe_experts_per_token: int = 0
+    moe_ffn: int = 0
+    moe_shared_ffn: int = 0
+    moe_latent: int = 0
+
+    def num_layers_of(self, kind: str) -> int:
+        """Number of layers of one kind, by its letter."""
+        return self.pattern.count(kind)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.pattern)
+
+    @property
+    def mamba_inner(self) -> int:
+        """Channels of the Mamba mixer, M·P."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def mamba_conv_channels(self) -> int:
+        """Channels of the causal convolution, x | B | C: M·P + 2·G·N."""
+        return self.mamba_inner + 2 * self.mamba_num_groups * self.mamba_state_size
+
+
+def check_architecture(architecture: Architecture) -> None:
+    """Refuse sizes that no model can have. Scalars only.
+
+    Raises ValueError naming the setting, the value and the rule.
+    """
+    unknown = sorted(set(architecture.pattern) - set(LAYER_KINDS))
+    if unknown or not architecture.pattern:
+        raise ValueError(
+            f"pattern {architecture.pattern!r} must be a string of layer letters M (Mamba-2), * (attention), - (FFN), E (MoE)"
+            + (f"; unknown: {' '.join(unknown)}" if unknown else "; it is empty")
+        )
+    needed = {"hidden": True, "vocab": True, "ffn": "-" in architecture.pattern, **_needed_by_kind(architecture)}
+    for name, is_needed in needed.items():
+        if is_needed and getattr(architecture, name) < 1:
+            raise ValueError(f"{name} is {getattr(architecture, name)}; it must be at least 1 for pattern {architecture.pattern}")
+    if "M" in architecture.pattern:
+        _check_divides("mamba heads", architecture.mamba_num_heads, "groups", architecture.mamba_num_groups)
+    if "*" in architecture.pattern:
+        _check_divides("attention heads", architecture.num_attention_heads, "key-value heads", architecture.num_key_value_heads)
+    if "E" in architecture.pattern and architecture.moe_experts_per_token > architecture.moe_num_experts:
+        raise ValueError(
+            f"experts per token ({architecture.moe_experts_per_token}) must be at most the number of experts ({architecture.moe_num_experts})"
+        )
+
+
+def _needed_by_kind(architecture: Architecture) -> dict[str, bool]:
+    mamba = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_size", "mamba_conv_kernel")
+    attention = ("num_attention_heads", "num_key_value_heads", "attention_head_dim")
+    moe = ("moe_num_experts", "moe_experts_per_token", "moe_ffn")
+    return {name: letter in architecture.pattern for letter, names in (("M", mamba), ("*", attention), ("E", moe)) for name in names}
+
+
+def _check_divides(what: str, number: int, of: str, divisor: int) -> None:
+    if number % divisor:
+        below = number - number % divisor
+        nearest = ", ".join(str(value) for value in (below, below + divisor) if value > 0)
+        raise ValueError(f"{what} ({number}) must be a multiple of the {divisor} {of}; nearest: {nearest}")

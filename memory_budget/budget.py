@@ -1,0 +1,75 @@
+"""Budget: the bytes a device leaves for a model."""
+
+import math
+from dataclasses import dataclass
+
+from memory_budget.calculator import MemoryReport
+from memory_budget.units import GIB
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A device's usable memory less a cushion for the serving framework and less what is set aside for other things.
+
+    device_gib: usable GiB, as CUDA reports them · cushion_fraction: share of them left free, 0 to below 1 ·
+    set_aside_gib: GiB for other models.
+    Raises ValueError where a number is out of range or nothing is left.
+    """
+
+    name: str
+    device_gib: float
+    cushion_fraction: float = 0.0
+    set_aside_gib: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.device_gib < math.inf:
+            raise ValueError(f"device_gib ({self.device_gib}) of budget {self.name} must be a number of GiB above 0")
+        if not 0 <= self.cushion_fraction < 1:
+            raise ValueError(f"cushion_fraction ({self.cushion_fraction}) of budget {self.name} must be at least 0 and below 1")
+        if not 0 <= self.set_aside_gib < math.inf:
+            raise ValueError(f"set_aside_gib ({self.set_aside_gib}) of budget {self.name} must be at least 0 GiB")
+        if self.bytes < 1:
+            raise ValueError(
+                f"set_aside_gib ({self.set_aside_gib}) of budget {self.name} must leave memory free; the device has {self.device_gib} GiB"
+            )
+
+    @property
+    def bytes(self) -> int:
+        """floor((device·(1 − cushion) − set aside)·2**30)."""
+        return math.floor((self.device_gib * (1 - self.cushion_fraction) - self.set_aside_gib) * GIB)
+
+
+# a10g is the published job (N2): 5 % for the serving framework, 1.3 GiB for a vision encoder -> 19.657 GiB.
+# The other cards' usable GiB are the "total capacity" of PyTorch's out-of-memory messages (ECC and the driver's share
+# are gone by then; a figure may differ by 0.1 GiB between drivers): l4 ArcInstitute/evo2 issue 190, rtx4090
+# ali-vilab/VGen issue 104, a100-40 TianheWu/CoSeR issue 10, a100-80 HiDream-ai/VAREdit issue 6, h100-80 vllm issue 27508.
+PRESETS = {
+    budget.name: budget
+    for budget in (
+        Budget("a10g", 22.06, cushion_fraction=0.05, set_aside_gib=1.3),
+        Budget("l4", 22.03, cushion_fraction=0.05),
+        Budget("rtx4090", 23.64, cushion_fraction=0.05),
+        Budget("a100-40", 39.50, cushion_fraction=0.05),
+        Budget("a100-80", 79.25, cushion_fraction=0.05),
+        Budget("h100-80", 79.11, cushion_fraction=0.05),
+    )
+}
+
+
+def parse_budget(text: str | float) -> Budget:
+    """A preset by its name, or a number of GiB without cushion. Raises ValueError listing the presets."""
+    preset = PRESETS.get(str(text).lower())
+    if preset is not None:
+        return preset
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = math.nan
+    if not 0 < gib < math.inf:
+        raise ValueError(f"budget ({text}) must be a number of GiB above 0 or one of {', '.join(PRESETS)}")
+    return Budget(f"{text} GiB", gib)
+
+
+def fits(report: MemoryReport, budget: Budget) -> bool:
+    """Whether the report's total is within the budget; an array of them for a report of arrays."""
+    return report.total <= budget.bytes

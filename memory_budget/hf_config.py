@@ -1,0 +1,236 @@
+"""Architecture of a Hugging Face config.json: nemotron_h, mamba2, llama, mistral, qwen2, qwen3.
+
+A missing key means what transformers' (5.23) config class of that model_type means by it. What transformers builds
+decides: NemotronH's attention has no biases and its embeddings are never tied, whatever the config says. One thing
+is read though transformers does not: `attention_head_dim` of older Nemotron-H configs, where head_dim is missing.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from memory_budget.architecture import LAYER_KINDS, Architecture, check_architecture
+
+Config = dict[str, Any]
+
+BLOCK_TYPE_LETTERS = {
+    "mamba": "M",
+    "linear_attention": "M",
+    "attention": "*",
+    "full_attention": "*",
+    "mlp": "-",
+    "moe": "E",
+}
+
+
+def read_config(path: str | Path) -> Config:
+    """The config dict of a directory that holds config.json, or of a JSON file itself.
+
+    Raises ValueError where there is no such file, or it is not a JSON object.
+    """
+    file = Path(path)
+    try:
+        file = file / "config.json" if file.is_dir() else file
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"config {file} not found; give a directory that holds config.json, or the file") from None
+    except OSError as error:
+        raise ValueError(f"config {file} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"config {file} must be JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"config {file} must be a JSON object, not {type(config).__name__}")
+    return config
+
+
+def architecture_from_config(config: Config) -> Architecture:
+    """The architecture of a config dict.
+
+    Raises ValueError for a missing or unsupported model_type, values that are no sizes, a pattern spelled in two ways that
+    disagree, num_hidden_layers that is not the pattern's length, and what check_architecture refuses.
+    """
+    model_type = config.get("model_type")
+    if model_type is None:
+        raise ValueError(f"model_type is missing from the config; supported: {', '.join(FAMILIES)}")
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type ({model_type}) is not supported; supported: {', '.join(FAMILIES)}")
+    architecture = FAMILIES[model_type](config)
+    check_architecture(architecture)
+    return architecture
+
+
+def unmodelled_settings(config: Config) -> list[str]:
+    """What the config asks for that the calculator leaves out, a sentence each, for the reader of a report."""
+    notes = []
+    window = config.get("sliding_window", 4096 if config.get("model_type") == "mistral" else None)
+    is_used = config.get("use_sliding_window", False) if str(config.get("model_type")).startswith("qwen") else True
+    if window is not None and is_used:
+        notes.append(f"sliding_window ({window} tokens) is not modelled: the KV cache is counted for the whole context")
+    if config.get("model_type") == "nemotron_h" and config.get("num_nextn_predict_layers"):
+        notes.append("multi-token prediction layers are not counted, as in transformers")
+    if "quantization_config" in config:
+        notes.append("quantization_config is not read: choose the weights' number format with --weights")
+    return notes
+
+
+def _nemotron_h(config: Config) -> Architecture:
+    num_heads = _integer(config, "num_attention_heads", default=32)
+    ffn = _integer(config, "intermediate_size", default=21504)
+    return Architecture(
+        model_type="nemotron_h",
+        pattern=_nemotron_h_pattern(config),
+        hidden=_integer(config, "hidden_size", default=4096),
+        vocab=_integer(config, "vocab_size", default=131072),
+        ffn=ffn,
+        ffn_bias=_boolean(config, "mlp_bias", default=False),
+        num_attention_heads=num_heads,
+        num_key_value_heads=_integer(config, "num_key_value_heads", default=8, null=num_heads),
+        attention_head_dim=_nemotron_h_head_dim(config),
+        mamba_num_heads=_integer(config, "mamba_num_heads", default=128),
+        mamba_head_dim=_integer(config, "mamba_head_dim", default=64),
+        mamba_num_groups=_integer(config, "mamba_n_groups" if "mamba_n_groups" in config else "n_groups", default=8),
+        mamba_state_size=_integer(config, "ssm_state_size", default=128),
+        mamba_conv_kernel=_integer(config, "mamba_d_conv" if "mamba_d_conv" in config else "conv_kernel", default=4),
+        mamba_conv_bias=_boolean(config, "mamba_conv_bias" if "mamba_conv_bias" in config else "use_conv_bias", default=True),
+        mamba_projection_bias=_boolean(config, "use_bias", default=False),
+        moe_num_experts=_integer(config, "num_local_experts" if "num_local_experts" in config else "n_routed_experts", default=8),
+        moe_experts_per_token=_integer(config, "num_experts_per_tok", default=2),
+        moe_ffn=_integer(config, "moe_intermediate_size", default=7688),
+        moe_shared_ffn=_integer(config, "moe_shared_expert_intermediate_size", default=7688) or ffn,  # 0 means the FFN's there
+        moe_latent=_integer(config, "moe_latent_size", default=0, null=0),
+    )
+
+
+def _nemotron_h_pattern(config: Config) -> str:
+    """The pattern string out of hybrid_override_pattern or layers_block_type (alias layer_types), new and old block names."""
+    spellings = {}
+    if config.get("hybrid_override_pattern") is not None:
+        spellings["hybrid_override_pattern"] = str(config["hybrid_override_pattern"])
+    for key in ("layers_block_type", "layer_types"):
+        if config.get(key) is not None:
+            spellings[key] = _pattern_from_block_types(key, config[key])
+    if len(set(spellings.values())) > 1:
+        said = "; ".join(f"{key} says {pattern}" for key, pattern in spellings.items())
+        raise ValueError(f"{' and '.join(spellings)} must agree: {said}")
+    pattern = next(iter(spellings.values()), "ME*-")
+    num_layers = config.get("num_hidden_layers")
+    if num_layers is not None and num_layers != len(pattern):
+        raise ValueError(f"num_hidden_layers ({num_layers}) must be the length of the pattern {pattern} ({len(pattern)} layers)")
+    return pattern
+
+
+def _pattern_from_block_types(key: str, block_types: Any) -> str:
+    if not isinstance(block_types, list):
+        raise ValueError(f"{key} ({block_types!r}) must be a list of block types")
+    for block_type in block_types:
+        if block_type not in BLOCK_TYPE_LETTERS:
+            raise ValueError(f"{key} holds {block_type!r}; block types are {', '.join(BLOCK_TYPE_LETTERS)}")
+    letters = "".join(BLOCK_TYPE_LETTERS[block_type] for block_type in block_types)
+    assert set(letters) <= set(LAYER_KINDS)
+    return letters
+
+
+def _nemotron_h_head_dim(config: Config) -> int:
+    old = _integer(config, "attention_head_dim", default=128)
+    new = _integer(config, "head_dim", default=old)
+    if "attention_head_dim" in config and new != old:
+        raise ValueError(f"head_dim ({new}) and attention_head_dim ({old}) must agree")
+    return new
+
+
+def _mamba2(config: Config) -> Architecture:
+    hidden = _integer(config, "hidden_size", default=4096)
+    expand = config.get("expand", 2)
+    architecture = Architecture(
+        model_type="mamba2",
+        pattern="M" * _integer(config, "num_hidden_layers", default=64),
+        hidden=hidden,
+        vocab=_integer(config, "vocab_size", default=32768),
+        tied_embeddings=_boolean(config, "tie_word_embeddings", default=False),
+        mamba_num_heads=_integer(config, "num_heads", default=128),
+        mamba_head_dim=_integer(config, "head_dim", default=64),
+        mamba_num_groups=_integer(config, "n_groups", default=8),
+        mamba_state_size=_integer(config, "state_size", default=128),
+        mamba_conv_kernel=_integer(config, "conv_kernel", default=4),
+        mamba_conv_bias=_boolean(config, "use_conv_bias", default=True),
+        mamba_projection_bias=_boolean(config, "use_bias", default=False),
+    )
+    if not isinstance(expand, (int, float)) or hidden * expand != architecture.mamba_inner:
+        raise ValueError(f"expand ({expand}) times hidden_size ({hidden}) must equal num_heads times head_dim ({architecture.mamba_inner})")
+    return architecture
+
+
+def _llama(config: Config) -> Architecture:
+    has_bias = _boolean(config, "attention_bias", default=False)
+    return _transformer(config, vocab=32000, ffn=11008, key_value_heads=None, input_bias=has_bias, output_bias=has_bias,
+                        ffn_bias=_boolean(config, "mlp_bias", default=False))
+
+
+def _mistral(config: Config) -> Architecture:
+    return _transformer(config, vocab=32000, ffn=14336, key_value_heads=8)
+
+
+def _qwen2(config: Config) -> Architecture:
+    return _transformer(config, vocab=151936, ffn=22016, key_value_heads=32, input_bias=True)
+
+
+def _qwen3(config: Config) -> Architecture:
+    has_bias = _boolean(config, "attention_bias", default=False)
+    return _transformer(config, vocab=151936, ffn=22016, key_value_heads=32, head_dim=128, input_bias=has_bias, output_bias=has_bias,
+                        qk_norm=True)
+
+
+def _transformer(
+    config: Config,
+    *,
+    vocab: int,
+    ffn: int,
+    key_value_heads: int | None,
+    head_dim: int | None = None,
+    input_bias: bool = False,
+    output_bias: bool = False,
+    ffn_bias: bool = False,
+    qk_norm: bool = False,
+) -> Architecture:
+    """Llama's kind: attention and gated FFN in turn. The numbers are the family's defaults; None means derived as below."""
+    hidden = _integer(config, "hidden_size", default=4096)
+    num_heads = _integer(config, "num_attention_heads", default=32)
+    if num_heads < 1:
+        raise ValueError(f"num_attention_heads ({num_heads}) must be at least 1")
+    per_head = hidden // num_heads
+    return Architecture(
+        model_type=config["model_type"],
+        pattern="*-" * _integer(config, "num_hidden_layers", default=32),
+        hidden=hidden,
+        vocab=_integer(config, "vocab_size", default=vocab),
+        tied_embeddings=_boolean(config, "tie_word_embeddings", default=False),
+        ffn=_integer(config, "intermediate_size", default=ffn),
+        ffn_gated=True,
+        ffn_bias=ffn_bias,
+        num_attention_heads=num_heads,
+        num_key_value_heads=_integer(config, "num_key_value_heads", default=key_value_heads or num_heads, null=num_heads),
+        attention_head_dim=_integer(config, "head_dim", default=head_dim or per_head, null=per_head),
+        attention_input_bias=input_bias,
+        attention_output_bias=output_bias,
+        attention_qk_norm=qk_norm,
+    )
+
+
+def _integer(config: Config, key: str, *, default: int, null: int | None = None) -> int:
+    """The value of a size; default where the key is missing, null (if null may be said) where it is null."""
+    value = config.get(key, default)
+    if value is None and null is not None:
+        return null
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{key} ({json.dumps(value)}) must be a whole number of at least 0")
+    return value
+
+
+def _boolean(config: Config, key: str, *, default: bool) -> bool:
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} ({json.dumps(value)}) must be true or false")
+    return value
+
+
+FAMILIES = {"nemotron_h": _nemotron_h, "mamba2": _mamba2, "llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3}

@@ -1,0 +1,88 @@
+"""What a family of models must say about itself, and nothing else knows.
+
+A tensor's dimension is a tuple of segments laid end to end; a segment is a tuple of axes, slowest first,
+whose sizes multiply. `in_proj` rows of a Mamba-2 mixer, for example, are five segments: z, x, B, C, dt.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+from memory_budget.architecture import Architecture
+
+Segment = tuple[str, ...]
+Dimension = tuple[Segment, ...]
+
+# Axes that a plan may cut. Every other axis (vocabulary, groups, state, …) is kept whole.
+HIDDEN, FFN, MAMBA_HEAD, MAMBA_CHANNEL, ATTENTION_HEAD = "hidden", "ffn", "mamba_head", "mamba_channel", "attention_head"
+CUT_AXES = (HIDDEN, FFN, MAMBA_HEAD, MAMBA_CHANNEL, ATTENTION_HEAD)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorAxes:
+    """One row of a family's table: tensors whose canonical name ends so, and the axes of their dimensions.
+
+    `suffix` is the name without the layer's prefix ("mixer.in_proj.weight"); `kind` is the layer letter it
+    belongs to, or "" for a tensor outside the layers and "any" for one that every layer has.
+    """
+
+    suffix: str
+    kind: str
+    dimensions: tuple[Dimension, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """Where an axis's activation is read: a module's input or output, and the slice of its last dimension.
+
+    `shape` is what the slice's last dimension unfolds to, e.g. (M, P) for Mamba heads.
+    """
+
+    axis: str
+    layer: int
+    module: nn.Module
+    side: str
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """A model taken apart for walking it layer by layer: ids → embed → layers → norm → head → logits."""
+
+    embed: nn.Module
+    layers: list[nn.Module]
+    norm: nn.Module
+    head: nn.Module
+
+    def embed_tokens(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        return self.embed(ids_BT)
+
+    def run_layer(self, layer: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        return self.layers[layer](hidden_BTD)
+
+    def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(hidden_BTD)).float()
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The duties of one family. `axis_sizes` gives the length of every axis named in the table."""
+
+    model_type: str
+    table: tuple[TensorAxes, ...]
+    axis_sizes: Callable[[Architecture], Mapping[str, int]]
+    hf_config: Callable[[dict, Architecture], dict]
+    canonical_name: Callable[[str], str]
+    file_name: Callable[[str], str]
+    parts: Callable[[nn.Module], ModelParts]
+    taps: Callable[[nn.Module, Architecture], list[Tap]]
+    load: Callable[..., nn.Module]
+    build: Callable[[dict], nn.Module]

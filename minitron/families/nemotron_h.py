@@ -1,0 +1,192 @@
+"""NemotronH: Mamba-2, attention and squared-ReLU FFN layers in one residual stream (N2, arXiv 2508.14444).
+
+Letters: M Mamba heads, P head dim, G groups, N state, D hidden, F ffn, Q query heads, K KV heads, H head dim.
+Tensor names on disk are NVIDIA's (`backbone.…`); transformers' in-memory names say `model.…`; here both
+lose that prefix ("canonical").
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from memory_budget.architecture import Architecture
+from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_CHANNEL, MAMBA_HEAD, Family, ModelParts, Tap, TensorAxes
+
+_HIDDEN = ((HIDDEN,),)
+_FFN = ((FFN,),)
+_INNER = ((MAMBA_HEAD, MAMBA_CHANNEL),)
+_HEADS = ((MAMBA_HEAD,),)
+_STATES = ("mamba_group", "mamba_state")
+_CONV = (*_INNER, _STATES, _STATES)
+_QUERY = ((ATTENTION_HEAD, "attention_channel"),)
+_KEY_VALUE = (("key_value_head", "attention_channel"),)
+
+TABLE = (
+    TensorAxes("embeddings.weight", "", ((("vocab",),), _HIDDEN)),
+    TensorAxes("norm_f.weight", "", (_HIDDEN,)),
+    TensorAxes("lm_head.weight", "", ((("vocab",),), _HIDDEN)),
+    TensorAxes("norm.weight", "any", (_HIDDEN,)),
+    TensorAxes("mixer.in_proj.weight", "M", ((*_INNER, *_CONV, *_HEADS), _HIDDEN)),
+    TensorAxes("mixer.in_proj.bias", "M", ((*_INNER, *_CONV, *_HEADS),)),
+    TensorAxes("mixer.conv1d.weight", "M", (_CONV, (("one",),), (("conv_kernel",),))),
+    TensorAxes("mixer.conv1d.bias", "M", (_CONV,)),
+    TensorAxes("mixer.A_log", "M", (_HEADS,)),
+    TensorAxes("mixer.D", "M", (_HEADS,)),
+    TensorAxes("mixer.dt_bias", "M", (_HEADS,)),
+    TensorAxes("mixer.norm.weight", "M", (_INNER,)),
+    TensorAxes("mixer.out_proj.weight", "M", (_HIDDEN, _INNER)),
+    TensorAxes("mixer.out_proj.bias", "M", (_HIDDEN,)),
+    TensorAxes("mixer.up_proj.weight", "-", (_FFN, _HIDDEN)),
+    TensorAxes("mixer.up_proj.bias", "-", (_FFN,)),
+    TensorAxes("mixer.down_proj.weight", "-", (_HIDDEN, _FFN)),
+    TensorAxes("mixer.down_proj.bias", "-", (_HIDDEN,)),
+    TensorAxes("mixer.q_proj.weight", "*", (_QUERY, _HIDDEN)),
+    TensorAxes("mixer.k_proj.weight", "*", (_KEY_VALUE, _HIDDEN)),
+    TensorAxes("mixer.v_proj.weight", "*", (_KEY_VALUE, _HIDDEN)),
+    TensorAxes("mixer.o_proj.weight", "*", (_HIDDEN, _QUERY)),
+)
+LAYER_NAMES = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
+# A dense model that carries these is taken for a mixture of experts by other runtimes.
+MOE_KEYS = (
+    "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "num_local_experts", "moe_intermediate_size", "moe_latent_size",
+    "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor",
+    "output_router_logits",
+)  # fmt: skip
+
+
+def axis_sizes(architecture: Architecture) -> Mapping[str, int]:
+    """Length of every axis of TABLE."""
+    return {
+        HIDDEN: architecture.hidden,
+        FFN: architecture.ffn,
+        MAMBA_HEAD: architecture.mamba_num_heads,
+        MAMBA_CHANNEL: architecture.mamba_head_dim,
+        ATTENTION_HEAD: architecture.num_attention_heads,
+        "vocab": architecture.vocab,
+        "mamba_group": architecture.mamba_num_groups,
+        "mamba_state": architecture.mamba_state_size,
+        "conv_kernel": architecture.mamba_conv_kernel,
+        "key_value_head": architecture.num_key_value_heads,
+        "attention_channel": architecture.attention_head_dim,
+        "one": 1,
+    }
+
+
+def hf_config(teacher_config: dict, architecture: Architecture) -> dict:
+    """The teacher's config.json with another architecture's sizes, in both spellings of the pattern.
+
+    `teacher_config` is the parsed config.json; what it says beyond sizes is kept.
+    """
+    config = {key: _plain_number(value) for key, value in teacher_config.items()}
+    config |= {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "hybrid_override_pattern": architecture.pattern,
+        "layers_block_type": [LAYER_NAMES[kind] for kind in architecture.pattern],
+        "num_hidden_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden,
+        "vocab_size": architecture.vocab,
+        "intermediate_size": architecture.ffn,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_key_value_heads": architecture.num_key_value_heads,
+        "head_dim": architecture.attention_head_dim,
+        "mamba_num_heads": architecture.mamba_num_heads,
+        "mamba_head_dim": architecture.mamba_head_dim,
+        "n_groups": architecture.mamba_num_groups,
+        "ssm_state_size": architecture.mamba_state_size,
+        "conv_kernel": architecture.mamba_conv_kernel,
+        "tie_word_embeddings": False,
+    }
+    if "attention_head_dim" in config:
+        config["attention_head_dim"] = architecture.attention_head_dim
+    for alias in ("layer_types", "mtp_layers_block_type", "mtp_hybrid_override_pattern", "transformers_version"):
+        config.pop(alias, None)
+    if "E" not in architecture.pattern:
+        for key in MOE_KEYS:
+            config.pop(key, None)
+    return config
+
+
+def _plain_number(value: object) -> object:
+    """transformers writes infinity as {"__float__": "Infinity"}, which other runtimes cannot read."""
+    if isinstance(value, list):
+        return [_plain_number(item) for item in value]
+    if isinstance(value, dict) and set(value) == {"__float__"}:
+        return float(value["__float__"])
+    return value
+
+
+def canonical_name(name: str) -> str:
+    """A tensor's name without the prefix that differs between disk (`backbone.`) and memory (`model.`)."""
+    return re.sub(r"^(backbone|model)\.", "", name)
+
+
+def file_name(canonical: str) -> str:
+    """The name NVIDIA publishes."""
+    return canonical if canonical.startswith("lm_head.") else f"backbone.{canonical}"
+
+
+def parts(model: nn.Module) -> ModelParts:
+    return ModelParts(embed=model.model.embeddings, layers=list(model.model.layers), norm=model.model.norm_f, head=model.lm_head)
+
+
+def taps(model: nn.Module, architecture: Architecture) -> list[Tap]:
+    """Where width importance is read (FACTS of SSM, arXiv 2504.11409: the x slice of in_proj scores best for Mamba).
+
+    The hidden axis is read at every norm's output, the last one under layer number len(pattern).
+    """
+    body, found = model.model, []
+    for layer, (kind, block) in enumerate(zip(architecture.pattern, body.layers, strict=True)):
+        found.append(Tap(HIDDEN, layer, block.norm, "output", 0, (architecture.hidden,)))
+        if kind == "M":
+            heads = (architecture.mamba_num_heads, architecture.mamba_head_dim)
+            found.append(Tap(MAMBA_HEAD, layer, block.mixer.in_proj, "output", architecture.mamba_inner, heads))
+        elif kind == "-":
+            found.append(Tap(FFN, layer, block.mixer.down_proj, "input", 0, (architecture.ffn,)))
+        elif kind == "*":
+            heads = (architecture.num_attention_heads, architecture.attention_head_dim)
+            found.append(Tap(ATTENTION_HEAD, layer, block.mixer.o_proj, "input", 0, heads))
+    return [*found, Tap(HIDDEN, architecture.num_layers, body.norm_f, "output", 0, (architecture.hidden,))]
+
+
+def load(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
+    """The checkpoint as transformers' own model, in eval mode; dtype None keeps the stored one."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True).to(device)
+    return _without_step_clamp(model).eval()
+
+
+def build(config: dict) -> nn.Module:
+    """A freshly initialised float32 model of a config.json dict."""
+    from transformers import AutoModelForCausalLM, NemotronHConfig
+
+    return _without_step_clamp(AutoModelForCausalLM.from_config(NemotronHConfig(**config), dtype=torch.float32))
+
+
+def _without_step_clamp(model: nn.Module) -> nn.Module:
+    """transformers clamps dt from below in its chunked path only, so decoding would differ from prefill by 6e-3.
+
+    (0, inf) is what the original code and vLLM use; with it both paths agree to 2e-6.
+    """
+    for block in model.model.layers:
+        if hasattr(block.mixer, "time_step_limit"):
+            block.mixer.time_step_limit = (0.0, float("inf"))
+    return model
+
+
+FAMILY = Family(
+    model_type="nemotron_h",
+    table=TABLE,
+    axis_sizes=axis_sizes,
+    hf_config=hf_config,
+    canonical_name=canonical_name,
+    file_name=file_name,
+    parts=parts,
+    taps=taps,
+    load=load,
+    build=build,
+)

@@ -1,0 +1,185 @@
+"""The walk: which stage needs which, what goes into its key, and running it once.
+
+Asking for a stage runs what it needs first and reuses what is done, like make. Stage functions live in
+`minitron/stages/`, one module per stage with `run(context) -> facts`; they are imported only when they run.
+"""
+
+import hashlib
+import importlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from minitron import text
+from minitron.console import Console
+from minitron.settings import Settings, Stage, key_settings
+from minitron.store import Result, find_result, finish, locked, stage_key
+from minitron.teachers import teacher_architecture, teacher_folder, teacher_identity
+from nas.space import Floors
+
+KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}
+
+
+@dataclass(frozen=True, slots=True)
+class StageContext:
+    """What a stage is given: the settings, its own folder, its inputs' results and the terminal."""
+
+    settings: Settings
+    folder: Path
+    inputs: Mapping[str, Result]
+    console: Console
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """One row of the stage table. `version` rises when the stage's results change for the same settings."""
+
+    version: int
+    needs: Callable[[Settings], tuple[str, ...]]
+    what: Callable[[Settings], Any]
+
+
+def floors(settings: Settings) -> Floors:
+    """Least number of layers per kind, by letter."""
+    return {KIND_LETTERS[kind]: number for kind, number in settings.search.floors.items()}
+
+
+def fewest_layers(settings: Settings) -> int:
+    """The depth that layer removal must reach: the smallest option of the search, or the fixed pattern's."""
+    if settings.search.fixed is not None and settings.search.fixed.pattern is not None:
+        return len(settings.search.fixed.pattern)
+    layers = settings.search.layers
+    return min(layers.values) if layers.values else layers.low or teacher_architecture(settings).num_layers
+
+
+def _file_digest(path: str | Path) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise ValueError(f"search.layer_order is {str(path)!r}, which cannot be read: {error.strerror}") from None
+
+
+def _what_data(settings: Settings) -> Any:
+    own = settings.teacher.path is None
+    tokenizer = {"vocab": settings.data.vocab} if own else {"teacher": teacher_identity(settings)}
+    return {**key_settings(settings.data), "vocab": None, "tokenizer": tokenizer, "text": text.text_fingerprint()}
+
+
+def _what_teacher(settings: Settings) -> Any:
+    if settings.teacher.path is None:
+        return {"tiny": key_settings(settings.teacher.tiny), "train": key_settings(settings.teacher.train), "seed": settings.seed}
+    from minitron.checkpoints import Checkpoint
+
+    return {"weights": Checkpoint(teacher_folder(settings)).fingerprint}
+
+
+def _what_score(settings: Settings) -> Any:
+    return {**key_settings(settings.scoring), "floors": floors(settings), "fewest_layers": fewest_layers(settings)}
+
+
+def _what_search(settings: Settings) -> Any:
+    order = settings.search.layer_order
+    return {
+        **key_settings(settings.search),
+        "layer_order": _file_digest(order) if order else None,
+        "workload": key_settings(settings.workload),
+        "budget": key_settings(settings.budget),
+        "teacher": teacher_identity(settings),
+        "tiny": key_settings(settings.teacher.tiny) if settings.teacher.path is None else None,
+    }
+
+
+def _what_distill(settings: Settings) -> Any:
+    return {**key_settings(settings.distill), "seed": settings.seed}
+
+
+STAGES: Mapping[str, StageSpec] = {
+    "data": StageSpec(1, lambda s: (), _what_data),
+    "teacher": StageSpec(1, lambda s: ("data",) if s.teacher.path is None else (), _what_teacher),
+    "score": StageSpec(1, lambda s: ("data", "teacher"), _what_score),
+    # A given layer order makes the search plain arithmetic on config.json: no weights, no scores.
+    "search": StageSpec(1, lambda s: () if s.search.layer_order else ("data", "teacher", "score"), _what_search),
+    "prune": StageSpec(1, lambda s: ("teacher", "score", "search"), lambda s: {}),
+    "distill": StageSpec(1, lambda s: ("data", "teacher", "prune"), _what_distill),
+    "evaluate": StageSpec(1, lambda s: ("data", "teacher", "prune", "distill"), lambda s: key_settings(s.evaluate)),
+}
+
+
+def order_of(settings: Settings) -> list[str]:
+    """The stored stages to run for `settings.stage`, each after what it needs."""
+    wanted = tuple(STAGES) if settings.stage in (Stage.all, Stage.report) else (settings.stage.value,)
+    order: list[str] = []
+
+    def visit(name: str) -> None:
+        for need in STAGES[name].needs(settings):
+            visit(need)
+        if name not in order:
+            order.append(name)
+
+    for name in wanted:
+        visit(name)
+    return order
+
+
+def run_pipeline(settings: Settings, console: Console) -> None:
+    """Run what is asked for, then write the run's summary and report."""
+    from minitron.stages import report
+
+    check_before_work(settings)
+    results: dict[str, Result] = {}
+    cached: dict[str, bool] = {}
+    for name in order_of(settings):
+        results[name], cached[name] = run_stage(name, settings, results, console)
+    report.run(settings, results, cached, console)
+
+
+def check_before_work(settings: Settings) -> None:
+    """Everything that can be refused from settings and config.json alone. Raises ValueError."""
+    from minitron.stages.search import check_search
+
+    check_search(settings, teacher_architecture(settings))
+
+
+def run_stage(name: str, settings: Settings, results: Mapping[str, Result], console: Console) -> tuple[Result, bool]:
+    """The stage's result and whether it was already there."""
+    spec = STAGES[name]
+    inputs = {need: results[need] for need in spec.needs(settings)}
+    key = stage_key(name, spec.version, spec.what(settings), {need: result.key for need, result in inputs.items()})
+    folder = Path(settings.runs_folder) / "store" / name / key
+    found = find_result(folder)
+    if found is not None:
+        console.headline(name, f"{found.facts['headline']} (already done)")
+        return found, True
+    with locked(folder, console.say):
+        found = find_result(folder)  # another run may have finished it meanwhile
+        if found is not None:
+            console.headline(name, f"{found.facts['headline']} (done by another run)")
+            return found, True
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        facts = importlib.import_module(f"minitron.stages.{name}").run(StageContext(settings, folder, inputs, console))
+        record = {
+            "stage": name,
+            "key": key,
+            "version": spec.version,
+            "settings": spec.what(settings),
+            "inputs": {need: result.key for need, result in inputs.items()},
+            "seconds": round(time.monotonic() - started, 3),
+            "peak_rss_bytes": peak_rss_bytes(),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "facts": facts,
+        }
+        result = finish(folder, record)
+    console.headline(name, f"{facts['headline']} ({record['seconds']:,.0f} s)")
+    return result, False
+
+
+def peak_rss_bytes() -> int:
+    """Highest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,121 @@
+"""Cutting tensors by the family's axis table. One cutter for every family; nothing is matched by size."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from memory_budget.architecture import Architecture
+from minitron.families.base import Dimension, Family, TensorAxes
+from minitron.pruning.plan import PruningPlan
+
+
+@dataclass(frozen=True, slots=True)
+class TensorCut:
+    """One tensor of the student: which teacher tensor it comes from and which indices of each dimension stay (None: all)."""
+
+    source: str
+    target: str
+    shape: tuple[int, ...]
+    keep: tuple[torch.Tensor | None, ...]
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        for dimension, indices in enumerate(self.keep):
+            if indices is not None:
+                tensor = tensor.index_select(dimension, indices)
+        return tensor
+
+
+def plan_cuts(family: Family, plan: PruningPlan, shapes: Mapping[str, tuple[int, ...]]) -> list[TensorCut]:
+    """Every tensor of the student, in the teacher's order. `shapes` maps canonical teacher names to their shapes.
+
+    Raises ValueError for a tensor of the wrong shape, one matched by no row or by two, or one missing.
+    """
+    check_tensors(family, plan.teacher, shapes)
+    sizes = family.axis_sizes(plan.teacher)
+    new_position = {layer: position for position, layer in enumerate(plan.kept_layers)}
+    cuts = []
+    for name, shape in shapes.items():
+        layer, suffix = split_layer(name)
+        if layer is not None and layer not in new_position:
+            continue
+        row = row_of(family, plan.teacher, name)
+        keep = tuple(_kept_of_dimension(dimension, sizes, lambda axis, layer=layer: plan.kept(axis, layer)) for dimension in row.dimensions)
+        new_shape = tuple(size if indices is None else len(indices) for size, indices in zip(shape, keep, strict=True))
+        target = name if layer is None else f"layers.{new_position[layer]}.{suffix}"
+        cuts.append(TensorCut(source=name, target=target, shape=new_shape, keep=keep))
+    return cuts
+
+
+def split_layer(name: str) -> tuple[int | None, str]:
+    """("layers.7.mixer.D") → (7, "mixer.D"); a tensor outside the layers has layer None."""
+    if not name.startswith("layers."):
+        return None, name
+    _, layer, suffix = name.split(".", 2)
+    return int(layer), suffix
+
+
+def row_of(family: Family, architecture: Architecture, name: str) -> TensorAxes:
+    """The table's row for a canonical tensor name. Raises ValueError where none or two match."""
+    layer, suffix = split_layer(name)
+    if layer is not None and layer >= architecture.num_layers:
+        raise ValueError(f"tensor {name} belongs to layer {layer}; the pattern has {architecture.num_layers} layers")
+    kinds = ("",) if layer is None else (architecture.pattern[layer], "any")
+    rows = [row for row in family.table if row.suffix == suffix and row.kind in kinds]
+    if len(rows) != 1:
+        raise ValueError(f"tensor {name} is matched by {len(rows)} rows of the {family.model_type} axis table; it must be exactly 1")
+    return rows[0]
+
+
+def expected_shape(family: Family, architecture: Architecture, row: TensorAxes) -> tuple[int, ...]:
+    sizes = family.axis_sizes(architecture)
+    return tuple(sum(prod(sizes[axis] for axis in segment) for segment in dimension) for dimension in row.dimensions)
+
+
+def check_tensors(family: Family, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Hold a checkpoint's tensors against its config. Raises ValueError naming the tensor and both shapes."""
+    seen = set()
+    for name, shape in shapes.items():
+        row = row_of(family, architecture, name)
+        expected = expected_shape(family, architecture, row)
+        if tuple(shape) != expected:
+            raise ValueError(f"tensor {name} has shape {list(shape)}; config.json says {list(expected)}")
+        seen.add(name)
+    for name in required_names(family, architecture):
+        if name not in seen:
+            raise ValueError(f"tensor {name} is missing from the checkpoint; config.json's pattern needs it")
+
+
+def required_names(family: Family, architecture: Architecture) -> Iterator[str]:
+    """Every tensor the pattern calls for; biases are left to the counts, since configs may or may not have them."""
+    for row in family.table:
+        if row.kind == "":
+            yield row.suffix
+    for layer, kind in enumerate(architecture.pattern):
+        for row in family.table:
+            is_optional_bias = row.suffix.endswith(".bias") and row.suffix != "mixer.dt_bias"
+            if row.kind in (kind, "any") and not is_optional_bias:
+                yield f"layers.{layer}.{row.suffix}"
+
+
+def _kept_of_dimension(dimension: Dimension, sizes: Mapping[str, int], kept: Callable[[str], tuple[int, ...] | None]) -> torch.Tensor | None:
+    """Indices that stay of a dimension of fused segments; None where all stay."""
+    pieces, offset, is_cut = [], 0, False
+    for segment in dimension:
+        indices = torch.zeros(1, dtype=torch.long)
+        for axis in segment:  # slowest first: index = (i·size of next + j)·…
+            chosen = kept(axis)
+            is_cut |= chosen is not None
+            axis_indices = torch.arange(sizes[axis]) if chosen is None else torch.tensor(chosen)
+            indices = (indices[:, None] * sizes[axis] + axis_indices[None, :]).reshape(-1)
+        pieces.append(indices + offset)
+        offset += prod(sizes[axis] for axis in segment)
+    return torch.cat(pieces) if is_cut else None
+
+
+def cut_state(family: Family, plan: PruningPlan, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The student's tensors from a teacher's in memory, by canonical names."""
+    canonical = {family.canonical_name(name): tensor for name, tensor in state.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in canonical.items()}
+    return {cut.target: cut.apply(canonical[cut.source]) for cut in plan_cuts(family, plan, shapes)}

@@ -1,0 +1,78 @@
+"""Writing a model folder that any runtime loads unchanged, and checking it by reading it back."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from memory_budget.architecture import Architecture
+from memory_budget.hf_config import architecture_from_config, read_config
+from memory_budget.parameters import count_total_parameters
+from memory_budget.units import format_gib
+from minitron.checkpoints import Checkpoint, copy_companions, save_model_weights, write_json
+from minitron.families.base import Family
+
+CHECK_TOKENS = 48
+
+
+def write_model(folder: Path, family: Family, model: nn.Module, *, config: dict, dtypes: Mapping[str, torch.dtype], companions: Path,
+                card: str, max_shard_bytes: int) -> None:  # fmt: skip
+    """Write a model in memory as a checkpoint: weights, config, tokenizer files and model card.
+
+    `dtypes` maps canonical tensor names to the dtype each is stored in.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {name: family.canonical_name(name) for name in model.state_dict()}
+    state = {family.file_name(names[name]): tensor.detach().to(dtypes[names[name]]) for name, tensor in model.state_dict().items()}
+    save_model_weights(state, folder, max_shard_bytes=max_shard_bytes)
+    write_companions(folder, config=config, companions=companions, card=card)
+
+
+def write_companions(folder: Path, *, config: dict, companions: Path, card: str) -> None:
+    """Everything of a model folder but the weights."""
+    write_json(folder / "config.json", config)
+    copy_companions(companions, folder)
+    (folder / "README.md").write_text(card)
+
+
+@torch.no_grad()
+def check_reload(folder: Path, family: Family, model: nn.Module, *, tolerance: float = 1e-5) -> float:
+    """Load the folder as a user would and compare its logits with the model in memory.
+
+    Returns the largest difference relative to the largest logit; raises RuntimeError above the tolerance, or where
+    the parameters on disk are not the number that config.json's architecture has.
+    """
+    planned = count_total_parameters(architecture_from_config(read_config(folder)))
+    written = Checkpoint(folder).num_parameters
+    if planned != written:
+        raise RuntimeError(f"{folder} holds {written:,} parameters, its config.json has {planned:,}")
+    reloaded = family.load(folder, dtype=torch.float32)
+    vocabulary = reloaded.config.vocab_size
+    ids = torch.randint(vocabulary, (2, CHECK_TOKENS), generator=torch.Generator().manual_seed(0))
+    device = next(model.parameters()).device
+    expected = model.eval()(ids.to(device), use_cache=False).logits.float().cpu()
+    difference = ((reloaded(ids, use_cache=False).logits - expected).abs().max() / expected.abs().max()).item()
+    if not difference <= tolerance:
+        raise RuntimeError(f"{folder}, read back, gives logits that differ by {difference:.2e} of the largest; at most {tolerance:.0e} is rounding")
+    return difference
+
+
+def model_card(title: str, *, lines: list[str], architecture: Architecture, base: str | None) -> str:
+    """README.md of a model folder: what it is, what it came from, its sizes."""
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [minitron, pruning, distillation]"]
+    head += [f"base_model: {base}"] if base and "/" in base and not base.startswith("/") else []
+    parameters = count_total_parameters(architecture)
+    sizes = [
+        ("parameters", f"{parameters:,}"),
+        ("weights in bf16", format_gib(2 * parameters)),
+        ("layers", f"{architecture.num_layers} (`{architecture.pattern}`)"),
+        ("hidden", str(architecture.hidden)),
+        ("FFN", str(architecture.ffn)),
+        ("attention", f"{architecture.num_attention_heads} query heads, {architecture.num_key_value_heads} KV heads × {architecture.attention_head_dim}"),
+        ("Mamba-2", f"{architecture.mamba_num_heads} heads × {architecture.mamba_head_dim}, {architecture.mamba_num_groups} groups, state {architecture.mamba_state_size}"),
+        ("vocabulary", f"{architecture.vocab:,}"),
+    ]  # fmt: skip
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in sizes)]
+    letters = "Pattern letters: M Mamba-2, `*` attention, - FFN."
+    return "\n".join([*head, "---", "", f"# {title}", "", *lines, "", *table, "", letters, ""])

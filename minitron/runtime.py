@@ -1,0 +1,19 @@
+"""Where a run computes."""
+
+import torch
+
+from minitron.families import ssd
+from minitron.settings import Settings
+
+
+def pick_device(settings: Settings) -> torch.device:
+    """The device of the settings; auto takes CUDA where there is one. On CPU the scan in plain torch is put in.
+
+    Raises ValueError where cuda is asked for and there is none.
+    """
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch sees no CUDA device; use cpu or auto")
+    if settings.device == "cpu" or not torch.cuda.is_available():
+        ssd.install()
+        return torch.device("cpu")
+    return torch.device("cuda")

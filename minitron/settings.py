@@ -1,0 +1,238 @@
+"""Every setting, typed and checked. What each means stands beside its default in conf/.
+
+A setting is *what* (it changes results and is part of a stage's key) or *how* (devices, logging, shard
+sizes), marked by `how()`. The checks run when the settings are built, before any work.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+
+class Stage(Enum):
+    data = "data"
+    teacher = "teacher"
+    score = "score"
+    search = "search"
+    prune = "prune"
+    distill = "distill"
+    evaluate = "evaluate"
+    report = "report"
+    all = "all"
+
+
+class Shortlist(Enum):
+    diversified = "diversified"
+    largest = "largest"
+
+
+class Tracking(Enum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+def how(default: Any) -> Any:
+    """A setting that does not change results, so is left out of the stages' keys."""
+    return field(default=default, metadata={"how": True})
+
+
+def key_settings(settings: Any) -> Any:
+    """A settings object as plain values, without what is marked `how`."""
+    if is_dataclass(settings):
+        return {f.name: key_settings(getattr(settings, f.name)) for f in fields(settings) if not f.metadata.get("how")}
+    if isinstance(settings, Enum):
+        return settings.name
+    if isinstance(settings, dict):
+        return {key: key_settings(value) for key, value in settings.items()}
+    if isinstance(settings, list | tuple):
+        return [key_settings(value) for value in settings]
+    return settings
+
+
+def _at_least(settings: Any, prefix: str, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{prefix}.{name} is {value}; it must be at least {least}")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainSettings:
+    """One training loop: shared by the tiny teacher's own training and by distillation."""
+
+    tokens: int = 0
+    batch: int = 8
+    learning_rate: float = 1e-3
+    final_learning_rate_share: float = 0.1
+    warmup_share: float = 0.05
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    save_every_seconds: float = how(60.0)
+
+    def __post_init__(self) -> None:
+        _at_least(self, "train", 1, "tokens", "batch")
+        _at_least(self, "train", 0, "learning_rate", "final_learning_rate_share", "warmup_share", "weight_decay", "save_every_seconds")
+        if self.clip_norm <= 0:
+            raise ValueError(f"train.clip_norm is {self.clip_norm}; it must be above 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class TinyTeacherSettings:
+    pattern: str = ""
+    hidden: int = 0
+    ffn: int = 0
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    attention_head_dim: int = 0
+    mamba_num_heads: int = 0
+    mamba_head_dim: int = 0
+    mamba_num_groups: int = 0
+    mamba_state_size: int = 0
+    mamba_conv_kernel: int = 4
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherSettings:
+    path: str | None = None
+    revision: str | None = None
+    config: str | None = None
+    tiny: TinyTeacherSettings = field(default_factory=TinyTeacherSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataSettings:
+    sequence_length: int = 256
+    vocab: int = 2048
+    max_train_tokens: int | None = None
+    max_heldout_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(self, "data", 2, "sequence_length")
+        _at_least(self, "data", 300, "vocab")  # 256 bytes and the special tokens come first
+        _at_least(self, "data", 1, "max_train_tokens", "max_heldout_tokens")
+
+
+@dataclass(kw_only=True, slots=True)
+class ScoringSettings:
+    samples: int = 64
+    batch: int = how(4)
+    layer_samples: int = 32
+    normalised: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least(self, "scoring", 1, "samples", "batch", "layer_samples")
+
+
+@dataclass(kw_only=True, slots=True)
+class WorkloadSettings:
+    context_tokens: int = 131072
+    batch: int = 1
+    weights_dtype: str = "bf16"
+    kv_dtype: str = "bf16"
+    ssm_dtype: str = "float32"
+    activation_tokens: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class BudgetSettings:
+    name: str = "a10g"
+    device_gib: float | None = None
+    cushion_fraction: float = 0.05
+    set_aside_gib: float = 0.0
+
+
+@dataclass(kw_only=True, slots=True)
+class AxisSettings:
+    values: list[int] | None = None
+    low: int | None = None
+    high: int | None = None
+    step: int = 1
+
+
+@dataclass(kw_only=True, slots=True)
+class FixedSettings:
+    """An architecture the user already knows; None keeps the teacher's value."""
+
+    pattern: str | None = None
+    hidden: int | None = None
+    ffn: int | None = None
+    mamba_num_heads: int | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class SearchSettings:
+    layers: AxisSettings = field(default_factory=AxisSettings)
+    hidden: AxisSettings = field(default_factory=AxisSettings)
+    ffn: AxisSettings = field(default_factory=AxisSettings)
+    mamba_heads: AxisSettings = field(default_factory=AxisSettings)
+    floors: dict[str, int] = field(default_factory=dict)
+    layer_order: str | None = None
+    fixed: FixedSettings | None = None
+    shortlist: Shortlist = Shortlist.diversified
+    shortlist_size: int = 8
+    screen_samples: int = 16
+
+    def __post_init__(self) -> None:
+        _at_least(self, "search", 1, "shortlist_size", "screen_samples")
+        for kind, floor in self.floors.items():
+            if kind not in ("mamba", "attention", "ffn"):
+                raise ValueError(f"search.floors names the kind {kind!r}; it must be mamba, attention or ffn")
+            if floor < 0:
+                raise ValueError(f"search.floors.{kind} is {floor}; it must be at least 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class PruneSettings:
+    max_shard_gib: float = how(4.5)
+
+    def __post_init__(self) -> None:
+        if self.max_shard_gib <= 0:
+            raise ValueError(f"prune.max_shard_gib is {self.max_shard_gib}; it must be above 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class DistillSettings:
+    temperature: float = 1.0
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"distill.temperature is {self.temperature}; it must be above 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateSettings:
+    samples: int = 256
+    batch: int = how(8)
+    prompt_tokens: int = 32
+    new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        _at_least(self, "evaluate", 1, "samples", "batch", "prompt_tokens", "new_tokens")
+
+
+@dataclass(kw_only=True, slots=True)
+class Settings:
+    stage: Stage = Stage.all
+    run_name: str = "tiny"
+    runs_folder: str = "runs"
+    seed: int = 0
+    device: str = "auto"
+    tracking: Tracking = Tracking.disabled
+    data: DataSettings = field(default_factory=DataSettings)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    scoring: ScoringSettings = field(default_factory=ScoringSettings)
+    workload: WorkloadSettings = field(default_factory=WorkloadSettings)
+    budget: BudgetSettings = field(default_factory=BudgetSettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    prune: PruneSettings = field(default_factory=PruneSettings)
+    distill: DistillSettings = field(default_factory=DistillSettings)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+
+    def __post_init__(self) -> None:
+        if not self.run_name or "/" in self.run_name or self.run_name.startswith(".") or self.run_name == "store":
+            raise ValueError(f"run_name is {self.run_name!r}; it must be one folder name, not starting with a dot, and not 'store'")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device is {self.device!r}; it must be auto, cpu or cuda")

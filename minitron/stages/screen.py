@@ -1,0 +1,27 @@
+"""Opens what screening needs from the inputs of a stage."""
+
+import numpy as np
+
+from memory_budget.hf_config import read_config
+from minitron.evaluation import batches_of, spread_rows
+from minitron.families import family_of
+from minitron.importance.scores import load_scores
+from minitron.pipeline import StageContext
+from minitron.runtime import pick_device
+from minitron.screening import Screen
+from minitron.stages.models import result_model_folder
+from minitron.stages.score import SCORES_FILE
+from minitron.teachers import teacher_architecture
+
+
+def open_screen(context: StageContext) -> Screen:
+    """The teacher, its scores and the held-out batches that every candidate is measured on."""
+    settings = context.settings
+    folder = result_model_folder(context.inputs["teacher"])
+    config = read_config(folder)
+    family = family_of(config)
+    model = family.load(folder, device=str(pick_device(settings)))
+    rows = np.load(context.inputs["data"].folder / "heldout.npy", mmap_mode="r")
+    batches = batches_of(spread_rows(rows, settings.search.screen_samples), settings.evaluate.batch, next(model.parameters()).device)
+    scores = load_scores(context.inputs["score"].folder / SCORES_FILE)
+    return Screen(family, model, config, teacher_architecture(settings), scores, batches)

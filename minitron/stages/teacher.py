@@ -1,0 +1,84 @@
+"""teacher: check the given checkpoint, or train the tiny one on the embedded text."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from distill.batches import RowBatches
+from distill.losses import next_token_loss
+from distill.trainer import train
+from memory_budget.hf_config import read_config
+from memory_budget.parameters import count_total_parameters
+from minitron.checkpoints import Checkpoint, write_json
+from minitron.families import family_of
+from minitron.families.nemotron_h import FAMILY as NEMOTRON_H
+from minitron.pipeline import StageContext
+from minitron.pruning.cut import check_tensors
+from minitron.publish import check_reload, model_card, write_model
+from minitron.runtime import pick_device
+from minitron.stages.training import tracked_steps, train_plan
+from minitron.teachers import teacher_architecture, teacher_folder
+
+END_OF_TEXT_ID, PAD_ID = 0, 1  # the first two special tokens of the tokenizer trained in data
+TINY_CONFIG = {
+    "model_type": "nemotron_h",
+    "dtype": "float32",
+    "bos_token_id": END_OF_TEXT_ID,
+    "eos_token_id": END_OF_TEXT_ID,
+    "pad_token_id": PAD_ID,
+    "max_position_embeddings": 131072,
+    "chunk_size": 32,
+    "layer_norm_epsilon": 1e-5,
+    "mlp_hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+    "use_conv_bias": True,
+    "use_bias": False,
+    "mlp_bias": False,
+    "attention_bias": False,
+    "mamba_proj_bias": False,
+    "residual_in_fp32": False,
+    "rescale_prenorm_residual": True,
+    "initializer_range": 0.02,
+    "use_cache": True,
+}
+
+
+def run(context: StageContext) -> dict:
+    return _train_tiny(context) if context.settings.teacher.path is None else _check_given(context)
+
+
+def _check_given(context: StageContext) -> dict:
+    """Hold the checkpoint's headers against its config; no weights are read."""
+    folder = teacher_folder(context.settings)
+    family = family_of(read_config(folder))
+    architecture = teacher_architecture(context.settings)
+    checkpoint = Checkpoint(folder)
+    check_tensors(family, architecture, {family.canonical_name(name): entry.shape for name, entry in checkpoint.entries.items()})
+    headline = f"{context.settings.teacher.path}: {checkpoint.num_parameters:,} parameters, pattern {architecture.pattern}"
+    return {"headline": headline, "path": str(folder), "name": context.settings.teacher.path, "parameters": checkpoint.num_parameters}
+
+
+def _train_tiny(context: StageContext) -> dict:
+    settings, console = context.settings, context.console
+    architecture = teacher_architecture(settings)
+    torch.manual_seed(settings.seed)
+    config = NEMOTRON_H.hf_config(TINY_CONFIG, architecture)
+    model = NEMOTRON_H.build(config).to(pick_device(settings))
+    rows = np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r")
+    plan = train_plan(settings.teacher.train)
+    with tracked_steps(context, "training teacher", plan, loss_name="loss") as on_step:
+        batches = RowBatches(rows, settings.teacher.train.batch, settings.seed)
+        last = train(model, batches, plan, lambda m, ids: next_token_loss(m(ids, use_cache=False).logits, ids), folder=context.folder, on_step=on_step)
+    folder = context.folder / "checkpoint"
+    tokenizer = context.inputs["data"].folder / "tokenizer"
+    card = model_card("Tiny NemotronH teacher", lines=[f"Trained on {last.tokens:,} tokens of the Python standard library's sources."],
+                      architecture=architecture, base=None)  # fmt: skip
+    dtypes = {NEMOTRON_H.canonical_name(name): tensor.dtype for name, tensor in model.state_dict().items()}
+    write_model(folder, NEMOTRON_H, model, config=config, dtypes=dtypes, companions=tokenizer, card=card, max_shard_bytes=2**32)
+    write_json(folder / "generation_config.json", {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID, "pad_token_id": PAD_ID})
+    check_reload(folder, NEMOTRON_H, model)
+    Path(context.folder / "state.pt").unlink(missing_ok=True)
+    parameters = count_total_parameters(architecture)
+    headline = f"tiny NemotronH, {parameters:,} parameters, {architecture.num_layers} layers, trained on {last.tokens:,} tokens to {last.loss:.2f} nats/token"
+    return {"headline": headline, "path": "checkpoint", "name": "tiny teacher", "parameters": parameters, "train_tokens": last.tokens, "final_loss": last.loss}

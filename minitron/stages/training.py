@@ -1,0 +1,50 @@
+"""What the two stages that train share: the plan from settings, and every step's record to bar, file and tracker."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from distill.trainer import StepRecord, TrainPlan
+from minitron.pipeline import StageContext
+from minitron.settings import TrainSettings
+from minitron.tracking import open_tracker
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def train_plan(settings: TrainSettings) -> TrainPlan:
+    return TrainPlan(**{name: getattr(settings, name) for name in TrainPlan.__slots__})
+
+
+@contextmanager
+def tracked_steps(context: StageContext, description: str, plan: TrainPlan, *, loss_name: str) -> Iterator[Callable[[StepRecord], None]]:
+    """Yields on_step(record): advances the bar, appends to metrics.jsonl and tells the tracker.
+
+    After a resume, lines of steps that will be done again are dropped first.
+    """
+    path = context.folder / METRICS_FILE
+    with context.console.track(description, plan.tokens, "tokens") as advance, open_tracker(context, description) as track:
+        file, seen = None, 0
+
+        def on_step(record: StepRecord) -> None:
+            nonlocal file, seen
+            if file is None:
+                kept = [line for line in _lines(path) if json.loads(line)["step"] < record.step]
+                path.write_text("".join(kept))
+                file = path.open("a", buffering=1)
+            advance(record.tokens - seen, f"{loss_name} {record.loss:.3f} nats/token")
+            seen = record.tokens
+            file.write(json.dumps(asdict(record)) + "\n")
+            track({loss_name: record.loss, "learning_rate": record.learning_rate, "gradient_norm": record.gradient_norm, "tokens": record.tokens})
+
+        try:
+            yield on_step
+        finally:
+            if file is not None:
+                file.close()
+
+
+def _lines(path) -> list[str]:
+    """Whole lines only: an interrupted run may have left half of one."""
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []

@@ -1,0 +1,104 @@
+"""The embedded text: the Python standard library's sources and pydoc's topics, present wherever Python is.
+
+Documents are split into train and held-out by a hash of their name, so that no file is ever in both and
+the split does not depend on the order in which a disk lists its files.
+"""
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL_TOKENS = [END_OF_TEXT, "<|pad|>", "<think>", "</think>"]
+HELD_OUT_SHARE = 20  # one document in so many is held out
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{%- if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    name: str
+    text: str
+
+    @property
+    def is_held_out(self) -> bool:
+        return int(hashlib.sha256(self.name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
+
+
+def source_files() -> list[tuple[str, Path]]:
+    """(name, path) of every standard library source file outside the test folders, sorted by name."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = ((path.relative_to(root), path) for path in root.rglob("*.py"))
+    return sorted((str(name), path) for name, path in files if not SKIPPED_FOLDERS & set(name.parts))
+
+
+def embedded_documents() -> Iterator[Document]:
+    """Every document of the embedded text, sorted by name: source files, then topics."""
+    for name, path in source_files():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text.strip():
+            yield Document(name=name, text=text)
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield Document(name=f"topics/{name}", text=topics[name])
+
+
+def text_fingerprint() -> str:
+    """Changes with the Python release: names and sizes of the source files."""
+    rows = [(name, path.stat().st_size) for name, path in source_files()]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
+
+
+def train_tokenizer(texts: Iterator[str], vocab: int, folder: Path) -> None:
+    """Train a byte-level BPE of `vocab` tokens and write the files a Hugging Face tokenizer folder has."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # Written by hand: transformers 5 would name a class that older versions and other runtimes do not have.
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "bos_token": END_OF_TEXT,
+        "pad_token": "<|pad|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1_000_000,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    special = {name: config[name] for name in ("eos_token", "bos_token", "pad_token")}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def windows(documents: list[list[int]], sequence_length: int) -> np.ndarray:
+    """Cut tokenised documents into rows of one length, int32 [rows, T].
+
+    A row never spans two documents, so no state leaks between them; a document's tail shorter than a row
+    is dropped.
+    """
+    rows = [
+        tokens[start : start + sequence_length]
+        for tokens in documents
+        for start in range(0, len(tokens) - sequence_length + 1, sequence_length)
+    ]
+    return np.array(rows, dtype=np.int32).reshape(-1, sequence_length)

@@ -1,0 +1,149 @@
+"""The command line, as a process of its own: output, exit codes, one-line errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import memory_budget
+
+ROOT = Path(memory_budget.__file__).parent.parent
+
+
+def command(*arguments: str | Path, **settings) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings}
+    return subprocess.run([sys.executable, "-m", "memory_budget", *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+def test_json_has_the_contracts_keys_and_the_published_numbers(config_path):
+    done = command(config_path("nemotron-nano-9b-v2"), "--budget", "a10g", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads(done.stdout)
+    assert list(result) == ["model_type", "parameters", "active_parameters", "parameters_by_kind", "bytes", "budget_bytes", "fits",
+                            "headroom_bytes", "max_context_tokens", "max_batch"]
+    assert list(result["parameters_by_kind"]) == ["embedding", "head", "mamba", "attention", "ffn", "moe", "norm"]
+    assert list(result["bytes"]) == ["weights", "kv_cache", "ssm_state", "conv_state", "activations", "total"]
+    assert result["parameters"] == result["active_parameters"] == sum(result["parameters_by_kind"].values()) == 8_888_227_328
+    assert result["fits"] is True
+    assert result["headroom_bytes"] == result["budget_bytes"] - result["bytes"]["total"] > 0
+
+
+def test_json_has_the_contracts_keys_for_vllm(config_path):
+    done = command(config_path("nemotron-nano-9b-v2"), "--engine", "vllm", "--pool-gib", "3", "--prefix-caching", "--json")
+    result = json.loads(done.stdout)
+    assert list(result["vllm"]) == ["block_tokens", "page_bytes", "bytes_per_block", "blocks_per_request", "num_blocks", "kv_cache_tokens",
+                                    "max_concurrency"]
+    assert result["vllm"]["blocks_per_request"] == 121
+    assert result["budget_bytes"] is result["fits"] is result["max_context_tokens"] is None
+
+
+def test_a_pool_from_the_device_is_the_pool_given_outright(config_path):
+    config = config_path("nemotron-nano-9b-v2")
+    from_device = command(config, "--engine", "vllm", "--device-gib", "22.06", "--utilization", "0.95", "--overhead-gib", "0", "--json")
+    pool_gib = 22.06 * 0.95 - 2 * 8_888_227_328 / 2**30
+    outright = command(config, "--engine", "vllm", "--pool-gib", str(pool_gib), "--json")
+    assert json.loads(from_device.stdout) == json.loads(outright.stdout)
+
+
+def test_a_model_that_does_not_fit_is_an_answer_not_an_error(config_path):
+    done = command(config_path("nemotron-nano-12b-v2"), "--budget", "a10g")
+    assert (done.returncode, done.stderr) == (0, "")
+    fits_line = next(line for line in done.stdout.splitlines() if line.startswith("fits"))
+    assert fits_line.split() == ["fits", "no", "6.41", "GiB", "too", "much"]
+
+
+def test_every_number_of_the_table_carries_its_unit(config_path):
+    engine = ("--engine", "vllm", "--pool-gib", "10")
+    done = command(config_path("nemotron-3-nano-30b-a3b"), *engine, "--budget", "80", "--weights", "int4", "--activations", "2048")
+    assert done.returncode == 0
+    units = ("parameters", "GiB", "tokens", "sequences", "blocks", "yes")
+    for line in filter(None, done.stdout.splitlines()):
+        assert any(unit in line.split() for unit in units), line
+
+
+def test_a_quantised_report_says_what_stays_bf16(config_path):
+    assert "int4 with a 2-byte scale per 128, the rest bf16" in command(config_path("llama-3-8b"), "--weights", "int4").stdout
+    assert "the rest bf16" not in command(config_path("llama-3-8b")).stdout
+
+
+def test_a_window_that_is_not_modelled_is_said(config_path, config_of, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**config_of("mistral-7b-v0.3"), "sliding_window": 4096}))
+    assert "note: sliding_window (4096 tokens) is not modelled" in command(tmp_path).stdout
+    assert "note:" not in command(config_path("mistral-7b-v0.3")).stdout
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--context", "0"], "context_tokens (0) must be"),
+    (["--context", "many"], "argument --context: invalid int value: 'many'"),
+    (["--weights", "bf17"], "weights_dtype (bf17) must be one of bf16"),
+    (["--budget", "a11g"], "budget (a11g) must be a number of GiB above 0 or one of a10g"),
+    (["--engine", "tgi"], "argument --engine: invalid choice: 'tgi'"),
+    (["--engine", "vllm"], "--pool-gib X and --device-gib X; neither is given"),
+    (["--engine", "vllm", "--pool-gib", "1", "--device-gib", "2"], "both are given"),
+    (["--engine", "vllm", "--pool-gib", "1", "--overhead-gib", "0"], "--overhead-gib (0.0) must come with --device-gib"),
+    (["--engine", "vllm", "--pool-gib", "-1"], "--pool-gib (-1.0) must be at least 0 GiB"),
+    (["--engine", "vllm", "--device-gib", "10"], "weights and overhead leave no room"),
+    (["--pool-gib", "0"], "--pool-gib must come with --engine vllm"),
+    (["--prefix-caching"], "--prefix-caching must come with --engine vllm"),
+    (["--colour"], "unrecognized arguments: --colour"),
+], ids=" ".join)
+def test_a_users_mistake_is_one_line_and_exit_code_2(options, says, config_path):
+    done = command(config_path("nemotron-nano-9b-v2"), *options)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    (None, "not found"),
+    ("{\n\n", "must be JSON"),
+    ('{"model_type": "gpt2"}', "model_type (gpt2) is not supported"),
+])
+def test_a_config_that_cannot_be_read_is_one_line_and_exit_code_2(content, says, tmp_path):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    done = command(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert says in done.stderr
+
+
+def test_no_argument_is_an_error_of_one_line():
+    done = command()
+    assert (done.returncode, done.stderr) == (2, "error: the following arguments are required: DIR_OR_CONFIG_JSON\n")
+
+
+def test_help_explains_each_option():
+    done = command("--help", COLUMNS="200")
+    assert done.returncode == 0
+    for option in ("--context", "--batch", "--weights", "--kv", "--ssm", "--budget", "--engine", "--pool-gib", "--device-gib", "--utilization",
+                   "--overhead-gib", "--prefix-caching", "--activations", "--json"):
+        explained = [line for line in done.stdout.splitlines() if line.startswith(f"  {option}")]
+        assert len(explained) == 1, option
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []], ids=str)
+def test_a_reader_that_leaves_early_sees_no_traceback(arguments, config_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "memory_budget", str(config_path("llama-3-8b")), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    process.stdout.close()
+    assert process.wait(timeout=30) == 0
+    assert process.stderr.read() == ""
+
+
+def test_no_module_imports_more_than_the_standard_library():
+    modules = [f"memory_budget.{path.stem}" for path in (ROOT / "memory_budget").glob("*.py") if path.stem != "__init__"]
+    script = f"import sys, importlib; [importlib.import_module(name) for name in {modules}]; print(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert "memory_budget" in loaded
+    assert not loaded & {"numpy", "torch", "transformers", "yaml", "safetensors"}
+    sees_numpy = subprocess.run([sys.executable, "-c", "import sys, numpy; print(*sys.modules)"], capture_output=True, text=True, check=True)
+    assert "numpy" in sees_numpy.stdout.split()
