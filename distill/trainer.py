@@ -23,6 +23,7 @@ class TrainPlan:
     """How one run of the loop goes. Tokens are rounded down to whole steps of the batches' size."""
 
     tokens: int
+    optimizer: str
     learning_rate: float
     final_learning_rate_share: float
     warmup_share: float
@@ -68,64 +69,77 @@ def train(model: nn.Module, batches: RowBatches, plan: TrainPlan, loss_function:
     if total_steps < 1:
         raise ValueError(f"train.tokens is {plan.tokens}; it must be at least one batch, {batches.tokens_per_step} tokens")
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(_parameter_groups(model, plan.weight_decay), lr=plan.learning_rate, betas=(0.9, 0.95))
-    record, earlier_seconds = _load_state(folder / STATE_FILE, model, optimizer)
+    optimizers = build_optimizers(model, plan)
+    record, earlier_seconds = _load_state(folder / STATE_FILE, model, optimizers)
     started = last_saved = time.monotonic()
     model.train()
     try:
         for step in range(record.step + 1 if record else 0, total_steps):
             rate = plan.learning_rate * learning_rate_share(step, total_steps, warmup_share=plan.warmup_share, final_share=plan.final_learning_rate_share)
-            loss, norm = _step(model, optimizer, loss_function, batches.at(step).to(device), rate, plan.clip_norm, step)
+            loss, norm = _step(model, optimizers, loss_function, batches.at(step).to(device), rate, plan.clip_norm, step)
             seconds = earlier_seconds + time.monotonic() - started
             record = StepRecord(step, total_steps, (step + 1) * batches.tokens_per_step, loss, norm, rate, seconds)
             on_step(record)
             if time.monotonic() - last_saved > plan.save_every_seconds:
-                _save_state(folder / STATE_FILE, model, optimizer, record)
+                _save_state(folder / STATE_FILE, model, optimizers, record)
                 last_saved = time.monotonic()
     except KeyboardInterrupt:
         if record:
-            _save_state(folder / STATE_FILE, model, optimizer, record)
+            _save_state(folder / STATE_FILE, model, optimizers, record)
         raise
     model.eval()
     return record
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_function: LossFunction, ids_BT: torch.Tensor, rate: float,
+def _step(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss_function: LossFunction, ids_BT: torch.Tensor, rate: float,
           clip_norm: float, step: int) -> tuple[float, float]:  # fmt: skip
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
     loss = loss_function(model, ids_BT)
     value = loss.item()
     if not math.isfinite(value):
         raise FloatingPointError(f"loss is {value} at step {step}; the state saved before it is untouched. A lower learning rate may help")
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return value, norm
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay on matrices only; norms, biases and the per-head vectors of Mamba go without."""
+def build_optimizers(model: nn.Module, plan: TrainPlan) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the layers' matrices and AdamW for the rest, by `plan.optimizer`.
+
+    Muon's update is scaled to AdamW's size (match_rms_adamw), so one learning rate serves both. Weight decay falls
+    on matrices only; norms, biases and Mamba's per-head vectors go without.
+    """
+    outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
+    matrices = [parameter for parameter in parameters if parameter.ndim == 2 and id(parameter) not in outside]
+    tables = [parameter for parameter in parameters if parameter.ndim >= 2 and not any(parameter is matrix for matrix in matrices)]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    adamw_matrices = tables if plan.optimizer == "muon" else tables + matrices
+    groups = [{"params": adamw_matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95))]
+    if plan.optimizer == "muon" and matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=plan.learning_rate, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
-def _save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, record: StepRecord) -> None:
+def _save_state(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], record: StepRecord) -> None:
     partial = path.with_suffix(".partial")
     fields = {name: getattr(record, name) for name in StepRecord.__slots__}
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "record": fields}, partial)
+    torch.save({"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "record": fields}, partial)
     os.replace(partial, path)
 
 
-def _load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[StepRecord | None, float]:
+def _load_state(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[StepRecord | None, float]:
     if not path.exists():
         return None, 0.0
     state = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     record = StepRecord(**state["record"])
     return record, record.seconds

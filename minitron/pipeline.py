@@ -51,8 +51,8 @@ def floors(settings: Settings) -> Floors:
 
 def fewest_layers(settings: Settings) -> int:
     """The depth that layer removal must reach: the smallest option of the search, or the fixed pattern's."""
-    if settings.search.fixed is not None and settings.search.fixed.pattern is not None:
-        return len(settings.search.fixed.pattern)
+    if settings.search.fixed.given():
+        return len(settings.search.fixed.pattern or teacher_architecture(settings).pattern)
     layers = settings.search.layers
     return min(layers.values) if layers.values else layers.low or teacher_architecture(settings).num_layers
 

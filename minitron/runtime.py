@@ -1,5 +1,7 @@
 """Where a run computes."""
 
+import os
+
 import torch
 
 from minitron.families import ssd
@@ -17,3 +19,12 @@ def pick_device(settings: Settings) -> torch.device:
         ssd.install()
         return torch.device("cpu")
     return torch.device("cuda")
+
+
+def available_memory_bytes() -> int:
+    """Memory that new work can take without swapping, in bytes."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # no Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,9 +1,6 @@
 """Zero-shot screening: the held-out loss of a candidate cut from the teacher in memory, before any training."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -66,29 +63,3 @@ def _kept_share(scores: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """Share of the scores' sum held by the highest `numbers` of them."""
     running = np.concatenate([[0.0], np.cumsum(np.sort(scores)[::-1])])
     return running[numbers] / running[-1]
-
-
-def read_layer_order(path: str | Path) -> list[int]:
-    """Layers in the order in which they are to be removed, from a JSON list, an object with removal_order, or numbers in text.
-
-    Raises ValueError where the file holds none of these.
-    """
-    text = Path(path).read_text()
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text.replace(",", " ").split()
-    if isinstance(value, Mapping):
-        value = value.get("removal_order", value.get("removed_layers"))
-    try:
-        order = [int(item) for item in (value if isinstance(value, list) else [value])]
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"search.layer_order {str(path)!r} must hold layer numbers, least important first: a JSON list, an object with removal_order, or plain numbers"
-        ) from None
-    return order
-
-
-def fixed_architecture(teacher: Architecture, fixed: Mapping[str, object]) -> Architecture:
-    """The teacher's architecture with the given values replaced."""
-    return replace(teacher, **{name: value for name, value in fixed.items() if value is not None})

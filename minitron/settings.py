@@ -26,6 +26,11 @@ class Shortlist(Enum):
     largest = "largest"
 
 
+class Optimizer(Enum):
+    adamw = "adamw"
+    muon = "muon"
+
+
 class Tracking(Enum):
     disabled = "disabled"
     offline = "offline"
@@ -61,8 +66,9 @@ def _at_least(settings: Any, prefix: str, least: float, *names: str) -> None:
 class TrainSettings:
     """One training loop: shared by the tiny teacher's own training and by distillation."""
 
-    tokens: int = 0
+    tokens: int = 65536
     batch: int = 8
+    optimizer: Optimizer = Optimizer.adamw
     learning_rate: float = 1e-3
     final_learning_rate_share: float = 0.1
     warmup_share: float = 0.05
@@ -70,11 +76,12 @@ class TrainSettings:
     clip_norm: float = 1.0
     save_every_seconds: float = how(60.0)
 
-    def __post_init__(self) -> None:
-        _at_least(self, "train", 1, "tokens", "batch")
-        _at_least(self, "train", 0, "learning_rate", "final_learning_rate_share", "warmup_share", "weight_decay", "save_every_seconds")
+    def check(self, name: str) -> None:
+        """Refuse values out of range; `name` is where these settings stand, e.g. distill.train."""
+        _at_least(self, name, 1, "tokens", "batch")
+        _at_least(self, name, 0, "learning_rate", "final_learning_rate_share", "warmup_share", "weight_decay", "save_every_seconds")
         if self.clip_norm <= 0:
-            raise ValueError(f"train.clip_norm is {self.clip_norm}; it must be above 0")
+            raise ValueError(f"{name}.clip_norm is {self.clip_norm}; it must be above 0")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,6 +106,9 @@ class TeacherSettings:
     config: str | None = None
     tiny: TinyTeacherSettings = field(default_factory=TinyTeacherSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+
+    def __post_init__(self) -> None:
+        self.train.check("teacher.train")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -153,12 +163,16 @@ class AxisSettings:
 
 @dataclass(kw_only=True, slots=True)
 class FixedSettings:
-    """An architecture the user already knows; None keeps the teacher's value."""
+    """An architecture the user already knows; None keeps the teacher's value, all None means none is given."""
 
     pattern: str | None = None
     hidden: int | None = None
     ffn: int | None = None
     mamba_num_heads: int | None = None
+
+    def given(self) -> dict[str, int | str]:
+        """The values that are set."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -169,7 +183,7 @@ class SearchSettings:
     mamba_heads: AxisSettings = field(default_factory=AxisSettings)
     floors: dict[str, int] = field(default_factory=dict)
     layer_order: str | None = None
-    fixed: FixedSettings | None = None
+    fixed: FixedSettings = field(default_factory=FixedSettings)
     shortlist: Shortlist = Shortlist.diversified
     shortlist_size: int = 8
     screen_samples: int = 16
@@ -198,6 +212,7 @@ class DistillSettings:
     train: TrainSettings = field(default_factory=TrainSettings)
 
     def __post_init__(self) -> None:
+        self.train.check("distill.train")
         if self.temperature <= 0:
             raise ValueError(f"distill.temperature is {self.temperature}; it must be above 0")
 

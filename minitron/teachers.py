@@ -10,7 +10,9 @@ from memory_budget.architecture import Architecture, check_architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from minitron.settings import Settings
 
-CONF_FOLDER = Path(__file__).resolve().parent.parent / "conf"
+_HERE = Path(__file__).resolve().parent
+# Beside the package in a checkout, inside it in an installed wheel.
+CONF_FOLDER = next((folder for folder in (_HERE.parent / "conf", _HERE / "conf") if (folder / "run.yaml").exists()), _HERE.parent / "conf")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 

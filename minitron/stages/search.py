@@ -54,7 +54,7 @@ def check_search(settings: Settings, teacher: Architecture) -> None:
     """Refuse a space, budget or workload before any work is done. Raises ValueError."""
     space = space_of(settings, teacher)
     workload, budget = workload_of(settings), budget_of(settings)
-    if settings.search.fixed is not None:
+    if settings.search.fixed.given():
         fixed_student(settings, teacher)
         return
     # Any layers that the floors allow do for a lower bound: the depth's true pattern is not known before scoring.
@@ -68,8 +68,7 @@ def fixed_student(settings: Settings, teacher: Architecture) -> Architecture:
     """The architecture of `search.fixed`. Raises ValueError where it is no cut of the teacher."""
     from minitron.pruning.plan import check_is_cut, subsequence_layers
 
-    given = {name: value for name, value in asdict(settings.search.fixed).items() if value is not None}
-    student = replace(teacher, **given)
+    student = replace(teacher, **settings.search.fixed.given())
     check_architecture(student)
     check_is_cut(teacher, student, subsequence_layers(teacher.pattern, student.pattern))
     return student
@@ -80,7 +79,7 @@ def run(context: StageContext) -> dict:
     settings = context.settings
     teacher, workload, budget = teacher_architecture(settings), workload_of(settings), budget_of(settings)
     order, damage = order_and_damage(context, teacher)
-    if settings.search.fixed is not None:
+    if settings.search.fixed.given():
         candidates, rows, looked_at = _fixed_candidate(settings, teacher, order, workload), [0], 1
     else:
         space = space_of(settings, teacher)
@@ -96,7 +95,7 @@ def run(context: StageContext) -> dict:
     picked = next(entry for entry in entries if entry["chosen"])
     write_json(context.folder / "chosen.json", picked)
     why = f"zero-shot loss {picked['zero_shot_loss']:.2f} nats/token" if picked["zero_shot_loss"] is not None else "the largest; no weights to measure"
-    if settings.search.fixed is not None:
+    if settings.search.fixed.given():
         why = "given by search.fixed"
     size = picked["memory_bytes"]["total"]
     headline = (

@@ -14,7 +14,8 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def train_plan(settings: TrainSettings) -> TrainPlan:
-    return TrainPlan(**{name: getattr(settings, name) for name in TrainPlan.__slots__})
+    values = {name: getattr(settings, name) for name in TrainPlan.__slots__}
+    return TrainPlan(**{**values, "optimizer": settings.optimizer.value})
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+"""The door: `python -m minitron.run stage=prune key=value …`. Hydra stays on this side of it.
+
+Exit codes: 0 done · 2 the user's mistake, one line on stderr · 1 anything else that failed · 130 interrupted.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# One line and exit code 2 instead of Hydra's own several lines and 1; set by the user, it gives full traces as always.
+_FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR")
+os.environ["HYDRA_FULL_ERROR"] = "1"
+
+import hydra  # noqa: E402
+from hydra.core.config_store import ConfigStore  # noqa: E402
+from hydra.errors import HydraException, MissingConfigException  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException  # noqa: E402
+
+from minitron.settings import Settings  # noqa: E402
+from minitron.teachers import CONF_FOLDER  # noqa: E402
+
+ConfigStore.instance().store(name="settings_schema", node=Settings)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF_FOLDER), config_name="run")
+def _run(config: DictConfig) -> None:
+    from minitron.console import Console
+    from minitron.pipeline import run_pipeline
+
+    with users_mistakes():
+        run_pipeline(_settings(config), Console())
+
+
+def _settings(config: DictConfig) -> Settings:
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ValueError(f"{missing[0]} has no value; it must be set, e.g. {missing[0]}=…")
+    return OmegaConf.to_object(config)
+
+
+@contextmanager
+def users_mistakes() -> Iterator[None]:
+    """Turns what the user can mend into one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
+        if _FULL_ERROR:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> int:
+    try:
+        with users_mistakes():
+            _run()
+    except KeyboardInterrupt:
+        print("interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+def one_line(error: Exception) -> str:
+    """The message of a user's mistake in one line; Hydra's and OmegaConf's are put in our words."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    key = getattr(cause, "full_key", None)
+    first = str(cause).strip().splitlines()[0]
+    if isinstance(cause, ConfigKeyError):
+        return f"{key} is no setting; --cfg job lists them all"
+    if isinstance(cause, OmegaConfBaseException) and key:
+        return f"{key}: {first}"
+    if isinstance(error, MissingConfigException) and error.options:
+        return f"{error.missing_cfg_file} is not in conf/; there are: {', '.join(error.options)}"
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""evaluate: teacher, pruned and student on the same held-out rows."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+from memory_budget.hf_config import read_config
+from minitron.checkpoints import write_json
+from minitron.evaluation import batches_of, decode_tokens_per_second, evaluate, spread_rows
+from minitron.families import family_of
+from minitron.pipeline import StageContext
+from minitron.runtime import pick_device
+from minitron.stages.models import result_model_folder
+
+MODELS = {"teacher": "teacher", "pruned": "prune", "student": "distill"}
+
+
+def run(context: StageContext) -> dict:
+    """Writes <model>.json per model, each kept if the stage is interrupted."""
+    settings = context.settings
+    device = str(pick_device(settings))
+    folders = {name: result_model_folder(context.inputs[stage]) for name, stage in MODELS.items()}
+    family = family_of(read_config(folders["teacher"]))
+    teacher = family.load(folders["teacher"], device=device)
+    rows = spread_rows(np.load(context.inputs["data"].folder / "heldout.npy", mmap_mode="r"), settings.evaluate.samples)
+    batches = batches_of(rows, settings.evaluate.batch, device)
+    measured = {}
+    with context.console.track("evaluating", len(MODELS) * rows.size, "tokens") as advance:
+        for name, folder in folders.items():
+            path = context.folder / f"{name}.json"
+            if path.exists():
+                measured[name] = json.loads(path.read_text())
+                advance(rows.size)
+                continue
+            model = teacher if name == "teacher" else family.load(folder, device=device)
+            prompt = torch.from_numpy(rows[0, : settings.evaluate.prompt_tokens].astype(np.int64)).to(device)
+            facts = asdict(evaluate(model, teacher, batches, advance))
+            facts["decode_tokens_per_second"] = decode_tokens_per_second(model, prompt, settings.evaluate.new_tokens)
+            write_json(path, facts)
+            measured[name] = facts
+    loss = {name: facts["loss_nats_per_token"] for name, facts in measured.items()}
+    lost = loss["pruned"] - loss["teacher"]
+    recovered = (loss["pruned"] - loss["student"]) / lost if lost > 0 else None
+    share = f", {100 * recovered:.0f} % of the loss won back" if recovered is not None else ""
+    headline = f"held-out nats/token: teacher {loss['teacher']:.3f}, pruned {loss['pruned']:.3f}, student {loss['student']:.3f}{share}"
+    return {"headline": headline, "models": measured, "lost_nats_per_token": lost, "recovered_share": recovered}

@@ -1,0 +1,90 @@
+"""prune: cut the chosen architecture out of the teacher, tensor by tensor from disk to disk."""
+
+import torch
+
+from memory_budget.architecture import Architecture
+from memory_budget.hf_config import read_config
+from memory_budget.parameters import count_total_parameters
+from memory_budget.units import GIB, format_gib
+from minitron.checkpoints import Checkpoint, PlannedTensor, write_json, write_weights
+from minitron.families import family_of
+from minitron.families.base import Family
+from minitron.importance.scores import load_scores
+from minitron.pipeline import StageContext
+from minitron.pruning.cut import TensorCut, plan_cuts
+from minitron.pruning.plan import PruningPlan, make_plan
+from minitron.publish import check_reload, model_card, write_companions
+from minitron.runtime import available_memory_bytes
+from minitron.screening import build_pruned
+from minitron.stages.models import result_model_folder
+from minitron.stages.score import SCORES_FILE
+from minitron.teachers import teacher_architecture
+
+
+def run(context: StageContext) -> dict:
+    """Writes checkpoint/ and plan.json; the checkpoint is read back and compared before the stage is done."""
+    settings = context.settings
+    source_folder = result_model_folder(context.inputs["teacher"])
+    config = read_config(source_folder)
+    family, architecture = family_of(config), teacher_architecture(settings)
+    chosen = context.inputs["search"].facts["chosen"]
+    student = Architecture(**chosen["architecture"])
+    scores = load_scores(context.inputs["score"].folder / SCORES_FILE)
+    plan = make_plan(architecture, student, tuple(chosen["kept_layers"]), scores)
+    write_json(context.folder / "plan.json", plan.to_json())
+
+    source, folder = Checkpoint(source_folder), context.folder / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    planned = planned_tensors(family, plan, source)
+    total = sum(tensor.num_bytes for tensor in planned)
+    with context.console.track("cutting", total / GIB, "GiB") as advance:
+        write_weights(folder, planned, max_shard_bytes=int(settings.prune.max_shard_gib * GIB), on_tensor=lambda num_bytes: advance(num_bytes / GIB))
+    name, removed = context.inputs["teacher"].facts["name"], removed_layers(plan)
+    card = model_card(f"{name}, pruned to {chosen['id']}", lines=[describe_cut(plan, name), "Not distilled yet."], architecture=student, base=name)
+    write_companions(folder, config=family.hf_config(config, student), companions=source_folder, card=card)
+    check = _check(family, plan, source, folder, config)
+    parameters = count_total_parameters(student)
+    headline = f"{architecture.num_layers} → {student.num_layers} layers, {source.num_parameters:,} → {parameters:,} parameters, {format_gib(total)} written; {check}"
+    return {"headline": headline, "path": "checkpoint", "parameters": parameters, "removed_layers": removed}
+
+
+def planned_tensors(family: Family, plan: PruningPlan, source: Checkpoint) -> list[PlannedTensor]:
+    """The student's tensors, each read and cut only when its turn to be written comes. The teacher's dtypes are kept."""
+    file_names = {family.canonical_name(name): name for name in source.entries}
+    shapes = {name: source.entries[file_name].shape for name, file_name in file_names.items()}
+
+    def planned(cut: TensorCut) -> PlannedTensor:
+        entry = source.entries[file_names[cut.source]]
+        return PlannedTensor(family.file_name(cut.target), entry.dtype, cut.shape, lambda: cut.apply(source.read(entry.name)))
+
+    return [planned(cut) for cut in plan_cuts(family, plan, shapes)]
+
+
+def removed_layers(plan: PruningPlan) -> list[int]:
+    return sorted(set(range(plan.teacher.num_layers)) - set(plan.kept_layers))
+
+
+def describe_cut(plan: PruningPlan, teacher: str) -> str:
+    """One sentence for the model card: what was cut from what."""
+    sizes = [
+        (label, getattr(plan.teacher, field), getattr(plan.student, field))
+        for label, field in (("hidden", "hidden"), ("FFN", "ffn"), ("Mamba heads", "mamba_num_heads"), ("layers", "num_layers"))
+    ]
+    changed = [f"{label} {before} → {after}" for label, before, after in sizes if before != after]
+    layers = removed_layers(plan)
+    gone = f" Removed layers (from 0): {', '.join(map(str, layers))}." if layers else ""
+    return f"Cut from {teacher}: {', '.join(changed) or 'nothing'}.{gone}"
+
+
+def _check(family: Family, plan: PruningPlan, source: Checkpoint, folder, config: dict) -> str:
+    """Compare the written checkpoint with the cut in memory: logits where both models fit, else tensor by tensor."""
+    model_bytes = 4 * source.num_parameters
+    if 3 * model_bytes < available_memory_bytes():
+        teacher = family.load(source.folder, dtype=torch.float32)
+        difference = check_reload(folder, family, build_pruned(family, teacher, plan, config))
+        return f"reloaded, logits differ by {difference:.1e}"
+    written = Checkpoint(folder)
+    for tensor in planned_tensors(family, plan, source):
+        if not torch.equal(written.read(tensor.name).view(torch.uint8), tensor.make().contiguous().view(torch.uint8)):
+            raise RuntimeError(f"{folder}: tensor {tensor.name}, read back, is not what was cut")
+    return "read back, every tensor equal (too large to compare logits in memory)"
