@@ -30,7 +30,7 @@ class Answer:
     architecture: Architecture
     workload: Workload
     report: MemoryReport
-    budget: Budget | None
+    budget: Budget
     allotment: VllmAllotment | None
     pool_bytes: int | None
     notes: list[str]
@@ -81,10 +81,10 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="DIR_OR_CONFIG_JSON", help="a model's directory (only its config.json is read), or a config.json")
-    parser.add_argument("--json", action="store_true", help="print one JSON object (sizes in bytes; null: no budget given, or no limit)")
-    parser.add_argument("--budget", metavar="NAME|GIB", help=(
+    parser.add_argument("--json", action="store_true", help="print one JSON object (sizes in bytes; null: no limit)")
+    parser.add_argument("--budget", default="a10g", metavar="NAME|GIB", help=(
         f"what there is: a card ({', '.join(PRESETS)}) less a cushion of 5 %% and, for a10g, 1.3 GiB of other models; "
-        "or a number of GiB as it is"))
+        "or a number of GiB as it is (default a10g)"))
     add_workload_options(parser)
     add_vllm_options(parser)
     return parser
@@ -111,7 +111,7 @@ def add_vllm_options(parser: argparse.ArgumentParser) -> None:
         "vllm: also how vLLM cuts its cache pool into blocks; all options below are for it (default plain)"))
     group.add_argument("--pool-gib", type=float, metavar="X", help="size of the cache pool in GiB (vLLM's log: Available KV cache memory)")
     group.add_argument("--device-gib", type=float, metavar="X", help=(
-        "instead of --pool-gib: the device's memory in GiB; the pool is X * utilization - overhead - weights"))
+        "instead of --pool-gib: the device's memory in GiB; the pool is X * utilization - overhead - weights (default: the budget's device)"))
     group.add_argument("--utilization", type=float, metavar="U", help=(
         f"vLLM's --gpu-memory-utilization, with --device-gib (default {DEFAULT_UTILIZATION})"))
     group.add_argument("--overhead-gib", type=float, metavar="O", help=(
@@ -122,6 +122,7 @@ def add_vllm_options(parser: argparse.ArgumentParser) -> None:
 def work_out(options: argparse.Namespace) -> Answer:
     """The answer to the options. Raises ValueError for what the user can fix."""
     check_vllm_options(options)
+    budget = parse_budget(options.budget)
     config = read_config(options.config)
     architecture = architecture_from_config(config)
     workload = Workload(
@@ -134,13 +135,13 @@ def work_out(options: argparse.Namespace) -> Answer:
     )
     allotment = pool_bytes = None
     if options.engine == "vllm":
-        pool_bytes = vllm_pool(options, architecture, workload)
+        pool_bytes = vllm_pool(options, architecture, workload, budget)
         allotment = vllm_allotment(architecture, workload, pool_bytes=pool_bytes, prefix_caching=options.prefix_caching)
     return Answer(
         architecture=architecture,
         workload=workload,
         report=memory_report(architecture, workload),
-        budget=None if options.budget is None else parse_budget(options.budget),
+        budget=budget,
         allotment=allotment,
         pool_bytes=pool_bytes,
         notes=unmodelled_settings(config),
@@ -148,22 +149,21 @@ def work_out(options: argparse.Namespace) -> Answer:
 
 
 def check_vllm_options(options: argparse.Namespace) -> None:
-    """Refuse options that would be ignored, and a vllm engine without a pool."""
+    """Refuse options that would be ignored, and two sizes of one pool."""
     given = {name for name in VLLM_OPTIONS if getattr(options, name) is not None and getattr(options, name) is not False}
     if options.engine != "vllm":
         if given:
             raise ValueError(f"--{min(given).replace('_', '-')} must come with --engine vllm; the engine is {options.engine}")
         return
-    if ("pool_gib" in given) == ("device_gib" in given):
-        found = "both are" if "pool_gib" in given else "neither is"
-        raise ValueError(f"--engine vllm must have one of --pool-gib X and --device-gib X; {found} given")
+    if {"pool_gib", "device_gib"} <= given:
+        raise ValueError("--engine vllm takes one of --pool-gib X and --device-gib X; both are given")
     for name in ("utilization", "overhead_gib"):
         if name in given and "pool_gib" in given:
             raise ValueError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must come with --device-gib, not with --pool-gib")
 
 
-def vllm_pool(options: argparse.Namespace, architecture: Architecture, workload: Workload) -> int:
-    """Bytes of vLLM's cache pool."""
+def vllm_pool(options: argparse.Namespace, architecture: Architecture, workload: Workload, budget: Budget) -> int:
+    """Bytes of vLLM's cache pool; without --pool-gib and --device-gib the device is the budget's."""
     if options.pool_gib is not None:
         if not 0 <= options.pool_gib < float("inf"):
             raise ValueError(f"--pool-gib ({options.pool_gib}) must be at least 0 GiB")
@@ -171,15 +171,15 @@ def vllm_pool(options: argparse.Namespace, architecture: Architecture, workload:
     return vllm_pool_bytes(
         architecture,
         workload,
-        device_gib=options.device_gib,
+        device_gib=budget.device_gib if options.device_gib is None else options.device_gib,
         utilization=DEFAULT_UTILIZATION if options.utilization is None else options.utilization,
         overhead_gib=options.overhead_gib or 0.0,
     )
 
 
 def as_json(answer: Answer) -> dict[str, Any]:
-    """The contract's keys. budget_bytes and what follows from it are null without a budget; max_* also where there is no limit."""
-    budget_bytes = None if answer.budget is None else answer.budget.bytes
+    """The contract's keys; max_* are null where there is no limit."""
+    budget_bytes = answer.budget.bytes
     result = {
         "model_type": answer.architecture.model_type,
         "parameters": count_total_parameters(answer.architecture),
@@ -187,10 +187,10 @@ def as_json(answer: Answer) -> dict[str, Any]:
         "parameters_by_kind": count_parameters(answer.architecture),
         "bytes": answer.report.as_dict(),
         "budget_bytes": budget_bytes,
-        "fits": None if answer.budget is None else fits(answer.report, answer.budget),
-        "headroom_bytes": None if budget_bytes is None else budget_bytes - answer.report.total,
-        "max_context_tokens": None if budget_bytes is None else max_context_tokens(answer.architecture, answer.workload, budget_bytes),
-        "max_batch": None if budget_bytes is None else max_batch(answer.architecture, answer.workload, budget_bytes),
+        "fits": fits(answer.report, answer.budget),
+        "headroom_bytes": budget_bytes - answer.report.total,
+        "max_context_tokens": max_context_tokens(answer.architecture, answer.workload, budget_bytes),
+        "max_batch": max_batch(answer.architecture, answer.workload, budget_bytes),
     }
     if answer.allotment is not None:
         result["vllm"] = answer.allotment.as_dict()
@@ -199,9 +199,7 @@ def as_json(answer: Answer) -> dict[str, Any]:
 
 def as_table(answer: Answer) -> str:
     """The same for people: name, value with unit, remark."""
-    sections = [model_rows(answer), memory_rows(answer)]
-    if answer.budget is not None:
-        sections.append(budget_rows(answer, answer.budget))
+    sections = [model_rows(answer), memory_rows(answer), budget_rows(answer)]
     if answer.allotment is not None:
         sections.append(vllm_rows(answer, answer.allotment))
     rows = [row for section in sections for row in section]
@@ -244,7 +242,8 @@ def memory_rows(answer: Answer) -> list[tuple[str, str, str]]:
     return rows + [("total", format_gib(report.total), "" if workload.activation_tokens else "without activations")]
 
 
-def budget_rows(answer: Answer, budget: Budget) -> list[tuple[str, str, str]]:
+def budget_rows(answer: Answer) -> list[tuple[str, str, str]]:
+    budget = answer.budget
     headroom = budget.bytes - answer.report.total
     context = max_context_tokens(answer.architecture, answer.workload, budget.bytes)
     batch = max_batch(answer.architecture, answer.workload, budget.bytes)

@@ -83,8 +83,8 @@ def run(context: StageContext) -> dict:
         candidates, rows, looked_at = _fixed_candidate(settings, teacher, order, workload), [0], 1
     else:
         space = space_of(settings, teacher)
-        layers = {depth: kept_layers(teacher.pattern, order, depth, space.floors) for depth in space.num_layers}
-        everything = enumerate_candidates(teacher, space, layers, workload)
+        layers = _layers_by_depth(context, teacher, order, space)
+        everything = enumerate_candidates(teacher, replace(space, num_layers=tuple(layers)), layers, workload)
         candidates, looked_at = filter_fitting(everything, budget.bytes), len(everything)
         rows = _shortlist(context, candidates, damage)
     _write_csv(context.folder / CANDIDATES_CSV, candidates)
@@ -103,6 +103,24 @@ def run(context: StageContext) -> dict:
         f"{picked['parameters']:,} parameters, {format_gib(size)} ({why})"
     )
     return {"headline": headline, "num_candidates": looked_at, "num_fitting": len(candidates), "chosen": picked, "shortlist": entries}
+
+
+def _layers_by_depth(context: StageContext, teacher: Architecture, order: list[int], space: SearchSpace) -> dict[int, tuple[int, ...]]:
+    """Which layers stay at every depth that the order reaches; the others are named and left out.
+
+    Raises ValueError where it reaches none.
+    """
+    layers, unreached = {}, {}
+    for depth in space.num_layers:
+        try:
+            layers[depth] = kept_layers(teacher.pattern, order, depth, space.floors)
+        except ValueError as error:
+            unreached[depth] = str(error)
+    if not layers:
+        raise ValueError(unreached[max(unreached)])
+    if unreached:
+        context.console.say(f"   search  left out, as the layer order and the floors do not reach them: {', '.join(map(str, unreached))} layers")
+    return layers
 
 
 def _fixed_candidate(settings: Settings, teacher: Architecture, order: list[int], workload: Workload) -> Candidates:

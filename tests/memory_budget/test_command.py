@@ -37,7 +37,18 @@ def test_json_has_the_contracts_keys_for_vllm(config_path):
     assert list(result["vllm"]) == ["block_tokens", "page_bytes", "bytes_per_block", "blocks_per_request", "num_blocks", "kv_cache_tokens",
                                     "max_concurrency"]
     assert result["vllm"]["blocks_per_request"] == 121
-    assert result["budget_bytes"] is result["fits"] is result["max_context_tokens"] is None
+
+
+def test_the_budget_is_the_a10g_when_none_is_named(config_path):
+    named, unnamed = (command(config_path("nemotron-nano-9b-v2"), "--json", *options).stdout for options in (("--budget", "a10g"), ()))
+    assert named == unnamed
+    assert command(config_path("nemotron-nano-9b-v2"), "--json", "--budget", "l4").stdout != unnamed
+
+
+def test_vllms_device_is_the_budgets_when_none_is_given(config_path):
+    config = config_path("nemotron-nano-9b-v2")
+    given, from_budget = (command(config, "--engine", "vllm", "--json", *options).stdout for options in (("--device-gib", "22.06"), ()))
+    assert given == from_budget
 
 
 def test_a_pool_from_the_device_is_the_pool_given_outright(config_path):
@@ -81,7 +92,6 @@ def test_a_window_that_is_not_modelled_is_said(config_path, config_of, tmp_path)
     (["--weights", "bf17"], "weights_dtype (bf17) must be one of bf16"),
     (["--budget", "a11g"], "budget (a11g) must be a number of GiB above 0 or one of a10g"),
     (["--engine", "tgi"], "argument --engine: invalid choice: 'tgi'"),
-    (["--engine", "vllm"], "--pool-gib X and --device-gib X; neither is given"),
     (["--engine", "vllm", "--pool-gib", "1", "--device-gib", "2"], "both are given"),
     (["--engine", "vllm", "--pool-gib", "1", "--overhead-gib", "0"], "--overhead-gib (0.0) must come with --device-gib"),
     (["--engine", "vllm", "--pool-gib", "-1"], "--pool-gib (-1.0) must be at least 0 GiB"),
