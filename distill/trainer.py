@@ -2,8 +2,11 @@
 
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +37,15 @@ class TrainPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What one step did. loss in nats per token; seconds since the run began, earlier sittings included."""
+    """What one step did. loss in nats per token, recent_loss its running mean over about the last 20 steps; seconds since
+    the run began, earlier sittings included.
+    """
 
     step: int
     total_steps: int
     tokens: int
     loss: float
+    recent_loss: float
     gradient_norm: float
     learning_rate: float
     seconds: float
@@ -76,9 +82,12 @@ def train(model: nn.Module, batches: RowBatches, plan: TrainPlan, loss_function:
     try:
         for step in range(record.step + 1 if record else 0, total_steps):
             rate = plan.learning_rate * learning_rate_share(step, total_steps, warmup_share=plan.warmup_share, final_share=plan.final_learning_rate_share)
-            loss, norm = _step(model, optimizers, loss_function, batches.at(step).to(device), rate, plan.clip_norm, step)
-            seconds = earlier_seconds + time.monotonic() - started
-            record = StepRecord(step, total_steps, (step + 1) * batches.tokens_per_step, loss, norm, rate, seconds)
+            loss = _gradients(model, loss_function, batches.at(step).to(device), step)
+            with _interrupts_wait():  # weights, optimiser and record move together or not at all
+                norm = _update(model, optimizers, rate, plan.clip_norm)
+                seconds = earlier_seconds + time.monotonic() - started
+                recent = record.recent_loss + 0.05 * (loss - record.recent_loss) if record else loss
+                record = StepRecord(step, total_steps, (step + 1) * batches.tokens_per_step, loss, recent, norm, rate, seconds)
             on_step(record)
             if time.monotonic() - last_saved > plan.save_every_seconds:
                 _save_state(folder / STATE_FILE, model, optimizers, record)
@@ -91,21 +100,42 @@ def train(model: nn.Module, batches: RowBatches, plan: TrainPlan, loss_function:
     return record
 
 
-def _step(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss_function: LossFunction, ids_BT: torch.Tensor, rate: float,
-          clip_norm: float, step: int) -> tuple[float, float]:  # fmt: skip
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+def _gradients(model: nn.Module, loss_function: LossFunction, ids_BT: torch.Tensor, step: int) -> float:
+    """Puts the loss's gradients on the parameters; returns the loss."""
     loss = loss_function(model, ids_BT)
     value = loss.item()
     if not math.isfinite(value):
         raise FloatingPointError(f"loss is {value} at step {step}; the state saved before it is untouched. A lower learning rate may help")
     loss.backward()
+    return value
+
+
+def _update(model: nn.Module, optimizers: list[torch.optim.Optimizer], rate: float, clip_norm: float) -> float:
+    """Moves the weights by their gradients; returns the gradients' norm before clipping."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
     for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return value, norm
+    return norm
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Holds SIGINT and SIGTERM back until the block is through: one that came in the middle of an update would be saved as half a step."""
+    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread alone
+        yield
+        return
+    held: list[int] = []
+    before = {number: signal.signal(number, lambda number, _frame: held.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    for number in held[:1]:
+        signal.raise_signal(number)
 
 
 def build_optimizers(model: nn.Module, plan: TrainPlan) -> list[torch.optim.Optimizer]:

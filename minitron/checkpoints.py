@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from minitron.store import write_json
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -29,6 +31,7 @@ DTYPES = {
 }
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+FINGERPRINT_BYTES = 4096  # of each tensor
 # Carried over byte for byte from the teacher's folder, where present.
 COMPANION_FILES = (
     "tokenizer.json",
@@ -91,11 +94,19 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """12 hex digits over config.json, the shards' sizes and every tensor's name, dtype and shape, not the weights' bytes."""
-        config = (self.folder / "config.json").read_bytes()
+        """12 hex digits over config.json, tokenizer files, the shards' sizes, every tensor's name, dtype and shape, and its first bytes.
+
+        Not over all 24 GB of weights, but two trainings of one architecture, whose headers are equal, differ in every tensor.
+        """
+        config = b"".join(path.read_bytes() for path in (self.folder / name for name in ("config.json", *COMPANION_FILES)) if path.exists())
         rows = sorted((entry.name, entry.dtype, entry.shape, entry.path.name) for entry in self.entries.values())
         sizes = [(path.name, path.stat().st_size) for path in self.files]
-        return hashlib.sha256(config + json.dumps([rows, sizes]).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(config + json.dumps([rows, sizes]).encode())
+        for entry in sorted(self.entries.values(), key=lambda entry: entry.name):
+            with open(entry.path, "rb", buffering=0) as file:
+                file.seek(entry.offset)
+                digest.update(file.read(min(entry.num_bytes, FINGERPRINT_BYTES)))
+        return digest.hexdigest()[:12]
 
 
 def _read_into(file, buffer: bytearray) -> int:
@@ -113,8 +124,8 @@ def _shard_files(folder: Path) -> tuple[list[Path], set[str]]:
         raise ValueError(f"checkpoint {folder} is not a folder")
     if (folder / INDEX_FILE).exists():
         try:
-            weight_map = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            weight_map = dict(json.loads((folder / INDEX_FILE).read_text())["weight_map"].items())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"checkpoint {folder / INDEX_FILE} is not a safetensors index with a weight_map ({error})") from None
         files = [folder / name for name in sorted(set(weight_map.values()))]
         for path in files:
@@ -136,19 +147,22 @@ def read_header(path: Path) -> list[TensorEntry]:
             raise ValueError(f"checkpoint {path} is truncated: {size} bytes do not hold its header")
         try:
             header = json.loads(file.read(header_bytes))
+            rows = [(name, row["dtype"], tuple(row["shape"]), *row["data_offsets"]) for name, row in header.items() if name != "__metadata__"]
         except ValueError:
             raise ValueError(f"checkpoint {path} is not a safetensors file: its header is not JSON") from None
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(f"checkpoint {path} is not a safetensors file: its header does not list tensors") from None
     base = 8 + header_bytes
     entries = []
-    for name, row in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = row["data_offsets"]
+    for name, dtype, shape, begin, end in rows:
         if base + end > size:
             raise ValueError(f"checkpoint {path} is truncated: tensor {name} ends at byte {base + end}, the file at {size}")
-        if row["dtype"] not in DTYPES:
-            raise ValueError(f"checkpoint {path}: tensor {name} has dtype {row['dtype']}; supported: {', '.join(DTYPES)}")
-        entries.append(TensorEntry(name, path, row["dtype"], tuple(row["shape"]), base + begin, end - begin))
+        if dtype not in DTYPES:
+            raise ValueError(f"checkpoint {path}: tensor {name} has dtype {dtype}; supported: {', '.join(DTYPES)}")
+        entry = TensorEntry(name, path, dtype, shape, base + begin, end - begin)
+        if entry.num_bytes != entry.num_elements * DTYPES[dtype].itemsize:
+            raise ValueError(f"checkpoint {path}: tensor {name} has {entry.num_bytes} bytes; {dtype} {list(shape)} needs another number")
+        entries.append(entry)
     return entries
 
 
@@ -194,7 +208,7 @@ def _plan_shards(tensors: list[PlannedTensor], max_shard_bytes: int) -> list[lis
 
 
 def _write_shard(path: Path, shard: list[PlannedTensor], on_tensor: Callable[[int], None]) -> None:
-    if path.exists():  # renamed into place only when whole
+    if path.exists() and _holds(path, shard):  # renamed into place only when whole
         for tensor in shard:
             on_tensor(tensor.num_bytes)
         return
@@ -217,8 +231,16 @@ def _write_shard(path: Path, shard: list[PlannedTensor], on_tensor: Callable[[in
     partial.rename(path)
 
 
+def _holds(path: Path, shard: list[PlannedTensor]) -> bool:
+    """Whether a file is this shard, not one of a run with another shard size."""
+    found = [(entry.name, entry.dtype, entry.shape) for entry in read_header(path)]
+    return found == [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]
+
+
 def save_model_weights(state: dict[str, torch.Tensor], folder: Path, *, max_shard_bytes: int) -> None:
-    """Write tensors already in memory, by their file names."""
+    """Write tensors already in memory, by their file names, in place of weights that an earlier attempt left."""
+    for path in (*folder.glob("model*.safetensors"), folder / INDEX_FILE):
+        path.unlink(missing_ok=True)
     codes = {dtype: code for code, dtype in DTYPES.items()}
     planned = [PlannedTensor(name, codes[value.dtype], tuple(value.shape), lambda value=value: value.detach().cpu()) for name, value in state.items()]
     write_weights(folder, planned, max_shard_bytes=max_shard_bytes)
@@ -229,10 +251,3 @@ def copy_companions(source: Path, folder: Path) -> None:
     for name in COMPANION_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically: a reader sees the old file or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.rename(path)

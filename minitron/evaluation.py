@@ -33,6 +33,16 @@ def spread_rows(rows_RT: np.ndarray, number: int) -> np.ndarray:
     return rows_RT[np.linspace(0, len(rows_RT) - 1, number).astype(np.int64)]
 
 
+def screening_rows(held_out_RT: np.ndarray) -> np.ndarray:
+    """The held-out rows that choose a candidate: every other one."""
+    return held_out_RT[0::2] if len(held_out_RT) > 1 else held_out_RT
+
+
+def evaluation_rows(held_out_RT: np.ndarray) -> np.ndarray:
+    """The held-out rows that grade it, none of which helped to choose it (where there is more than one)."""
+    return held_out_RT[1::2] if len(held_out_RT) > 1 else held_out_RT
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, teacher: nn.Module, batches: list[torch.Tensor], on_batch: Callable[[int], None] = lambda _: None) -> Evaluation:
     """Held-out loss of a model and its distance to the teacher. `on_batch` hears the tokens of each batch."""

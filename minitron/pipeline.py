@@ -10,17 +10,18 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from memory_budget.architecture import Architecture
 from minitron import text
 from minitron.console import Console
 from minitron.settings import Settings, Stage, key_settings
 from minitron.store import Result, find_result, finish, locked, stage_key
-from minitron.teachers import teacher_architecture, teacher_folder, teacher_identity
-from nas.space import Floors
+from minitron.teachers import teacher_architecture, teacher_config, teacher_folder, teacher_identity
+from nas.space import Floors, axis_options
 
 KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}
 
@@ -51,10 +52,25 @@ def floors(settings: Settings) -> Floors:
 
 def fewest_layers(settings: Settings) -> int:
     """The depth that layer removal must reach: the smallest option of the search, or the fixed pattern's."""
+    teacher = teacher_architecture(settings)
     if settings.search.fixed.given():
-        return len(settings.search.fixed.pattern or teacher_architecture(settings).pattern)
-    layers = settings.search.layers
-    return min(layers.values) if layers.values else layers.low or teacher_architecture(settings).num_layers
+        return len(settings.search.fixed.pattern or teacher.pattern)
+    return axis_of(settings, "layers", teacher)[0]
+
+
+def axis_of(settings: Settings, axis: str, teacher: Architecture) -> tuple[int, ...]:
+    """Options of one axis of the search. Bounds up to 1 are shares of the teacher's value, rounded up to whole steps below it."""
+    value = {"layers": teacher.num_layers, "hidden": teacher.hidden, "ffn": teacher.ffn, "mamba_heads": teacher.mamba_num_heads}[axis]
+    natural = {"layers": 1, "hidden": 128 if value >= 2048 else 16, "ffn": 64, "mamba_heads": teacher.mamba_num_groups}[axis]
+    given = getattr(settings.search, axis)
+    step = natural if given.step is None else given.step
+
+    def bound(number: float | None) -> int | None:
+        if number is None or number > 1:
+            return None if number is None else int(number)
+        return value - int(value * (1 - number) + 1e-9) // max(step, 1) * step
+
+    return axis_options(axis, value, given.values, bound(given.low), bound(given.high), step)
 
 
 def _file_digest(path: str | Path) -> str:
@@ -66,8 +82,7 @@ def _file_digest(path: str | Path) -> str:
 
 def _what_data(settings: Settings) -> Any:
     own = settings.teacher.path is None
-    tokenizer = {"vocab": settings.data.vocab} if own else {"teacher": teacher_identity(settings)}
-    return {**key_settings(settings.data), "vocab": None, "tokenizer": tokenizer, "text": text.text_fingerprint()}
+    return {**key_settings(settings.data), "vocab": settings.data.vocab if own else None, "text": text.text_fingerprint()}
 
 
 def _what_teacher(settings: Settings) -> Any:
@@ -75,7 +90,9 @@ def _what_teacher(settings: Settings) -> Any:
         return {"tiny": key_settings(settings.teacher.tiny), "train": key_settings(settings.teacher.train), "seed": settings.seed}
     from minitron.checkpoints import Checkpoint
 
-    return {"weights": Checkpoint(teacher_folder(settings)).fingerprint}
+    # The folder too: the result says where the weights lie, and a card names them.
+    folder = teacher_folder(settings)
+    return {"weights": Checkpoint(folder).fingerprint, "folder": str(folder)}
 
 
 def _what_score(settings: Settings) -> Any:
@@ -90,7 +107,7 @@ def _what_search(settings: Settings) -> Any:
         "workload": key_settings(settings.workload),
         "budget": key_settings(settings.budget),
         "teacher": teacher_identity(settings),
-        "tiny": key_settings(settings.teacher.tiny) if settings.teacher.path is None else None,
+        "tiny": {**key_settings(settings.teacher.tiny), "vocab": settings.data.vocab} if settings.teacher.path is None else None,
     }
 
 
@@ -99,7 +116,8 @@ def _what_distill(settings: Settings) -> Any:
 
 
 STAGES: Mapping[str, StageSpec] = {
-    "data": StageSpec(1, lambda s: (), _what_data),
+    # The tiny teacher is trained on the data; a given one brings the tokenizer that the data needs.
+    "data": StageSpec(1, lambda s: () if s.teacher.path is None else ("teacher",), _what_data),
     "teacher": StageSpec(1, lambda s: ("data",) if s.teacher.path is None else (), _what_teacher),
     "score": StageSpec(1, lambda s: ("data", "teacher"), _what_score),
     # A given layer order makes the search plain arithmetic on config.json: no weights, no scores.
@@ -112,7 +130,7 @@ STAGES: Mapping[str, StageSpec] = {
 
 def order_of(settings: Settings) -> list[str]:
     """The stored stages to run for `settings.stage`, each after what it needs."""
-    wanted = tuple(STAGES) if settings.stage in (Stage.all, Stage.report) else (settings.stage.value,)
+    wanted = tuple(STAGES) if settings.stage is Stage.all else (settings.stage.value,)
     order: list[str] = []
 
     def visit(name: str) -> None:
@@ -133,24 +151,54 @@ def run_pipeline(settings: Settings, console: Console) -> None:
     check_before_work(settings)
     results: dict[str, Result] = {}
     cached: dict[str, bool] = {}
-    for name in order_of(settings):
-        results[name], cached[name] = run_stage(name, settings, results, console)
+    if settings.stage is Stage.report:
+        results = finished_stages(settings)
+        cached = dict.fromkeys(results, True)
+    else:
+        for name in order_of(settings):
+            results[name], cached[name] = run_stage(name, settings, results, console)
     report.run(settings, results, cached, console)
 
 
 def check_before_work(settings: Settings) -> None:
     """Everything that can be refused from settings and config.json alone. Raises ValueError."""
+    from minitron.families import family_of
+    from minitron.stages.layer_order import given_layer_order
     from minitron.stages.search import check_search
 
-    check_search(settings, teacher_architecture(settings))
+    if settings.teacher.path is not None:
+        family_of(teacher_config(settings))
+    teacher = teacher_architecture(settings)
+    check_search(settings, teacher)
+    if settings.search.layer_order:
+        given_layer_order(settings.search.layer_order, teacher)
+
+
+def finished_stages(settings: Settings) -> dict[str, Result]:
+    """What is already done under these settings. Raises ValueError where nothing is."""
+    results: dict[str, Result] = {}
+    for name in order_of(replace(settings, stage=Stage.all)):
+        if all(need in results for need in STAGES[name].needs(settings)):
+            found = find_result(stage_folder(name, settings, results))
+            if found is not None:
+                results[name] = found
+    if not results:
+        raise ValueError(f"stage=report shows what is done, but nothing is under these settings in {settings.runs_folder}/store; run stage=all first")
+    return results
+
+
+def stage_folder(name: str, settings: Settings, results: Mapping[str, Result]) -> Path:
+    """Where a stage's result lies, or will: <runs folder>/store/<stage>/<key>."""
+    spec = STAGES[name]
+    key = stage_key(name, spec.version, spec.what(settings), {need: results[need].key for need in spec.needs(settings)})
+    return Path(settings.runs_folder) / "store" / name / key
 
 
 def run_stage(name: str, settings: Settings, results: Mapping[str, Result], console: Console) -> tuple[Result, bool]:
     """The stage's result and whether it was already there."""
     spec = STAGES[name]
     inputs = {need: results[need] for need in spec.needs(settings)}
-    key = stage_key(name, spec.version, spec.what(settings), {need: result.key for need, result in inputs.items()})
-    folder = Path(settings.runs_folder) / "store" / name / key
+    folder = stage_folder(name, settings, results)
     found = find_result(folder)
     if found is not None:
         console.headline(name, f"{found.facts['headline']} (already done)")
@@ -165,7 +213,7 @@ def run_stage(name: str, settings: Settings, results: Mapping[str, Result], cons
         facts = importlib.import_module(f"minitron.stages.{name}").run(StageContext(settings, folder, inputs, console))
         record = {
             "stage": name,
-            "key": key,
+            "key": folder.name,
             "version": spec.version,
             "settings": spec.what(settings),
             "inputs": {need: result.key for need, result in inputs.items()},

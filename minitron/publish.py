@@ -10,8 +10,9 @@ from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import format_gib
-from minitron.checkpoints import Checkpoint, copy_companions, save_model_weights, write_json
+from minitron.checkpoints import Checkpoint, copy_companions, save_model_weights
 from minitron.families.base import Family
+from minitron.store import write_json
 
 CHECK_TOKENS = 48
 

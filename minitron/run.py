@@ -4,6 +4,7 @@ Exit codes: 0 done · 2 the user's mistake, one line on stderr · 1 anything els
 """
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,14 @@ from contextlib import contextmanager
 _FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR")
 os.environ["HYDRA_FULL_ERROR"] = "1"
 
+# What matters of its warnings (the slow reference kernels) is dealt with in families/ssd.py.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
 import hydra  # noqa: E402
 from hydra.core.config_store import ConfigStore  # noqa: E402
 from hydra.errors import HydraException, MissingConfigException  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException  # noqa: E402
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException  # noqa: E402
 
 from minitron.settings import Settings  # noqa: E402
 from minitron.teachers import CONF_FOLDER  # noqa: E402
@@ -53,12 +57,15 @@ def users_mistakes() -> Iterator[None]:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is an interrupt too
     try:
         with users_mistakes():
             _run()
     except KeyboardInterrupt:
         print("interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -67,7 +74,7 @@ def one_line(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     key = getattr(cause, "full_key", None)
     first = str(cause).strip().splitlines()[0]
-    if isinstance(cause, ConfigKeyError):
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         return f"{key} is no setting; --cfg job lists them all"
     if isinstance(cause, OmegaConfBaseException) and key:
         return f"{key}: {first}"

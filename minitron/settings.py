@@ -155,10 +155,12 @@ class BudgetSettings:
 
 @dataclass(kw_only=True, slots=True)
 class AxisSettings:
+    """Options of one axis; low and high up to 1 are shares of the teacher's value, a null step is the axis's own."""
+
     values: list[int] | None = None
-    low: int | None = None
-    high: int | None = None
-    step: int = 1
+    low: float | None = None
+    high: float | None = None
+    step: int | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -234,8 +236,8 @@ class Settings:
     run_name: str = "tiny"
     runs_folder: str = "runs"
     seed: int = 0
-    device: str = "auto"
-    tracking: Tracking = Tracking.disabled
+    device: str = how("auto")
+    tracking: Tracking = how(Tracking.disabled)
     data: DataSettings = field(default_factory=DataSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     scoring: ScoringSettings = field(default_factory=ScoringSettings)

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.checkpoints import write_json
-
 DONE = "done.json"
 
 
@@ -53,6 +51,13 @@ def finish(folder: Path, record: Mapping[str, Any]) -> Result:
     """Declare a stage folder whole."""
     write_json(folder / DONE, record)
     return Result(folder=folder, record=record)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically: a reader sees the old file or the whole new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.rename(path)
 
 
 @contextmanager

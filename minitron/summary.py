@@ -1,7 +1,9 @@
 """summary.json: what a run did, in the form others rely on. The report shows nothing that is not in it."""
 
 import importlib.metadata
+import json
 import platform
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,6 +20,9 @@ from minitron.teachers import teacher_architecture
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "hydra-core", "wandb", "numpy")
 MODEL_STAGES = {"teacher": "teacher", "pruned": "prune", "student": "distill"}
+# Named again here: the stages that write these files import torch, which a summary does without.
+LAYERS_FILE, METRICS_FILE = "layers.json", "metrics.jsonl"
+MOST_CURVE_POINTS = 200
 
 
 def build_summary(settings: Settings, results: Mapping[str, Result], cached: Mapping[str, bool]) -> dict[str, Any]:
@@ -26,7 +31,7 @@ def build_summary(settings: Settings, results: Mapping[str, Result], cached: Map
     search, prune, distill = results.get("search"), results.get("prune"), results.get("distill")
     return {
         "run_name": settings.run_name,
-        "command": "python -m minitron.run " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "-m", "minitron.run", *sys.argv[1:]]),
         "versions": _versions(),
         "seed": settings.seed,
         "budget": {
@@ -35,7 +40,7 @@ def build_summary(settings: Settings, results: Mapping[str, Result], cached: Map
             "device_gib": budget.device_gib,
             "cushion_fraction": budget.cushion_fraction,
             "set_aside_gib": budget.set_aside_gib,
-            "workload": {name: value for name, value in asdict(workload).items()},
+            "workload": asdict(workload),
         },
         "stages": {name: _stage(result, cached[name]) for name, result in results.items()},
         "models": _models(settings, results, budget.bytes),
@@ -43,6 +48,8 @@ def build_summary(settings: Settings, results: Mapping[str, Result], cached: Map
         "search": {name: search.facts[name] for name in ("num_candidates", "num_fitting")} if search else {},
         "removed_layers": prune.facts["removed_layers"] if prune else [],
         "distillation": {name: distill.facts[name] for name in ("tokens", "steps", "seconds", "final_kl_nats_per_token")} if distill else {},
+        "importance": _importance(results["score"]) if "score" in results else {},
+        "curves": _curves(results),
         "recovery": {name: results["evaluate"].facts[name] for name in ("lost_nats_per_token", "recovered_share")} if "evaluate" in results else {},
     }
 
@@ -74,6 +81,37 @@ def _models(settings: Settings, results: Mapping[str, Result], budget_bytes: int
             "evaluation": evaluations.get(name),
         }
     return models
+
+
+def _importance(score: Result) -> dict[str, Any]:
+    """Order of removal, and what the first round, with every layer still there, said of each; null for kinds at their floor."""
+    layers = json.loads((score.folder / LAYERS_FILE).read_text())
+    first = layers["rounds"][0]["scores"] if layers["rounds"] else {}
+    return {
+        "pattern": layers["pattern"],
+        "normalised": score.record["settings"]["normalised"],
+        "removal_order": layers["removal_order"],
+        "removal_scores": [entry["score"] for entry in layers["rounds"]],
+        "first_round_scores": [first.get(str(layer)) for layer in range(len(layers["pattern"]))],
+    }
+
+
+def _curves(results: Mapping[str, Result]) -> dict[str, Any]:
+    """Training loss of a teacher trained here and KL of the distillation, in nats per token, by tokens seen."""
+    curves = {}
+    for name, stage, value in (("teacher", "teacher", "loss_nats_per_token"), ("distillation", "distill", "kl_nats_per_token")):
+        path = results[stage].folder / METRICS_FILE if stage in results else None
+        if path is not None and path.exists():
+            steps = [json.loads(line) for line in path.read_text().splitlines()]
+            curves[name] = thinned_curve([(step["tokens"], step["loss"]) for step in steps], value)
+    return curves
+
+
+def thinned_curve(points: list[tuple[int, float]], value: str) -> dict[str, list]:
+    """At most 200 points {"tokens": [...], value: [...]}: runs of equal length, each as its mean and its last token count."""
+    run = -(-len(points) // MOST_CURVE_POINTS)
+    runs = [points[start : start + run] for start in range(0, len(points), run)] if points else []
+    return {"tokens": [part[-1][0] for part in runs], value: [sum(y for _, y in part) / len(part) for part in runs]}
 
 
 def _versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ the split does not depend on the order in which a disk lists its files.
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,8 +37,11 @@ class Document:
 def source_files() -> list[tuple[str, Path]]:
     """(name, path) of every standard library source file outside the test folders, sorted by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = ((path.relative_to(root), path) for path in root.rglob("*.py"))
-    return sorted((str(name), path) for name, path in files if not SKIPPED_FOLDERS & set(name.parts))
+    found = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]  # keeps the walk out of installed packages
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted((path.relative_to(root).as_posix(), path) for path in found)
 
 
 def embedded_documents() -> Iterator[Document]:

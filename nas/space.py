@@ -33,7 +33,7 @@ def axis_options(axis: str, teacher_value: int, values: Sequence[int] | None, lo
         if not options:
             raise ValueError(f"search.{axis}.values is empty; give at least one value or leave it out")
     else:
-        low, high = low or teacher_value, high or teacher_value
+        low, high = (teacher_value if bound is None else bound for bound in (low, high))
         if step < 1:
             raise ValueError(f"search.{axis}.step ({step}) must be at least 1")
         if low > high:

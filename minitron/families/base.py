@@ -26,12 +26,14 @@ class TensorAxes:
     """One row of a family's table: tensors whose canonical name ends so, and the axes of their dimensions.
 
     `suffix` is the name without the layer's prefix ("mixer.in_proj.weight"); `kind` is the layer letter it
-    belongs to, or "" for a tensor outside the layers and "any" for one that every layer has.
+    belongs to, or "" for a tensor outside the layers and "any" for one that every layer has. `only_if` names
+    the field of Architecture that says whether the model has it; "" for a tensor that it always has.
     """
 
     suffix: str
     kind: str
     dimensions: tuple[Dimension, ...]
+    only_if: str = ""
 
 
 @dataclass(frozen=True, slots=True)

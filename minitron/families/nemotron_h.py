@@ -30,19 +30,19 @@ TABLE = (
     TensorAxes("lm_head.weight", "", ((("vocab",),), _HIDDEN)),
     TensorAxes("norm.weight", "any", (_HIDDEN,)),
     TensorAxes("mixer.in_proj.weight", "M", ((*_INNER, *_CONV, *_HEADS), _HIDDEN)),
-    TensorAxes("mixer.in_proj.bias", "M", ((*_INNER, *_CONV, *_HEADS),)),
+    TensorAxes("mixer.in_proj.bias", "M", ((*_INNER, *_CONV, *_HEADS),), only_if="mamba_projection_bias"),
     TensorAxes("mixer.conv1d.weight", "M", (_CONV, (("one",),), (("conv_kernel",),))),
-    TensorAxes("mixer.conv1d.bias", "M", (_CONV,)),
+    TensorAxes("mixer.conv1d.bias", "M", (_CONV,), only_if="mamba_conv_bias"),
     TensorAxes("mixer.A_log", "M", (_HEADS,)),
     TensorAxes("mixer.D", "M", (_HEADS,)),
     TensorAxes("mixer.dt_bias", "M", (_HEADS,)),
     TensorAxes("mixer.norm.weight", "M", (_INNER,)),
     TensorAxes("mixer.out_proj.weight", "M", (_HIDDEN, _INNER)),
-    TensorAxes("mixer.out_proj.bias", "M", (_HIDDEN,)),
+    TensorAxes("mixer.out_proj.bias", "M", (_HIDDEN,), only_if="mamba_projection_bias"),
     TensorAxes("mixer.up_proj.weight", "-", (_FFN, _HIDDEN)),
-    TensorAxes("mixer.up_proj.bias", "-", (_FFN,)),
+    TensorAxes("mixer.up_proj.bias", "-", (_FFN,), only_if="ffn_bias"),
     TensorAxes("mixer.down_proj.weight", "-", (_HIDDEN, _FFN)),
-    TensorAxes("mixer.down_proj.bias", "-", (_HIDDEN,)),
+    TensorAxes("mixer.down_proj.bias", "-", (_HIDDEN,), only_if="ffn_bias"),
     TensorAxes("mixer.q_proj.weight", "*", (_QUERY, _HIDDEN)),
     TensorAxes("mixer.k_proj.weight", "*", (_KEY_VALUE, _HIDDEN)),
     TensorAxes("mixer.v_proj.weight", "*", (_KEY_VALUE, _HIDDEN)),
@@ -155,7 +155,9 @@ def taps(model: nn.Module, architecture: Architecture) -> list[Tap]:
 def load(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
     """The checkpoint as transformers' own model, in eval mode; dtype None keeps the stored one."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # one bar a stage is enough
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True).to(device)
     return _without_step_clamp(model).eval()
 

@@ -222,12 +222,9 @@ def _causal_conv(hidden_states, weight, bias=None, activation=None, **_):
     return _ConvSilu.apply(rows, weight, bias).transpose(1, 2).to(hidden_states.dtype)
 
 
-def install() -> bool:
-    """Use these functions in transformers' NemotronH unless the CUDA kernels are there. Returns whether they were put in."""
+def install() -> None:
+    """Use these functions in transformers' NemotronH, in this process from here on."""
     from transformers.models.nemotron_h import modeling_nemotron_h as modeling
 
-    if torch.cuda.is_available():
-        return False
     modeling.mamba2_chunk_scan = _chunk_scan
     modeling.causal_conv1d_fn = _causal_conv
-    return True

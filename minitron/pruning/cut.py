@@ -1,5 +1,6 @@
 """Cutting tensors by the family's axis table. One cutter for every family; nothing is matched by size."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -49,11 +50,13 @@ def plan_cuts(family: Family, plan: PruningPlan, shapes: Mapping[str, tuple[int,
 
 
 def split_layer(name: str) -> tuple[int | None, str]:
-    """("layers.7.mixer.D") → (7, "mixer.D"); a tensor outside the layers has layer None."""
+    """("layers.7.mixer.D") → (7, "mixer.D"); a tensor outside the layers has layer None. Raises ValueError for `layers.` without a number."""
     if not name.startswith("layers."):
         return None, name
-    _, layer, suffix = name.split(".", 2)
-    return int(layer), suffix
+    match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+    if match is None:
+        raise ValueError(f"tensor {name} is not named layers.NUMBER.…, as tensors of a layer are")
+    return int(match[1]), match[2]
 
 
 def row_of(family: Family, architecture: Architecture, name: str) -> TensorAxes:
@@ -74,29 +77,29 @@ def expected_shape(family: Family, architecture: Architecture, row: TensorAxes) 
 
 
 def check_tensors(family: Family, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Hold a checkpoint's tensors against its config. Raises ValueError naming the tensor and both shapes."""
-    seen = set()
+    """Hold a checkpoint's tensors against its config. Raises ValueError naming the tensor that is wrong, missing or too many."""
     for name, shape in shapes.items():
         row = row_of(family, architecture, name)
         expected = expected_shape(family, architecture, row)
         if tuple(shape) != expected:
             raise ValueError(f"tensor {name} has shape {list(shape)}; config.json says {list(expected)}")
-        seen.add(name)
+        if not _has(architecture, row):
+            raise ValueError(f"tensor {name} is in the checkpoint, but config.json describes a model without it ({row.only_if} is false)")
     for name in required_names(family, architecture):
-        if name not in seen:
+        if name not in shapes:
             raise ValueError(f"tensor {name} is missing from the checkpoint; config.json's pattern needs it")
 
 
 def required_names(family: Family, architecture: Architecture) -> Iterator[str]:
-    """Every tensor the pattern calls for; biases are left to the counts, since configs may or may not have them."""
-    for row in family.table:
-        if row.kind == "":
-            yield row.suffix
+    """Every tensor the pattern and the architecture's bias flags call for."""
+    rows = [row for row in family.table if _has(architecture, row)]
+    yield from (row.suffix for row in rows if row.kind == "")
     for layer, kind in enumerate(architecture.pattern):
-        for row in family.table:
-            is_optional_bias = row.suffix.endswith(".bias") and row.suffix != "mixer.dt_bias"
-            if row.kind in (kind, "any") and not is_optional_bias:
-                yield f"layers.{layer}.{row.suffix}"
+        yield from (f"layers.{layer}.{row.suffix}" for row in rows if row.kind in (kind, "any"))
+
+
+def _has(architecture: Architecture, row: TensorAxes) -> bool:
+    return not row.only_if or getattr(architecture, row.only_if)
 
 
 def _kept_of_dimension(dimension: Dimension, sizes: Mapping[str, int], kept: Callable[[str], tuple[int, ...] | None]) -> torch.Tensor | None:

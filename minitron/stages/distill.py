@@ -42,8 +42,8 @@ def run(context: StageContext) -> dict:
         tensor.copy_(tensor.to(dtypes[family.canonical_name(name)]))
     check_reload(folder, family, student)
     (context.folder / STATE_FILE).unlink(missing_ok=True)
-    headline = f"{last.tokens:,} tokens, {last.step + 1:,} steps, KL {last.loss:.3f} nats/token at the end"
-    facts = {"tokens": last.tokens, "steps": last.step + 1, "seconds": round(last.seconds, 3), "final_kl_nats_per_token": last.loss}
+    headline = f"{last.tokens:,} tokens, {last.step + 1:,} steps, KL {last.recent_loss:.3f} nats/token at the end"
+    facts = {"tokens": last.tokens, "steps": last.step + 1, "seconds": round(last.seconds, 3), "final_kl_nats_per_token": last.recent_loss}
     return {"headline": headline, "path": "checkpoint", **facts}
 
 
@@ -51,5 +51,5 @@ def _card(context: StageContext, config: dict, last: StepRecord) -> str:
     name = context.inputs["teacher"].facts["name"]
     student: Architecture = architecture_from_config(config)
     cut = f"Pruned from {name}: {context.inputs['prune'].facts['headline']}."
-    trained = f"Distilled from the same teacher by forward KL on logits for {last.tokens:,} tokens; KL at the end {last.loss:.3f} nats per token."
+    trained = f"Distilled from the same teacher by forward KL on logits for {last.tokens:,} tokens; KL at the end {last.recent_loss:.3f} nats per token."
     return model_card(f"{name}, pruned and distilled", lines=[cut, "", trained], architecture=student, base=name)

@@ -10,14 +10,18 @@ from nas.depth import check_layer_order
 
 
 def order_and_damage(context: StageContext, teacher: Architecture) -> tuple[list[int], list[float]]:
-    """(layers in order of removal, score of each removal where measured). Raises ValueError for layers the teacher lacks."""
+    """(layers in order of removal, score of each removal where measured). Raises ValueError as given_layer_order does."""
     if context.settings.search.layer_order:
-        order, damage = read_layer_order(context.settings.search.layer_order), []
-    else:
-        facts = json.loads((context.inputs["score"].folder / "layers.json").read_text())
-        order, damage = facts["removal_order"], [entry["score"] for entry in facts["rounds"]]
+        return given_layer_order(context.settings.search.layer_order, teacher), []
+    facts = json.loads((context.inputs["score"].folder / "layers.json").read_text())
+    return facts["removal_order"], [entry["score"] for entry in facts["rounds"]]
+
+
+def given_layer_order(path: str | Path, teacher: Architecture) -> list[int]:
+    """The order of a file. Raises ValueError where it cannot be read, holds no order, or names layers the teacher lacks."""
+    order = read_layer_order(path)
     check_layer_order(order, teacher.pattern)
-    return order, damage
+    return order
 
 
 def read_layer_order(path: str | Path) -> list[int]:
@@ -25,7 +29,10 @@ def read_layer_order(path: str | Path) -> list[int]:
 
     Raises ValueError where the file holds none of these.
     """
-    text = Path(path).read_text()
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"search.layer_order is {str(path)!r}, which cannot be read: {error.strerror}") from None
     try:
         value = json.loads(text)
     except ValueError:

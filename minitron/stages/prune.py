@@ -6,7 +6,7 @@ from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import GIB, format_gib
-from minitron.checkpoints import Checkpoint, PlannedTensor, write_json, write_weights
+from minitron.checkpoints import Checkpoint, PlannedTensor, write_weights
 from minitron.families import family_of
 from minitron.families.base import Family
 from minitron.importance.scores import load_scores
@@ -18,6 +18,7 @@ from minitron.runtime import available_memory_bytes
 from minitron.screening import build_pruned
 from minitron.stages.models import result_model_folder
 from minitron.stages.score import SCORES_FILE
+from minitron.store import write_json
 from minitron.teachers import teacher_architecture
 
 

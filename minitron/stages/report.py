@@ -1,19 +1,72 @@
 """report: summary.json and the page a person opens, from what is done; cheap, so made anew every time."""
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from minitron.checkpoints import write_json
 from minitron.console import Console
+from minitron.plots import draw_plots
+from minitron.report_page import page_html, page_markdown
 from minitron.settings import Settings
 from minitron.store import Result
-from minitron.summary import build_summary
+from minitron.summary import METRICS_FILE, MODEL_STAGES, build_summary
 
 
 def run(settings: Settings, results: Mapping[str, Result], cached: Mapping[str, bool], console: Console) -> None:
-    """Writes runs/<run name>/summary.json, report.md, report.html and the plots."""
+    """Writes runs/<run name>/: summary.json, report.md, report.html, plots, metrics.jsonl and links to the checkpoints.
+
+    What is left there of an earlier run and is not of this one goes: nothing in the folder contradicts summary.json.
+    """
     folder = Path(settings.runs_folder) / settings.run_name
     folder.mkdir(parents=True, exist_ok=True)
     summary = build_summary(settings, results, cached)
-    write_json(folder / "summary.json", summary)
-    console.headline("report", f"{folder / 'summary.json'}")
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    copy_metrics(folder, results.get("distill"))
+    for reason in link_models(folder, summary["models"]):
+        console.say(reason)
+    write_page(folder, summary)
+    console.headline("report", f"{folder / 'report.html'}")
+
+
+def write_page(folder: Path, summary: Mapping[str, Any]) -> None:
+    """The plots, report.md and report.html of a summary."""
+    markdown = page_markdown(summary, draw_plots(summary, folder))
+    write_text(folder / "report.md", markdown)
+    write_text(folder / "report.html", page_html(markdown, f"Run {summary['run_name']}"))
+
+
+def copy_metrics(folder: Path, distill: Result | None) -> None:
+    """metrics.jsonl of the distillation, beside the report; none where this run has no such file."""
+    source = distill.folder / METRICS_FILE if distill else None
+    if source is not None and source.exists():
+        write_text(folder / METRICS_FILE, source.read_text())
+    else:
+        (folder / METRICS_FILE).unlink(missing_ok=True)
+
+
+def link_models(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Relative links teacher, pruned and student to the checkpoints; a sentence for each that could not be made."""
+    problems = []
+    for name in MODEL_STAGES:
+        link, partial, path = folder / name, folder / f"{name}.partial", models.get(name, {}).get("path")
+        try:
+            if path is None:
+                if link.is_symlink():
+                    link.unlink()
+                continue
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(os.path.relpath(Path(path).resolve(), folder.resolve()), target_is_directory=True)
+            os.replace(partial, link)
+        except OSError as error:  # no symlinks on this disk, or something else of that name
+            partial.unlink(missing_ok=True)
+            problems.append(f"no link {link} ({error.strerror}); the {name} model is in {path}")
+    return problems
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: a reader sees the old one or the whole new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)

@@ -3,7 +3,6 @@
 import numpy as np
 
 from memory_budget.hf_config import read_config
-from minitron.checkpoints import write_json
 from minitron.evaluation import batches_of, spread_rows
 from minitron.families import family_of
 from minitron.importance.activations import score_width
@@ -11,6 +10,7 @@ from minitron.importance.layers import Removal, rank_by_removal
 from minitron.pipeline import StageContext, fewest_layers, floors
 from minitron.runtime import pick_device
 from minitron.stages.models import result_model_folder
+from minitron.store import write_json
 from minitron.teachers import teacher_architecture
 
 SCORES_FILE, LAYERS_FILE = "scores.safetensors", "layers.json"

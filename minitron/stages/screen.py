@@ -3,7 +3,7 @@
 import numpy as np
 
 from memory_budget.hf_config import read_config
-from minitron.evaluation import batches_of, spread_rows
+from minitron.evaluation import batches_of, screening_rows, spread_rows
 from minitron.families import family_of
 from minitron.importance.scores import load_scores
 from minitron.pipeline import StageContext
@@ -22,6 +22,6 @@ def open_screen(context: StageContext) -> Screen:
     family = family_of(config)
     model = family.load(folder, device=str(pick_device(settings)))
     rows = np.load(context.inputs["data"].folder / "heldout.npy", mmap_mode="r")
-    batches = batches_of(spread_rows(rows, settings.search.screen_samples), settings.evaluate.batch, next(model.parameters()).device)
+    batches = batches_of(spread_rows(screening_rows(rows), settings.search.screen_samples), settings.evaluate.batch, next(model.parameters()).device)
     scores = load_scores(context.inputs["score"].folder / SCORES_FILE)
     return Screen(family, model, config, teacher_architecture(settings), scores, batches)

@@ -12,15 +12,15 @@ from memory_budget.budget import PRESETS, Budget
 from memory_budget.calculator import memory_report
 from memory_budget.units import format_gib
 from memory_budget.workload import Workload
-from minitron.checkpoints import write_json
-from minitron.pipeline import StageContext, floors
+from minitron.pipeline import StageContext, axis_of, floors
 from minitron.settings import Settings, Shortlist
 from minitron.stages.layer_order import order_and_damage
+from minitron.store import write_json
 from minitron.teachers import teacher_architecture
 from nas.candidates import Candidates, enumerate_candidates, filter_fitting
 from nas.depth import kept_layers
 from nas.shortlist import diversified, largest
-from nas.space import SearchSpace, axis_options, check_space
+from nas.space import SearchSpace, check_space
 
 CANDIDATES_CSV, SHORTLIST_JSONL = "candidates.csv", "shortlist.jsonl"
 
@@ -41,10 +41,7 @@ def budget_of(settings: Settings) -> Budget:
 
 def space_of(settings: Settings, teacher: Architecture) -> SearchSpace:
     """The options of every axis. Raises ValueError for options no student can have."""
-    search, options = settings.search, {}
-    for axis, value in (("layers", teacher.num_layers), ("hidden", teacher.hidden), ("ffn", teacher.ffn), ("mamba_heads", teacher.mamba_num_heads)):
-        given = getattr(search, axis)
-        options[axis] = axis_options(axis, value, given.values, given.low, given.high, given.step)
+    options = {axis: axis_of(settings, axis, teacher) for axis in ("layers", "hidden", "ffn", "mamba_heads")}
     space = SearchSpace(options["layers"], options["hidden"], options["ffn"], options["mamba_heads"], floors(settings))
     check_space(space, teacher)
     return space

@@ -10,7 +10,7 @@ from distill.losses import next_token_loss
 from distill.trainer import train
 from memory_budget.hf_config import read_config
 from memory_budget.parameters import count_total_parameters
-from minitron.checkpoints import Checkpoint, write_json
+from minitron.checkpoints import Checkpoint
 from minitron.families import family_of
 from minitron.families.nemotron_h import FAMILY as NEMOTRON_H
 from minitron.pipeline import StageContext
@@ -18,6 +18,7 @@ from minitron.pruning.cut import check_tensors
 from minitron.publish import check_reload, model_card, write_model
 from minitron.runtime import pick_device
 from minitron.stages.training import tracked_steps, train_plan
+from minitron.store import write_json
 from minitron.teachers import teacher_architecture, teacher_folder
 
 END_OF_TEXT_ID, PAD_ID = 0, 1  # the first two special tokens of the tokenizer trained in data
@@ -80,5 +81,5 @@ def _train_tiny(context: StageContext) -> dict:
     check_reload(folder, NEMOTRON_H, model)
     Path(context.folder / "state.pt").unlink(missing_ok=True)
     parameters = count_total_parameters(architecture)
-    headline = f"tiny NemotronH, {parameters:,} parameters, {architecture.num_layers} layers, trained on {last.tokens:,} tokens to {last.loss:.2f} nats/token"
-    return {"headline": headline, "path": "checkpoint", "name": "tiny teacher", "parameters": parameters, "train_tokens": last.tokens, "final_loss": last.loss}
+    headline = f"tiny NemotronH, {parameters:,} parameters, {architecture.num_layers} layers, trained on {last.tokens:,} tokens to {last.recent_loss:.2f} nats/token"
+    return {"headline": headline, "path": "checkpoint", "name": "tiny teacher", "parameters": parameters, "train_tokens": last.tokens, "final_loss": last.recent_loss}

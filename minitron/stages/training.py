@@ -34,7 +34,7 @@ def tracked_steps(context: StageContext, description: str, plan: TrainPlan, *, l
                 kept = [line for line in _lines(path) if json.loads(line)["step"] < record.step]
                 path.write_text("".join(kept))
                 file = path.open("a", buffering=1)
-            advance(record.tokens - seen, f"{loss_name} {record.loss:.3f} nats/token")
+            advance(record.tokens - seen, f"{loss_name} {record.recent_loss:.3f} nats/token")
             seen = record.tokens
             file.write(json.dumps(asdict(record)) + "\n")
             track({loss_name: record.loss, "learning_rate": record.learning_rate, "gradient_norm": record.gradient_norm, "tokens": record.tokens})

@@ -1,0 +1,57 @@
+"""Batches of rows: each once an epoch, in an order that any step can be asked for."""
+
+import numpy as np
+import pytest
+import torch
+
+from distill.batches import RowBatches
+
+
+@pytest.fixture
+def rows() -> np.ndarray:
+    return np.arange(24, dtype=np.int32)[:, None] * 10 + np.arange(4, dtype=np.int32)
+
+
+def first_ids(batches: RowBatches, steps) -> list[int]:
+    return [row for step in steps for row in batches.at(step)[:, 0].tolist()]
+
+
+def test_every_row_comes_once_an_epoch(rows):
+    batches = RowBatches(rows, 4, seed=3)
+    for epoch in range(3):
+        seen = first_ids(batches, range(epoch * 6, epoch * 6 + 6))
+        assert sorted(seen) == rows[:, 0].tolist()
+
+
+def test_every_epoch_and_every_seed_has_an_order_of_its_own(rows):
+    batches = RowBatches(rows, 4, seed=3)
+    orders = [first_ids(batches, range(6)), first_ids(batches, range(6, 12)), first_ids(RowBatches(rows, 4, seed=4), range(6)), rows[:, 0].tolist()]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_a_step_asked_for_directly_is_the_one_walked_to(rows):
+    walked = RowBatches(rows, 4, seed=3)
+    batches = [walked.at(step) for step in range(15)]
+    for step in (14, 0, 7, 6, 5):
+        assert torch.equal(RowBatches(rows, 4, seed=3).at(step), batches[step])
+        assert torch.equal(walked.at(step), batches[step])
+    assert not torch.equal(batches[0], batches[6])
+
+
+def test_rows_come_whole_as_int64(rows):
+    batch = RowBatches(rows, 4, seed=3).at(0)
+    assert batch.dtype == torch.int64 and batch.shape == (4, 4)
+    assert (batch - batch[:, :1]).tolist() == [[0, 1, 2, 3]] * 4
+
+
+def test_an_incomplete_last_batch_is_left_for_another_epoch(rows):
+    batches = RowBatches(rows, 5, seed=3)
+    assert (batches.steps_per_epoch, batches.tokens_per_step) == (4, 20)
+    assert len(set(first_ids(batches, range(4)))) == 20
+    assert len(set(first_ids(batches, range(40)))) == 24
+
+
+def test_fewer_rows_than_a_batch_are_refused(rows):
+    with pytest.raises(ValueError, match="train.batch is 25, but the data has only 24 rows of 4 tokens"):
+        RowBatches(rows, 25, seed=3)
+    RowBatches(rows, 24, seed=3)

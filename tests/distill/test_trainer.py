@@ -1,0 +1,177 @@
+"""The training loop: resuming is exact, and what it refuses."""
+
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import NemotronHConfig, NemotronHForCausalLM
+
+from distill.batches import RowBatches
+from distill.losses import next_token_loss
+from distill.trainer import STATE_FILE, TrainPlan, build_optimizers, distill, train
+
+PLAN = TrainPlan(tokens=8 * 64, optimizer="adamw", learning_rate=1e-2, final_learning_rate_share=0.1, warmup_share=0.2, weight_decay=0.1, clip_norm=1.0)
+
+
+def build_model(seed: int, hidden: int = 16) -> NemotronHForCausalLM:
+    torch.manual_seed(seed)
+    config = NemotronHConfig(
+        vocab_size=64, hidden_size=hidden, layers_block_type=["linear_attention", "mlp", "full_attention"], intermediate_size=24,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, mamba_num_heads=4, mamba_head_dim=4, n_groups=2, ssm_state_size=8, chunk_size=8,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return NemotronHForCausalLM(config).float()
+
+
+@pytest.fixture(scope="module")
+def batches() -> RowBatches:
+    return RowBatches(np.random.default_rng(0).integers(64, size=(12, 16), dtype=np.int32), 4, seed=1)
+
+
+def loss_of(model, ids):
+    return next_token_loss(model(ids, use_cache=False).logits, ids)
+
+
+def run(model, batches, plan, folder, on_step=lambda record: None):
+    """Weights and last record after a sitting to the end."""
+    folder.mkdir(exist_ok=True)
+    record = train(model, batches, plan, loss_of, folder=folder, on_step=on_step)
+    return {name: value.clone() for name, value in model.state_dict().items()}, record
+
+
+def interrupt_at(step: int):
+    def on_step(record):
+        if record.step == step:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
+def same(first: dict, second: dict) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(batches, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return {name: run(build_model(0), batches, replace(PLAN, optimizer=name), folder / name)[0] for name in ("adamw", "muon")}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_interrupted_and_resumed_ends_in_the_same_bits(batches, uninterrupted, tmp_path, optimizer):
+    plan, steps = replace(PLAN, optimizer=optimizer), []
+    with pytest.raises(KeyboardInterrupt):
+        run(build_model(0), batches, plan, tmp_path, interrupt_at(3))
+    weights, record = run(build_model(5), batches, plan, tmp_path, lambda record: steps.append(record.step))
+    assert steps == [4, 5, 6, 7] and record.tokens == 8 * 64
+    assert same(weights, uninterrupted[optimizer])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_state_saved_by_time_resumes_to_the_same_bits(batches, uninterrupted, tmp_path, optimizer):
+    plan = replace(PLAN, optimizer=optimizer, save_every_seconds=0.0)
+
+    def die(record):
+        if record.step == 5:
+            raise RuntimeError("as if killed")
+
+    with pytest.raises(RuntimeError):
+        run(build_model(0), batches, plan, tmp_path, die)
+    assert (tmp_path / STATE_FILE).exists()
+    steps = []
+    weights, _ = run(build_model(5), batches, plan, tmp_path, lambda record: steps.append(record.step))
+    assert steps == [5, 6, 7] and same(weights, uninterrupted[optimizer])
+
+
+def test_a_resumed_run_without_the_optimizers_state_ends_elsewhere(batches, uninterrupted, tmp_path):
+    """The control: the comparison of bits sees a resume that is nearly right."""
+    with pytest.raises(KeyboardInterrupt):
+        run(build_model(0), batches, PLAN, tmp_path, interrupt_at(3))
+    state = torch.load(tmp_path / STATE_FILE, weights_only=True)
+    state["optimizers"] = [{**saved, "state": {}} for saved in state["optimizers"]]
+    torch.save(state, tmp_path / STATE_FILE)
+    weights, _ = run(build_model(5), batches, PLAN, tmp_path)
+    assert not same(weights, uninterrupted["adamw"])
+
+
+def test_an_interrupt_in_the_middle_of_an_update_leaves_no_half_step(batches, uninterrupted, tmp_path):
+    """SIGINT between AdamW's and Muon's half of a step: what is saved must be one step or the next, whole."""
+    plan, calls = replace(PLAN, optimizer="muon"), []
+
+    def send_interrupt(*_):
+        calls.append(1)
+        if len(calls) == 7:  # the first of two optimisers, in step 3
+            signal.raise_signal(signal.SIGINT)
+
+    hook = register_optimizer_step_post_hook(send_interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(build_model(0), batches, plan, tmp_path)
+    finally:
+        hook.remove()
+    weights, _ = run(build_model(5), batches, plan, tmp_path)
+    assert same(weights, uninterrupted["muon"])
+
+
+def test_seconds_of_earlier_sittings_are_counted(batches, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(build_model(0), batches, PLAN, tmp_path, interrupt_at(3))
+    state = torch.load(tmp_path / STATE_FILE, weights_only=True)
+    state["record"]["seconds"] = 1000.0
+    torch.save(state, tmp_path / STATE_FILE)
+    _, record = run(build_model(5), batches, PLAN, tmp_path)
+    assert 1000 < record.seconds < 1100
+
+
+def test_a_loss_that_is_not_finite_raises_and_leaves_the_saved_state(batches, tmp_path):
+    def poisoned(model, ids):
+        return loss_of(model, ids) * (float("nan") if len(steps) == 4 else 1.0)
+
+    steps = []
+    with pytest.raises(FloatingPointError, match="loss is nan at step 4"):
+        train(build_model(0), batches, replace(PLAN, save_every_seconds=0.0), poisoned, folder=tmp_path, on_step=lambda record: steps.append(record.step))
+    state = torch.load(tmp_path / STATE_FILE, weights_only=True)
+    assert state["record"]["step"] == 3 and all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_fewer_tokens_than_a_batch_are_refused(batches, tmp_path):
+    with pytest.raises(ValueError, match="train.tokens is 63; it must be at least one batch, 64 tokens"):
+        run(build_model(0), batches, replace(PLAN, tokens=63), tmp_path)
+    assert run(build_model(0), batches, replace(PLAN, tokens=64), tmp_path / "one")[1].total_steps == 1
+
+
+def test_distillation_brings_the_student_to_the_teacher(batches, tmp_path):
+    teacher, student, losses = build_model(1, hidden=32), build_model(2), []
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    plan = replace(PLAN, tokens=60 * 64, optimizer="muon", weight_decay=0.0)
+    distill(teacher, student, batches, plan, temperature=1.0, folder=tmp_path, on_step=lambda record: losses.append(record.loss))
+    assert losses[-1] < 0.5 * losses[0]
+    assert same(before, teacher.state_dict()) and all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_distilling_a_model_to_itself_starts_at_zero(batches, tmp_path):
+    losses = []
+    plan = replace(PLAN, tokens=64)
+    distill(build_model(1), build_model(1), batches, plan, temperature=2.0, folder=tmp_path, on_step=lambda record: losses.append(record.loss))
+    assert losses == [0.0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_has_one_optimizer_and_only_matrices_decay(optimizer):
+    model = build_model(0)
+    groups = [group for item in build_optimizers(model, replace(PLAN, optimizer=optimizer)) for group in item.param_groups]
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+    for group in groups:
+        assert all((parameter.ndim >= 2) == (group["weight_decay"] > 0) for parameter in group["params"])
+
+
+def test_muon_gets_the_layers_matrices_and_never_the_vocabulary():
+    model = build_model(0)
+    muon = build_optimizers(model, replace(PLAN, optimizer="muon"))[1]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    muons = {names[id(parameter)] for group in muon.param_groups for parameter in group["params"]}
+    assert muons and all(".layers." in name and name.endswith("proj.weight") for name in muons)

@@ -1,0 +1,126 @@
+"""A tiny NemotronH whose every tensor has its say: random sizes apart from each other, no weight constant.
+
+transformers initialises A_log, D, dt_bias and the norms so that exchanging two heads or channels would go
+unnoticed; `build_model` overwrites them all.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from memory_budget.architecture import Architecture
+from minitron.checkpoints import save_model_weights, write_json
+from minitron.families.nemotron_h import FAMILY
+from minitron.stages.teacher import TINY_CONFIG
+
+torch.set_num_threads(1)  # matrices this small only lose by more, and threads of several processes block each other
+
+TINY = Architecture(
+    model_type="nemotron_h", pattern="M-M*-M-*-", hidden=32, vocab=97, ffn=48, num_attention_heads=6, num_key_value_heads=2, attention_head_dim=8,
+    mamba_num_heads=8, mamba_head_dim=4, mamba_num_groups=2, mamba_state_size=6, mamba_conv_kernel=4,
+)  # fmt: skip
+
+
+@torch.no_grad()
+def _randomise(model: nn.Module, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(parameter, scale):
+        return torch.randn(parameter.shape, generator=random) * scale
+
+    def uniform(parameter, low, high):
+        return torch.rand(parameter.shape, generator=random) * (high - low) + low
+
+    for name, parameter in model.named_parameters():
+        last = name.removesuffix(".weight").split(".")[-1]
+        if name.endswith("conv1d.weight"):
+            value = normal(parameter, 0.5)
+        elif last == "embeddings":
+            value = normal(parameter, 1.0)
+        elif parameter.ndim == 2:
+            value = normal(parameter, parameter.shape[1] ** -0.5)
+        elif last in ("norm", "norm_f"):
+            value = 1 + normal(parameter, 0.3)
+        elif last == "A_log":
+            value = uniform(parameter, -1.0, 1.5)
+        elif last == "dt_bias":
+            value = uniform(parameter, -3.0, 0.5)
+        else:  # D and biases
+            value = normal(parameter, 0.5)
+        parameter.copy_(value)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Architecture:
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def config_of() -> Callable[[Architecture], dict]:
+    """The config.json dict of a tiny architecture."""
+    return lambda architecture: FAMILY.hf_config(TINY_CONFIG, architecture)
+
+
+@pytest.fixture(scope="session")
+def build_model(config_of) -> Callable[..., nn.Module]:
+    """A new random model in eval mode: build_model(seed=1, pattern="MM-")."""
+
+    def build(seed: int = 0, **sizes) -> nn.Module:
+        model = FAMILY.build(config_of(replace(TINY, **sizes))).eval()
+        _randomise(model, seed)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def teacher(build_model) -> nn.Module:
+    """The model of `tiny`, shared by all tests: not to be changed."""
+    return build_model()
+
+
+@pytest.fixture(scope="session")
+def token_ids() -> Callable[..., torch.Tensor]:
+    """Random ids [rows, tokens] within the tiny vocabulary."""
+    return lambda rows=2, tokens=40, seed=1: torch.randint(TINY.vocab, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def logits_of(token_ids) -> Callable[..., torch.Tensor]:
+    """Logits [2, 40, V] of a model on fixed ids, or on those given."""
+
+    @torch.no_grad()
+    def logits(model: nn.Module, ids: torch.Tensor | None = None) -> torch.Tensor:
+        return model(token_ids() if ids is None else ids, use_cache=False).logits
+
+    return logits
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint() -> Callable[..., Path]:
+    """Write a model and its config as the pipeline does, optionally in several shards and in another dtype."""
+
+    def write(folder: Path, model: nn.Module, config: dict, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 2**30) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {FAMILY.file_name(FAMILY.canonical_name(name)): tensor.to(dtype or tensor.dtype) for name, tensor in model.state_dict().items()}
+        save_model_weights(state, folder, max_shard_bytes=max_shard_bytes)
+        dtype_name = str(next(iter(state.values())).dtype).removeprefix("torch.")
+        write_json(folder / "config.json", config | {"dtype": dtype_name})
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def keep_all() -> Callable[..., object]:
+    """A plan that keeps every layer and, but for the `units` given, every unit."""
+    from minitron.pruning.plan import PruningPlan
+
+    def plan(architecture: Architecture = TINY, **units) -> PruningPlan:
+        return PruningPlan(teacher=architecture, student=architecture, kept_layers=tuple(range(architecture.num_layers)), units=units)
+
+    return plan

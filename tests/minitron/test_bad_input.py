@@ -1,0 +1,211 @@
+"""A user's mistakes: one line on stderr that names setting, value and rule, exit code 2, and nothing left as done."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def refused(door, done_folders, tmp_path, small_settings):
+    """Runs the small walk with further overrides; returns the one line it was refused with, all else checked."""
+
+    def run(*arguments: str) -> str:
+        finished = door(tmp_path, "runs_folder=runs", *small_settings, *arguments)
+        assert finished.returncode == 2, finished.stdout + finished.stderr
+        assert len(finished.error_lines) == 1 and finished.stderr.startswith("error: ") and "Traceback" not in finished.stderr + finished.stdout
+        assert done_folders(tmp_path / "runs") == set()
+        return finished.error_lines[0].removeprefix("error: ")
+
+    return run
+
+
+def test_a_command_that_is_right_is_not_refused(door, tmp_path, small_settings):
+    """The control: the same arguments and the same door."""
+    (tmp_path / "order").write_text("10 8 1")
+    finished = door(tmp_path, *small_settings, "stage=search", "search.layer_order=order")
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("stage=bogus", "stage: Invalid value 'bogus', expected one of [data, teacher, score, search, prune, distill, evaluate, report, all]"),
+        ("foo=1", "foo is no setting"),
+        ("distill.train.learning_rat=1", "distill.train.learning_rat is no setting"),
+        ("data.vocab=many", "data.vocab: Value 'many'"),
+        ("seed=1.5", "seed: Value '1.5'"),
+        ("scoring.normalised=perhaps", "scoring.normalised: Value 'perhaps'"),
+        ("distill.train.optimizer=sgd", "distill.train.optimizer: Invalid value 'sgd', expected one of [adamw, muon]"),
+        ("experiment=nano3", "experiment/nano3 is not in conf/; there are: nano2, tiny"),
+        ("scoring.samples=0", "scoring.samples is 0; it must be at least 1"),
+        ("workload.context_tokens=0", "context_tokens (0) must be a whole number of at least 1 token"),
+        ("workload.batch=0", "batch (0) must be"),
+        ("workload.kv_dtype=int4", "kv_dtype (int4) must be one of"),
+        ("budget.device_gib=0", "device_gib (0.0)"),
+        ("budget.set_aside_gib=1", "set_aside_gib (1.0)"),
+        ("search.hidden={values: []}", "search.hidden.values is empty"),
+        ("search.hidden={low: 40, high: 48, step: 8}", "above the teacher's 32"),
+        ("search.ffn={low: 50, high: 64, step: 16}", "never meet high (64)"),
+        ("search.layers={values: [1]}", "the floors per kind of layer keep at least 2"),
+        ("search.mamba_heads={values: [5]}", "mamba heads to keep (5) must be a multiple of the 2 groups; nearest: 4, 6"),
+        ("search.fixed.mamba_num_heads=5", "mamba heads (5) must be a multiple of the 2 groups; nearest: 4, 6"),
+        ("search.fixed.hidden=64", "hidden of the student (64) must be at most the teacher's (32)"),
+        ("search.fixed.pattern='***'", "pattern *** is not the teacher's M-M*-M-*-M- with layers left out"),
+        ("teacher.tiny.mamba_num_heads=7", "mamba heads (7) must be a multiple of the 2 groups"),
+        ("teacher.tiny.pattern=MX", "pattern 'MX' must be a string of layer letters"),
+        ("run_name=a/b", "run_name is 'a/b'"),
+        ("teacher.path=no/such/checkpoint", "teacher.path is 'no/such/checkpoint': no folder is there"),
+        ("teacher.path=nowhere", "teacher.path is 'nowhere': no folder is there"),
+        ("search.layer_order=nowhere.json", "search.layer_order is 'nowhere.json', which cannot be read: No such file"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_before_any_work(argument, said, refused, tmp_path):
+    assert said in refused(argument)
+    assert not (tmp_path / "runs" / "store").exists()
+
+
+def test_a_budget_that_nothing_fits_says_the_smallest_size(refused):
+    said = refused("budget.device_gib=0.0001")
+    assert "budget of 0.000100 GiB fits none" in said and "L8-H24-F48-M6, needs 0.00023" in said
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("least important first", "must hold layer numbers, least important first"),
+        ('{"layers": [1]}', "must hold layer numbers, least important first"),
+        ("[[1, 2]]", "must hold layer numbers, least important first"),
+        ("", "must hold layer numbers"),
+        ("[1, 11]", "names layer 11; the teacher has layers 0 to 10"),
+        ("[1, 2, 1]", "names layer 1 twice"),
+        ("[1]", "reach only 10 layers"),
+        ("\xff\x00", "must hold layer numbers, least important first"),
+    ],
+    ids=["words", "other object", "nested", "empty", "layer too many", "layer twice", "too short", "bytes"],
+)
+def test_a_file_that_is_no_layer_order_is_refused(written, said, refused, tmp_path):
+    (tmp_path / "order").write_bytes(written.encode("latin-1"))
+    assert said in refused("stage=search", "search.layer_order=order")
+
+
+# Checkpoints.
+
+
+@pytest.fixture
+def checkpoint(walk, tmp_path) -> Path:
+    """The walk's teacher as a user's own checkpoint."""
+    return shutil.copytree(walk.checkpoint("teacher"), tmp_path / "mine")
+
+
+@pytest.fixture
+def sharded(walk, tmp_path) -> Path:
+    from transformers import AutoModelForCausalLM
+
+    folder = shutil.copytree(walk.checkpoint("teacher"), tmp_path / "mine")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="150KB")
+    (folder / "model.safetensors").unlink()
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    return folder
+
+
+def change_config(folder: Path, **values) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in (config | values).items() if value is not None}))
+
+
+def test_a_whole_checkpoint_is_taken(checkpoint, door, tmp_path, small_settings):
+    """The control for all that follows."""
+    finished = door(tmp_path, *small_settings, "teacher.path=mine", "stage=teacher")
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_a_whole_checkpoint_in_shards_is_taken(sharded, door, tmp_path, small_settings):
+    finished = door(tmp_path, *small_settings, "teacher.path=mine", "stage=teacher")
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_a_folder_without_config_json_is_refused(refused, tmp_path):
+    (tmp_path / "mine").mkdir()
+    assert "mine/config.json not found" in refused("teacher.path=mine", "stage=prune")
+
+
+def test_a_folder_without_weights_is_refused(refused, checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    assert "holds no weights; expected model.safetensors or model.safetensors.index.json" in refused("teacher.path=mine", "stage=prune")
+
+
+def test_a_config_that_is_no_json_is_refused(refused, checkpoint):
+    (checkpoint / "config.json").write_text("{")
+    assert "must be JSON" in refused("teacher.path=mine", "stage=prune")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_an_unsupported_model_type_is_refused_with_the_supported_ones(model_type, refused, checkpoint):
+    change_config(checkpoint, model_type=model_type)
+    said = refused("teacher.path=mine", "stage=prune")
+    assert model_type in said and "supported: nemotron_h" in said
+
+
+def test_a_missing_shard_is_named(refused, sharded):
+    shard = sorted(sharded.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    assert f"shard {shard.name} is listed in model.safetensors.index.json but missing" in refused("teacher.path=mine", "stage=prune")
+
+
+@pytest.mark.parametrize("left", [-1, 200, 3])
+def test_a_truncated_shard_is_named(left, refused, sharded):
+    shard = sorted(sharded.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:left])
+    said = refused("teacher.path=mine", "stage=prune")
+    assert shard.name in said and "is truncated" in said
+
+
+def test_a_file_that_is_no_safetensors_is_named(refused, checkpoint):
+    (checkpoint / "model.safetensors").write_bytes(struct.pack("<Q", 4) + b"oops" + b"\x00" * 100)
+    assert "is not a safetensors file" in refused("teacher.path=mine", "stage=prune")
+
+
+def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(refused, checkpoint):
+    change_config(checkpoint, intermediate_size=56)
+    assert "tensor layers.1.mixer.up_proj.weight has shape [64, 32]; config.json says [56, 32]" in refused(
+        "teacher.path=mine", "stage=prune", "search.ffn={values: [48]}"
+    )
+
+
+def test_a_tensor_that_is_missing_is_named(refused, checkpoint):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(checkpoint / "model.safetensors")
+    del state["backbone.layers.3.mixer.k_proj.weight"]
+    save_file(state, checkpoint / "model.safetensors")
+    assert "tensor layers.3.mixer.k_proj.weight is missing" in refused("teacher.path=mine", "stage=prune")
+
+
+def test_heads_of_a_checkpoint_not_divisible_by_its_groups_are_refused(refused, checkpoint):
+    change_config(checkpoint, n_groups=3)
+    assert "mamba heads (8) must be a multiple of the 3 groups; nearest: 6, 9" in refused("teacher.path=mine", "stage=prune")
+
+
+def test_patterns_that_disagree_are_refused(refused, checkpoint):
+    change_config(checkpoint, hybrid_override_pattern="M-M*-M-*-MM")
+    assert "hybrid_override_pattern and layers_block_type must agree" in refused("teacher.path=mine", "stage=prune")
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused_before_scoring(checkpoint, door, done_folders, tmp_path, small_settings):
+    for path in checkpoint.glob("*token*"):
+        path.unlink()
+    finished = door(tmp_path, "runs_folder=runs", *small_settings, "teacher.path=mine", "stage=score")
+    assert finished.returncode == 2 and len(finished.error_lines) == 1 and "tokenizer" in finished.stderr, finished.stderr
+    assert {folder.parent.name for folder in done_folders(tmp_path / "runs")} == {"teacher"}
+
+
+def test_full_traces_are_there_for_who_asks(environment, tmp_path):
+    import subprocess
+    import sys
+
+    finished = subprocess.run([sys.executable, "-m", "minitron.run", "stage=bogus"], cwd=tmp_path, env=environment | {"HYDRA_FULL_ERROR": "1"},
+                              capture_output=True, text=True)  # fmt: skip
+    assert finished.returncode != 0 and "Traceback" in finished.stderr

@@ -1,0 +1,65 @@
+"""Ctrl-C during training: what was done is kept, and the same command ends where an uninterrupted one does."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+
+def metrics_of(runs: Path) -> list[str]:
+    path = next(runs.glob("store/teacher/*/metrics.jsonl"), None)
+    return path.read_text().splitlines() if path else []
+
+
+@pytest.fixture(scope="module")
+def interrupted(walk, start, door, tmp_path_factory):
+    """(runs folder, exit code, stderr, steps' lines before) of a walk's teacher stopped by SIGINT, and the second sitting's end."""
+    folder = tmp_path_factory.mktemp("resume")
+    runs = folder / "runs"
+    shutil.copytree(walk.runs / "store" / "data", runs / "store" / "data")
+    process = start(folder, f"runs_folder={runs}", *walk.settings[1:], "stage=teacher")
+    deadline = time.monotonic() + 90
+    while len(metrics_of(runs)) < 8 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    stage = next((runs / "store" / "teacher").glob("*/"))
+    state = {"done": (stage / "done.json").exists(), "saved": (stage / "state.pt").exists()}
+    lines = metrics_of(runs)
+    again = door(folder, f"runs_folder={runs}", *walk.settings[1:], "stage=teacher")
+    return stage, process.returncode, stderr, state, lines, again
+
+
+def test_an_interrupt_ends_in_130_and_one_line(interrupted):
+    _, code, stderr, *_ = interrupted
+    assert code == 130 and "Traceback" not in stderr and stderr.strip().splitlines()[-1].startswith("interrupted; ")
+
+
+def test_what_was_trained_is_saved_and_not_called_done(interrupted):
+    assert interrupted[3] == {"done": False, "saved": True}
+
+
+def test_the_same_command_goes_on_from_the_saved_state(interrupted):
+    stage, _, _, _, before, again = interrupted
+    assert again.returncode == 0, again.stderr
+    after = (stage / "metrics.jsonl").read_text().splitlines()
+    assert 8 <= len(before) < len(after) and after[: len(before)] == before  # nothing trained before was trained again
+    assert [json.loads(line)["step"] for line in after] == list(range(78))
+
+
+def test_the_weights_equal_those_of_a_run_never_interrupted(interrupted, walk):
+    weights = (interrupted[0] / "checkpoint" / "model.safetensors").read_bytes()
+    assert interrupted[0].name == walk.stage_folder("teacher").name
+    assert weights == (walk.checkpoint("teacher") / "model.safetensors").read_bytes()
+
+
+def test_other_training_gives_other_weights(interrupted, walk):
+    """The control: the student's weights are not the teacher's, so equality above says something."""
+    assert (walk.checkpoint("student") / "model.safetensors").read_bytes() != (interrupted[0] / "checkpoint" / "model.safetensors").read_bytes()
+
+
+def test_the_saved_state_goes_once_the_stage_is_done(interrupted):
+    assert not (interrupted[0] / "state.pt").exists() and (interrupted[0] / "done.json").exists()

@@ -1,0 +1,79 @@
+"""Which settings make a key, and what they refuse."""
+
+import pytest
+
+from minitron.settings import (
+    DataSettings,
+    DistillSettings,
+    EvaluateSettings,
+    FixedSettings,
+    Optimizer,
+    PruneSettings,
+    ScoringSettings,
+    SearchSettings,
+    Settings,
+    Stage,
+    TeacherSettings,
+    TrainSettings,
+    key_settings,
+)
+
+
+def test_a_how_setting_leaves_the_key_settings_as_they_are():
+    assert key_settings(ScoringSettings(batch=1)) == key_settings(ScoringSettings(batch=64))
+    assert key_settings(TrainSettings(save_every_seconds=1)) == key_settings(TrainSettings(save_every_seconds=99))
+    assert key_settings(PruneSettings(max_shard_gib=1)) == key_settings(PruneSettings(max_shard_gib=2)) == {}
+
+
+def test_a_what_setting_changes_the_key_settings():
+    assert key_settings(ScoringSettings(samples=1)) != key_settings(ScoringSettings(samples=2))
+    assert key_settings(TrainSettings(batch=1)) != key_settings(TrainSettings(batch=2))
+
+
+def test_how_settings_are_left_out_at_every_depth():
+    assert "save_every_seconds" not in key_settings(Settings())["distill"]["train"]
+    assert "tokens" in key_settings(Settings())["distill"]["train"]
+
+
+def test_key_settings_are_plain_values():
+    assert key_settings(TrainSettings(optimizer=Optimizer.muon))["optimizer"] == "muon"
+    assert key_settings({"stages": (Stage.prune, [Stage.all])}) == {"stages": ["prune", ["all"]]}
+
+
+def test_fixed_settings_give_only_what_is_set():
+    assert FixedSettings(hidden=96).given() == {"hidden": 96}
+    assert FixedSettings().given() == {}
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda: TeacherSettings(train=TrainSettings(tokens=0)), "teacher.train.tokens is 0"),
+        (lambda: TeacherSettings(train=TrainSettings(learning_rate=-1.0)), "teacher.train.learning_rate is -1.0"),
+        (lambda: DistillSettings(train=TrainSettings(clip_norm=0.0)), "distill.train.clip_norm is 0.0"),
+        (lambda: DistillSettings(train=TrainSettings(batch=0)), "distill.train.batch is 0"),
+        (lambda: DistillSettings(temperature=0.0), "distill.temperature is 0.0"),
+        (lambda: DataSettings(sequence_length=1), "data.sequence_length is 1"),
+        (lambda: DataSettings(vocab=256), "data.vocab is 256"),
+        (lambda: DataSettings(max_train_tokens=0), "data.max_train_tokens is 0"),
+        (lambda: ScoringSettings(layer_samples=0), "scoring.layer_samples is 0"),
+        (lambda: SearchSettings(shortlist_size=0), "search.shortlist_size is 0"),
+        (lambda: SearchSettings(floors={"attn": 1}), "search.floors names the kind 'attn'"),
+        (lambda: SearchSettings(floors={"mamba": -1}), "search.floors.mamba is -1"),
+        (lambda: PruneSettings(max_shard_gib=0.0), "prune.max_shard_gib is 0.0"),
+        (lambda: EvaluateSettings(new_tokens=0), "evaluate.new_tokens is 0"),
+        (lambda: Settings(run_name="../elsewhere"), "run_name is '../elsewhere'"),
+        (lambda: Settings(run_name="store"), "run_name is 'store'"),
+        (lambda: Settings(device="tpu"), "device is 'tpu'"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_the_settings_name(build, name):
+    with pytest.raises(ValueError, match="must be") as refusal:
+        build()
+    assert str(refusal.value).startswith(name)
+
+
+def test_values_at_the_edge_of_their_range_are_taken():
+    DataSettings(sequence_length=2, vocab=300, max_train_tokens=1)
+    DistillSettings(temperature=0.01, train=TrainSettings(tokens=1, batch=1, weight_decay=0.0, save_every_seconds=0.0))
+    SearchSettings(shortlist_size=1, screen_samples=1, floors={"ffn": 0})

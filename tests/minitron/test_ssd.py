@@ -1,0 +1,338 @@
+"""The Mamba-2 scan and convolution in plain torch against the sequential recurrence in float64 and transformers' own path.
+
+Letters as in minitron/families/ssd.py: B batch, T tokens, M heads, P head dim, G groups, N state, E channels, K kernel.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.nemotron_h import modeling_nemotron_h as modeling
+
+from minitron.families import ssd
+
+# Taken at import, before any test can have put ours in their place.
+TRANSFORMERS_OWN = {name: getattr(modeling, name) for name in ("mamba2_chunk_scan", "causal_conv1d_fn")}
+NAMES = ("x", "dt", "A", "B", "C", "start", "D")
+
+
+@pytest.fixture
+def transformers_own(monkeypatch) -> None:
+    """transformers' functions for this test, and afterwards whatever was there."""
+    for name, function in TRANSFORMERS_OWN.items():
+        monkeypatch.setattr(modeling, name, function)
+
+
+def draw(tokens: int, groups: int, *, batch: int = 2, heads: int = 4, head_dim: int = 3, state: int = 5, decay: float = 1.0, seed: int = 0):
+    """x, dt, A, B, C, start and D in float32; `decay` scales −A."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=random)
+
+    dt = F.softplus(normal(batch, tokens, heads) - 1)
+    A = -decay * torch.exp(normal(heads))
+    return {
+        "x": normal(batch, tokens, heads, head_dim), "dt": dt, "A": A, "B": normal(batch, tokens, groups, state), "C": normal(batch, tokens, groups, state),
+        "start": normal(batch, heads, head_dim, state), "D": normal(heads),
+    }  # fmt: skip
+
+
+def sequential(x, dt, A, B, C, D=None, start=None):
+    """h ← exp(dt·A)·h + dt·x⊗B, y = h·C + D·x, a token at a time (SSD, arXiv 2405.21060, §2)."""
+    batch, tokens, heads, head_dim = x.shape
+    per_group = heads // B.shape[2]
+    state = x.new_zeros(batch, heads, head_dim, B.shape[-1]) if start is None else start
+    outputs = []
+    for token in range(tokens):
+        B_BMN, C_BMN = (torch.stack([tensor[:, token, head // per_group] for head in range(heads)], dim=1) for tensor in (B, C))
+        step = dt[:, token, :, None]
+        state = torch.exp(step * A[:, None])[..., None] * state + (step * x[:, token])[..., None] * B_BMN[:, :, None]
+        y = (state * C_BMN[:, :, None]).sum(-1)
+        outputs.append(y if D is None else y + D[:, None] * x[:, token])
+    return torch.stack(outputs, dim=1), state
+
+
+def in_float64(tensors):
+    return {name: tensor.double() for name, tensor in tensors.items()}
+
+
+def call(function, tensors, names):
+    """(y, final state) with only the optional arguments in `names`."""
+    start, D = (tensors[name] if name in names else None for name in ("start", "D"))
+    return function(*(tensors[name] for name in ("x", "dt", "A", "B", "C")), D, start)
+
+
+def relative(left: torch.Tensor, right: torch.Tensor) -> float:
+    return ((left.double() - right.double()).abs().max() / right.double().abs().max()).item()
+
+
+LENGTHS = [1, 2, ssd.CHUNK_TOKENS - 1, ssd.CHUNK_TOKENS, ssd.CHUNK_TOKENS + 1, 3 * ssd.CHUNK_TOKENS - 5]
+
+
+@pytest.mark.parametrize("names", [NAMES, NAMES[:5]], ids=["with state and D", "from zeros"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_scan_is_the_sequential_recurrence(tokens, groups, names):
+    tensors = draw(tokens, groups)
+    y, final = call(ssd.scan, tensors, names)
+    expected_y, expected_final = call(sequential, in_float64(tensors), names)
+    assert y.shape == expected_y.shape and final.shape == expected_final.shape
+    assert relative(y, expected_y) <= 1e-5 and relative(final, expected_final) <= 1e-5
+
+
+@pytest.mark.parametrize("change", ["A", "start", "D", "dt", "B"])
+def test_the_sequential_recurrence_notices_a_change_of(change):
+    tensors = draw(40, 2)
+    y, final = call(ssd.scan, tensors, NAMES)
+    tensors[change] = tensors[change] * 1.01
+    expected_y, expected_final = call(sequential, in_float64(tensors), NAMES)
+    assert max(relative(y, expected_y), relative(final, expected_final)) > 1e-4
+
+
+def test_the_sequential_recurrence_notices_heads_of_another_group():
+    tensors = draw(40, 2)
+    y, _ = call(ssd.scan, tensors, NAMES)
+    tensors["B"] = tensors["B"].flip(2)
+    assert relative(y, call(sequential, in_float64(tensors), NAMES)[0]) > 0.1
+
+
+def gradients(function, tensors, names, weights):
+    """Gradients of a weighted sum of all outputs and final states, by name."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    y, final = call(function, leaves, names)
+    loss = (y * weights[0].to(y.dtype)).sum() + (final * weights[1].to(y.dtype)).sum()
+    return dict(zip(names, torch.autograd.grad(loss, [leaves[name] for name in names]), strict=True))
+
+
+def output_weights(tensors, seed=1):
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(tensors["x"].shape, generator=random), torch.randn(tensors["start"].shape, generator=random)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, ssd.CHUNK_TOKENS, 2 * ssd.CHUNK_TOKENS + 7])
+def test_every_gradient_is_that_of_the_sequential_recurrence(tokens, groups):
+    tensors = draw(tokens, groups)
+    weights = output_weights(tensors)
+    ours = gradients(ssd.scan, tensors, NAMES, weights)
+    expected = gradients(sequential, in_float64(tensors), NAMES, weights)
+    errors = {name: relative(ours[name], expected[name]) for name in NAMES}
+    assert max(errors.values()) <= 1e-5, errors
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["outputs alone", "final state alone"])
+def test_gradients_of_one_part_alone_are_right_too(part):
+    tensors = draw(45, 2)
+    weights = list(output_weights(tensors))
+    weights[1 - part] = torch.zeros_like(weights[1 - part])
+    names = NAMES if part == 0 else NAMES[:4] + ("start",)  # C and D do not reach the final state
+    ours, expected = gradients(ssd.scan, tensors, NAMES, weights), gradients(sequential, in_float64(tensors), NAMES, weights)
+    assert max(relative(ours[name], expected[name]) for name in names) <= 1e-5
+
+
+def test_a_final_state_that_nobody_uses_needs_no_gradient():
+    tensors = draw(40, 2)
+    leaf = tensors["x"].clone().requires_grad_()
+    ssd.scan(leaf, *(tensors[name] for name in ("dt", "A", "B", "C")))[0].sum().backward()
+    expected = in_float64(tensors)
+    reference = expected["x"].clone().requires_grad_()
+    sequential(reference, *(expected[name] for name in ("dt", "A", "B", "C")))[0].sum().backward()
+    assert relative(leaf.grad, reference.grad) <= 1e-5
+
+
+@pytest.mark.parametrize("decay", [50.0, 1e4, 1e8])
+def test_large_decays_stay_finite_and_right(decay):
+    tensors = draw(70, 2, decay=decay)
+    y, final = call(ssd.scan, tensors, NAMES)
+    expected_y, expected_final = call(sequential, in_float64(tensors), NAMES)
+    assert torch.isfinite(y).all() and torch.isfinite(final).all()
+    assert relative(y, expected_y) <= 1e-5 and relative(final, expected_final) <= 1e-5
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(ssd.scan, tensors, NAMES, output_weights(tensors)).values())
+
+
+def test_long_and_short_steps_in_one_chunk_lose_no_more_than_the_rounding_of_their_log_decay():
+    """Decays are formed from differences of a float32 running sum, as in mamba_ssm's kernels; its rounding is their relative error."""
+    tensors = draw(64, 2) | {"A": torch.full((4,), -4.0)}
+    for long_step in (1.0, 10.0, 100.0):
+        tensors["dt"] = torch.full_like(tensors["dt"], 1e-3)
+        tensors["dt"][:, ::8] = long_step
+        log_decay = 4 * long_step * ssd.CHUNK_TOKENS / 8
+        error = relative(call(ssd.scan, tensors, NAMES)[0], call(sequential, in_float64(tensors), NAMES)[0])
+        assert error <= 1e-6 + log_decay * torch.finfo(torch.float32).eps
+
+
+def test_dividing_by_the_decay_would_overflow():
+    """The control of the test above: exp(c_l)·exp(−c_s) in place of exp(c_l − c_s)."""
+    tensors = draw(32, 2, decay=50.0)
+    log_decay = torch.cumsum(tensors["dt"] * tensors["A"], dim=1)
+    assert not torch.isfinite(torch.exp(-log_decay)).all()
+
+
+def test_no_decay_at_all_sums_everything():
+    tensors = draw(70, 2) | {"A": torch.zeros(4)}
+    assert relative(call(ssd.scan, tensors, NAMES)[0], call(sequential, in_float64(tensors), NAMES)[0]) <= 1e-5
+
+
+def test_a_scan_in_two_halves_is_the_scan_of_the_whole():
+    tensors = draw(75, 2)
+    names = ("x", "dt", "B", "C")
+    whole, final = call(ssd.scan, tensors, NAMES)
+    first, state = call(ssd.scan, tensors | {name: tensors[name][:, :41] for name in names}, NAMES)
+    second, last = call(ssd.scan, tensors | {name: tensors[name][:, 41:] for name in names} | {"start": state}, NAMES)
+    assert relative(torch.cat([first, second], dim=1), whole) <= 1e-6 and relative(last, final) <= 1e-6
+
+
+def test_later_tokens_do_not_reach_earlier_outputs():
+    tensors = draw(75, 2)
+    changed = tensors | {"x": torch.cat([tensors["x"][:, :50], tensors["x"][:, 50:] + 1], dim=1)}
+    one, other = (call(ssd.scan, each, NAMES)[0] for each in (tensors, changed))
+    assert torch.equal(one[:, :50], other[:, :50]) and not torch.equal(one[:, 50], other[:, 50])
+
+
+def test_bfloat16_inputs_are_computed_in_float32():
+    tensors = {name: tensor if name in ("A", "dt") else tensor.bfloat16() for name, tensor in draw(40, 2).items()}
+    y, final = call(ssd.scan, tensors, NAMES)
+    assert y.dtype == final.dtype == torch.float32
+    assert relative(y, call(sequential, in_float64(tensors), NAMES)[0]) <= 1e-5
+
+
+# The convolution.
+
+
+def draw_conv(tokens: int, kernel: int = 4, channels: int = 6, *, has_bias: bool = True):
+    random = torch.Generator().manual_seed(0)
+    shapes = [(2, channels, tokens), (channels, kernel)] + ([(channels,)] if has_bias else [])
+    return [torch.randn(shape, generator=random) for shape in shapes]
+
+
+def reference_conv(x_BET, weight_EK, bias_E=None):
+    channels, kernel = weight_EK.shape
+    return F.silu(F.conv1d(F.pad(x_BET, (kernel - 1, 0)), weight_EK[:, None], bias_E, groups=channels))
+
+
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(("tokens", "kernel"), [(1, 4), (3, 4), (20, 4), (20, 2), (20, 1)])
+def test_the_convolution_and_its_gradients_are_those_of_conv1d_and_silu(tokens, kernel, has_bias):
+    inputs = [tensor.requires_grad_() for tensor in draw_conv(tokens, kernel, has_bias=has_bias)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    ours, expected = ssd._causal_conv(*inputs, activation="silu"), reference_conv(*exact)
+    assert (ours - expected).abs().max() <= 1e-6
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    own_gradients = torch.autograd.grad((ours * weights).sum(), inputs)
+    for own, right in zip(own_gradients, torch.autograd.grad((expected * weights.double()).sum(), exact), strict=True):
+        assert own.shape == right.shape and relative(own, right) <= 1e-6
+
+
+def test_the_reference_convolution_notices_a_shifted_kernel():
+    x, weight, bias = draw_conv(20)
+    assert (ssd._causal_conv(x, weight, bias, activation="silu") - reference_conv(x, weight.flip(1), bias)).abs().max() > 0.1
+
+
+def test_the_convolution_keeps_the_inputs_dtype():
+    x, weight, bias = draw_conv(20)
+    assert ssd._causal_conv(x.bfloat16(), weight, bias, activation="silu").dtype == torch.bfloat16
+
+
+# In transformers' place.
+
+
+def logits_and_gradients(model, ids):
+    model.zero_grad(set_to_none=True)
+    output = model(ids, use_cache=False).logits
+    F.cross_entropy(output[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    return output.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def flat(gradients) -> torch.Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+
+def test_install_puts_both_functions_in_transformers_place(transformers_own):
+    assert modeling.mamba2_chunk_scan is not ssd._chunk_scan
+    ssd.install()
+    assert modeling.mamba2_chunk_scan is ssd._chunk_scan and modeling.causal_conv1d_fn is ssd._causal_conv
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_logits_and_gradients_of_a_model_are_those_of_transformers_own_path(groups, transformers_own, build_model, token_ids):
+    model, ids = build_model(mamba_num_groups=groups), token_ids(2, 75)
+    expected, expected_gradients = logits_and_gradients(model, ids)
+    ssd.install()
+    ours, own_gradients = logits_and_gradients(model, ids)
+    assert relative(ours, expected) <= 1e-5
+    assert relative(flat(own_gradients), flat(expected_gradients)) <= 1e-5
+    # Tensor by tensor, transformers' own gradients in float32 are up to 2.3e-5 from those of the same model in float64, ours up to 4.1e-5.
+    errors = {name: relative(own_gradients[name], expected_gradients[name]) for name in expected_gradients}
+    assert {name: error for name, error in errors.items() if error > 1e-4} == {}
+
+
+def test_a_wrong_decay_moves_logits_and_gradients(transformers_own, monkeypatch, build_model, token_ids):
+    model, ids = build_model(), token_ids(2, 75)
+    expected, expected_gradients = logits_and_gradients(model, ids)
+    ssd.install()
+    decay = ssd._decay
+    monkeypatch.setattr(ssd, "_decay", lambda cum: decay(1.01 * cum))
+    ours, own_gradients = logits_and_gradients(model, ids)
+    assert relative(ours, expected) > 1e-4 and relative(flat(own_gradients), flat(expected_gradients)) > 1e-4
+    name = "model.layers.0.mixer.A_log"
+    assert relative(own_gradients[name], expected_gradients[name]) > 1e-3
+
+
+# Decoding.
+
+
+@torch.no_grad()
+def decode_error(model, ids_BT, prompt: int) -> float:
+    """Relative difference between logits of a prompt followed by one token at a time and of the whole text at once."""
+    expected = model(ids_BT, use_cache=False).logits
+    output = model(ids_BT[:, :prompt], use_cache=True)
+    parts = [output.logits]
+    for token in range(prompt, ids_BT.shape[1]):
+        output = model(ids_BT[:, token : token + 1], past_key_values=output.past_key_values, use_cache=True)
+        parts.append(output.logits)
+    return relative(torch.cat(parts, dim=1), expected)
+
+
+@pytest.fixture
+def slow_model(build_model):
+    """A model whose time steps fall below transformers' floor of 0.001."""
+    model = build_model()
+    with torch.no_grad():
+        for block in model.model.layers:
+            if hasattr(block.mixer, "dt_bias"):
+                block.mixer.dt_bias.sub_(6)
+    return model
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["our scan", "transformers' scan"])
+@pytest.mark.parametrize("prompt", [1, 33])
+def test_decoding_token_by_token_equals_reading_at_once(prompt, installed, transformers_own, slow_model, token_ids):
+    if installed:
+        ssd.install()
+    assert decode_error(slow_model, token_ids(2, 45), prompt) <= 1e-5
+
+
+def test_with_the_time_step_clamped_from_below_decoding_differs(transformers_own, slow_model, token_ids):
+    ssd.install()
+    for block in slow_model.model.layers:
+        if hasattr(block.mixer, "time_step_limit"):
+            block.mixer.time_step_limit = (0.001, math.inf)  # transformers' own
+    assert decode_error(slow_model, token_ids(2, 45), 33) > 1e-3
+
+
+def test_a_prompt_shorter_than_the_convolution_is_decoded_right(transformers_own, teacher, token_ids):
+    ssd.install()
+    assert decode_error(teacher, token_ids(2, 12), 2) <= 1e-5
+
+
+@torch.no_grad()
+def test_right_padding_leaves_the_logits_before_it(transformers_own, teacher, token_ids):
+    ssd.install()
+    ids = token_ids(2, 50)
+    padded = torch.cat([ids[:, :40], torch.zeros(2, 10, dtype=torch.long)], dim=1)
+    before, after = teacher(ids, use_cache=False).logits[:, :40], teacher(padded, use_cache=False).logits
+    assert relative(after[:, :40], before) <= 1e-6
+    left = torch.cat([torch.zeros(2, 10, dtype=torch.long), ids[:, :40]], dim=1)  # the control: state runs through it
+    assert relative(teacher(left, use_cache=False).logits[:, 10:], before) > 1e-3

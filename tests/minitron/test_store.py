@@ -1,0 +1,123 @@
+"""Keys and folders of the store: what gives another folder, what says whole, and two runs on one key."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from minitron.checkpoints import write_json
+from minitron.store import DONE, find_result, finish, locked, stage_key
+
+BASE = {"stage": "score", "version": 1, "settings": {"samples": 8, "seed": 0}, "input_keys": {"data": "aaa", "teacher": "bbb"}}
+
+
+def test_a_key_is_12_hex_digits_and_always_the_same():
+    assert stage_key(**BASE) == "f4b69d9edc89"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stage": "search"},
+        {"version": 2},
+        {"settings": {"samples": 9, "seed": 0}},
+        {"settings": {"samples": 8}},
+        {"settings": {"samples": "8", "seed": 0}},
+        {"input_keys": {"data": "aaa", "teacher": "ccc"}},
+        {"input_keys": {"data": "bbb", "teacher": "aaa"}},
+        {"input_keys": {"data": "aaa"}},
+    ],
+    ids=str,
+)
+def test_another_stage_version_setting_or_input_gives_another_key(change):
+    assert stage_key(**BASE | change) != stage_key(**BASE)
+
+
+def test_the_order_of_settings_and_inputs_does_not_change_the_key():
+    reversed_order = {"settings": {"seed": 0, "samples": 8}, "input_keys": {"teacher": "bbb", "data": "aaa"}}
+    assert stage_key(**BASE | reversed_order) == stage_key(**BASE)
+
+
+def test_a_folder_without_done_json_is_no_result(tmp_path):
+    assert find_result(tmp_path / "absent") is None
+    (tmp_path / "scores.safetensors").write_bytes(b"half")
+    (tmp_path / f"{DONE}.partial").write_text('{"key": "x"')
+    assert find_result(tmp_path) is None
+
+
+def test_a_finished_folder_gives_back_what_was_recorded(tmp_path):
+    finish(tmp_path, {"key": "0123456789ab", "facts": {"tokens": 7}})
+    assert (find_result(tmp_path).key, find_result(tmp_path).facts) == ("0123456789ab", {"tokens": 7})
+    assert [path.name for path in tmp_path.iterdir()] == [DONE]
+
+
+def test_a_reader_never_sees_half_a_json_file(tmp_path):
+    write_json(tmp_path / "x.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", {"a": object()})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def arithmetic_search(folder, runs: str) -> tuple[str, ...]:
+    """Arguments of a search that needs no weights: the quickest real stage."""
+    (folder / "order.json").write_text("[7, 52]")
+    return (f"runs_folder={runs}", "experiment=nano2", "stage=search", f"search.layer_order={folder / 'order.json'}", "search.layers={values: [60]}")
+
+
+@pytest.fixture
+def search_done(tmp_path, door):
+    """(arguments, folder of the search's result) of a search that has been run once, in runs/."""
+    arguments = arithmetic_search(tmp_path, "runs")
+    assert door(tmp_path, *arguments).returncode == 0
+    return arguments, next((tmp_path / "runs" / "store" / "search").glob("*/done.json")).parent
+
+
+def wait_until_waiting(process: subprocess.Popen) -> str:
+    return process.stdout.readline()
+
+
+def test_a_second_process_on_a_key_waits_and_takes_the_first_ones_result(search_done, tmp_path, start):
+    arguments, folder = search_done
+    record = json.loads((folder / DONE).read_text())
+    (folder / DONE).unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    with locked(folder, print):
+        second = start(tmp_path, *arguments)
+        assert "waiting for another run" in wait_until_waiting(second)
+        finish(folder, record)
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 0 and "(done by another run)" in output
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != DONE} == before
+
+
+def test_a_second_process_does_the_work_if_the_first_left_it_undone(search_done, tmp_path, start):
+    arguments, folder = search_done
+    shutil.rmtree(folder)
+    with locked(folder, print):
+        second = start(tmp_path, *arguments)
+        assert "waiting for another run" in wait_until_waiting(second)
+        assert not folder.exists()
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 0 and "(done by another run)" not in output and (folder / DONE).exists()
+
+
+def test_a_lock_ends_with_its_process(tmp_path, environment):
+    folder = tmp_path / "score" / "0123456789ab"
+    holds = """
+        import sys, time
+        from pathlib import Path
+        from minitron.store import locked
+        with locked(Path(sys.argv[1]), print):
+            print("held", flush=True)
+            time.sleep(60)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(holds), str(folder)], env=environment, text=True, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "held\n"
+    process.kill()
+    process.wait()
+    said = []
+    with locked(folder, said.append):
+        assert said == []

@@ -1,0 +1,63 @@
+"""From everything that fits to a shortlist that is no row of twins."""
+
+import numpy as np
+import pytest
+
+from memory_budget.architecture import Architecture
+from memory_budget.workload import Workload
+from nas.candidates import enumerate_candidates
+from nas.shortlist import diversified, largest
+from nas.space import SearchSpace
+
+TEACHER = Architecture(
+    model_type="nemotron_h", pattern="M-M-M*-M-M*-M-M*-M-M-", hidden=128, vocab=2048, ffn=512, num_attention_heads=8, num_key_value_heads=2,
+    attention_head_dim=16, mamba_num_heads=16, mamba_head_dim=16, mamba_num_groups=2, mamba_state_size=32, mamba_conv_kernel=4,
+)  # fmt: skip
+DEPTHS = (17, 19, 21)
+SPACE = SearchSpace(DEPTHS, (96, 112, 128), tuple(range(320, 513, 8)), (12, 14, 16), {})
+
+
+@pytest.fixture(scope="module")
+def candidates():
+    return enumerate_candidates(TEACHER, SPACE, {depth: tuple(range(depth)) for depth in DEPTHS}, Workload(context_tokens=4096))
+
+
+@pytest.fixture(scope="module")
+def retained(candidates):
+    return candidates.parameters / candidates.parameters.max()
+
+
+def strata(candidates, rows) -> list[tuple]:
+    return [(int(candidates.num_layers[row]), int(candidates.hidden[row]), int(candidates.mamba_num_heads[row])) for row in rows]
+
+
+def test_the_shortlist_has_every_depth_in_turn(candidates, retained):
+    rows = diversified(candidates, retained, 9)
+    assert [sum(candidates.num_layers[row] == depth for row in rows) for depth in DEPTHS] == [3, 3, 3]
+
+
+def test_no_two_of_the_shortlist_share_depth_hidden_and_heads(candidates, retained):
+    rows = diversified(candidates, retained, 27)
+    assert len(set(strata(candidates, rows))) == len(rows) == 27
+
+
+def test_the_largest_are_near_twins(candidates):
+    """The control: the plain rule fails both claims above."""
+    rows = largest(candidates, 9)
+    assert len(set(strata(candidates, rows))) < 9 and {int(candidates.num_layers[row]) for row in rows} == {21}
+
+
+def test_every_one_is_the_best_of_its_stratum(candidates, retained):
+    every = strata(candidates, range(len(candidates)))
+    for row, stratum in zip(rows := diversified(candidates, retained, 9), strata(candidates, rows), strict=True):
+        assert retained[row] == max(retained[other] for other, same in enumerate(every) if same == stratum)
+
+
+def test_the_shortlist_is_no_longer_than_asked_nor_than_the_strata(candidates, retained):
+    assert len(diversified(candidates, retained, 4)) == 4
+    assert len(diversified(candidates, retained, 1000)) == 27
+
+
+def test_the_largest_come_by_memory(candidates):
+    rows = largest(candidates, 5)
+    assert candidates.total_bytes[rows].tolist() == np.sort(candidates.total_bytes)[::-1][:5].tolist()
