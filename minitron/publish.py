@@ -71,7 +71,8 @@ def model_card(title: str, *, lines: list[str], architecture: Architecture, base
         ("hidden", str(architecture.hidden)),
         ("FFN", str(architecture.ffn)),
         ("attention", f"{architecture.num_attention_heads} query heads, {architecture.num_key_value_heads} KV heads × {architecture.attention_head_dim}"),
-        ("Mamba-2", f"{architecture.mamba_num_heads} heads × {architecture.mamba_head_dim}, {architecture.mamba_num_groups} groups, state {architecture.mamba_state_size}"),
+        ("Mamba-2", f"{architecture.mamba_num_heads} heads × {architecture.mamba_head_dim}, {architecture.mamba_num_groups} groups, "
+                    f"state {architecture.mamba_state_size}"),
         ("vocabulary", f"{architecture.vocab:,}"),
     ]  # fmt: skip
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in sizes)]

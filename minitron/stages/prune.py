@@ -45,7 +45,8 @@ def run(context: StageContext) -> dict:
     write_companions(folder, config=family.hf_config(config, student), companions=source_folder, card=card)
     check = _check(family, plan, source, folder, config)
     parameters = count_total_parameters(student)
-    headline = f"{architecture.num_layers} → {student.num_layers} layers, {source.num_parameters:,} → {parameters:,} parameters, {format_gib(total)} written; {check}"
+    sizes = f"{architecture.num_layers} → {student.num_layers} layers, {source.num_parameters:,} → {parameters:,} parameters"
+    headline = f"{sizes}, {format_gib(total)} written; {check}"
     return {"headline": headline, "path": "checkpoint", "parameters": parameters, "removed_layers": removed}
 
 

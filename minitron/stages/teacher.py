@@ -61,7 +61,7 @@ def _check_given(context: StageContext) -> dict:
 
 
 def _train_tiny(context: StageContext) -> dict:
-    settings, console = context.settings, context.console
+    settings = context.settings
     architecture = teacher_architecture(settings)
     torch.manual_seed(settings.seed)
     config = NEMOTRON_H.hf_config(TINY_CONFIG, architecture)
@@ -81,5 +81,7 @@ def _train_tiny(context: StageContext) -> dict:
     check_reload(folder, NEMOTRON_H, model)
     Path(context.folder / "state.pt").unlink(missing_ok=True)
     parameters = count_total_parameters(architecture)
-    headline = f"tiny NemotronH, {parameters:,} parameters, {architecture.num_layers} layers, trained on {last.tokens:,} tokens to {last.recent_loss:.2f} nats/token"
-    return {"headline": headline, "path": "checkpoint", "name": "tiny teacher", "parameters": parameters, "train_tokens": last.tokens, "final_loss": last.recent_loss}
+    size = f"{parameters:,} parameters, {architecture.num_layers} layers"
+    headline = f"tiny NemotronH, {size}, trained on {last.tokens:,} tokens to {last.recent_loss:.2f} nats/token"
+    facts = {"parameters": parameters, "train_tokens": last.tokens, "final_loss": last.recent_loss}
+    return {"headline": headline, "path": "checkpoint", "name": "tiny teacher", **facts}

@@ -12,7 +12,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from minitron.checkpoints import DTYPES, INDEX_FILE, SINGLE_FILE, Checkpoint, PlannedTensor, copy_companions, read_header, save_model_weights, write_json, write_weights
+from minitron.checkpoints import (
+    DTYPES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Checkpoint,
+    PlannedTensor,
+    copy_companions,
+    read_header,
+    save_model_weights,
+    write_json,
+    write_weights,
+)
 from minitron.families.nemotron_h import FAMILY
 
 KIB = 1024
@@ -93,7 +104,7 @@ def test_auto_model_reads_what_we_write(dtype, max_shard_bytes, tmp_path, teache
     assert_bit_equal(loaded.state_dict(), {name: tensor.to(dtype) for name, tensor in teacher.state_dict().items()})
 
 
-def test_we_read_what_transformers_saves(tmp_path, teacher, tiny):
+def test_we_read_what_transformers_saves(tmp_path, teacher):
     teacher.save_pretrained(tmp_path, max_shard_size="40KB")
     assert (tmp_path / INDEX_FILE).exists()
     state = {FAMILY.canonical_name(name): tensor for name, tensor in teacher.state_dict().items()}
@@ -265,7 +276,11 @@ def write_header(path: Path, header: bytes, data: bytes = b"") -> None:
     path.write_bytes(struct.pack("<Q", len(header)) + header + data)
 
 
-@pytest.mark.parametrize("header", [b"not json", b"\xff\xfe{}", b"[1, 2]", b'{"a": {"dtype": "F32"}}', b'{"a": 1}'], ids=["text", "no utf-8", "a list", "no offsets", "a number"])
+@pytest.mark.parametrize(
+    "header",
+    [b"not json", b"\xff\xfe{}", b"[1, 2]", b'{"a": {"dtype": "F32"}}', b'{"a": 1}'],
+    ids=["text", "no utf-8", "a list", "no offsets", "a number"],
+)
 def test_a_header_that_is_none_is_named(header, tmp_path):
     write_header(tmp_path / SINGLE_FILE, header)
     with pytest.raises(ValueError, match=rf"{SINGLE_FILE} is not a safetensors file"):
@@ -322,7 +337,8 @@ def _write_instead(**changes) -> object:
 
 @pytest.mark.parametrize(
     "change",
-    [_change_config, _write_instead(number=7), _write_instead(dtype=torch.bfloat16), _write_instead(shape=(8, 32)), _write_instead(name="tensor_x"), _write_instead(shard=2**30)],
+    [_change_config, _write_instead(number=7), _write_instead(dtype=torch.bfloat16), _write_instead(shape=(8, 32)), _write_instead(name="tensor_x"),
+     _write_instead(shard=2**30)],
     ids=["config", "tensor more", "dtype", "shape", "name", "shards"],
 )  # fmt: skip
 def test_the_fingerprint_changes_with_what_the_folder_holds(change, tmp_path):

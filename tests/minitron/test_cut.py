@@ -287,7 +287,9 @@ def test_a_whole_checkpoint_is_accepted(shapes, tiny, keep_all):
     assert len(plan_cuts(FAMILY, keep_all(), shapes)) == len(shapes)
 
 
-@pytest.mark.parametrize("name", ["layers.0.mixer.gate.weight", "rotary.inv_freq", "layers.1.mixer.A_log", "mtp.layers.0.norm.weight", "layers.3.mixer.q_proj.bias"])
+@pytest.mark.parametrize(
+    "name", ["layers.0.mixer.gate.weight", "rotary.inv_freq", "layers.1.mixer.A_log", "mtp.layers.0.norm.weight", "layers.3.mixer.q_proj.bias"]
+)
 def test_a_tensor_that_no_row_matches_is_named(name, shapes, keep_all):
     with pytest.raises(ValueError, match=rf"tensor {name} is matched by 0 rows"):
         plan_cuts(FAMILY, keep_all(), shapes | {name: (8,)})

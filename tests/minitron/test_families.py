@@ -51,7 +51,9 @@ def test_the_axis_table_covers_every_bias_that_a_config_can_ask_for(config_of, t
     assert {row.suffix for row in TABLE if row.suffix.endswith("bias")} <= {re.sub(r"^layers\.\d+\.", "", name) for name in shapes}
 
 
-@pytest.mark.parametrize("sizes", [{"hidden": 40}, {"ffn": 56}, {"mamba_num_heads": 6}, {"mamba_head_dim": 5}, {"num_attention_heads": 4}, {"mamba_state_size": 7}])
+@pytest.mark.parametrize(
+    "sizes", [{"hidden": 40}, {"ffn": 56}, {"mamba_num_heads": 6}, {"mamba_head_dim": 5}, {"num_attention_heads": 4}, {"mamba_state_size": 7}]
+)
 def test_a_model_of_another_size_is_refused(sizes, teacher, tiny):
     with pytest.raises(ValueError, match=r"tensor .* has shape"):
         check_tensors(FAMILY, replace(tiny, **sizes), canonical_shapes(teacher))

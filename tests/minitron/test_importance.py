@@ -185,7 +185,8 @@ def test_a_dead_unit_scores_zero_and_no_other_does(kill, ranking, dead, build_mo
 
 
 @pytest.mark.parametrize(
-    ("layer", "name", "axis"), [(3, "norm.weight", HIDDEN), (1, "mixer.up_proj.weight", FFN), (2, "mixer.in_proj.weight", MAMBA_HEAD), (7, "mixer.v_proj.weight", ATTENTION_HEAD)]
+    ("layer", "name", "axis"),
+    [(3, "norm.weight", HIDDEN), (1, "mixer.up_proj.weight", FFN), (2, "mixer.in_proj.weight", MAMBA_HEAD), (7, "mixer.v_proj.weight", ATTENTION_HEAD)],
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_the_layer_whose_activations_are_not_finite_is_named(value, layer, name, axis, build_model, tiny, rows):

@@ -45,7 +45,9 @@ def pruned(teacher, tiny, student, scores, config_of):
 # Cutting in memory.
 
 
-def test_a_model_cut_in_memory_has_the_logits_of_the_written_checkpoint(tmp_path, pruned, teacher, tiny, student, scores, config_of, write_checkpoint, logits_of):
+def test_a_model_cut_in_memory_has_the_logits_of_the_written_checkpoint(
+    tmp_path, pruned, teacher, tiny, student, scores, config_of, write_checkpoint, logits_of
+):
     source = Checkpoint(write_checkpoint(tmp_path / "teacher", teacher, config_of(tiny)))
     folder = tmp_path / "student"
     folder.mkdir()
