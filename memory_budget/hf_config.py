@@ -76,9 +76,10 @@ def unmodelled_settings(config: Config) -> list[str]:
 def _nemotron_h(config: Config) -> Architecture:
     num_heads = _integer(config, "num_attention_heads", default=32)
     ffn = _integer(config, "intermediate_size", default=21504)
+    pattern = _nemotron_h_pattern(config)
     return Architecture(
         model_type="nemotron_h",
-        pattern=_nemotron_h_pattern(config),
+        pattern=pattern,
         hidden=_integer(config, "hidden_size", default=4096),
         vocab=_integer(config, "vocab_size", default=131072),
         ffn=ffn,
@@ -93,12 +94,19 @@ def _nemotron_h(config: Config) -> Architecture:
         mamba_conv_kernel=_integer(config, "mamba_d_conv" if "mamba_d_conv" in config else "conv_kernel", default=4),
         mamba_conv_bias=_boolean(config, "mamba_conv_bias" if "mamba_conv_bias" in config else "use_conv_bias", default=True),
         mamba_projection_bias=_boolean(config, "use_bias", default=False),
-        moe_num_experts=_integer(config, "num_local_experts" if "num_local_experts" in config else "n_routed_experts", default=8),
-        moe_experts_per_token=_integer(config, "num_experts_per_tok", default=2),
-        moe_ffn=_integer(config, "moe_intermediate_size", default=7688),
-        moe_shared_ffn=_integer(config, "moe_shared_expert_intermediate_size", default=7688) or ffn,  # 0 means the FFN's there
-        moe_latent=_integer(config, "moe_latent_size", default=0, null=0),
+        **(_nemotron_h_moe(config, ffn) if "E" in pattern else {}),
     )
+
+
+def _nemotron_h_moe(config: Config, ffn: int) -> dict[str, int]:
+    """Sizes of the MoE layers; a dense model has none, whatever its config says."""
+    return {
+        "moe_num_experts": _integer(config, "num_local_experts" if "num_local_experts" in config else "n_routed_experts", default=8),
+        "moe_experts_per_token": _integer(config, "num_experts_per_tok", default=2),
+        "moe_ffn": _integer(config, "moe_intermediate_size", default=7688),
+        "moe_shared_ffn": _integer(config, "moe_shared_expert_intermediate_size", default=7688) or ffn,  # 0 means the FFN's there
+        "moe_latent": _integer(config, "moe_latent_size", default=0, null=0),
+    }
 
 
 def _nemotron_h_pattern(config: Config) -> str:
