@@ -32,8 +32,8 @@ def _rate(speed: float, unit: str) -> str:
 class Console:
     """The one place that prints. Everything goes to standard output; errors are the door's business."""
 
-    def __init__(self) -> None:
-        self.rich = RichConsole(highlight=False, soft_wrap=True)
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.rich = RichConsole(highlight=False, soft_wrap=True, quiet=quiet)
 
     def say(self, text: str) -> None:
         self.rich.print(text, markup=False)

@@ -20,6 +20,13 @@ class Evaluation:
     tokens: int
 
 
+def split_padding(ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids with padding (−1) replaced by 0, and the mask of real tokens [B, T] bool; None where all are real."""
+    if (ids_BT >= 0).all():
+        return ids_BT, None
+    return ids_BT.clamp(min=0), ids_BT >= 0
+
+
 def batches_of(rows_RT: np.ndarray, batch: int, device: torch.device | str) -> list[torch.Tensor]:
     """Rows int32 [R, T] as id batches int64 [≤ B, T]."""
     ids = torch.from_numpy(rows_RT.astype(np.int64))

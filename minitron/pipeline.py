@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from memory_budget.architecture import Architecture
-from minitron import text
+from minitron import processes, text
 from minitron.console import Console
+from minitron.importance.removal import LayerRules, check_rules
 from minitron.settings import Settings, Stage, key_settings
 from minitron.store import Result, find_result, finish, locked, stage_key
 from minitron.teachers import teacher_architecture, teacher_config, teacher_folder, teacher_identity
 from nas.space import Floors, axis_options
 
+SCORES_FILE = "scores.safetensors"
 KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}
 
 
@@ -38,16 +40,34 @@ class StageContext:
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """One row of the stage table. `version` rises when the stage's results change for the same settings."""
+    """One row of the stage table. `version` rises when the stage's results change for the same settings.
+
+    A `parallel` stage runs in every process of `accelerate launch`; the others run in the first while the rest wait.
+    """
 
     version: int
     needs: Callable[[Settings], tuple[str, ...]]
     what: Callable[[Settings], Any]
+    parallel: bool = False
 
 
 def floors(settings: Settings) -> Floors:
     """Least number of layers per kind, by letter."""
     return {KIND_LETTERS[kind]: number for kind, number in settings.search.floors.items()}
+
+
+def layer_rules(settings: Settings) -> LayerRules:
+    """What may go when layers are removed."""
+    ceilings = {KIND_LETTERS[kind]: number for kind, number in settings.scoring.ceilings.items()}
+    return LayerRules(floors(settings), ceilings, tuple(settings.scoring.protect))
+
+
+def scores_of(score: Result, settings: Settings) -> Any:
+    """The ImportanceScores of a score stage, under the aggregation of the settings."""
+    from minitron.importance.scores import load_scores
+
+    scoring = settings.scoring
+    return load_scores(score.folder / SCORES_FILE, tokens=scoring.aggregate_tokens.name, samples=scoring.aggregate_samples.name)
 
 
 def fewest_layers(settings: Settings) -> int:
@@ -99,9 +119,14 @@ def _what_score(settings: Settings) -> Any:
     return {**key_settings(settings.scoring), "floors": floors(settings), "fewest_layers": fewest_layers(settings)}
 
 
+def _what_aggregation(settings: Settings) -> Any:
+    return [settings.scoring.aggregate_tokens.name, settings.scoring.aggregate_samples.name]
+
+
 def _what_search(settings: Settings) -> Any:
     order = settings.search.layer_order
     return {
+        "aggregation": None if order else _what_aggregation(settings),
         **key_settings(settings.search),
         "layer_order": _file_digest(order) if order else None,
         "workload": key_settings(settings.workload),
@@ -119,10 +144,10 @@ STAGES: Mapping[str, StageSpec] = {
     # The tiny teacher is trained on the data; a given one brings the tokenizer that the data needs.
     "data": StageSpec(1, lambda s: () if s.teacher.path is None else ("teacher",), _what_data),
     "teacher": StageSpec(1, lambda s: ("data",) if s.teacher.path is None else (), _what_teacher),
-    "score": StageSpec(1, lambda s: ("data", "teacher"), _what_score),
+    "score": StageSpec(2, lambda s: ("data", "teacher"), _what_score, parallel=True),
     # A given layer order makes the search plain arithmetic on config.json: no weights, no scores.
     "search": StageSpec(1, lambda s: () if s.search.layer_order else ("data", "teacher", "score"), _what_search),
-    "prune": StageSpec(1, lambda s: ("teacher", "score", "search"), lambda s: {}),
+    "prune": StageSpec(1, lambda s: ("teacher", "score", "search"), _what_aggregation),
     "distill": StageSpec(1, lambda s: ("data", "teacher", "prune"), _what_distill),
     "evaluate": StageSpec(1, lambda s: ("data", "teacher", "prune", "distill"), lambda s: key_settings(s.evaluate)),
 }
@@ -157,19 +182,22 @@ def run_pipeline(settings: Settings, console: Console) -> None:
     else:
         for name in order_of(settings):
             results[name], cached[name] = run_stage(name, settings, results, console)
-    report.run(settings, results, cached, console)
+    if processes.rank() == 0:
+        report.run(settings, results, cached, console)
 
 
 def check_before_work(settings: Settings) -> None:
     """Everything that can be refused from settings and config.json alone. Raises ValueError."""
-    from minitron.families import family_of
     from minitron.stages.layer_order import given_layer_order
     from minitron.stages.search import check_search
 
     if settings.teacher.path is not None:
+        from minitron.families import family_of  # brings torch, which a run that finds everything done goes without
+
         family_of(teacher_config(settings))
     teacher = teacher_architecture(settings)
     check_search(settings, teacher)
+    check_rules(teacher.pattern, fewest_layers(settings), layer_rules(settings))
     if settings.search.layer_order:
         given_layer_order(settings.search.layer_order, teacher)
 
@@ -196,35 +224,44 @@ def stage_folder(name: str, settings: Settings, results: Mapping[str, Result]) -
 
 def run_stage(name: str, settings: Settings, results: Mapping[str, Result], console: Console) -> tuple[Result, bool]:
     """The stage's result and whether it was already there."""
-    spec = STAGES[name]
-    inputs = {need: results[need] for need in spec.needs(settings)}
     folder = stage_folder(name, settings, results)
-    found = find_result(folder)
+    found = processes.from_first(find_result(folder))
     if found is not None:
         console.headline(name, f"{found.facts['headline']} (already done)")
         return found, True
+    if processes.rank() > 0:
+        if STAGES[name].parallel:
+            _run(name, settings, folder, results, console)
+        return processes.from_first(None), False
     with locked(folder, console.say):
         found = find_result(folder)  # another run may have finished it meanwhile
         if found is not None:
+            assert processes.world_size() == 1, f"another run finished {folder} while the processes of this one were at work"
             console.headline(name, f"{found.facts['headline']} (done by another run)")
             return found, True
         folder.mkdir(parents=True, exist_ok=True)
-        started = time.monotonic()
-        facts = importlib.import_module(f"minitron.stages.{name}").run(StageContext(settings, folder, inputs, console))
-        record = {
-            "stage": name,
-            "key": folder.name,
-            "version": spec.version,
-            "settings": spec.what(settings),
-            "inputs": {need: result.key for need, result in inputs.items()},
-            "seconds": round(time.monotonic() - started, 3),
-            "peak_rss_bytes": peak_rss_bytes(),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "facts": facts,
-        }
-        result = finish(folder, record)
-    console.headline(name, f"{facts['headline']} ({record['seconds']:,.0f} s)")
-    return result, False
+        result = finish(folder, _run(name, settings, folder, results, console))
+    console.headline(name, f"{result.facts['headline']} ({result.record['seconds']:,.0f} s)")
+    return processes.from_first(result), False
+
+
+def _run(name: str, settings: Settings, folder: Path, results: Mapping[str, Result], console: Console) -> dict[str, Any]:
+    """Do the stage's work; gives the record for done.json."""
+    spec = STAGES[name]
+    inputs = {need: results[need] for need in spec.needs(settings)}
+    started = time.monotonic()
+    facts = importlib.import_module(f"minitron.stages.{name}").run(StageContext(settings, folder, inputs, console))
+    return {
+        "stage": name,
+        "key": folder.name,
+        "version": spec.version,
+        "settings": spec.what(settings),
+        "inputs": {need: result.key for need, result in inputs.items()},
+        "seconds": round(time.monotonic() - started, 3),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "facts": facts,
+    }
 
 
 def peak_rss_bytes() -> int:

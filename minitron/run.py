@@ -30,11 +30,12 @@ ConfigStore.instance().store(name="settings_schema", node=Settings)
 
 @hydra.main(version_base="1.3", config_path=str(CONF_FOLDER), config_name="run")
 def _run(config: DictConfig) -> None:
+    from minitron import processes
     from minitron.console import Console
     from minitron.pipeline import run_pipeline
 
     with users_mistakes():
-        run_pipeline(_settings(config), Console())
+        run_pipeline(_settings(config), Console(quiet=processes.rank() > 0))
 
 
 def _settings(config: DictConfig) -> Settings:

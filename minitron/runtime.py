@@ -18,7 +18,7 @@ def pick_device(settings: Settings) -> torch.device:
     if settings.device == "cpu" or not torch.cuda.is_available():
         ssd.install()
         return torch.device("cpu")
-    return torch.device("cuda")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def available_memory_bytes() -> int:

@@ -31,6 +31,25 @@ class Optimizer(Enum):
     muon = "muon"
 
 
+class Criterion(Enum):
+    iterative_mse = "iterative_mse"
+    iterative_kl = "iterative_kl"
+    mse = "mse"
+    kl = "kl"
+    loss = "loss"
+    block_influence = "block_influence"
+
+
+class Placement(Enum):
+    device = "device"
+    stream = "stream"
+
+
+class Aggregation(Enum):
+    mean = "mean"
+    l2 = "l2"
+
+
 class Tracking(Enum):
     disabled = "disabled"
     offline = "offline"
@@ -60,6 +79,15 @@ def _at_least(settings: Any, prefix: str, least: float, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and not value >= least:
             raise ValueError(f"{prefix}.{name} is {value}; it must be at least {least}")
+
+
+def check_kinds(name: str, numbers: dict[str, int]) -> None:
+    """Refuse a mapping that names no kind of layer, or a negative number of them."""
+    for kind, number in numbers.items():
+        if kind not in ("mamba", "attention", "ffn"):
+            raise ValueError(f"{name} names the kind {kind!r}; it must be mamba, attention or ffn")
+        if number < 0:
+            raise ValueError(f"{name}.{kind} is {number}; it must be at least 0")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -129,10 +157,23 @@ class ScoringSettings:
     samples: int = 64
     batch: int = how(4)
     layer_samples: int = 32
+    criterion: Criterion = Criterion.iterative_mse
     normalised: bool = True
+    protect: list[int] = field(default_factory=list)
+    ceilings: dict[str, int] = field(default_factory=dict)
+    # How to read the sums that scoring leaves: no other scoring, so no part of its key, but of those who read.
+    aggregate_tokens: Aggregation = how(Aggregation.mean)
+    aggregate_samples: Aggregation = how(Aggregation.l2)
+    placement: Placement = how(Placement.device)
+    block_tokens: int = how(65536)
+    branch_rows: int = how(64)
+    logits_tokens: int = how(2048)
+    reuse_gib: float = how(1.0)
 
     def __post_init__(self) -> None:
-        _at_least(self, "scoring", 1, "samples", "batch", "layer_samples")
+        _at_least(self, "scoring", 1, "samples", "batch", "layer_samples", "block_tokens", "branch_rows", "logits_tokens")
+        _at_least(self, "scoring", 0, "reuse_gib")
+        check_kinds("scoring.ceilings", self.ceilings)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -192,11 +233,7 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         _at_least(self, "search", 1, "shortlist_size", "screen_samples")
-        for kind, floor in self.floors.items():
-            if kind not in ("mamba", "attention", "ffn"):
-                raise ValueError(f"search.floors names the kind {kind!r}; it must be mamba, attention or ffn")
-            if floor < 0:
-                raise ValueError(f"search.floors.{kind} is {floor}; it must be at least 0")
+        check_kinds("search.floors", self.floors)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-import torch
 from torch import nn
 
 from memory_budget.architecture import Architecture
@@ -64,19 +63,14 @@ class ModelParts:
     norm: nn.Module
     head: nn.Module
 
-    def embed_tokens(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        return self.embed(ids_BT)
-
-    def run_layer(self, layer: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return self.layers[layer](hidden_BTD)
-
-    def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(hidden_BTD)).float()
-
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The duties of one family. `axis_sizes` gives the length of every axis named in the table."""
+    """The duties of one family. `axis_sizes` gives the length of every axis named in the table.
+
+    `build_layer` and `build_outside` give one module alone ("embed", "norm" or "head" outside the layers), for models
+    that are never whole in memory; `outside_names` gives those modules' prefixes of canonical tensor names.
+    """
 
     model_type: str
     table: tuple[TensorAxes, ...]
@@ -85,6 +79,9 @@ class Family:
     canonical_name: Callable[[str], str]
     file_name: Callable[[str], str]
     parts: Callable[[nn.Module], ModelParts]
-    taps: Callable[[nn.Module, Architecture], list[Tap]]
+    layer_taps: Callable[[Architecture, int, nn.Module], list[Tap]]
     load: Callable[..., nn.Module]
     build: Callable[[dict], nn.Module]
+    build_layer: Callable[[dict, int], nn.Module]
+    build_outside: Callable[[dict, str], nn.Module]
+    outside_names: Mapping[str, str]

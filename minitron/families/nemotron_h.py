@@ -133,23 +133,19 @@ def parts(model: nn.Module) -> ModelParts:
     return ModelParts(embed=model.model.embeddings, layers=list(model.model.layers), norm=model.model.norm_f, head=model.lm_head)
 
 
-def taps(model: nn.Module, architecture: Architecture) -> list[Tap]:
-    """Where width importance is read (FACTS of SSM, arXiv 2504.11409: the x slice of in_proj scores best for Mamba).
-
-    The hidden axis is read at every norm's output, the last one under layer number len(pattern).
-    """
-    body, found = model.model, []
-    for layer, (kind, block) in enumerate(zip(architecture.pattern, body.layers, strict=True)):
-        found.append(Tap(HIDDEN, layer, block.norm, "output", 0, (architecture.hidden,)))
-        if kind == "M":
-            heads = (architecture.mamba_num_heads, architecture.mamba_head_dim)
-            found.append(Tap(MAMBA_HEAD, layer, block.mixer.in_proj, "output", architecture.mamba_inner, heads))
-        elif kind == "-":
-            found.append(Tap(FFN, layer, block.mixer.down_proj, "input", 0, (architecture.ffn,)))
-        elif kind == "*":
-            heads = (architecture.num_attention_heads, architecture.attention_head_dim)
-            found.append(Tap(ATTENTION_HEAD, layer, block.mixer.o_proj, "input", 0, heads))
-    return [*found, Tap(HIDDEN, architecture.num_layers, body.norm_f, "output", 0, (architecture.hidden,))]
+def layer_taps(architecture: Architecture, layer: int, block: nn.Module) -> list[Tap]:
+    """Where a layer's width importance is read (SSM, arXiv 2504.11409: the x slice of in_proj scores best for Mamba)."""
+    found = [Tap(HIDDEN, layer, block.norm, "output", 0, (architecture.hidden,))]
+    kind = architecture.pattern[layer]
+    if kind == "M":
+        heads = (architecture.mamba_num_heads, architecture.mamba_head_dim)
+        found.append(Tap(MAMBA_HEAD, layer, block.mixer.in_proj, "output", architecture.mamba_inner, heads))
+    elif kind == "-":
+        found.append(Tap(FFN, layer, block.mixer.down_proj, "input", 0, (architecture.ffn,)))
+    elif kind == "*":
+        heads = (architecture.num_attention_heads, architecture.attention_head_dim)
+        found.append(Tap(ATTENTION_HEAD, layer, block.mixer.o_proj, "input", 0, heads))
+    return found
 
 
 def load(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
@@ -169,15 +165,47 @@ def build(config: dict) -> nn.Module:
     return _without_step_clamp(AutoModelForCausalLM.from_config(NemotronHConfig(**config), dtype=torch.float32))
 
 
+def build_layer(config: dict, layer: int) -> nn.Module:
+    """One layer alone, freshly initialised on the current default device."""
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
+
+    return _unclamped(NemotronHBlock(_transformers_config(config), layer_idx=layer))
+
+
+def build_outside(config: dict, part: str) -> nn.Module:
+    """The embeddings ("embed"), the final norm ("norm") or the output projection ("head") alone."""
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNorm
+
+    sizes = _transformers_config(config)
+    if part == "embed":
+        return nn.Embedding(sizes.vocab_size, sizes.hidden_size)
+    if part == "norm":
+        return NemotronHRMSNorm(sizes.hidden_size, eps=sizes.layer_norm_epsilon)
+    return nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
+
+
+def _transformers_config(config: dict):
+    from transformers import NemotronHConfig
+
+    sizes = NemotronHConfig(**config)
+    sizes._attn_implementation = "sdpa"  # what from_pretrained chooses
+    return sizes
+
+
 def _without_step_clamp(model: nn.Module) -> nn.Module:
+    for block in model.model.layers:
+        _unclamped(block)
+    return model
+
+
+def _unclamped(block: nn.Module) -> nn.Module:
     """transformers clamps dt from below in its chunked path only, so decoding would differ from prefill by 6e-3.
 
     (0, inf) is what the original code and vLLM use; with it both paths agree to 2e-6.
     """
-    for block in model.model.layers:
-        if hasattr(block.mixer, "time_step_limit"):
-            block.mixer.time_step_limit = (0.0, float("inf"))
-    return model
+    if hasattr(block.mixer, "time_step_limit"):
+        block.mixer.time_step_limit = (0.0, float("inf"))
+    return block
 
 
 FAMILY = Family(
@@ -188,7 +216,10 @@ FAMILY = Family(
     canonical_name=canonical_name,
     file_name=file_name,
     parts=parts,
-    taps=taps,
+    layer_taps=layer_taps,
     load=load,
     build=build,
+    build_layer=build_layer,
+    build_outside=build_outside,
+    outside_names={"embed": "embeddings.", "norm": "norm_f.", "head": "lm_head."},
 )

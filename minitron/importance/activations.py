@@ -1,64 +1,100 @@
-"""Width importance from activations: one forward pass, every axis at once.
+"""Width importance from activations, and block influence: one walk through the layers, every axis at once.
 
-Per sample the mean of |a| over tokens, then the L2 norm over samples: the aggregation that won Minitron's
-ablation (MT1, arXiv 2407.14679, table 12). Reduced inside the hook in float32, so memory is O(width).
+Reduced inside the hooks in float32, so memory is O(width). What is kept are sums over samples, so results of
+blocks of batches and of processes simply add up.
+
+Letters: B samples of a batch, T tokens, W width of a tap, D hidden.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
-from memory_budget.architecture import Architecture
-from minitron.families.base import Family, Tap
-from minitron.importance.scores import ImportanceScores
+from minitron.evaluation import split_padding
+from minitron.families.base import HIDDEN, Tap
+from minitron.importance.placement import PlacedModel
+from minitron.importance.scores import WidthSums
 
 
 class _Accumulator:
-    """Sum over samples of (mean over tokens of |a|)², for one tap."""
+    """Sums over samples for one tap, [4, W]: of the mean |a| over tokens, its square, the L2 over tokens, its square."""
 
     def __init__(self, tap: Tap):
         self.tap = tap
-        self.squares = torch.zeros(tap.width, dtype=torch.float64)
+        self.sums = torch.zeros(4, tap.width, dtype=torch.float64)
+        self.mask_BT: torch.Tensor | None = None
 
-    def on_input(self, _module: nn.Module, args: tuple) -> None:
-        self.add(args[0])
-
-    def on_output(self, _module: nn.Module, _args: tuple, output: torch.Tensor) -> None:
-        self.add(output)
+    def attach(self):
+        module = self.tap.module
+        if self.tap.side == "input":
+            return module.register_forward_pre_hook(lambda _module, args: self.add(args[0]))
+        return module.register_forward_hook(lambda _module, _args, output: self.add(output))
 
     def add(self, activation_BTW: torch.Tensor) -> None:
         part = activation_BTW[..., self.tap.start : self.tap.start + self.tap.width]
-        means_BW = part.abs().mean(dim=1, dtype=torch.float32)
-        self.squares += means_BW.double().square().sum(0).cpu()
-
-    def scores(self):
-        return self.squares.sqrt().view(self.tap.shape).numpy()
+        if self.mask_BT is None:
+            means_BW = torch.linalg.vector_norm(part, 1, dim=1, dtype=torch.float32) / part.shape[1]
+            norms_BW = torch.linalg.vector_norm(part, 2, dim=1, dtype=torch.float32)
+        else:
+            part = part * self.mask_BT[..., None].to(part.dtype)
+            tokens_B1 = self.mask_BT.sum(1, keepdim=True)
+            means_BW = torch.linalg.vector_norm(part, 1, dim=1, dtype=torch.float32) / tokens_B1
+            norms_BW = torch.linalg.vector_norm(part, 2, dim=1, dtype=torch.float32)
+        means_BW, norms_BW = means_BW.double(), norms_BW.double()
+        self.sums += torch.stack([means_BW.sum(0), means_BW.square().sum(0), norms_BW.sum(0), norms_BW.square().sum(0)]).cpu()
 
 
 @torch.no_grad()
-def score_width(family: Family, model: nn.Module, architecture: Architecture, batches: Iterable[torch.Tensor]) -> ImportanceScores:
-    """Importance of every unit of every axis, from batches of ids [B, T] (no padding; one row is one sample).
+def measure_width(model: PlacedModel, batches: Sequence[torch.Tensor], on_layer=lambda: None) -> WidthSums:
+    """Sums for every unit of every axis, and each layer's block influence, from batches of ids [B, T] (padding −1).
 
-    Raises ValueError naming the layer whose activations are not finite.
+    All batches walk the layers together, so that each layer is loaded once. Block influence is Σ over tokens of
+    1 − cos(residual before, residual after). Raises ValueError naming the layer whose activations are not finite.
     """
-    accumulators = [_Accumulator(tap) for tap in family.taps(model, architecture)]
-    handles = [
-        item.tap.module.register_forward_pre_hook(item.on_input) if item.tap.side == "input" else item.tap.module.register_forward_hook(item.on_output)
-        for item in accumulators
-    ]
-    model.eval()  # in training mode fused kernels skip some modules, and their hooks with them
-    parts = family.parts(model)
+    architecture = model.architecture
+    ids_and_masks = [split_padding(batch) for batch in batches]
+    masks = [mask for _, mask in ids_and_masks]
+    hidden = model.embed([ids for ids, _ in ids_and_masks])
+    sums: dict[tuple[str, int], np.ndarray] = {}
+    influence = np.zeros(architecture.num_layers)
+    for layer, block in model.visit(range(architecture.num_layers)):
+        taps = model.family.layer_taps(architecture, layer, block)
+        for index, turned in enumerate(_run_tapped(block, taps, hidden, masks, sums)):
+            influence[layer] += _turned_away(hidden[index], turned, masks[index])
+            hidden[index] = turned
+        if not np.isfinite(influence[layer]):
+            raise ValueError(f"scoring: layer {layer} gives activations that are not finite")
+        on_layer()
+    with model.open_head() as head:
+        tap = Tap(HIDDEN, architecture.num_layers, head.norm, "output", 0, (architecture.hidden,))
+        for _ in _run_tapped(head.norm, [tap], hidden, masks, sums):
+            pass
+    tokens = sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask in ids_and_masks)
+    return WidthSums(sums=sums, block_influence=influence, num_samples=sum(len(ids) for ids, _ in ids_and_masks), num_tokens=tokens)
+
+
+def _run_tapped(module: nn.Module, taps: list[Tap], hidden: list[torch.Tensor], masks: list[torch.Tensor | None], sums: dict):
+    """Outputs of the module for every batch, one at a time, while its taps accumulate into `sums`."""
+    accumulators = [_Accumulator(tap) for tap in taps]
+    handles = [accumulator.attach() for accumulator in accumulators]
     try:
-        for ids_BT in batches:
-            hidden = parts.embed_tokens(ids_BT)
-            for layer in range(len(parts.layers)):
-                hidden = parts.run_layer(layer, hidden)
-            parts.norm(hidden)
+        for batch_BTD, mask in zip(hidden, masks, strict=True):
+            for accumulator in accumulators:
+                accumulator.mask_BT = mask
+            yield module(batch_BTD)
     finally:
         for handle in handles:
             handle.remove()
-    for item in accumulators:
-        if not torch.isfinite(item.squares).all():
-            raise ValueError(f"scoring: the {item.tap.axis} activations of layer {item.tap.layer} are not finite")
-    return ImportanceScores(sites={(item.tap.axis, item.tap.layer): item.scores() for item in accumulators})
+    for accumulator in accumulators:
+        tap = accumulator.tap
+        if not torch.isfinite(accumulator.sums).all():
+            raise ValueError(f"scoring: the {tap.axis} activations of layer {tap.layer} are not finite")
+        sums[tap.axis, tap.layer] = accumulator.sums.view(4, *tap.shape).numpy()
+
+
+def _turned_away(before_BTD: torch.Tensor, after_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> float:
+    """Σ over tokens of 1 − cos(before, after), in float32 per token."""
+    away_BT = 1 - nn.functional.cosine_similarity(before_BTD.float(), after_BTD.float(), dim=-1)
+    return (away_BT if mask_BT is None else away_BT * mask_BT).sum(dtype=torch.float64).item()

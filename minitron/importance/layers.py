@@ -1,85 +1,169 @@
-"""Depth importance: which layer's removal moves the logits least, asked again after every removal.
+"""Depth importance: what the logits lose when a layer is left out, for every layer in one sweep.
 
-One sweep serves all candidates of a round: the intact hidden state walks the layers together with one branch
-per layer already skipped, so no prefix is computed twice and a layer's weights are touched once per batch.
+The intact hidden state walks the layers together with one branch per layer already skipped, so no prefix is
+computed twice, a layer's weights are touched once per block of batches, and branches run as one larger batch.
+Logits are compared a few tokens at a time. After a removal, the next round goes on from the states saved
+before the removed layer: what a removal did not change is not computed again.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from minitron.families.base import ModelParts
+from minitron.evaluation import split_padding
+from minitron.importance.placement import Head, PlacedModel
+
+CRITERIA = ("mse", "kl", "loss")
 
 
 @dataclass(frozen=True, slots=True)
-class Removal:
-    """One round: the layer that went, its score, and every other layer's score in that round."""
+class SweepLimits:
+    """Bounds on memory: sequences that a layer runs at once, tokens whose logits exist at once, bytes of saved states."""
 
-    layer: int
-    score: float
-    scores: Mapping[int, float]
+    branch_rows: int = 64
+    logits_tokens: int = 2048
+    reuse_bytes: int = 2**30
 
-    def to_json(self) -> dict:
-        return asdict(self)
+
+@dataclass(slots=True)
+class Block:
+    """Batches that walk the layers together, and what is remembered of them between rounds.
+
+    `saved` maps a layer to the branches before it: (layers skipped, hidden states [branches, B·T-wise batches …]).
+    """
+
+    batches: list[torch.Tensor]
+    full: list[torch.Tensor] | None = None
+    saved: dict[int, tuple[tuple[int, ...], list[torch.Tensor]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSums:
+    """Numerators per layer, and the scale they are divided by; blocks and processes add up."""
+
+    numerators: Mapping[int, float]
+    full_squares: float
+    logits: float
+    tokens: float
+
+    def __add__(self, other: "RoundSums") -> "RoundSums":
+        numerators = {layer: value + other.numerators[layer] for layer, value in self.numerators.items()}
+        return RoundSums(numerators, self.full_squares + other.full_squares, self.logits + other.logits, self.tokens + other.tokens)
+
+    def scores(self, criterion: str, *, normalised: bool) -> dict[int, float]:
+        """mse: Σ(full − ablated)² over Σ full² when normalised (EL, arXiv 2511.16664), else the mean over logits (N2, arXiv
+        2508.14444); kl: KL(full ‖ ablated) in nats per token; loss: next-token loss without the layer, nats per token.
+
+        Raises ValueError naming a layer whose score is not finite.
+        """
+        scale = self.tokens if criterion != "mse" else self.full_squares if normalised else self.logits
+        found = {layer: value / scale for layer, value in self.numerators.items()}
+        for layer, score in found.items():
+            if not np.isfinite(score):
+                raise ValueError(f"scoring: without layer {layer} the logits are not finite")
+        return found
 
 
 @torch.no_grad()
-def rank_by_removal(parts: ModelParts, pattern: str, batches: list[torch.Tensor], *, num_layers: int, floors: Mapping[str, int],
-                    normalised: bool = True, on_round: Callable[[Removal], None] = lambda _: None) -> list[Removal]:  # fmt: skip
-    """Remove layers one by one until `num_layers` are left; each round drops the one with the lowest score.
-
-    Score of a layer: squared difference between the full model's logits and those without it (and without all
-    removed before), summed over tokens and vocabulary; divided by Σ full² when normalised (EL, arXiv 2511.16664),
-    else by the number of logits, the mean square (N2, arXiv 2508.14444). A layer of a kind at its floor stays.
-    Raises ValueError where the floors forbid that depth or a layer's score is not finite.
-    """
-    kept, removals = list(range(len(pattern))), []
-    while len(kept) > num_layers:
-        removable = [layer for layer in kept if sum(pattern[other] == pattern[layer] for other in kept) > floors.get(pattern[layer], 0)]
-        if not removable:
-            raise ValueError(f"search.floors leaves no layer to remove at {len(kept)} layers; {num_layers} were asked for")
-        scores = score_round(parts, kept, removable, batches, normalised=normalised)
-        for layer, score in scores.items():
-            if not np.isfinite(score):
-                raise ValueError(f"scoring: without layer {layer} the logits are not finite")
-        lowest = min(removable, key=lambda layer: scores[layer])
-        kept.remove(lowest)
-        removals.append(Removal(layer=lowest, score=scores[lowest], scores=scores))
-        on_round(removals[-1])
-    return removals
+def measure_round(model: PlacedModel, block: Block, kept: Sequence[int], removable: Sequence[int], criterion: str, limits: SweepLimits) -> RoundSums:
+    """What leaving out each of `removable` from the layers `kept` does to the full model's logits, on one block."""
+    split = [split_padding(batch) for batch in block.batches]
+    ids, masks = [ids for ids, _ in split], [mask for _, mask in split]
+    if block.full is None:
+        block.full = run_layers(model, model.embed(ids), range(model.architecture.num_layers))
+    skipped, states = _sweep(model, block, ids, list(kept), set(removable), limits)
+    with model.open_head() as head:
+        return _compare(head, block.full, states, skipped, ids, masks, criterion, limits)
 
 
-def score_round(parts: ModelParts, kept: list[int], removable: list[int], batches: list[torch.Tensor], *, normalised: bool) -> dict[int, float]:
-    """Score of removing each of `removable` from the layers `kept`, over batches of ids [B, T]."""
-    differences = dict.fromkeys(removable, 0.0)
-    scale = 0.0
-    for ids_BT in batches:
-        full_BTV = full_logits(parts, ids_BT)
-        scale += full_BTV.double().square().sum().item() if normalised else full_BTV.numel()
-        for layer, hidden_BTD in _branches(parts, kept, removable, ids_BT):
-            differences[layer] += (parts.logits(hidden_BTD) - full_BTV).double().square().sum().item()
-    return {layer: difference / scale for layer, difference in differences.items()}
+def run_layers(model: PlacedModel, hidden: list[torch.Tensor], layers: Sequence[int]) -> list[torch.Tensor]:
+    """Hidden states [B, T, D] of every batch after the given layers."""
+    for _, block in model.visit(layers):
+        hidden = [block(batch_BTD) for batch_BTD in hidden]
+    return hidden
 
 
-def full_logits(parts: ModelParts, ids_BT: torch.Tensor) -> torch.Tensor:
-    """Logits of the whole model, float32 [B, T, V]."""
-    hidden = parts.embed_tokens(ids_BT)
-    for layer in range(len(parts.layers)):
-        hidden = parts.run_layer(layer, hidden)
-    return parts.logits(hidden)
-
-
-def _branches(parts: ModelParts, kept: list[int], removable: list[int], ids_BT: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-    """Final hidden states [B, T, D] with each removable layer skipped in turn, from one sweep over the kept layers."""
-    intact, skipped, branches = parts.embed_tokens(ids_BT), [], None
-    for layer in kept:
-        stack = intact if branches is None else torch.cat([intact, branches])
-        moved = parts.run_layer(layer, stack)
-        before, intact, after = intact, moved[: len(ids_BT)], moved[len(ids_BT) :]
-        branches = after if skipped else None
+def _sweep(model: PlacedModel, block: Block, ids: list[torch.Tensor], kept: list[int], removable: set[int],
+           limits: SweepLimits) -> tuple[list[int], list[torch.Tensor]]:  # fmt: skip
+    """Walk the kept layers. Returns (layers skipped, per batch the states [1 + branches, B, T, D], the intact one first)."""
+    start, skipped, states = _resume(model, block, ids, kept, removable)
+    save_at = _layers_to_save(states, kept, removable, start, limits.reuse_bytes)
+    for layer, module in model.visit(kept[start:]):
+        if layer in save_at:
+            block.saved[layer] = (tuple(skipped), [state.clone() for state in states])
+        for index, state in enumerate(states):
+            moved = _run_rows(module, state, limits.branch_rows)
+            states[index] = torch.cat([moved, state[:1]]) if layer in removable else moved
         if layer in removable:
-            branches = before if branches is None else torch.cat([branches, before])
             skipped.append(layer)
-    return list(zip(skipped, branches.split(len(ids_BT)), strict=True))
+    return skipped, states
+
+
+def _resume(model: PlacedModel, block: Block, ids: list[torch.Tensor], kept: list[int], removable: set[int]):
+    """Position in `kept` to start from, the branches there, and their states: the deepest saved point that still holds."""
+    usable = [layer for layer in block.saved if layer in kept and set(block.saved[layer][0]) <= set(kept)]
+    # A saved point holds only if the layers before it are the ones it was computed with.
+    usable = [layer for layer in usable if block.saved[layer][0] == tuple(k for k in kept[: kept.index(layer)] if k in block.saved[layer][0])]
+    if not usable:
+        return 0, [], [state[None] for state in model.embed(ids)]
+    deepest = max(usable)
+    skipped, states = block.saved[deepest]
+    rows = [0, *(1 + position for position, layer in enumerate(skipped) if layer in removable)]
+    return kept.index(deepest), [layer for layer in skipped if layer in removable], [state[rows] for state in states]
+
+
+def _layers_to_save(states: list[torch.Tensor], kept: list[int], removable: set[int], start: int, reuse_bytes: int) -> set[int]:
+    """As many layers, evenly spread, as the states before them fit in the bytes given."""
+    one = sum(state[:1].numel() * state.element_size() for state in states)
+    most = one * (1 + len(removable))
+    number = min(len(kept) - start, int(reuse_bytes // max(most, 1)))
+    if number <= 0:
+        return set()
+    return {kept[position] for position in np.linspace(start, len(kept) - 1, number + 1).round().astype(int)[1:]}
+
+
+def _run_rows(module: torch.nn.Module, state: torch.Tensor, rows: int) -> torch.Tensor:
+    """A layer on [branches, B, T, D], as one batch split so that no more than `rows` sequences run at once."""
+    flat = state.flatten(0, 1)
+    return torch.cat([module(part) for part in flat.split(rows)]).view_as(state)
+
+
+def _compare(head: Head, full: list[torch.Tensor], states: list[torch.Tensor], skipped: list[int], ids: list[torch.Tensor],
+             masks: list[torch.Tensor | None], criterion: str, limits: SweepLimits) -> RoundSums:  # fmt: skip
+    numerators = np.zeros(len(skipped))
+    squares = logits = tokens = 0.0
+    for full_BTD, state, ids_BT, mask_BT in zip(full, states, ids, masks, strict=True):
+        where, targets = _compared(ids_BT, mask_BT, criterion)
+        reference, branches = full_BTD[where], state[1:, where[0], where[1]]
+        for chunk in torch.arange(len(reference), device=reference.device).split(limits.logits_tokens):
+            full_NV = head.logits(reference[chunk])
+            squares += full_NV.square().sum(dtype=torch.float64).item() if criterion == "mse" else 0.0
+            logits += full_NV.numel()
+            tokens += len(chunk)
+            log_full = F.log_softmax(full_NV, dim=-1) if criterion == "kl" else None
+            for branch in range(len(skipped)):
+                ablated_NV = head.logits(branches[branch, chunk])
+                numerators[branch] += _distance(criterion, full_NV, log_full, ablated_NV, targets[chunk])
+    return RoundSums(dict(zip(skipped, numerators.tolist(), strict=True)), squares, logits, tokens)
+
+
+def _compared(ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, criterion: str) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Positions (rows, tokens) whose logits count, and the ids that follow them: real tokens; for loss those with a real successor."""
+    mask = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+    following = torch.roll(ids_BT, -1, dims=1)
+    if criterion == "loss":
+        mask = mask & torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    rows, positions = mask.nonzero(as_tuple=True)
+    return (rows, positions), following[rows, positions]
+
+
+def _distance(criterion: str, full_NV, log_full, ablated_NV, targets) -> float:
+    if criterion == "mse":
+        return (ablated_NV - full_NV).square().sum(dtype=torch.float64).item()
+    log_ablated = F.log_softmax(ablated_NV, dim=-1)
+    if criterion == "kl":
+        return (log_full.exp() * (log_full - log_ablated)).sum(dtype=torch.float64).item()
+    return -log_ablated.gather(1, targets[:, None]).sum(dtype=torch.float64).item()

@@ -9,15 +9,13 @@ from memory_budget.units import GIB, format_gib
 from minitron.checkpoints import Checkpoint, PlannedTensor, write_weights
 from minitron.families import family_of
 from minitron.families.base import Family
-from minitron.importance.scores import load_scores
-from minitron.pipeline import StageContext
+from minitron.pipeline import StageContext, scores_of
 from minitron.pruning.cut import TensorCut, plan_cuts
 from minitron.pruning.plan import PruningPlan, make_plan
 from minitron.publish import check_reload, model_card, write_companions
 from minitron.runtime import available_memory_bytes
 from minitron.screening import build_pruned
 from minitron.stages.models import result_model_folder
-from minitron.stages.score import SCORES_FILE
 from minitron.store import write_json
 from minitron.teachers import teacher_architecture
 
@@ -30,7 +28,7 @@ def run(context: StageContext) -> dict:
     family, architecture = family_of(config), teacher_architecture(settings)
     chosen = context.inputs["search"].facts["chosen"]
     student = Architecture(**chosen["architecture"])
-    scores = load_scores(context.inputs["score"].folder / SCORES_FILE)
+    scores = scores_of(context.inputs["score"], settings)
     plan = make_plan(architecture, student, tuple(chosen["kept_layers"]), scores)
     write_json(context.folder / "plan.json", plan.to_json())
 

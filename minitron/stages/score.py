@@ -1,54 +1,145 @@
-"""score: width importance by one forward pass, layer importance by iterative removal."""
+"""score: width importance and block influence by one walk, layer importance by leaving layers out."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from memory_budget.hf_config import read_config
+from memory_budget.units import GIB
 from minitron.evaluation import batches_of, spread_rows
 from minitron.families import family_of
-from minitron.importance.activations import score_width
-from minitron.importance.layers import Removal, rank_by_removal
-from minitron.pipeline import StageContext, fewest_layers, floors
+from minitron.importance.activations import measure_width
+from minitron.importance.layers import Block, RoundSums, SweepLimits, measure_round
+from minitron.importance.placement import PlacedModel, StreamedModel, WholeModel
+from minitron.importance.removal import Removal, rank_iteratively, rank_once
+from minitron.importance.scores import WidthSums, load_sums
+from minitron.pipeline import SCORES_FILE, StageContext, fewest_layers, layer_rules
+from minitron.processes import rank, sum_over_processes, world_size
 from minitron.runtime import pick_device
+from minitron.settings import Criterion, Placement
 from minitron.stages.models import result_model_folder
 from minitron.store import write_json
 from minitron.teachers import teacher_architecture
 
-SCORES_FILE, LAYERS_FILE = "scores.safetensors", "layers.json"
+LAYERS_FILE = "layers.json"
 
 
 def run(context: StageContext) -> dict:
-    """Writes scores.safetensors (per site) and layers.json (order of removal with every round's scores)."""
-    settings, console = context.settings, context.console
-    folder = result_model_folder(context.inputs["teacher"])
-    family, architecture = family_of(read_config(folder)), teacher_architecture(settings)
-    model = family.load(folder, device=str(pick_device(settings)))
-    device = next(model.parameters()).device
+    """Writes scores.safetensors (sums per site) and layers.json (order of removal with every round's scores)."""
+    settings = context.settings
+    model = _placed(context)
     rows = np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r")
-    width_rows = spread_rows(rows, settings.scoring.samples)
-    batches = batches_of(width_rows, settings.scoring.batch, device)
-    with console.track("width importance", width_rows.size, "tokens") as advance:
-        scores = score_width(family, model, architecture, _announced(batches, advance))
-    scores.save(context.folder / SCORES_FILE)
+    width = _width(context, model, spread_rows(rows, settings.scoring.samples))
+    removals = _depth(context, model, spread_rows(rows, settings.scoring.layer_samples), width)
+    order = [removal.layer for removal in removals]
+    influence = (width.block_influence / width.num_tokens).tolist()
+    how_made = {"criterion": settings.scoring.criterion.name, "normalised": settings.scoring.normalised, "width_tokens": width.num_tokens,
+                "width_samples": width.num_samples, "data": context.inputs["data"].key, "teacher": context.inputs["teacher"].key}  # fmt: skip
+    layers = {"pattern": model.architecture.pattern, "removal_order": order, "rounds": [removal.to_json() for removal in removals]}
+    if rank() == 0:
+        width.save(context.folder / SCORES_FILE)
+        write_json(context.folder / LAYERS_FILE, {**layers, "block_influence": influence, "how_made": how_made})
+    first = f"; by {settings.scoring.criterion.name} layers go in the order {' '.join(map(str, order))}" if order else ""
+    headline = f"{len(width.sums)} sites scored from {width.num_tokens:,} tokens{first}"
+    return {"headline": headline, "removal_order": order, "removal_scores": [r.score for r in removals], "tokens": width.num_tokens}
 
-    layer_batches = batches_of(spread_rows(rows, settings.scoring.layer_samples), settings.scoring.batch, device)
-    to_remove = max(0, architecture.num_layers - fewest_layers(settings))
-    with console.track("layer importance", to_remove, "layers") as advance:
+
+def _placed(context: StageContext) -> PlacedModel:
+    settings = context.settings
+    folder = result_model_folder(context.inputs["teacher"])
+    config, device = read_config(folder), pick_device(settings)
+    family, architecture = family_of(config), teacher_architecture(settings)
+    if settings.scoring.placement is Placement.stream:
+        return StreamedModel(family, folder, config, architecture, device)
+    return WholeModel(family, family.load(folder, device=str(device)), architecture)
+
+
+def _blocks(context: StageContext, model: PlacedModel, rows: np.ndarray) -> dict[str, list[torch.Tensor]]:
+    """This process's share of the rows as blocks of batches, by the rows they hold; each block walks the layers together."""
+    scoring, share = context.settings.scoring, rows[rank() :: world_size()]
+    per_block = max(1, scoring.block_tokens // rows.shape[1])
+    starts = range(0, len(share), per_block)
+    return {f"{start}-{min(start + per_block, len(share))}": batches_of(share[start : start + per_block], scoring.batch, model.device) for start in starts}
+
+
+def _width(context: StageContext, model: PlacedModel, rows: np.ndarray) -> WidthSums:
+    """The sums over all rows; a finished block of an interrupted run is read back."""
+    blocks, total = _blocks(context, model, rows), None
+    with context.console.track("width importance", len(blocks) * model.architecture.num_layers, "layers") as advance:
+        for name, block in blocks.items():
+            path = _part(context, f"width-{name}-of-{len(rows)}.safetensors")
+            if path.exists():
+                sums = load_sums(path)
+                advance(model.architecture.num_layers)
+            else:
+                sums = measure_width(model, block, lambda: advance(1))
+                sums.save(path)
+            total = sums if total is None else total + sums
+    return _reduced(total, model)
+
+
+def _reduced(total: WidthSums | None, model: PlacedModel) -> WidthSums:
+    """Summed over processes, through one flat array."""
+    assert total is not None, "every process has at least one row"
+    sites = sorted(total.sums)
+    flat = np.concatenate([total.sums[site].reshape(-1) for site in sites] + [total.block_influence, [total.num_samples, total.num_tokens]])
+    flat = sum_over_processes(flat)
+    sums, offset = {}, 0
+    for site in sites:
+        size = total.sums[site].size
+        sums[site] = flat[offset : offset + size].reshape(total.sums[site].shape)
+        offset += size
+    return WidthSums(sums, flat[offset:-2], int(flat[-2]), int(flat[-1]))
+
+
+def _depth(context: StageContext, model: PlacedModel, rows: np.ndarray, width: WidthSums) -> list[Removal]:
+    """The order of removal by the criterion of the settings; finished rounds of an interrupted run are read back."""
+    scoring, pattern = context.settings.scoring, model.architecture.pattern
+    target, rules = fewest_layers(context.settings), layer_rules(context.settings)
+    if scoring.criterion is Criterion.block_influence:
+        return rank_once(pattern, target, rules, dict(enumerate((width.block_influence / width.num_tokens).tolist())))
+    blocks = [Block(batches) for batches in _blocks(context, model, rows).values()]
+    limits = SweepLimits(scoring.branch_rows, scoring.logits_tokens, int(scoring.reuse_gib * GIB / max(1, len(blocks))))
+    distance = scoring.criterion.name.removeprefix("iterative_")
+
+    def ask(kept: Sequence[int], removable: Sequence[int]) -> Mapping[int, float]:
+        total = sum((measure_round(model, block, kept, removable, distance, limits) for block in blocks[1:]),
+                    start=measure_round(model, blocks[0], kept, removable, distance, limits))  # fmt: skip
+        return _reduced_round(total).scores(distance, normalised=scoring.normalised)
+
+    if not scoring.criterion.name.startswith("iterative_"):
+        everything = range(len(pattern))
+        return rank_once(pattern, target, rules, ask(everything, everything)) if target < len(pattern) else []
+    done = _read_rounds(context)
+    with context.console.track("layer importance", len(pattern) - target, "layers", done=len(done)) as advance:
+        finished = list(done)
 
         def on_round(removal: Removal) -> None:
+            finished.append(removal)
+            if rank() == 0:
+                write_json(_part(context, "rounds.json"), [round.to_json() for round in finished])
             advance(1, f"layer {removal.layer} goes, {removal.score:.3f}")
 
-        removals = rank_by_removal(
-            family.parts(model), architecture.pattern, layer_batches, num_layers=fewest_layers(settings), floors=floors(settings),
-            normalised=settings.scoring.normalised, on_round=on_round,
-        )  # fmt: skip
-    order = [removal.layer for removal in removals]
-    write_json(context.folder / LAYERS_FILE, {"pattern": architecture.pattern, "removal_order": order, "rounds": [r.to_json() for r in removals]})
-    first = f"; layers go in the order {' '.join(map(str, order))}" if order else ""
-    headline = f"{len(scores.sites)} sites scored from {width_rows.size:,} tokens{first}"
-    return {"headline": headline, "removal_order": order, "removal_scores": [r.score for r in removals], "tokens": int(width_rows.size)}
+        return rank_iteratively(pattern, target, rules, ask, on_round, done)
 
 
-def _announced(batches, advance):
-    for batch in batches:
-        yield batch
-        advance(batch.numel())
+def _reduced_round(total: RoundSums) -> RoundSums:
+    layers = sorted(total.numerators)
+    flat = sum_over_processes(np.array([*(total.numerators[layer] for layer in layers), total.full_squares, total.logits, total.tokens]))
+    return RoundSums(dict(zip(layers, flat.tolist(), strict=False)), *flat[-3:].tolist())
+
+
+def _part(context: StageContext, name: str) -> Path:
+    """A file of this process for resuming; the number of processes is in its name, since it decides who has which rows."""
+    folder = context.folder / f"parts-{world_size()}" / str(rank())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+def _read_rounds(context: StageContext) -> list[Removal]:
+    path = context.folder / f"parts-{world_size()}" / "0" / "rounds.json"
+    rounds = json.loads(path.read_text()) if path.exists() else []
+    return [Removal(entry["layer"], entry["score"], {int(layer): score for layer, score in entry["scores"].items()}) for entry in rounds]

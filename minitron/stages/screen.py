@@ -5,12 +5,10 @@ import numpy as np
 from memory_budget.hf_config import read_config
 from minitron.evaluation import batches_of, screening_rows, spread_rows
 from minitron.families import family_of
-from minitron.importance.scores import load_scores
-from minitron.pipeline import StageContext
+from minitron.pipeline import StageContext, scores_of
 from minitron.runtime import pick_device
 from minitron.screening import Screen
 from minitron.stages.models import result_model_folder
-from minitron.stages.score import SCORES_FILE
 from minitron.teachers import teacher_architecture
 
 
@@ -23,5 +21,5 @@ def open_screen(context: StageContext) -> Screen:
     model = family.load(folder, device=str(pick_device(settings)))
     rows = np.load(context.inputs["data"].folder / "heldout.npy", mmap_mode="r")
     batches = batches_of(spread_rows(screening_rows(rows), settings.search.screen_samples), settings.evaluate.batch, next(model.parameters()).device)
-    scores = load_scores(context.inputs["score"].folder / SCORES_FILE)
+    scores = scores_of(context.inputs["score"], settings)
     return Screen(family, model, config, teacher_architecture(settings), scores, batches)

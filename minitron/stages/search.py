@@ -12,7 +12,7 @@ from memory_budget.budget import PRESETS, Budget
 from memory_budget.calculator import memory_report
 from memory_budget.units import format_gib
 from memory_budget.workload import Workload
-from minitron.pipeline import StageContext, axis_of, floors
+from minitron.pipeline import StageContext, axis_of, floors, scores_of
 from minitron.settings import Settings, Shortlist
 from minitron.stages.layer_order import order_and_damage
 from minitron.store import write_json
@@ -136,11 +136,9 @@ def _shortlist(context: StageContext, candidates: Candidates, damage: list[float
         return largest(candidates, search.shortlist_size)
     if "score" not in context.inputs:  # nothing measured: what a candidate keeps of the teacher's parameters
         return diversified(candidates, candidates.parameters / candidates.parameters.max(), search.shortlist_size)
-    from minitron.importance.scores import load_scores
     from minitron.screening import retained_importance
-    from minitron.stages.score import SCORES_FILE
 
-    scores = load_scores(context.inputs["score"].folder / SCORES_FILE)
+    scores = scores_of(context.inputs["score"], context.settings)
     return diversified(candidates, retained_importance(candidates, scores, damage), search.shortlist_size)
 
 

@@ -1,0 +1,118 @@
+"""Where the teacher is while it is scored: whole on a device, or streamed from disk one layer at a time.
+
+Both give the same three things: embedded tokens, layers to visit in order, and the output head. The
+arithmetic is the same modules on the same shapes, so on CPU the scores are equal bit for bit.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from memory_budget.architecture import Architecture
+from minitron.checkpoints import Checkpoint
+from minitron.families.base import Family
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Final norm and output projection."""
+
+    norm: nn.Module
+    projection: nn.Module
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., D] to float32 logits [..., V]."""
+        return self.projection(self.norm(hidden)).float()
+
+
+class PlacedModel(Protocol):
+    """A model that can be walked layer by layer."""
+
+    family: Family
+    architecture: Architecture
+    device: torch.device
+
+    def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Ids [B, T] to hidden states [B, T, D], for every batch."""
+
+    def visit(self, layers: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
+        """The given layers in order, each ready to run; one is valid until the next is asked for."""
+
+    def open_head(self):
+        """Context manager giving the Head."""
+
+
+class WholeModel:
+    """placement=device: everything in memory."""
+
+    def __init__(self, family: Family, model: nn.Module, architecture: Architecture):
+        self.family, self.architecture = family, architecture
+        self.model, self.parts = model.eval(), family.parts(model)
+        self.device = next(model.parameters()).device
+
+    def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [self.parts.embed(ids_BT) for ids_BT in batches]
+
+    def visit(self, layers: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
+        for layer in layers:
+            yield layer, self.parts.layers[layer]
+
+    @contextmanager
+    def open_head(self) -> Iterator[Head]:
+        yield Head(self.parts.norm, self.parts.head)
+
+
+class StreamedModel:
+    """placement=stream: one layer in memory, the next one being read; embeddings and head only while they are used."""
+
+    def __init__(self, family: Family, folder: Path, config: Mapping, architecture: Architecture, device: torch.device):
+        self.family, self.architecture, self.config, self.device = family, architecture, dict(config), device
+        self.checkpoint = Checkpoint(folder)
+        self.names = {family.canonical_name(name): name for name in self.checkpoint.entries}
+        self.dtype = _model_dtype(self.config, self.checkpoint)
+
+    def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        embed = self._load(lambda: self.family.build_outside(self.config, "embed"), self.family.outside_names["embed"])
+        return [embed(ids_BT) for ids_BT in batches]
+
+    def visit(self, layers: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            pending = reader.submit(self._load_layer, layers[0]) if layers else None
+            for position, layer in enumerate(layers):
+                block = pending.result()
+                pending = reader.submit(self._load_layer, layers[position + 1]) if position + 1 < len(layers) else None
+                yield layer, block
+                del block
+
+    @contextmanager
+    def open_head(self) -> Iterator[Head]:
+        norm, head = (self._load(lambda part=part: self.family.build_outside(self.config, part), self.family.outside_names[part]) for part in ("norm", "head"))
+        yield Head(norm, head)
+
+    def _load_layer(self, layer: int) -> nn.Module:
+        return self._load(lambda: self.family.build_layer(self.config, layer), f"layers.{layer}.")
+
+    def _load(self, build: Callable[[], nn.Module], prefix: str) -> nn.Module:
+        """A module built without memory, its tensors read from disk."""
+        with torch.device("meta"):
+            module = build()
+        state = {name[len(prefix) :]: self.checkpoint.read(file_name) for name, file_name in self.names.items() if name.startswith(prefix)}
+        state = {name: tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        module.load_state_dict(state, assign=True)
+        return module.eval().requires_grad_(False)
+
+
+def _model_dtype(config: Mapping, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that from_pretrained(dtype="auto") gives: config.json's, else that of the first floating point tensor."""
+    from minitron.checkpoints import DTYPES
+
+    named = config.get("dtype") or config.get("torch_dtype")
+    if named is not None:
+        return getattr(torch, named)
+    return next(DTYPES[entry.dtype] for entry in checkpoint.entries.values() if DTYPES[entry.dtype].is_floating_point)
