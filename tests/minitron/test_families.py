@@ -139,16 +139,16 @@ def test_file_names_are_the_published_ones(teacher):
 def test_walking_the_parts_gives_the_models_own_logits(teacher, token_ids, logits_of):
     parts, ids = FAMILY.parts(teacher), token_ids()
     with torch.no_grad():
-        hidden = parts.embed_tokens(ids)
-        for layer in range(len(parts.layers)):
-            hidden = parts.run_layer(layer, hidden)
-        assert torch.equal(parts.logits(hidden), logits_of(teacher))
+        hidden = parts.embed(ids)
+        for layer in parts.layers:
+            hidden = layer(hidden)
+        assert torch.equal(parts.head(parts.norm(hidden)), logits_of(teacher))
 
 
-def test_taps_read_every_norm_and_one_activation_per_mixer(teacher, tiny):
-    taps = [(tap.axis, tap.layer) for tap in FAMILY.taps(teacher, tiny)]
+def test_taps_read_every_layers_norm_and_one_activation_per_mixer(teacher, tiny):
+    taps = [(tap.axis, tap.layer) for layer, block in enumerate(teacher.model.layers) for tap in FAMILY.layer_taps(tiny, layer, block)]
     mixers = {"M": "mamba_head", "-": "ffn", "*": "attention_head"}
-    expected = {("hidden", layer) for layer in range(10)} | {(mixers[kind], layer) for layer, kind in enumerate(tiny.pattern)}
+    expected = {("hidden", layer) for layer in range(9)} | {(mixers[kind], layer) for layer, kind in enumerate(tiny.pattern)}
     assert len(taps) == len(set(taps)) and set(taps) == expected
 
 

@@ -12,7 +12,9 @@ from memory_budget.workload import Workload
 from minitron.checkpoints import Checkpoint, write_json, write_weights
 from minitron.evaluation import batches_of, decode_tokens_per_second, evaluate, held_out_loss, spread_rows
 from minitron.families.nemotron_h import FAMILY
-from minitron.importance.activations import score_width
+from minitron.importance.activations import measure_width
+from minitron.importance.placement import WholeModel
+from minitron.importance.scores import aggregate
 from minitron.pruning.plan import make_plan
 from minitron.screening import Screen, build_pruned, retained_importance
 from minitron.stages.prune import planned_tensors
@@ -34,7 +36,7 @@ def batches(token_ids):
 
 @pytest.fixture(scope="module")
 def scores(teacher, tiny, batches):
-    return score_width(FAMILY, teacher, tiny, batches)
+    return aggregate(measure_width(WholeModel(FAMILY, teacher, tiny), list(batches)))
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +192,7 @@ def test_retained_importance_is_the_kept_share_of_the_scores(candidates, retaine
 
 def test_a_teacher_without_ffn_layers_is_measured_too(tiny, build_model, batches):
     architecture = replace(tiny, pattern="MM*")
-    scores = score_width(FAMILY, build_model(pattern="MM*"), architecture, batches)
+    scores = aggregate(measure_width(WholeModel(FAMILY, build_model(pattern="MM*"), architecture), list(batches)))
     space = SearchSpace(num_layers=(3,), hidden=(16, 32), ffn=(48,), mamba_num_heads=(8,), floors={})
     kept = retained_importance(enumerate_candidates(architecture, space, {3: (0, 1, 2)}, Workload(context_tokens=64)), scores, [])
     assert kept[1] == pytest.approx(1.0) and 0 < kept[0] < 1
