@@ -23,6 +23,13 @@ PARTS = {
 }
 KINDS = {"M": ("Mamba-2", "#0072B2"), "*": ("attention", "#D55E00"), "-": ("FFN", "#009E73"), "E": ("MoE", "#CC79A7")}
 MODELS = {"teacher": "#0072B2", "pruned": "#E69F00", "student": "#009E73"}
+AXES = {"hidden": "hidden channels", "ffn": "FFN neurons", "mamba_head": "Mamba-2 heads", "attention_head": "attention heads"}
+CRITERIA = {
+    "mse": "squared change of the logits\nover their square (ratio)",
+    "kl": "KL from the full model\n(nats/token)",
+    "loss": "loss without it\n(nats/token)",
+    "block_influence": "1 − cosine of the residual\nbefore and after (ratio)",
+}
 RED, GREY = "#B22222", "#555555"
 PIXELS_PER_INCH = 120
 
@@ -137,8 +144,9 @@ def _layer_importance(summary: Summary):
 
     pattern, removed = importance["pattern"], set(removed_layers(summary))
     figure = _figure(8, 3.4)
-    scale = "squared change of the logits\nover their square (ratio)" if importance["normalised"] else "mean squared change\n(logits²)"
-    axes = _axes(figure, title="How much the logits change when one layer is left out", x="layer (0 is next to the input)", y=scale)
+    criterion = importance["criterion"].removeprefix("iterative_")
+    scale = "mean squared change\n(logits²)" if criterion == "mse" and not importance["normalised"] else CRITERIA[criterion]
+    axes = _axes(figure, title="What leaving out one layer does", x="layer (0 is next to the input)", y=scale)
     for layer, score in scores.items():
         gone = layer in removed
         colour = KINDS[pattern[layer]][1]
@@ -152,6 +160,25 @@ def _layer_importance(summary: Summary):
     if removed:
         keys.append(Patch(facecolor="white", edgecolor=GREY, hatch="////", label="removed"))
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=9, frameon=False)
+    return figure
+
+
+def _width_importance(summary: Summary):
+    curves = {axis: layers for axis, layers in summary["importance"].get("width_curves", {}).items() if axis in AXES}
+    if not curves:
+        return None
+    import matplotlib
+
+    figure, viridis = _figure(8, 2.9), matplotlib.colormaps["viridis"]
+    depth = len(summary["importance"]["pattern"])
+    for position, axis in enumerate([axis for axis in AXES if axis in curves], start=1):
+        axes = _axes(figure, 1, len(curves), position, title=AXES[axis], x="rank (share of units)", y="score (share of the highest)" if position == 1 else "")
+        for layer, curve in curves[axis].items():
+            axes.plot([rank / (len(curve) - 1) for rank in range(len(curve))], curve, color=viridis(0.92 * int(layer) / depth), linewidth=1.0)
+        axes.set_ylim(0, 1.02)
+        axes.grid(alpha=0.3)
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, depth), matplotlib.colors.ListedColormap(viridis([0.92 * k / 255 for k in range(256)])))
+    figure.colorbar(scale, ax=figure.axes, label="layer", shrink=0.8)
     return figure
 
 
@@ -223,6 +250,7 @@ def _draw_curve(axes, curve: Mapping[str, list], value: str, *, log: bool) -> No
 PLOTS: Mapping[str, Callable[[Summary], Any]] = {
     "memory.png": _memory,
     "layer_importance.png": _layer_importance,
+    "width_importance.png": _width_importance,
     "candidates.png": _candidates,
     "distillation.png": _distillation,
     "teacher_training.png": _teacher_training,

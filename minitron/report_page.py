@@ -201,7 +201,8 @@ def _teacher_blocks(summary: Summary, plots: Sequence[str]) -> list[str]:
 def _score_blocks(summary: Summary, plots: Sequence[str]) -> list[str]:
     some_at_floor = None in summary["importance"]["first_round_scores"]
     note = "Layers without a bar are of a kind that may not lose more of them." if some_at_floor and "layer_importance.png" in plots else ""
-    return [_image(plots, "layer_importance.png", "Importance of every layer before any was removed"), note]
+    layers = _image(plots, "layer_importance.png", "Importance of every layer before any was removed")
+    return [layers, note, _image(plots, "width_importance.png", "Importance of the units of every axis, sorted, one line a layer")]
 
 
 def _search_blocks(summary: Summary, plots: Sequence[str]) -> list[str]:

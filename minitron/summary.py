@@ -89,9 +89,11 @@ def _importance(score: Result) -> dict[str, Any]:
     first = layers["rounds"][0]["scores"] if layers["rounds"] else {}
     return {
         "pattern": layers["pattern"],
+        "criterion": score.record["settings"]["criterion"],
         "normalised": score.record["settings"]["normalised"],
         "removal_order": layers["removal_order"],
         "removal_scores": [entry["score"] for entry in layers["rounds"]],
+        "width_curves": layers["width_curves"],
         "first_round_scores": [first.get(str(layer)) for layer in range(len(layers["pattern"]))],
     }
 

@@ -15,7 +15,7 @@ from minitron.importance.activations import measure_width
 from minitron.importance.layers import Block, RoundSums, SweepLimits, measure_round
 from minitron.importance.placement import PlacedModel, StreamedModel, WholeModel
 from minitron.importance.removal import Removal, rank_iteratively, rank_once
-from minitron.importance.scores import WidthSums, load_sums
+from minitron.importance.scores import WidthSums, aggregate, load_sums
 from minitron.pipeline import SCORES_FILE, StageContext, fewest_layers, layer_rules
 from minitron.processes import rank, sum_over_processes, world_size
 from minitron.runtime import pick_device
@@ -41,10 +41,21 @@ def run(context: StageContext) -> dict:
     layers = {"pattern": model.architecture.pattern, "removal_order": order, "rounds": [removal.to_json() for removal in removals]}
     if rank() == 0:
         width.save(context.folder / SCORES_FILE)
-        write_json(context.folder / LAYERS_FILE, {**layers, "block_influence": influence, "how_made": how_made})
+        write_json(context.folder / LAYERS_FILE, {**layers, "block_influence": influence, "width_curves": _width_curves(width), "how_made": how_made})
     first = f"; by {settings.scoring.criterion.name} layers go in the order {' '.join(map(str, order))}" if order else ""
     headline = f"{len(width.sums)} sites scored from {width.num_tokens:,} tokens{first}"
     return {"headline": headline, "removal_order": order, "removal_scores": [r.score for r in removals], "tokens": width.num_tokens}
+
+
+def _width_curves(width: WidthSums) -> dict[str, dict[str, list[float]]]:
+    """Per axis and layer the sorted scores as shares of the highest, at 21 evenly spread ranks: how much there is to cut."""
+    curves: dict[str, dict[str, list[float]]] = {}
+    scores = aggregate(width)
+    for (axis, layer), values in sorted(scores.sites.items()):
+        units = np.linalg.norm(values, axis=1) if values.ndim == 2 else values
+        ranked = np.sort(units)[::-1][np.linspace(0, len(units) - 1, 21).round().astype(int)]
+        curves.setdefault(axis, {})[str(layer)] = (ranked / max(ranked[0], np.finfo(float).tiny)).round(4).tolist()
+    return curves
 
 
 def _placed(context: StageContext) -> PlacedModel:

@@ -40,6 +40,8 @@ class Recorder(Console):
         self.said.append(text)
 
 
+WIDTH_CURVES = {"hidden": {"0": [1.0, 0.5, 0.2]}, "ffn": {"1": [1.0, 0.3, 0.0]}}
+
 def small_settings(folder: Path, tiny: Architecture) -> Settings:
     sizes = {field.name: getattr(tiny, field.name) for field in fields(TinyTeacherSettings)}
     made = Settings(runs_folder=str(folder / "runs"), run_name="small", teacher=TeacherSettings(tiny=TinyTeacherSettings(**sizes)))
@@ -73,7 +75,7 @@ def finished_stages(settings: Settings, tiny: Architecture, config_of: Callable)
         steps = [{"step": step, "tokens": 256 * (step + 1), "loss": 2.0 * 0.9**step} for step in range(20)]
         _write(made[name].folder / "metrics.jsonl", "".join(json.dumps(step) + "\n" for step in steps))
     rounds = [{"layer": 7, "score": 0.005, "scores": FIRST_SCORES}]
-    _write(made["score"].folder / "layers.json", json.dumps({"pattern": teacher.pattern, "removal_order": [7], "rounds": rounds}))
+    _write(made["score"].folder / "layers.json", json.dumps({"pattern": teacher.pattern, "removal_order": [7], "rounds": rounds, "width_curves": WIDTH_CURVES}))
     return made
 
 
@@ -86,7 +88,7 @@ def _candidate(identifier: str, architecture: Architecture, loss: float, *, chos
 def _finished(settings: Settings, name: str, facts: dict, key: str = "0123456789ab") -> Result:
     folder = Path(settings.runs_folder) / "store" / name / key
     folder.mkdir(parents=True)
-    record = {"key": key, "seconds": 1.5, "peak_rss_bytes": 2**30, "settings": {"normalised": True}, "facts": {"headline": f"{name} is done", **facts}}
+    record = {"key": key, "seconds": 1.5, "peak_rss_bytes": 2**30, "settings": {"criterion": "iterative_mse", "normalised": True}, "facts": {"headline": f"{name} is done", **facts}}
     return finish(folder, record)
 
 
