@@ -1,11 +1,16 @@
 """A user's mistakes: one line on stderr that names setting, value and rule, exit code 2, and nothing left as done."""
 
 import json
+import re
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture
@@ -24,7 +29,7 @@ def refused(door, done_folders, tmp_path, small_settings):
 
 def test_a_command_that_is_right_is_not_refused(door, tmp_path, small_settings):
     """The control: the same arguments and the same door."""
-    (tmp_path / "order").write_text("10 8 1")
+    (tmp_path / "order").write_text("10 8 1 0")
     finished = door(tmp_path, *small_settings, "stage=search", "search.layer_order=order")
     assert (finished.returncode, finished.stderr) == (0, "")
 
@@ -57,6 +62,10 @@ def test_a_command_that_is_right_is_not_refused(door, tmp_path, small_settings):
         ("teacher.tiny.mamba_num_heads=7", "mamba heads (7) must be a multiple of the 2 groups"),
         ("teacher.tiny.pattern=MX", "pattern 'MX' must be a string of layer letters"),
         ("run_name=a/b", "run_name is 'a/b'"),
+        ("search.floors.attn=1", "search.floors.attn is no setting"),
+        ("search.floors.attention=3", "search.floors keeps 3 layers of kind '*'; the teacher has 2"),
+        ("teacher.train.tokens=255", "teacher.train.tokens is 255; it must be at least one batch, 4 rows of data.sequence_length: 256"),
+        ("distill.train.tokens=255", "distill.train.tokens is 255; it must be at least one batch, 4 rows of data.sequence_length: 256"),
         ("teacher.path=no/such/checkpoint", "teacher.path is 'no/such/checkpoint': no folder is there"),
         ("teacher.path=nowhere", "teacher.path is 'nowhere': no folder is there"),
         ("search.layer_order=nowhere.json", "search.layer_order is 'nowhere.json', which cannot be read: No such file"),
@@ -67,9 +76,17 @@ def test_a_setting_that_cannot_be_is_refused_before_any_work(argument, said, ref
     assert not (tmp_path / "runs" / "store").exists()
 
 
+def test_a_runs_folder_that_cannot_be_is_refused(door, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "order").write_text("1 0 4 5")
+    for folder in ("file", "file/inside", "/proc/inside"):
+        finished = door(tmp_path, f"runs_folder={folder}", "stage=search", "search.layer_order=order")
+        assert (finished.returncode, len(finished.error_lines)) == (2, 1) and f"runs_folder is {folder!r}" in finished.stderr
+
+
 def test_a_budget_that_nothing_fits_says_the_smallest_size(refused):
     said = refused("budget.device_gib=0.0001")
-    assert "budget of 0.000100 GiB fits none" in said and "L8-H24-F48-M6, needs 0.00023" in said
+    assert re.search(r"budget of 0.00010+ GiB fits none .* the smallest, L8-H24-F48-M4, needs 0.0002\d+ GiB", said)
 
 
 @pytest.mark.parametrize(
@@ -81,14 +98,24 @@ def test_a_budget_that_nothing_fits_says_the_smallest_size(refused):
         ("", "must hold layer numbers"),
         ("[1, 11]", "names layer 11; the teacher has layers 0 to 10"),
         ("[1, 2, 1]", "names layer 1 twice"),
-        ("[1]", "reach only 10 layers"),
         ("\xff\x00", "must hold layer numbers, least important first"),
     ],
-    ids=["words", "other object", "nested", "empty", "layer too many", "layer twice", "too short", "bytes"],
+    ids=["words", "other object", "nested", "empty", "layer too many", "layer twice", "bytes"],
 )
 def test_a_file_that_is_no_layer_order_is_refused(written, said, refused, tmp_path):
     (tmp_path / "order").write_bytes(written.encode("latin-1"))
     assert said in refused("stage=search", "search.layer_order=order")
+
+
+def test_an_order_too_short_for_every_depth_is_refused(refused, tmp_path):
+    (tmp_path / "order").write_text("[1]")
+    assert "search.layers has the option 9, but the layer order and the floors reach only 10 layers" in refused(
+        "stage=search", "search.layer_order=order", "search.layers={low: 8, high: 9}"
+    )
+
+
+def test_a_report_of_nothing_is_refused(refused):
+    assert "nothing is under these settings" in refused("stage=report")
 
 
 # Checkpoints.
@@ -102,8 +129,6 @@ def checkpoint(walk, tmp_path) -> Path:
 
 @pytest.fixture
 def sharded(walk, tmp_path) -> Path:
-    from transformers import AutoModelForCausalLM
-
     folder = shutil.copytree(walk.checkpoint("teacher"), tmp_path / "mine")
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="150KB")
     (folder / "model.safetensors").unlink()
@@ -176,8 +201,6 @@ def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(refused, checkpoi
 
 
 def test_a_tensor_that_is_missing_is_named(refused, checkpoint):
-    from safetensors.torch import load_file, save_file
-
     state = load_file(checkpoint / "model.safetensors")
     del state["backbone.layers.3.mixer.k_proj.weight"]
     save_file(state, checkpoint / "model.safetensors")
@@ -203,9 +226,6 @@ def test_a_checkpoint_without_a_tokenizer_is_refused_before_scoring(checkpoint, 
 
 
 def test_full_traces_are_there_for_who_asks(environment, tmp_path):
-    import subprocess
-    import sys
-
     finished = subprocess.run([sys.executable, "-m", "minitron.run", "stage=bogus"], cwd=tmp_path, env=environment | {"HYDRA_FULL_ERROR": "1"},
                               capture_output=True, text=True)  # fmt: skip
     assert finished.returncode != 0 and "Traceback" in finished.stderr

@@ -283,7 +283,7 @@ def shapes(teacher) -> dict[str, tuple[int, ...]]:
     return {FAMILY.canonical_name(name): tuple(tensor.shape) for name, tensor in teacher.state_dict().items()}
 
 
-def test_a_whole_checkpoint_is_accepted(shapes, tiny, keep_all):
+def test_a_whole_checkpoint_is_accepted(shapes, keep_all):
     assert len(plan_cuts(FAMILY, keep_all(), shapes)) == len(shapes)
 
 

@@ -132,7 +132,7 @@ def test_the_written_config_is_readable_json_without_extensions(written):
     assert json.loads((written / "config.json").read_text())["hybrid_override_pattern"] == "M-M*-M-*-"
 
 
-def test_auto_model_gives_the_teachers_logits(written, teacher, token_ids, logits_of):
+def test_auto_model_gives_the_teachers_logits(written, teacher, logits_of):
     loaded = AutoModelForCausalLM.from_pretrained(written, local_files_only=True).eval()
     assert (logits_of(loaded) - logits_of(teacher)).abs().max() <= 1e-2  # transformers clamps the time step from below
 

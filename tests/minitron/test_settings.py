@@ -2,7 +2,10 @@
 
 import pytest
 
+from memory_budget.architecture import Architecture
+from minitron.pipeline import axis_of
 from minitron.settings import (
+    AxisSettings,
     DataSettings,
     DistillSettings,
     EvaluateSettings,
@@ -77,3 +80,32 @@ def test_values_at_the_edge_of_their_range_are_taken():
     DataSettings(sequence_length=2, vocab=300, max_train_tokens=1)
     DistillSettings(temperature=0.01, train=TrainSettings(tokens=1, batch=1, weight_decay=0.0, save_every_seconds=0.0))
     SearchSettings(shortlist_size=1, screen_samples=1, floors={"ffn": 0})
+
+
+TEACHER = Architecture(model_type="nemotron_h", pattern="M-M-M*-M-M*-M-M*-M-M-", hidden=128, vocab=2048, ffn=512, mamba_num_heads=16, mamba_num_groups=2)
+
+
+@pytest.mark.parametrize(
+    ("axis", "low", "options"),
+    [
+        ("layers", 0.75, (16, 17, 18, 19, 20, 21)),
+        ("hidden", 0.75, (96, 112, 128)),
+        ("hidden", 0.8, (112, 128)),
+        ("ffn", 0.625, (320, 384, 448, 512)),
+        ("mamba_heads", 0.75, (12, 14, 16)),
+        ("mamba_heads", 1.0, (16,)),
+        ("mamba_heads", 12.0, (12, 14, 16)),
+    ],
+)
+def test_a_bound_up_to_1_is_a_share_of_the_teachers_in_whole_steps(axis, low, options):
+    settings = Settings(search=SearchSettings(**{axis: AxisSettings(low=low)}))
+    assert axis_of(settings, axis, TEACHER) == options
+
+
+def test_an_axis_without_bounds_keeps_the_teachers_value():
+    assert axis_of(Settings(), "hidden", TEACHER) == (128,)
+
+
+def test_a_bound_of_zero_is_refused():
+    with pytest.raises(ValueError, match="search.hidden has the option 0; it must be at least 1"):
+        axis_of(Settings(search=SearchSettings(hidden=AxisSettings(low=0.0))), "hidden", TEACHER)

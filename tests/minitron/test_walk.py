@@ -162,9 +162,7 @@ def test_the_dtype_of_the_teacher_is_kept(walk):
     assert dtypes == [{"F32"}] * 3
 
 
-@pytest.mark.parametrize(
-    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"]
-)
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"])
 def test_tokenizer_and_generation_files_are_the_teachers_byte_for_byte(walk, name):
     teacher, pruned, student = ((walk.checkpoint(model) / name).read_bytes() for model in MODELS)
     assert teacher == pruned == student
@@ -239,31 +237,78 @@ def test_a_fixed_architecture_is_what_prune_writes(walk, store_copy, door, tmp_p
     assert Checkpoint(Path(pruned["path"])).num_parameters == pruned["parameters"] == count_total_parameters(written)
 
 
-def copied(checkpoint: Path, folder: Path) -> Path:
-    shutil.copytree(checkpoint, folder)
-    return folder
+def test_stage_report_shows_what_is_done_and_does_nothing(walk, store_copy, door, done_folders, tmp_path):
+    before = done_folders(store_copy)
+    finished = door(tmp_path, *at(store_copy, walk, "stage=report"))
+    assert finished.returncode == 0 and done_folders(store_copy) == before
+    assert summary_of(store_copy)["models"].keys() == dict.fromkeys(MODELS).keys()
 
 
-def test_a_checkpoint_of_the_user_is_pruned_with_its_own_tokenizer(walk, door, tmp_path):
-    teacher = copied(walk.checkpoint("student"), tmp_path / "mine")
-    settings = at(tmp_path / "runs", walk, f"teacher.path={teacher}", "stage=prune", "search.layers={low: 6, high: 8}", "search.hidden={values: [16, 24]}",
+@pytest.fixture(scope="module")
+def own_teacher(walk, door, tmp_path_factory):
+    """(folder, settings, finished command) of a prune of the walk's student, copied elsewhere, as the user's own teacher."""
+    folder = tmp_path_factory.mktemp("own")
+    shutil.copytree(walk.checkpoint("student"), folder / "mine")
+    settings = at(folder / "runs", walk, "teacher.path=mine", "search.layers={low: 6, high: 8}", "search.hidden={values: [16, 24]}",
                   "search.ffn={values: [32]}", "search.mamba_heads={values: [6]}")  # fmt: skip
-    finished = door(tmp_path, *settings)
+    return folder, settings, door(folder, *settings, "stage=prune")
+
+
+def test_a_checkpoint_of_the_user_is_pruned(own_teacher):
+    folder, _, finished = own_teacher
     assert finished.returncode == 0, finished.stderr
-    models = summary_of(tmp_path / "runs")["models"]
-    assert models["teacher"]["path"] == str(teacher) and models["pruned"]["parameters"] < models["teacher"]["parameters"]
-    assert not list((tmp_path / "runs" / "store").glob("data/*/tokenizer"))
-    assert (Path(models["pruned"]["path"]) / "tokenizer.json").read_bytes() == (teacher / "tokenizer.json").read_bytes()
-    assert AutoModelForCausalLM.from_pretrained(models["pruned"]["path"]).num_parameters() == models["pruned"]["parameters"]
-    moved_and_changed_teachers(walk, door, tmp_path, teacher, settings, models)
+    models = summary_of(folder / "runs")["models"]
+    assert models["teacher"]["path"] == str(folder / "mine")
+    loaded = AutoModelForCausalLM.from_pretrained(models["pruned"]["path"])
+    assert loaded.num_parameters() == models["pruned"]["parameters"] < models["teacher"]["parameters"]
 
 
-def moved_and_changed_teachers(walk, door, folder: Path, teacher: Path, settings: tuple[str, ...], models: dict) -> None:
-    """Parts of the claim above that would cost its run again: other weights are another teacher, another place is the same one."""
-    moved = teacher.rename(folder / "moved")
-    settings = tuple(f"teacher.path={moved}" if item.startswith("teacher.path=") else item for item in settings)
-    assert door(folder, *settings, "scoring.samples=7").returncode == 0, "the teacher's old place must not be asked for"
-    weights = moved / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
+def test_a_checkpoint_of_the_user_keeps_its_own_tokenizer(own_teacher):
+    folder, _, _ = own_teacher
+    assert not list((folder / "runs" / "store").glob("data/*/tokenizer"))
+    pruned = Path(summary_of(folder / "runs")["models"]["pruned"]["path"])
+    assert (pruned / "tokenizer.json").read_bytes() == (folder / "mine" / "tokenizer.json").read_bytes()
+
+
+def teacher_cached(door, folder: Path, settings: tuple[str, ...]) -> bool:
     finished = door(folder, *settings, "stage=teacher")
-    assert finished.returncode == 0 and "(already done)" not in finished.stdout, "other weights of the same shapes are another teacher"
+    assert finished.returncode == 0, finished.stderr
+    return summary_of(folder / "runs")["stages"]["teacher"]["cached"]
+
+
+@pytest.fixture
+def own_copy(own_teacher, tmp_path):
+    """A user's teacher that has been looked at once, to be changed: (folder, settings)."""
+    folder, settings, _ = own_teacher
+    shutil.copytree(folder / "mine", tmp_path / "mine")
+    settings = (f"runs_folder={tmp_path / 'runs'}", *settings[1:])
+    return tmp_path, settings
+
+
+def test_the_same_teacher_is_looked_at_once(own_copy, door):
+    assert [teacher_cached(door, *own_copy) for _ in range(2)] == [False, True]
+
+
+def test_other_weights_of_the_same_shapes_are_another_teacher(walk, own_copy, door):
+    folder, settings = own_copy
+    teacher_cached(door, folder, settings)
+    weights = folder / "mine" / "model.safetensors"
+    size = weights.stat().st_size
+    shutil.copyfile(walk.checkpoint("pruned") / "model.safetensors", weights)
+    assert abs(weights.stat().st_size - size) < 16 and not teacher_cached(door, folder, settings)
+
+
+def test_another_tokenizer_is_another_teacher(own_copy, door):
+    folder, settings = own_copy
+    teacher_cached(door, folder, settings)
+    tokenizer = folder / "mine" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    assert not teacher_cached(door, folder, settings)
+
+
+def test_a_teacher_that_was_moved_is_found_in_its_new_place(own_copy, door):
+    folder, settings = own_copy
+    teacher_cached(door, folder, settings)
+    (folder / "mine").rename(folder / "moved")
+    teacher_cached(door, folder, tuple("teacher.path=moved" if item == "teacher.path=mine" else item for item in settings))
+    assert summary_of(folder / "runs")["models"]["teacher"]["path"] == str(folder / "moved")
