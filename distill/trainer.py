@@ -83,12 +83,12 @@ def train(model: nn.Module, batches: RowBatches, plan: TrainPlan, loss_function:
         for step in range(record.step + 1 if record else 0, total_steps):
             rate = plan.learning_rate * learning_rate_share(step, total_steps, warmup_share=plan.warmup_share, final_share=plan.final_learning_rate_share)
             loss = _gradients(model, loss_function, batches.at(step).to(device), step)
-            with _interrupts_wait():  # weights, optimiser and record move together or not at all
+            with _interrupts_wait():  # weights, optimiser, record and its line move together or not at all
                 norm = _update(model, optimizers, rate, plan.clip_norm)
                 seconds = earlier_seconds + time.monotonic() - started
                 recent = record.recent_loss + 0.05 * (loss - record.recent_loss) if record else loss
                 record = StepRecord(step, total_steps, (step + 1) * batches.tokens_per_step, loss, recent, norm, rate, seconds)
-            on_step(record)
+                on_step(record)
             if time.monotonic() - last_saved > plan.save_every_seconds:
                 _save_state(folder / STATE_FILE, model, optimizers, record)
                 last_saved = time.monotonic()
@@ -123,7 +123,7 @@ def _update(model: nn.Module, optimizers: list[torch.optim.Optimizer], rate: flo
 
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Holds SIGINT and SIGTERM back until the block is through: one that came in the middle of an update would be saved as half a step."""
+    """Holds SIGINT and SIGTERM back until the block is through: one in the middle of an update would save half a step."""
     if threading.current_thread() is not threading.main_thread():  # signals go to the main thread alone
         yield
         return

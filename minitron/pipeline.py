@@ -174,6 +174,10 @@ def run_pipeline(settings: Settings, console: Console) -> None:
     from minitron.stages import report
 
     check_before_work(settings)
+    try:
+        Path(settings.runs_folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"runs_folder is {settings.runs_folder!r}, which cannot be made a folder: {error.strerror}") from None
     results: dict[str, Result] = {}
     cached: dict[str, bool] = {}
     if settings.stage is Stage.report:
@@ -191,6 +195,10 @@ def check_before_work(settings: Settings) -> None:
     from minitron.stages.layer_order import given_layer_order
     from minitron.stages.search import check_search
 
+    for name, train in (("teacher.train", settings.teacher.train), ("distill.train", settings.distill.train)):
+        least = train.batch * settings.data.sequence_length
+        if train.tokens < least and not (name == "teacher.train" and settings.teacher.path is not None):
+            raise ValueError(f"{name}.tokens is {train.tokens}; it must be at least one batch, {train.batch} rows of data.sequence_length: {least}")
     if settings.teacher.path is not None:
         from minitron.families import family_of  # brings torch, which a run that finds everything done goes without
 

@@ -25,9 +25,7 @@ def run(context: StageContext) -> dict:
     with context.console.track("tokenising", len(documents), "documents") as advance:
         for split, held_out, limit in (("train", False, settings.data.max_train_tokens), ("heldout", True, settings.data.max_heldout_tokens)):
             chosen = [document.text for document in documents if document.is_held_out == held_out]
-            rows = text.windows(_encode(tokenizer, chosen, advance), settings.data.sequence_length)
-            if limit is not None:
-                rows = rows[: limit // settings.data.sequence_length]
+            rows = _rows(tokenizer, chosen, settings.data.sequence_length, limit, advance)
             if len(rows) == 0:
                 raise ValueError(
                     f"data.sequence_length is {settings.data.sequence_length}; no {split} document (or data.max_{split}_tokens) has that many tokens"
@@ -38,12 +36,16 @@ def run(context: StageContext) -> dict:
     return {"headline": headline, "train_tokens": counts["train"], "heldout_tokens": counts["heldout"], "vocab": vocabulary}
 
 
-def _encode(tokenizer, texts: list[str], advance) -> list[list[int]]:
-    """Ids of every document, with an end-of-text id after it."""
+def _rows(tokenizer, texts: list[str], sequence_length: int, limit: int | None, advance) -> np.ndarray:
+    """Rows of the documents in their order, each document ended by an end-of-text id; at most `limit` tokens, and no document beyond is read."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = []
+    most = None if limit is None else limit // sequence_length
+    parts, number = [text.windows([], sequence_length)], 0
     for start in range(0, len(texts), 32):
         part = texts[start : start + 32]
-        encoded += [ids + end for ids in tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]]
+        if most is None or number < most:
+            ids = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+            parts.append(text.windows([document + end for document in ids], sequence_length))
+            number += len(parts[-1])
         advance(len(part))
-    return encoded
+    return np.concatenate(parts)[:most]

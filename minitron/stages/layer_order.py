@@ -36,7 +36,7 @@ def read_layer_order(path: str | Path) -> list[int]:
     try:
         value = json.loads(text)
     except ValueError:
-        value = text.replace(",", " ").split()
+        value = text.replace(",", " ").split() or None
     if isinstance(value, Mapping):
         value = value.get("removal_order", value.get("removed_layers"))
     try:

@@ -175,3 +175,15 @@ def test_muon_gets_the_layers_matrices_and_never_the_vocabulary():
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     muons = {names[id(parameter)] for group in muon.param_groups for parameter in group["params"]}
     assert muons and all(".layers." in name and name.endswith("proj.weight") for name in muons)
+
+
+def test_an_interrupt_in_the_middle_of_an_update_is_heard_after_the_step_was_told(batches, tmp_path):
+    """Else the step is in the saved weights but in nobody's records."""
+    steps = []
+    hook = register_optimizer_step_post_hook(lambda *_: signal.raise_signal(signal.SIGINT) if len(steps) == 3 else None)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(build_model(0), batches, PLAN, tmp_path, lambda record: steps.append(record.step))
+    finally:
+        hook.remove()
+    assert steps == [0, 1, 2, 3] and torch.load(tmp_path / STATE_FILE, weights_only=True)["record"]["step"] == 3

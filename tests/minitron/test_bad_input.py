@@ -62,6 +62,10 @@ def test_a_command_that_is_right_is_not_refused(door, tmp_path, small_settings):
         ("teacher.tiny.mamba_num_heads=7", "mamba heads (7) must be a multiple of the 2 groups"),
         ("teacher.tiny.pattern=MX", "pattern 'MX' must be a string of layer letters"),
         ("run_name=a/b", "run_name is 'a/b'"),
+        ("search.floors.attn=1", "search.floors.attn is no setting"),
+        ("search.floors.attention=3", "search.floors keeps 3 layers of kind '*'; the teacher has 2"),
+        ("teacher.train.tokens=255", "teacher.train.tokens is 255; it must be at least one batch, 4 rows of data.sequence_length: 256"),
+        ("distill.train.tokens=255", "distill.train.tokens is 255; it must be at least one batch, 4 rows of data.sequence_length: 256"),
         ("teacher.path=no/such/checkpoint", "teacher.path is 'no/such/checkpoint': no folder is there"),
         ("teacher.path=nowhere", "teacher.path is 'nowhere': no folder is there"),
         ("search.layer_order=nowhere.json", "search.layer_order is 'nowhere.json', which cannot be read: No such file"),
@@ -70,6 +74,14 @@ def test_a_command_that_is_right_is_not_refused(door, tmp_path, small_settings):
 def test_a_setting_that_cannot_be_is_refused_before_any_work(argument, said, refused, tmp_path):
     assert said in refused(argument)
     assert not (tmp_path / "runs" / "store").exists()
+
+
+def test_a_runs_folder_that_cannot_be_is_refused(door, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "order").write_text("1 0 4 5")
+    for folder in ("file", "file/inside", "/proc/inside"):
+        finished = door(tmp_path, f"runs_folder={folder}", "stage=search", "search.layer_order=order")
+        assert (finished.returncode, len(finished.error_lines)) == (2, 1) and f"runs_folder is {folder!r}" in finished.stderr
 
 
 def test_a_budget_that_nothing_fits_says_the_smallest_size(refused):

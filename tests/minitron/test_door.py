@@ -79,7 +79,9 @@ def test_the_published_teacher_does_not_fit_and_every_listed_student_does(nano2)
     assert all(candidate["memory_bytes"]["total"] <= summary["budget"]["bytes"] for candidate in summary["candidates"])
 
 
-@pytest.mark.parametrize("written", ["[7, 52, 16, 8, 23, 24, 48, 3, 10, 31, 32]", "7 52 16 8 23 24 48 3 10 31 32\n", '{"removed_layers": [7,52,16,8,23,24,48,3,10,31,32]}'])
+@pytest.mark.parametrize(
+    "written", ["[7, 52, 16, 8, 23, 24, 48, 3, 10, 31, 32]", "7 52 16 8 23 24 48 3 10 31 32\n", '{"removed_layers": [7,52,16,8,23,24,48,3,10,31,32]}']
+)
 def test_an_order_may_be_a_list_plain_numbers_or_an_object(written, door, tmp_path, nano2):
     (tmp_path / "order").write_text(written)
     assert door(tmp_path, "experiment=nano2", "stage=search", "search.layer_order=order").returncode == 0

@@ -162,9 +162,7 @@ def test_the_dtype_of_the_teacher_is_kept(walk):
     assert dtypes == [{"F32"}] * 3
 
 
-@pytest.mark.parametrize(
-    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"]
-)
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"])
 def test_tokenizer_and_generation_files_are_the_teachers_byte_for_byte(walk, name):
     teacher, pruned, student = ((walk.checkpoint(model) / name).read_bytes() for model in MODELS)
     assert teacher == pruned == student
