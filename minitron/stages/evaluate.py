@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from memory_budget.hf_config import read_config
+from memory_budget.hf_config import architecture_from_config, read_config
 from minitron.evaluation import batches_of, decode_tokens_per_second, evaluate, evaluation_rows, spread_rows
 from minitron.families import family_of
 from minitron.pipeline import StageContext
@@ -39,7 +39,9 @@ def run(context: StageContext) -> dict:
             model = teacher if name == "teacher" else family.load(folder, device=device)
             prompt = torch.from_numpy(rows[0, : settings.evaluate.prompt_tokens].astype(np.int64)).to(device)
             facts = asdict(evaluate(model, teacher, batches, advance))
-            facts["decode_tokens_per_second"] = decode_tokens_per_second(model, prompt, settings.evaluate.new_tokens)
+            # transformers' cache asks an attention layer how long it is, so a model without one cannot decode there.
+            can_decode = "*" in architecture_from_config(read_config(folder)).pattern
+            facts["decode_tokens_per_second"] = decode_tokens_per_second(model, prompt, settings.evaluate.new_tokens) if can_decode else None
             write_json(path, facts)
             measured[name] = facts
     loss = {name: facts["loss_nats_per_token"] for name, facts in measured.items()}

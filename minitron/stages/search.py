@@ -58,7 +58,12 @@ def check_search(settings: Settings, teacher: Architecture) -> None:
     cheapest = sorted(range(teacher.num_layers), key=lambda layer: -memory_report(replace(teacher, pattern=teacher.pattern[layer]), workload).total)
     layers = kept_layers(teacher.pattern, cheapest, space.num_layers[0], space.floors)
     smallest = SearchSpace((len(layers),), space.hidden[:1], space.ffn[:1], space.mamba_num_heads[:1], space.floors)
-    filter_fitting(enumerate_candidates(teacher, smallest, {len(layers): layers}, workload), budget.bytes)
+    bound = enumerate_candidates(teacher, smallest, {len(layers): layers}, workload)
+    if bound.total_bytes[0] > budget.bytes:
+        raise ValueError(
+            f"budget of {format_gib(budget.bytes)} fits none of the {space.size:,} candidates; the smallest, {bound.identifier(0)}, "
+            f"needs at least {format_gib(int(bound.total_bytes[0]))}"
+        )
 
 
 def fixed_student(settings: Settings, teacher: Architecture) -> Architecture:
@@ -91,9 +96,12 @@ def run(context: StageContext) -> dict:
     (context.folder / SHORTLIST_JSONL).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     picked = next(entry for entry in entries if entry["chosen"])
     write_json(context.folder / "chosen.json", picked)
-    why = f"zero-shot loss {picked['zero_shot_loss']:.2f} nats/token" if picked["zero_shot_loss"] is not None else "the largest; no weights to measure"
     if settings.search.fixed.given():
         why = "given by search.fixed"
+    elif len(rows) == 1:
+        why = "the only one on the shortlist"
+    else:
+        why = f"zero-shot loss {picked['zero_shot_loss']:.2f} nats/token" if losses else "the largest; no weights to measure"
     size = picked["memory_bytes"]["total"]
     headline = (
         f"{len(candidates):,} of {looked_at:,} architectures fit {format_gib(budget.bytes)}; chosen {picked['id']}, "
