@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from memory_budget.architecture import Architecture
-from minitron import text
 from minitron.console import Console
+from minitron.documents import check_source, source_identity
 from minitron.settings import Settings, Stage, key_settings
 from minitron.store import Result, find_result, finish, locked, stage_key
 from minitron.teachers import teacher_architecture, teacher_config, teacher_folder, teacher_identity
 from nas.space import Floors, axis_options
 
+# In the data's key through source_identity, which takes files by their contents.
+SOURCE_SETTINGS = ("files", "dataset", "dataset_config", "dataset_revision", "dataset_split", "text_field")
 KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}
 
 
@@ -82,7 +84,8 @@ def _file_digest(path: str | Path) -> str:
 
 def _what_data(settings: Settings) -> Any:
     own = settings.teacher.path is None
-    return {**key_settings(settings.data), "vocab": settings.data.vocab if own else None, "text": text.text_fingerprint()}
+    rows = {name: value for name, value in key_settings(settings.data).items() if name not in SOURCE_SETTINGS}
+    return {**rows, "vocab": settings.data.vocab if own else None, "source": source_identity(settings.data)}
 
 
 def _what_teacher(settings: Settings) -> Any:
@@ -166,6 +169,7 @@ def check_before_work(settings: Settings) -> None:
     from minitron.stages.layer_order import given_layer_order
     from minitron.stages.search import check_search
 
+    check_source(settings.data)
     if settings.teacher.path is not None:
         family_of(teacher_config(settings))
     teacher = teacher_architecture(settings)
