@@ -46,7 +46,7 @@ def run(context: StageContext) -> dict:
         np.save(context.folder / f"{split.name}.npy", rows)
         facts |= {f"{split.name}_tokens": count_tokens(rows), f"{split.name}_rows": len(rows), f"{split.name}_documents": split.num_documents}
     source = f" from {facts['source']}" if data.files or data.dataset else ""
-    empty = f"; {num_empty:,} documents without text left out" if num_empty else ""
+    empty = f"; left out for want of text: {num_empty:,}" if num_empty else ""
     counts = f"{facts['train_tokens']:,} train and {facts['heldout_tokens']:,} held-out tokens{source}"
     return {"headline": f"{counts} in rows of {data.sequence_length}, vocabulary {vocabulary:,}{empty}", **facts}
 

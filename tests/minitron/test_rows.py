@@ -50,7 +50,10 @@ def test_rows_do_not_depend_on_how_the_documents_are_handed_over(rows):
     assert (at_once.num_documents, at_once.num_tokens, at_once.longest) == (4, 22, 9)
 
 
-@pytest.mark.parametrize(("limit", "rows", "kept"), [(4, Rows.windows, 1), (11, Rows.windows, 2), (9, Rows.documents, 2), (10, Rows.documents, 3), (99, Rows.documents, 4)])
+@pytest.mark.parametrize(
+    ("limit", "rows", "kept"),
+    [(4, Rows.windows, 1), (11, Rows.windows, 2), (9, Rows.documents, 2), (10, Rows.documents, 3), (99, Rows.documents, 4)],
+)
 def test_a_splits_limit_counts_real_tokens_in_whole_rows(limit, rows, kept):
     split = SplitRows("heldout", DataSettings(sequence_length=4, rows=rows, max_heldout_tokens=limit, max_train_tokens=4))
     split.add(TOKENISED)
