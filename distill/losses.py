@@ -3,19 +3,22 @@
 import torch
 import torch.nn.functional as F
 
+from distill.batches import PADDING
 
-def forward_kl(student_BTV: torch.Tensor, teacher_BTV: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
-    """Mean over tokens of KL(teacher ‖ student), in nats per token, a float32 scalar.
+
+def forward_kl(student_BTV: torch.Tensor, teacher_BTV: torch.Tensor, *, temperature: float = 1.0, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over the tokens of `mask_BT` (bool; all when None) of KL(teacher ‖ student), in nats per token, a float32 scalar.
 
     Σ_v p(v)·(log p(v) − log q(v)) with p, q the softmax of teacher and student logits over `temperature`;
     times temperature², so that gradients keep their size (MT1, arXiv 2407.14679, §3; temperature 1 there).
     """
     student = F.log_softmax(student_BTV.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_BTV.float() / temperature, dim=-1)
-    return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1).mean() * temperature**2
+    divergence_BT = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+    return (divergence_BT if mask_BT is None else divergence_BT[mask_BT]).mean() * temperature**2
 
 
-def next_token_loss(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of every next token, nats per token: logits at t against the id at t + 1."""
+def next_token_loss(logits_BTV: torch.Tensor, rows_BT: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of every next token that is no padding, nats per token: logits at t against the id at t + 1."""
     vocabulary = logits_BTV.shape[-1]
-    return F.cross_entropy(logits_BTV[:, :-1].reshape(-1, vocabulary).float(), ids_BT[:, 1:].reshape(-1))
+    return F.cross_entropy(logits_BTV[:, :-1].reshape(-1, vocabulary).float(), rows_BT[:, 1:].reshape(-1), ignore_index=PADDING)

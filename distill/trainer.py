@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distill.batches import RowBatches
+from distill.batches import RowBatches, split_padding
 from distill.losses import forward_kl
 from distill.schedule import learning_rate_share
 
 STATE_FILE = "state.pt"
+# Of a model and rows [B, T] that may end in padding.
 LossFunction = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
 
@@ -38,7 +39,7 @@ class TrainPlan:
 @dataclass(frozen=True, slots=True)
 class StepRecord:
     """What one step did. loss in nats per token, recent_loss its running mean over about the last 20 steps; seconds since
-    the run began, earlier sittings included.
+    the run began, earlier sittings included; tokens so far, where rows are padded those of batches of the mean size.
     """
 
     step: int
@@ -56,10 +57,11 @@ def distill(teacher: nn.Module, student: nn.Module, batches: RowBatches, plan: T
     """Train the student to the teacher's distribution by forward KL on logits alone (MT1, arXiv 2407.14679, §3)."""
     teacher.eval().requires_grad_(False)
 
-    def loss(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
+    def loss(model: nn.Module, rows_BT: torch.Tensor) -> torch.Tensor:
+        ids_BT, mask_BT = split_padding(rows_BT)
         with torch.no_grad():
             teacher_logits = teacher(ids_BT, use_cache=False).logits
-        return forward_kl(model(ids_BT, use_cache=False).logits, teacher_logits, temperature=temperature)
+        return forward_kl(model(ids_BT, use_cache=False).logits, teacher_logits, temperature=temperature, mask_BT=mask_BT)
 
     return train(student, batches, plan, loss, folder=folder, on_step=on_step)
 
@@ -100,9 +102,9 @@ def train(model: nn.Module, batches: RowBatches, plan: TrainPlan, loss_function:
     return record
 
 
-def _gradients(model: nn.Module, loss_function: LossFunction, ids_BT: torch.Tensor, step: int) -> float:
+def _gradients(model: nn.Module, loss_function: LossFunction, rows_BT: torch.Tensor, step: int) -> float:
     """Puts the loss's gradients on the parameters; returns the loss."""
-    loss = loss_function(model, ids_BT)
+    loss = loss_function(model, rows_BT)
     value = loss.item()
     if not math.isfinite(value):
         raise FloatingPointError(f"loss is {value} at step {step}; the state saved before it is untouched. A lower learning rate may help")

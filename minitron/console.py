@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 LOG_EVERY_SECONDS = 15.0
@@ -42,10 +42,10 @@ class Console:
         self.rich.print(f"{stage:>9}  {text}", markup=False)
 
     @contextmanager
-    def track(self, description: str, total: float, unit: str, done: float = 0.0) -> Iterator[Advance]:
-        """A progress bar over `total` units of work; yields advance(amount, note)."""
+    def track(self, description: str, total: float | None, unit: str, done: float = 0.0) -> Iterator[Advance]:
+        """A progress bar over `total` units of work, None where nobody knows; yields advance(amount, note)."""
         if self.rich.is_terminal:
-            columns = (TextColumn("{task.description:>20}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), _Rate(),
+            columns = (TextColumn("{task.description:>20}"), BarColumn(), TaskProgressColumn("{task.percentage:>3.0f} %"), _Rate(),
                        TimeRemainingColumn(elapsed_when_finished=True), TextColumn("{task.fields[note]}"))  # fmt: skip
             with Progress(*columns, console=self.rich, transient=True) as progress:
                 task = progress.add_task(description, total=total, completed=done, unit=unit, note="")
@@ -57,7 +57,7 @@ class Console:
 class _LogLines:
     """Progress as lines, for where there is no terminal."""
 
-    def __init__(self, console: Console, description: str, total: float, unit: str, done: float):
+    def __init__(self, console: Console, description: str, total: float | None, unit: str, done: float):
         self.console, self.description, self.total, self.unit = console, description, total, unit
         self.done = self.before = done
         self.started = self.last = time.monotonic()
@@ -69,6 +69,9 @@ class _LogLines:
             return
         self.last = now
         speed = (self.done - self.before) / (now - self.started)
+        if self.total is None:
+            self.console.say(f"{self.description:>20}  {self.done:,.0f} {self.unit}  {_rate(speed, self.unit)}  {note}".rstrip())
+            return
         left = (self.total - self.done) / speed if speed else 0.0
         share = 100 * self.done / self.total if self.total else 100.0
         self.console.say(f"{self.description:>20}  {share:3.0f} %  {_rate(speed, self.unit)}  {left:,.0f} s left  {note}".rstrip())

@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from memory_budget.architecture import Architecture
-from minitron import processes, text
+from minitron import processes
 from minitron.console import Console
+from minitron.documents import check_source, source_identity
 from minitron.importance.removal import LayerRules, check_rules
-from minitron.settings import Settings, Stage, key_settings
+from minitron.settings import Rows, Settings, Stage, key_settings
 from minitron.store import Result, find_result, finish, locked, stage_key
 from minitron.teachers import teacher_architecture, teacher_config, teacher_folder, teacher_identity
 from nas.space import Floors, axis_options
 
 SCORES_FILE = "scores.safetensors"
+# In the data's key through source_identity, which takes files by their contents.
+SOURCE_SETTINGS = ("files", "dataset", "dataset_config", "dataset_revision", "dataset_split", "text_field")
 KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}
 
 
@@ -102,7 +105,8 @@ def _file_digest(path: str | Path) -> str:
 
 def _what_data(settings: Settings) -> Any:
     own = settings.teacher.path is None
-    return {**key_settings(settings.data), "vocab": settings.data.vocab if own else None, "text": text.text_fingerprint()}
+    rows = {name: value for name, value in key_settings(settings.data).items() if name not in SOURCE_SETTINGS}
+    return {**rows, "vocab": settings.data.vocab if own else None, "source": source_identity(settings.data)}
 
 
 def _what_teacher(settings: Settings) -> Any:
@@ -195,9 +199,10 @@ def check_before_work(settings: Settings) -> None:
     from minitron.stages.layer_order import given_layer_order
     from minitron.stages.search import check_search
 
+    check_source(settings.data)
     for name, train in (("teacher.train", settings.teacher.train), ("distill.train", settings.distill.train)):
         least = train.batch * settings.data.sequence_length
-        if train.tokens < least and not (name == "teacher.train" and settings.teacher.path is not None):
+        if settings.data.rows is Rows.windows and train.tokens < least and not (name == "teacher.train" and settings.teacher.path is not None):
             raise ValueError(f"{name}.tokens is {train.tokens}; it must be at least one batch, {train.batch} rows of data.sequence_length: {least}")
     if settings.teacher.path is not None:
         from minitron.families import family_of  # brings torch, which a run that finds everything done goes without

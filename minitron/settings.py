@@ -21,6 +21,11 @@ class Stage(Enum):
     all = "all"
 
 
+class Rows(Enum):
+    windows = "windows"
+    documents = "documents"
+
+
 class Shortlist(Enum):
     diversified = "diversified"
     largest = "largest"
@@ -141,6 +146,14 @@ class TeacherSettings:
 
 @dataclass(kw_only=True, slots=True)
 class DataSettings:
+    files: list[str] | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
+    dataset_split: str = "train"
+    text_field: str = "text"
+    max_documents: int | None = None
+    rows: Rows = Rows.windows
     sequence_length: int = 256
     vocab: int = 2048
     max_train_tokens: int | None = None
@@ -149,7 +162,13 @@ class DataSettings:
     def __post_init__(self) -> None:
         _at_least(self, "data", 2, "sequence_length")
         _at_least(self, "data", 300, "vocab")  # 256 bytes and the special tokens come first
-        _at_least(self, "data", 1, "max_train_tokens", "max_heldout_tokens")
+        _at_least(self, "data", 1, "max_documents")
+        _at_least(self, "data", self.sequence_length, "max_train_tokens", "max_heldout_tokens")  # of one row
+        if self.files and self.dataset:
+            raise ValueError(f"data.files and data.dataset ({self.dataset!r}) are both given; one of them must be null")
+        for name in ("dataset_config", "dataset_revision"):
+            if getattr(self, name) is not None and not self.dataset:
+                raise ValueError(f"data.{name} is {getattr(self, name)!r}, but data.dataset is not given; both must be, or neither")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = [END_OF_TEXT, "<|pad|>", "<think>", "</think>"]
 HELD_OUT_SHARE = 20  # one document in so many is held out
@@ -92,17 +90,3 @@ def train_tokenizer(texts: Iterator[str], vocab: int, folder: Path) -> None:
     special = {name: config[name] for name in ("eos_token", "bos_token", "pad_token")}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-
-
-def windows(documents: list[list[int]], sequence_length: int) -> np.ndarray:
-    """Cut tokenised documents into rows of one length, int32 [rows, T].
-
-    A row never spans two documents, so no state leaks between them; a document's tail shorter than a row
-    is dropped.
-    """
-    rows = [
-        tokens[start : start + sequence_length]
-        for tokens in documents
-        for start in range(0, len(tokens) - sequence_length + 1, sequence_length)
-    ]
-    return np.array(rows, dtype=np.int32).reshape(-1, sequence_length)

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from minitron.evaluation import split_padding
 from minitron.families.base import HIDDEN, Tap
-from minitron.importance.placement import PlacedModel
+from minitron.importance.placement import PlacedModel, ids_and_mask
 from minitron.importance.scores import WidthSums
 
 
@@ -50,7 +49,7 @@ def measure_width(model: PlacedModel, batches: Sequence[torch.Tensor], on_layer=
     1 − cos(residual before, residual after). Raises ValueError naming the layer whose activations are not finite.
     """
     architecture = model.architecture
-    ids_and_masks = [split_padding(batch) for batch in batches]
+    ids_and_masks = [ids_and_mask(batch) for batch in batches]
     masks = [mask for _, mask in ids_and_masks]
     hidden = model.embed([ids for ids, _ in ids_and_masks])
     sums: dict[tuple[str, int], np.ndarray] = {}

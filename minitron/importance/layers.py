@@ -13,8 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minitron.evaluation import split_padding
-from minitron.importance.placement import Head, PlacedModel
+from minitron.importance.placement import Head, PlacedModel, ids_and_mask
 
 CRITERIA = ("mse", "kl", "loss")
 
@@ -70,7 +69,7 @@ class RoundSums:
 @torch.no_grad()
 def measure_round(model: PlacedModel, block: Block, kept: Sequence[int], removable: Sequence[int], criterion: str, limits: SweepLimits) -> RoundSums:
     """What leaving out each of `removable` from the layers `kept` does to the full model's logits, on one block."""
-    split = [split_padding(batch) for batch in block.batches]
+    split = [ids_and_mask(batch) for batch in block.batches]
     ids, masks = [ids for ids, _ in split], [mask for _, mask in split]
     if block.full is None:
         block.full = run_layers(model, model.embed(ids), range(model.architecture.num_layers))

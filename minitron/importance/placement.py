@@ -14,9 +14,16 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from distill.batches import split_padding
 from memory_budget.architecture import Architecture
 from minitron.checkpoints import Checkpoint
 from minitron.families.base import Family
+
+
+def ids_and_mask(rows_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids that a model takes and the mask of real tokens, both [B, T]; None where all are real, which is cheaper to sum."""
+    ids_BT, mask_BT = split_padding(rows_BT)
+    return ids_BT, None if bool(mask_BT.all()) else mask_BT
 
 
 @dataclass(frozen=True, slots=True)

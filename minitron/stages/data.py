@@ -1,51 +1,94 @@
-"""data: the embedded text as rows of tokens, with the teacher's tokenizer or one trained on it."""
+"""data: documents as rows of tokens, with the teacher's tokenizer or one trained on them.
+
+Everything keeps the order of the source, and the split goes by the documents' names: there is no seed.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
+from distill.batches import count_tokens
 from minitron import text
+from minitron.documents import read_documents, source_title
 from minitron.pipeline import StageContext
+from minitron.rows import SplitRows
+from minitron.settings import DataSettings
 from minitron.teachers import teacher_architecture, teacher_folder
+
+DOCUMENTS_AT_ONCE = 32
 
 
 def run(context: StageContext) -> dict:
-    """Writes train.npy and heldout.npy, int32 [rows, T], and for the tiny teacher tokenizer/."""
+    """Writes train.npy and heldout.npy, int32 [rows, T] with -1 as padding, and for the tiny teacher tokenizer/."""
     from transformers import AutoTokenizer
 
-    settings = context.settings
-    documents = list(text.embedded_documents())
-    own = settings.teacher.path is None
-    folder = context.folder / "tokenizer" if own else teacher_folder(settings)
-    if own:
-        text.train_tokenizer((document.text for document in documents if not document.is_held_out), settings.data.vocab, folder)
+    settings, data = context.settings, context.settings.data
+    folder, total = context.folder / "tokenizer", data.max_documents
+    if data.dataset:
+        context.console.say(f"     data  reading {source_title(data)} from the Hub")
+    if settings.teacher.path is None:
+        total = _train_tokenizer(data, folder)
+    else:
+        folder = teacher_folder(settings)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     vocabulary = teacher_architecture(settings).vocab
     if len(tokenizer) > vocabulary:
         raise ValueError(f"tokenizer of {folder} has {len(tokenizer)} tokens; the teacher's vocabulary holds {vocabulary}")
-    counts = {}
-    with context.console.track("tokenising", len(documents), "documents") as advance:
-        for split, held_out, limit in (("train", False, settings.data.max_train_tokens), ("heldout", True, settings.data.max_heldout_tokens)):
-            chosen = [document.text for document in documents if document.is_held_out == held_out]
-            rows = _rows(tokenizer, chosen, settings.data.sequence_length, limit, advance)
-            if len(rows) == 0:
-                raise ValueError(
-                    f"data.sequence_length is {settings.data.sequence_length}; no {split} document (or data.max_{split}_tokens) has that many tokens"
-                )
-            np.save(context.folder / f"{split}.npy", rows)
-            counts[split] = int(rows.size)
-    headline = f"{counts['train']:,} train and {counts['heldout']:,} held-out tokens in rows of {settings.data.sequence_length}, vocabulary {vocabulary:,}"
-    return {"headline": headline, "train_tokens": counts["train"], "heldout_tokens": counts["heldout"], "vocab": vocabulary}
+    train, held_out = SplitRows("train", data), SplitRows("heldout", data)
+    with context.console.track("tokenising", total, "documents") as advance:
+        num_empty = _tokenise(data, tokenizer, train, held_out, advance)
+    _check_split(train, held_out, num_empty, source_title(data))
+    facts = {"vocab": vocabulary, "source": source_title(data), "empty_documents": num_empty}
+    for split in (train, held_out):
+        rows = split.rows()
+        np.save(context.folder / f"{split.name}.npy", rows)
+        facts |= {f"{split.name}_tokens": count_tokens(rows), f"{split.name}_rows": len(rows), f"{split.name}_documents": split.num_documents}
+    source = f" from {facts['source']}" if data.files or data.dataset else ""
+    empty = f"; left out for want of text: {num_empty:,}" if num_empty else ""
+    counts = f"{facts['train_tokens']:,} train and {facts['heldout_tokens']:,} held-out tokens{source}"
+    return {"headline": f"{counts} in rows of {data.sequence_length}, vocabulary {vocabulary:,}{empty}", **facts}
 
 
-def _rows(tokenizer, texts: list[str], sequence_length: int, limit: int | None, advance) -> np.ndarray:
-    """Rows of the documents in their order, each document ended by an end-of-text id; at most `limit` tokens, and no document beyond is read."""
+def _train_tokenizer(data: DataSettings, folder: Path) -> int:
+    """The tokenizer of the train documents, written to `folder`; returns how many documents the source has, held-out ones included."""
+    total = 0
+
+    def train_texts() -> Iterator[str]:
+        nonlocal total
+        for document in read_documents(data):
+            total += 1
+            if not document.is_held_out:
+                yield document.text
+
+    text.train_tokenizer(train_texts(), data.vocab, folder)
+    return total
+
+
+def _tokenise(data: DataSettings, tokenizer, train: SplitRows, held_out: SplitRows, advance) -> int:
+    """Every document, with an end-of-text id after it, to its split, until both are full; returns how many had no text."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    most = None if limit is None else limit // sequence_length
-    parts, number = [text.windows([], sequence_length)], 0
-    for start in range(0, len(texts), 32):
-        part = texts[start : start + 32]
-        if most is None or number < most:
-            ids = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-            parts.append(text.windows([document + end for document in ids], sequence_length))
-            number += len(parts[-1])
+    documents, num_empty = read_documents(data), 0
+    while not (train.is_full and held_out.is_full) and (part := list(islice(documents, DOCUMENTS_AT_ONCE))):
+        written = [document for document in part if document.text.strip()]
+        num_empty += len(part) - len(written)
+        if written:
+            encoded = tokenizer([document.text for document in written], add_special_tokens=False, verbose=False)["input_ids"]
+            for split, is_held_out in ((train, False), (held_out, True)):
+                split.add([ids + end for document, ids in zip(written, encoded, strict=True) if document.is_held_out == is_held_out])
         advance(len(part))
-    return np.concatenate(parts)[:most]
+    return num_empty
+
+
+def _check_split(train: SplitRows, held_out: SplitRows, num_empty: int, source: str) -> None:
+    """Raises ValueError where a split got no document."""
+    number = train.num_documents + held_out.num_documents
+    if number == 0:
+        raise ValueError(f"data: {source} has no document with text ({num_empty:,} without); at least one for training and one held out are needed")
+    for split, what in ((train, "for training: all are held out"), (held_out, "to hold out")):
+        if split.num_documents == 0:
+            raise ValueError(
+                f"data: {source} has {number:,} document{'s' if number > 1 else ''} ({train.num_tokens + held_out.num_tokens:,} tokens) and none "
+                f"{what}; about 1 in {text.HELD_OUT_SHARE} is held out, by a hash of its name: {5 * text.HELD_OUT_SHARE} documents are nearly always enough"
+            )

@@ -4,10 +4,10 @@ import json
 from dataclasses import asdict
 
 import numpy as np
-import torch
 
+from distill.batches import count_tokens
 from memory_budget.hf_config import architecture_from_config, read_config
-from minitron.evaluation import batches_of, decode_tokens_per_second, evaluate, evaluation_rows, spread_rows
+from minitron.evaluation import batches_of, decode_tokens_per_second, evaluate, evaluation_rows, longest_prompt, spread_rows
 from minitron.families import family_of
 from minitron.pipeline import StageContext
 from minitron.runtime import pick_device
@@ -28,16 +28,17 @@ def run(context: StageContext) -> dict:
     held_out = np.load(context.inputs["data"].folder / "heldout.npy", mmap_mode="r")
     rows = spread_rows(evaluation_rows(held_out), settings.evaluate.samples)
     batches = batches_of(rows, settings.evaluate.batch, device)
+    prompt = longest_prompt(rows, settings.evaluate.prompt_tokens).to(device)
+    tokens = count_tokens(rows)
     measured = {}
-    with context.console.track("evaluating", len(MODELS) * rows.size, "tokens") as advance:
+    with context.console.track("evaluating", len(MODELS) * tokens, "tokens") as advance:
         for name, folder in folders.items():
             path = context.folder / f"{name}.json"
             if path.exists():
                 measured[name] = json.loads(path.read_text())
-                advance(rows.size)
+                advance(tokens)
                 continue
             model = teacher if name == "teacher" else family.load(folder, device=device)
-            prompt = torch.from_numpy(rows[0, : settings.evaluate.prompt_tokens].astype(np.int64)).to(device)
             facts = asdict(evaluate(model, teacher, batches, advance))
             # transformers' cache asks an attention layer how long it is, so a model without one cannot decode there.
             can_decode = "*" in architecture_from_config(read_config(folder)).pattern

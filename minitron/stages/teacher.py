@@ -1,11 +1,12 @@
-"""teacher: check the given checkpoint, or train the tiny one on the embedded text."""
+"""teacher: check the given checkpoint, or train the tiny one on the data."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
-from distill.batches import RowBatches
+from distill.batches import RowBatches, split_padding
 from distill.losses import next_token_loss
 from distill.trainer import train
 from memory_budget.hf_config import read_config
@@ -60,6 +61,10 @@ def _check_given(context: StageContext) -> dict:
     return {"headline": headline, "path": str(folder), "name": context.settings.teacher.path, "parameters": checkpoint.num_parameters}
 
 
+def _loss(model: nn.Module, rows_BT: torch.Tensor) -> torch.Tensor:
+    return next_token_loss(model(split_padding(rows_BT)[0], use_cache=False).logits, rows_BT)
+
+
 def _train_tiny(context: StageContext) -> dict:
     settings = context.settings
     architecture = teacher_architecture(settings)
@@ -70,10 +75,10 @@ def _train_tiny(context: StageContext) -> dict:
     plan = train_plan(settings.teacher.train)
     with tracked_steps(context, "training teacher", plan, loss_name="loss") as on_step:
         batches = RowBatches(rows, settings.teacher.train.batch, settings.seed)
-        last = train(model, batches, plan, lambda m, ids: next_token_loss(m(ids, use_cache=False).logits, ids), folder=context.folder, on_step=on_step)
+        last = train(model, batches, plan, _loss, folder=context.folder, on_step=on_step)
     folder = context.folder / "checkpoint"
     tokenizer = context.inputs["data"].folder / "tokenizer"
-    card = model_card("Tiny NemotronH teacher", lines=[f"Trained on {last.tokens:,} tokens of the Python standard library's sources."],
+    card = model_card("Tiny NemotronH teacher", lines=[f"Trained on {last.tokens:,} tokens of {context.inputs['data'].facts['source']}."],
                       architecture=architecture, base=None)  # fmt: skip
     dtypes = {NEMOTRON_H.canonical_name(name): tensor.dtype for name, tensor in model.state_dict().items()}
     write_model(folder, NEMOTRON_H, model, config=config, dtypes=dtypes, companions=tokenizer, card=card, max_shard_bytes=2**32)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.batches import RowBatches
+from distill.batches import RowBatches, count_tokens, split_padding
 
 
 @pytest.fixture
@@ -55,3 +55,20 @@ def test_fewer_rows_than_a_batch_are_refused(rows):
     with pytest.raises(ValueError, match="train.batch is 25, but the data has only 24 rows of 4 tokens"):
         RowBatches(rows, 25, seed=3)
     RowBatches(rows, 24, seed=3)
+
+
+PADDED = np.array([[5, 6, 7, 8], [0, 3, -1, -1], [4, 0, 2, -1]], dtype=np.int32)
+
+
+def test_padding_is_split_from_ids_and_id_zero_is_a_token():
+    ids, mask = split_padding(torch.from_numpy(PADDED).long())
+    assert ids.tolist() == [[5, 6, 7, 8], [0, 3, 0, 0], [4, 0, 2, 0]] and ids.dtype == torch.int64
+    assert mask.sum(1).tolist() == [4, 2, 3] and mask[1].tolist() == [True, True, False, False]
+
+
+def test_padding_is_not_counted_as_tokens(rows):
+    assert count_tokens(PADDED) == 9 and count_tokens(rows) == 96 and count_tokens(PADDED[:0]) == 0
+
+
+def test_a_step_of_padded_rows_has_the_tokens_of_the_mean_batch():
+    assert [RowBatches(PADDED, batch, seed=0).tokens_per_step for batch in (1, 2, 3)] == [3, 6, 9]

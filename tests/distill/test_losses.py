@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from distill.batches import PADDING, split_padding
 from distill.losses import forward_kl, next_token_loss
 
 
@@ -71,3 +72,53 @@ def test_next_token_loss_holds_each_position_against_the_following_id(logits):
     assert next_token_loss(logits[0], ids).item() == pytest.approx(expected.item(), rel=1e-6)
     same_position = F.cross_entropy(logits[0].reshape(-1, 97), ids.reshape(-1)).item()
     assert next_token_loss(logits[0], ids).item() != pytest.approx(same_position, rel=1e-3)
+
+
+# Padding.
+
+LENGTHS = (5, 2, 4)
+
+
+@pytest.fixture
+def padded() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(student logits, teacher logits, rows): rows of 5, 2 and 4 tokens; the logits at padding are anything at all."""
+    random = torch.Generator().manual_seed(2)
+    student, teacher = (3 * torch.randn(3, 5, 97, generator=random) for _ in range(2))
+    rows = torch.randint(97, (3, 5), generator=random)
+    for row, length in zip(rows, LENGTHS, strict=True):
+        row[length:] = PADDING
+    return student, teacher, rows
+
+
+def mean_of_rows(losses: list[torch.Tensor], numbers: list[int]) -> float:
+    return sum(loss.item() * number for loss, number in zip(losses, numbers, strict=True)) / sum(numbers)
+
+
+def test_next_token_loss_of_a_padded_batch_is_that_of_its_rows_one_by_one(padded):
+    logits, _, rows = padded
+    one_by_one = [next_token_loss(logits[b : b + 1, :length], rows[b : b + 1, :length]) for b, length in enumerate(LENGTHS)]
+    expected = mean_of_rows(one_by_one, [length - 1 for length in LENGTHS])
+    assert next_token_loss(logits, rows).item() == pytest.approx(expected, rel=1e-6)
+    assert next_token_loss(logits, rows.clamp(min=0)).item() != pytest.approx(expected, rel=1e-2)  # padding taken for tokens
+
+
+def test_forward_kl_of_a_padded_batch_is_that_of_its_rows_one_by_one(padded):
+    student, teacher, rows = padded
+    one_by_one = [forward_kl(student[b : b + 1, :length], teacher[b : b + 1, :length], temperature=2.0) for b, length in enumerate(LENGTHS)]
+    expected = mean_of_rows(one_by_one, list(LENGTHS))
+    assert forward_kl(student, teacher, temperature=2.0, mask_BT=split_padding(rows)[1]).item() == pytest.approx(expected, rel=1e-6)
+    assert forward_kl(student, teacher, temperature=2.0).item() != pytest.approx(expected, rel=1e-3)  # padding counted
+
+
+def test_padding_gets_no_gradient(padded):
+    student, teacher, rows = padded
+    mask = split_padding(rows)[1]
+    for loss in (lambda logits: forward_kl(logits, teacher, mask_BT=mask), lambda logits: next_token_loss(logits, rows)):
+        logits = student.clone().requires_grad_()
+        loss(logits).backward()
+        assert logits.grad[~mask].abs().max() == 0 < logits.grad[mask].abs().max()
+
+
+def test_a_mask_of_nothing_but_tokens_changes_no_bit(logits):
+    student, teacher = logits
+    assert torch.equal(forward_kl(student, teacher, mask_BT=torch.ones(2, 5, dtype=torch.bool)), forward_kl(student, teacher))

@@ -9,7 +9,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from distill.batches import RowBatches
+from distill.batches import PADDING, RowBatches
 from distill.losses import next_token_loss
 from distill.trainer import STATE_FILE, TrainPlan, build_optimizers, distill, train
 
@@ -187,3 +187,25 @@ def test_an_interrupt_in_the_middle_of_an_update_is_heard_after_the_step_was_tol
     finally:
         hook.remove()
     assert steps == [0, 1, 2, 3] and torch.load(tmp_path / STATE_FILE, weights_only=True)["record"]["step"] == 3
+
+
+def padded_batches(width: int, padding: int = PADDING) -> RowBatches:
+    """The same 8 rows of 2 to 16 tokens, padded to a width."""
+    random = np.random.default_rng(3)
+    rows = np.full((8, width), padding, dtype=np.int32)
+    for row, length in zip(rows, (16, 2, 9, 5, 16, 12, 3, 7), strict=True):
+        row[:length] = random.integers(64, size=length)
+    return RowBatches(rows, 4, seed=1)
+
+
+def test_how_far_rows_are_padded_changes_no_step_of_a_distillation(tmp_path):
+    def first_step(batches: RowBatches) -> tuple[float, float]:
+        steps, plan = [], replace(PLAN, tokens=batches.tokens_per_step)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        distill(build_model(1, hidden=32), build_model(2), batches, plan, temperature=1.0, folder=folder, on_step=steps.append)
+        return steps[0].loss, steps[0].gradient_norm
+
+    narrow, wide, counted = first_step(padded_batches(16)), first_step(padded_batches(29)), first_step(padded_batches(29, padding=0))
+    assert wide == pytest.approx(narrow, rel=1e-5)
+    assert counted != pytest.approx(narrow, rel=1e-2)  # the control: ids in place of padding are tokens like any other

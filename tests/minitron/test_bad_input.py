@@ -61,6 +61,11 @@ def test_a_command_that_is_right_is_not_refused(door, tmp_path, small_settings):
         ("search.fixed.pattern='***'", "pattern *** is not the teacher's M-M*-M-*-M- with layers left out"),
         ("teacher.tiny.mamba_num_heads=7", "mamba heads (7) must be a multiple of the 2 groups"),
         ("teacher.tiny.pattern=MX", "pattern 'MX' must be a string of layer letters"),
+        ("data.files=[nowhere.jsonl]", "data.files names 'nowhere.jsonl', which does not exist"),
+        ("data.files=['nowhere/*.txt']", "data.files names 'nowhere/*.txt', which matches no file"),
+        ("data.files=nowhere.txt", "data.files: "),
+        ("data.dataset=wikitext", "data.dataset is 'wikitext'; it must be a Hub id of the form owner/name"),
+        ("data.rows=packed", "data.rows: Invalid value 'packed', expected one of [windows, documents]"),
         ("run_name=a/b", "run_name is 'a/b'"),
         ("search.floors.attn=1", "search.floors.attn is no setting"),
         ("search.floors.attention=3", "search.floors keeps 3 layers of kind '*'; the teacher has 2"),
@@ -116,6 +121,76 @@ def test_an_order_too_short_for_every_depth_is_refused(refused, tmp_path):
 
 def test_a_report_of_nothing_is_refused(refused):
     assert "nothing is under these settings" in refused("stage=report")
+
+
+# Data.
+
+
+def write_corpus(path: Path, texts: list, field: str = "text") -> Path:
+    """JSON lines, one document each."""
+    path.write_text("".join(json.dumps({"id": index, field: text}) + "\n" for index, text in enumerate(texts)))
+    return path
+
+
+TEXTS = [f"Document {index} says what number it has: {index}, and again {index}. " * 8 for index in range(80)]
+
+
+def test_a_corpus_that_is_right_is_taken(door, tmp_path, small_settings):
+    """The control for all that follows."""
+    write_corpus(tmp_path / "corpus.jsonl", TEXTS)
+    finished = door(tmp_path, *small_settings, "stage=data", "data.files=[corpus.jsonl]")
+    assert (finished.returncode, finished.stderr) == (0, ""), finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("corpus.csv", b"text", "data.files names 'corpus.csv'; the extension must be one of .jsonl, .json, .parquet, .txt"),
+        ("corpus.jsonl", b"not json\n", "data.files: corpus.jsonl cannot be read"),
+        ("corpus.jsonl", b'{"text": 3}\n', "data.text_field is 'text'; it must hold text, but in corpus.jsonl it holds int: 3"),
+        ("corpus.parquet", b"PAR1 and no more", "data.files: corpus.parquet cannot be read"),
+        ("corpus.txt", b"\xff\xfe\x00", "data.files: corpus.txt cannot be read (UnicodeDecodeError"),
+        ("corpus.txt", b" \n", "data: corpus.txt has no document with text (1 without); at least one for training and one held out are needed"),
+        ("corpus.jsonl", b"", "data: corpus.jsonl has no document with text (0 without)"),
+        ("corpus.txt", b"one long document " * 99, "data: corpus.txt has 1 document ("),
+    ],
+)
+def test_a_file_that_is_no_corpus_is_named(name, content, said, refused, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert said in refused("stage=data", f"data.files=[{name}]")
+
+
+def test_a_folder_is_no_corpus(refused, tmp_path):
+    (tmp_path / "texts").mkdir()
+    assert "data.files names 'texts', a folder; it must name files, e.g. 'texts/*.jsonl'" in refused("data.files=[texts]")
+
+
+def test_a_missing_text_field_is_named_with_those_there_are(refused, tmp_path):
+    write_corpus(tmp_path / "corpus.jsonl", TEXTS, field="body")
+    said = refused("stage=data", "data.files=[corpus.jsonl]")
+    assert said == "data.text_field is 'text'; corpus.jsonl has no such field, it must be one of 'id', 'body'"
+
+
+def test_too_few_documents_to_hold_one_out_are_counted(refused, tmp_path):
+    write_corpus(tmp_path / "corpus.jsonl", TEXTS[:3])
+    said = refused("stage=data", "data.files=[corpus.jsonl]")
+    assert "corpus.jsonl has 3 documents (" in said and "tokens) and none to hold out; about 1 in 20 is held out" in said
+
+
+def test_documents_that_are_too_short_are_counted_with_their_tokens(refused, tmp_path):
+    write_corpus(tmp_path / "corpus.jsonl", ["short"] * 80)
+    said = refused("stage=data", "data.files=[corpus.jsonl]")
+    assert "train documents have" in said and "the longest" in said and "needs a document of at least 64 tokens" in said
+
+
+def test_a_dataset_that_cannot_be_reached_is_named(refused):
+    said = refused("stage=data", "data.dataset=owner/name", "data.dataset_revision=abc")
+    assert said.startswith("data.dataset: owner/name train at abc cannot be read (ConnectionError")
+
+
+def test_a_folder_in_place_of_a_dataset_is_refused(refused, tmp_path):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert "and there is such a folder here" in refused("data.dataset=owner/name")
 
 
 # Checkpoints.

@@ -20,6 +20,7 @@ from minitron.importance.removal import LayerRules, Removal, check_rules, rank_i
 from minitron.importance.scores import ImportanceScores, aggregate, load_scores, load_sums
 
 FLOORS = {"M": 1, "*": 1, "-": 1}
+NO_LIMITS = SweepLimits()
 TINY_SIZES = Architecture(
     model_type="nemotron_h", pattern="M-M*-M-*-", hidden=32, vocab=97, ffn=48, num_attention_heads=6, num_key_value_heads=2, attention_head_dim=8,
     mamba_num_heads=8, mamba_head_dim=4, mamba_num_groups=2, mamba_state_size=6, mamba_conv_kernel=4,
@@ -34,12 +35,12 @@ def score_width(model: nn.Module, batches) -> ImportanceScores:
     return aggregate(measure_width(whole(model), list(batches)))
 
 
-def score_round(model, kept, removable, batches, *, normalised=True, criterion="mse", limits=SweepLimits()) -> dict[int, float]:
+def score_round(model, kept, removable, batches, *, normalised=True, criterion="mse", limits=NO_LIMITS) -> dict[int, float]:
     placed = model if hasattr(model, "visit") else whole(model)
     return measure_round(placed, Block(list(batches)), kept, removable, criterion, limits).scores(criterion, normalised=normalised)
 
 
-def rank_by_removal(model, pattern, batches, *, num_layers, floors, normalised=True, on_round=lambda _: None, limits=SweepLimits()) -> list[Removal]:
+def rank_by_removal(model, pattern, batches, *, num_layers, floors, normalised=True, on_round=lambda _: None, limits=NO_LIMITS) -> list[Removal]:
     """As the score stage does it, with one block that remembers states from round to round."""
     block, placed = Block(list(batches)), whole(model)
 

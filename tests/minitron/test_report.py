@@ -88,7 +88,8 @@ def _candidate(identifier: str, architecture: Architecture, loss: float, *, chos
 def _finished(settings: Settings, name: str, facts: dict, key: str = "0123456789ab") -> Result:
     folder = Path(settings.runs_folder) / "store" / name / key
     folder.mkdir(parents=True)
-    record = {"key": key, "seconds": 1.5, "peak_rss_bytes": 2**30, "settings": {"criterion": "iterative_mse", "normalised": True}, "facts": {"headline": f"{name} is done", **facts}}
+    settings = {"criterion": "iterative_mse", "normalised": True}
+    record = {"key": key, "seconds": 1.5, "peak_rss_bytes": 2**30, "settings": settings, "facts": {"headline": f"{name} is done", **facts}}
     return finish(folder, record)
 
 

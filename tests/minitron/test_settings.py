@@ -59,6 +59,10 @@ def test_fixed_settings_give_only_what_is_set():
         (lambda: DataSettings(sequence_length=1), "data.sequence_length is 1"),
         (lambda: DataSettings(vocab=256), "data.vocab is 256"),
         (lambda: DataSettings(max_train_tokens=0), "data.max_train_tokens is 0"),
+        (lambda: DataSettings(sequence_length=64, max_heldout_tokens=63), "data.max_heldout_tokens is 63; it must be at least 64"),
+        (lambda: DataSettings(max_documents=0), "data.max_documents is 0"),
+        (lambda: DataSettings(files=["a.txt"], dataset="owner/name"), "data.files and data.dataset ('owner/name') are both given"),
+        (lambda: DataSettings(dataset_revision="main"), "data.dataset_revision is 'main', but data.dataset is not given"),
         (lambda: ScoringSettings(layer_samples=0), "scoring.layer_samples is 0"),
         (lambda: SearchSettings(shortlist_size=0), "search.shortlist_size is 0"),
         (lambda: SearchSettings(floors={"attn": 1}), "search.floors names the kind 'attn'"),
@@ -77,7 +81,7 @@ def test_a_value_out_of_range_is_refused_by_the_settings_name(build, name):
 
 
 def test_values_at_the_edge_of_their_range_are_taken():
-    DataSettings(sequence_length=2, vocab=300, max_train_tokens=1)
+    DataSettings(sequence_length=2, vocab=300, max_train_tokens=2, max_documents=1)
     DistillSettings(temperature=0.01, train=TrainSettings(tokens=1, batch=1, weight_decay=0.0, save_every_seconds=0.0))
     SearchSettings(shortlist_size=1, screen_samples=1, floors={"ffn": 0})
 

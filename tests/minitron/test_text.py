@@ -1,13 +1,12 @@
-"""The embedded text: its split, its rows and its tokenizer."""
+"""The embedded text: its split and its tokenizer."""
 
 import json
 
-import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from minitron import text
-from minitron.text import Document, embedded_documents, train_tokenizer, windows
+from minitron.text import Document, embedded_documents, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -50,32 +49,6 @@ def test_another_file_changes_the_texts_fingerprint(monkeypatch, tmp_path):
     files = text.source_files()
     monkeypatch.setattr(text, "source_files", lambda: [*files, ("extra.py", tmp_path / "extra.py")])
     assert text.text_fingerprint() != before
-
-
-def documents_of(row: np.ndarray) -> set[int]:
-    return set((row // 100).tolist())
-
-
-TOKENISED = [[100 + i for i in range(7)], [200 + i for i in range(9)], [300, 301], [400 + i for i in range(4)]]
-
-
-def test_a_row_never_spans_two_documents():
-    assert all(len(documents_of(row)) == 1 for row in windows(TOKENISED, 4))
-
-
-def test_rows_of_concatenated_documents_do_span_them():
-    together = windows([sum(TOKENISED, [])], 4)
-    assert any(len(documents_of(row)) > 1 for row in together)
-
-
-def test_tails_shorter_than_a_row_are_dropped():
-    rows = windows(TOKENISED, 4)
-    assert rows.tolist() == [[100, 101, 102, 103], [200, 201, 202, 203], [204, 205, 206, 207], [400, 401, 402, 403]]
-    assert rows.dtype == np.int32
-
-
-def test_documents_that_are_all_too_short_give_no_rows():
-    assert windows([[1, 2], [3]], 4).shape == (0, 4)
 
 
 @pytest.mark.parametrize("sentence", ["def f(x):\n\treturn x\n", "  two  spaces ", "Grüße, 世界 🎉", "\x00\x7f", "<think>no</think>"])

@@ -1,0 +1,70 @@
+"""Rows of tokens: cut from documents, never across two, padded on the right."""
+
+import numpy as np
+import pytest
+
+from minitron.rows import SplitRows, document_rows, windows
+from minitron.settings import DataSettings, Rows
+
+
+def documents_of(row: np.ndarray) -> set[int]:
+    return set((row // 100).tolist())
+
+
+TOKENISED = [[100 + i for i in range(7)], [200 + i for i in range(9)], [300, 301], [400 + i for i in range(4)]]
+
+
+def test_a_row_never_spans_two_documents():
+    assert all(len(documents_of(row)) == 1 for row in windows(TOKENISED, 4))
+
+
+def test_rows_of_concatenated_documents_do_span_them():
+    together = windows([sum(TOKENISED, [])], 4)
+    assert any(len(documents_of(row)) > 1 for row in together)
+
+
+def test_tails_shorter_than_a_row_are_dropped():
+    rows = windows(TOKENISED, 4)
+    assert rows.tolist() == [[100, 101, 102, 103], [200, 201, 202, 203], [204, 205, 206, 207], [400, 401, 402, 403]]
+    assert rows.dtype == np.int32
+
+
+def test_documents_that_are_all_too_short_give_no_rows():
+    assert windows([[1, 2], [3]], 4).shape == (0, 4)
+
+
+def test_a_documents_row_is_its_beginning_padded_on_the_right():
+    rows = document_rows([*TOKENISED, [500], []], 4)
+    assert rows.tolist() == [[100, 101, 102, 103], [200, 201, 202, 203], [300, 301, -1, -1], [400, 401, 402, 403]]
+    assert rows.dtype == np.int32
+
+
+@pytest.mark.parametrize("rows", Rows)
+def test_rows_do_not_depend_on_how_the_documents_are_handed_over(rows):
+    settings = DataSettings(sequence_length=4, rows=rows)
+    at_once, one_by_one = SplitRows("train", settings), SplitRows("train", settings)
+    at_once.add(TOKENISED)
+    for document in TOKENISED:
+        one_by_one.add([document])
+    assert np.array_equal(at_once.rows(), one_by_one.rows()) and len(at_once.rows()) == 4
+    assert (at_once.num_documents, at_once.num_tokens, at_once.longest) == (4, 22, 9)
+
+
+@pytest.mark.parametrize(
+    ("limit", "rows", "kept"),
+    [(4, Rows.windows, 1), (11, Rows.windows, 2), (9, Rows.documents, 2), (10, Rows.documents, 3), (99, Rows.documents, 4)],
+)
+def test_a_splits_limit_counts_real_tokens_in_whole_rows(limit, rows, kept):
+    split = SplitRows("heldout", DataSettings(sequence_length=4, rows=rows, max_heldout_tokens=limit, max_train_tokens=4))
+    split.add(TOKENISED)
+    assert len(split.rows()) == kept and split.is_full == (limit < 14)
+
+
+def test_a_split_without_a_row_says_what_it_had_and_what_is_needed():
+    split = SplitRows("train", DataSettings(sequence_length=10))
+    split.add(TOKENISED)
+    with pytest.raises(ValueError, match=r"the 4 train documents have 22 tokens, the longest 9; a row .*needs a document of at least 10 tokens"):
+        split.rows()
+    shorter = SplitRows("train", DataSettings(sequence_length=10, rows=Rows.documents))
+    shorter.add(TOKENISED)
+    assert shorter.rows().shape == (4, 10)
