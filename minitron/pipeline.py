@@ -69,8 +69,8 @@ def scores_of(score: Result, settings: Settings) -> Any:
     """The ImportanceScores of a score stage, under the aggregation of the settings."""
     from minitron.importance.scores import load_scores
 
-    scoring = settings.scoring
-    return load_scores(score.folder / SCORES_FILE, tokens=scoring.aggregate_tokens.name, samples=scoring.aggregate_samples.name)
+    search = settings.search
+    return load_scores(score.folder / SCORES_FILE, tokens=search.aggregate_tokens.name, samples=search.aggregate_samples.name)
 
 
 def fewest_layers(settings: Settings) -> int:
@@ -123,14 +123,9 @@ def _what_score(settings: Settings) -> Any:
     return {**key_settings(settings.scoring), "floors": floors(settings), "fewest_layers": fewest_layers(settings)}
 
 
-def _what_aggregation(settings: Settings) -> Any:
-    return [settings.scoring.aggregate_tokens.name, settings.scoring.aggregate_samples.name]
-
-
 def _what_search(settings: Settings) -> Any:
     order = settings.search.layer_order
     return {
-        "aggregation": None if order else _what_aggregation(settings),
         **key_settings(settings.search),
         "layer_order": _file_digest(order) if order else None,
         "workload": key_settings(settings.workload),
@@ -151,7 +146,7 @@ STAGES: Mapping[str, StageSpec] = {
     "score": StageSpec(2, lambda s: ("data", "teacher"), _what_score, parallel=True),
     # A given layer order makes the search plain arithmetic on config.json: no weights, no scores.
     "search": StageSpec(1, lambda s: () if s.search.layer_order else ("data", "teacher", "score"), _what_search),
-    "prune": StageSpec(1, lambda s: ("teacher", "score", "search"), _what_aggregation),
+    "prune": StageSpec(1, lambda s: ("teacher", "score", "search"), lambda s: {}),
     "distill": StageSpec(1, lambda s: ("data", "teacher", "prune"), _what_distill),
     "evaluate": StageSpec(1, lambda s: ("data", "teacher", "prune", "distill"), lambda s: key_settings(s.evaluate)),
 }

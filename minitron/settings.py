@@ -180,9 +180,6 @@ class ScoringSettings:
     normalised: bool = True
     protect: list[int] = field(default_factory=list)
     ceilings: dict[str, int] = field(default_factory=dict)
-    # How to read the sums that scoring leaves: no other scoring, so no part of its key, but of those who read.
-    aggregate_tokens: Aggregation = how(Aggregation.mean)
-    aggregate_samples: Aggregation = how(Aggregation.l2)
     placement: Placement = how(Placement.device)
     block_tokens: int = how(65536)
     branch_rows: int = how(64)
@@ -246,6 +243,8 @@ class SearchSettings:
     floors: dict[str, int] = field(default_factory=dict)
     layer_order: str | None = None
     fixed: FixedSettings = field(default_factory=FixedSettings)
+    aggregate_tokens: Aggregation = Aggregation.mean
+    aggregate_samples: Aggregation = Aggregation.l2
     shortlist: Shortlist = Shortlist.diversified
     shortlist_size: int = 8
     screen_samples: int = 16

@@ -31,7 +31,7 @@ class SweepLimits:
 class Block:
     """Batches that walk the layers together, and what is remembered of them between rounds.
 
-    `saved` maps a layer to the branches before it: (layers skipped, hidden states [branches, B·T-wise batches …]).
+    `saved` maps a layer to the branches before it: (layers skipped, per batch the states [1 + branches, B, T, D]).
     """
 
     batches: list[torch.Tensor]
@@ -89,7 +89,7 @@ def _sweep(model: PlacedModel, block: Block, ids: list[torch.Tensor], kept: list
            limits: SweepLimits) -> tuple[list[int], list[torch.Tensor]]:  # fmt: skip
     """Walk the kept layers. Returns (layers skipped, per batch the states [1 + branches, B, T, D], the intact one first)."""
     start, skipped, states = _resume(model, block, ids, kept, removable)
-    save_at = _layers_to_save(states, kept, removable, start, limits.reuse_bytes)
+    save_at = _layers_to_save(states, kept, removable, start, limits.reuse_bytes, already=len(block.saved))
     for layer, module in model.visit(kept[start:]):
         if layer in save_at:
             block.saved[layer] = (tuple(skipped), [state.clone() for state in states])
@@ -102,23 +102,31 @@ def _sweep(model: PlacedModel, block: Block, ids: list[torch.Tensor], kept: list
 
 
 def _resume(model: PlacedModel, block: Block, ids: list[torch.Tensor], kept: list[int], removable: set[int]):
-    """Position in `kept` to start from, the branches there, and their states: the deepest saved point that still holds."""
-    usable = [layer for layer in block.saved if layer in kept and set(block.saved[layer][0]) <= set(kept)]
-    # A saved point holds only if the layers before it are the ones it was computed with.
-    usable = [layer for layer in usable if block.saved[layer][0] == tuple(k for k in kept[: kept.index(layer)] if k in block.saved[layer][0])]
-    if not usable:
+    """Position in `kept` to start from, the branches there, and their states: the deepest saved point that still holds.
+
+    A saved point holds where every layer skipped before it is still kept and every one that is removable now was skipped.
+    """
+
+    def holds(layer: int) -> bool:
+        if layer not in kept:
+            return False
+        skipped, before = set(block.saved[layer][0]), set(kept[: kept.index(layer)])
+        return skipped <= before and before & removable <= skipped
+
+    block.saved = {layer: point for layer, point in block.saved.items() if holds(layer)}
+    if not block.saved:
         return 0, [], [state[None] for state in model.embed(ids)]
-    deepest = max(usable)
+    deepest = max(block.saved)
     skipped, states = block.saved[deepest]
     rows = [0, *(1 + position for position, layer in enumerate(skipped) if layer in removable)]
     return kept.index(deepest), [layer for layer in skipped if layer in removable], [state[rows] for state in states]
 
 
-def _layers_to_save(states: list[torch.Tensor], kept: list[int], removable: set[int], start: int, reuse_bytes: int) -> set[int]:
-    """As many layers, evenly spread, as the states before them fit in the bytes given."""
+def _layers_to_save(states: list[torch.Tensor], kept: list[int], removable: set[int], start: int, reuse_bytes: int, already: int) -> set[int]:
+    """As many layers, evenly spread, as the states before them fit in the bytes given, with those `already` saved."""
     one = sum(state[:1].numel() * state.element_size() for state in states)
     most = one * (1 + len(removable))
-    number = min(len(kept) - start, int(reuse_bytes // max(most, 1)))
+    number = min(len(kept) - start, int(reuse_bytes // max(most, 1)) - already)
     if number <= 0:
         return set()
     return {kept[position] for position in np.linspace(start, len(kept) - 1, number + 1).round().astype(int)[1:]}
