@@ -146,7 +146,7 @@ STAGES: Mapping[str, StageSpec] = {
     "score": StageSpec(2, lambda s: ("data", "teacher"), _what_score, parallel=True),
     # A given layer order makes the search plain arithmetic on config.json: no weights, no scores.
     "search": StageSpec(1, lambda s: () if s.search.layer_order else ("data", "teacher", "score"), _what_search),
-    "prune": StageSpec(1, lambda s: ("teacher", "score", "search"), lambda s: {}),
+    "prune": StageSpec(2, lambda s: ("teacher", "score", "search"), lambda s: {}),
     "distill": StageSpec(1, lambda s: ("data", "teacher", "prune"), _what_distill),
     "evaluate": StageSpec(1, lambda s: ("data", "teacher", "prune", "distill"), lambda s: key_settings(s.evaluate)),
 }

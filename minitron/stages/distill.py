@@ -50,6 +50,5 @@ def run(context: StageContext) -> dict:
 def _card(context: StageContext, config: dict, last: StepRecord) -> str:
     name = context.inputs["teacher"].facts["name"]
     student: Architecture = architecture_from_config(config)
-    cut = f"Pruned from {name}: {context.inputs['prune'].facts['headline']}."
     trained = f"Distilled from the same teacher by forward KL on logits for {last.tokens:,} tokens; KL at the end {last.recent_loss:.3f} nats per token."
-    return model_card(f"{name}, pruned and distilled", lines=[cut, "", trained], architecture=student, base=name)
+    return model_card(f"{name}, pruned and distilled", lines=[context.inputs["prune"].facts["description"], "", trained], architecture=student, base=name)

@@ -45,7 +45,8 @@ def run(context: StageContext) -> dict:
     parameters = count_total_parameters(student)
     sizes = f"{architecture.num_layers} → {student.num_layers} layers, {source.num_parameters:,} → {parameters:,} parameters"
     headline = f"{sizes}, {format_gib(total)} written; {check}"
-    return {"headline": headline, "path": "checkpoint", "parameters": parameters, "removed_layers": removed}
+    facts = {"parameters": parameters, "removed_layers": removed, "description": describe_cut(plan, name)}
+    return {"headline": headline, "path": "checkpoint", **facts}
 
 
 def planned_tensors(family: Family, plan: PruningPlan, source: Checkpoint) -> list[PlannedTensor]:
