@@ -31,7 +31,7 @@ ARCHITECTURE = Architecture(
     model_type="nemotron_h", pattern="M-M-M*-M-M-M*-M-M*-M-M*-", hidden=256, vocab=4096, ffn=1024, num_attention_heads=8, num_key_value_heads=2,
     attention_head_dim=32, mamba_num_heads=16, mamba_head_dim=32, mamba_num_groups=4, mamba_state_size=64, mamba_conv_kernel=4,
 )  # fmt: skip
-ROWS, TOKENS, ROUNDS = 4, 256, 3
+ROWS, TOKENS, ROUNDS = 8, 256, 3
 RULES = LayerRules({"*": 1}, {})
 
 

@@ -183,7 +183,7 @@ class ScoringSettings:
     placement: Placement = how(Placement.device)
     block_tokens: int = how(65536)
     branch_rows: int = how(64)
-    logits_tokens: int = how(2048)
+    logits_tokens: int = how(256)
     reuse_gib: float = how(1.0)
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ class SweepLimits:
     """Bounds on memory: sequences that a layer runs at once, tokens whose logits exist at once, bytes of saved states."""
 
     branch_rows: int = 64
-    logits_tokens: int = 2048
+    logits_tokens: int = 256
     reuse_bytes: int = 2**30
 
 
@@ -90,15 +90,20 @@ def _sweep(model: PlacedModel, block: Block, ids: list[torch.Tensor], kept: list
     """Walk the kept layers. Returns (layers skipped, per batch the states [1 + branches, B, T, D], the intact one first)."""
     start, skipped, states = _resume(model, block, ids, kept, removable)
     save_at = _layers_to_save(states, kept, removable, start, limits.reuse_bytes, already=len(block.saved))
+    new = sum(layer in removable for layer in kept[start:])
+    buffers = [torch.cat([state, state.new_empty(new, *state.shape[1:])]) for state in states]
     for layer, module in model.visit(kept[start:]):
+        used = 1 + len(skipped)
         if layer in save_at:
-            block.saved[layer] = (tuple(skipped), [state.clone() for state in states])
-        for index, state in enumerate(states):
-            moved = _run_rows(module, state, limits.branch_rows)
-            states[index] = torch.cat([moved, state[:1]]) if layer in removable else moved
+            block.saved[layer] = (tuple(skipped), [buffer[:used].clone() for buffer in buffers])
+        for buffer in buffers:
+            if layer in removable:
+                buffer[used] = buffer[0]
+            for rows in buffer[:used].flatten(0, 1).split(limits.branch_rows):
+                rows.copy_(module(rows))
         if layer in removable:
             skipped.append(layer)
-    return skipped, states
+    return skipped, buffers
 
 
 def _resume(model: PlacedModel, block: Block, ids: list[torch.Tensor], kept: list[int], removable: set[int]):
@@ -132,12 +137,6 @@ def _layers_to_save(states: list[torch.Tensor], kept: list[int], removable: set[
     return {kept[position] for position in np.linspace(start, len(kept) - 1, number + 1).round().astype(int)[1:]}
 
 
-def _run_rows(module: torch.nn.Module, state: torch.Tensor, rows: int) -> torch.Tensor:
-    """A layer on [branches, B, T, D], as one batch split so that no more than `rows` sequences run at once."""
-    flat = state.flatten(0, 1)
-    return torch.cat([module(part) for part in flat.split(rows)]).view_as(state)
-
-
 def _compare(head: Head, full: list[torch.Tensor], states: list[torch.Tensor], skipped: list[int], ids: list[torch.Tensor],
              masks: list[torch.Tensor | None], criterion: str, limits: SweepLimits) -> RoundSums:  # fmt: skip
     numerators = np.zeros(len(skipped))
@@ -147,7 +146,7 @@ def _compare(head: Head, full: list[torch.Tensor], states: list[torch.Tensor], s
         reference, branches = full_BTD[where], state[1:, where[0], where[1]]
         for chunk in torch.arange(len(reference), device=reference.device).split(limits.logits_tokens):
             full_NV = head.logits(reference[chunk])
-            squares += full_NV.square().sum(dtype=torch.float64).item() if criterion == "mse" else 0.0
+            squares += torch.linalg.vecdot(full_NV, full_NV).sum(dtype=torch.float64).item() if criterion == "mse" else 0.0
             logits += full_NV.numel()
             tokens += len(chunk)
             log_full = F.log_softmax(full_NV, dim=-1) if criterion == "kl" else None
@@ -169,7 +168,8 @@ def _compared(ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, criterion: str
 
 def _distance(criterion: str, full_NV, log_full, ablated_NV, targets) -> float:
     if criterion == "mse":
-        return (ablated_NV - full_NV).square().sum(dtype=torch.float64).item()
+        difference_NV = ablated_NV.sub_(full_NV)
+        return torch.linalg.vecdot(difference_NV, difference_NV).sum(dtype=torch.float64).item()
     log_ablated = F.log_softmax(ablated_NV, dim=-1)
     if criterion == "kl":
         return (log_full.exp() * (log_full - log_ablated)).sum(dtype=torch.float64).item()

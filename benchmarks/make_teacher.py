@@ -1,0 +1,78 @@
+"""A checkpoint of published shape with seeded random weights, written shard by shard in the Hub's layout.
+
+Run: .venv/bin/python benchmarks/make_teacher.py --preset nano2-12b --out DIR   (24.6 GB)
+"""
+
+import argparse
+import json
+import math
+import resource
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from memory_budget.architecture import Architecture  # noqa: E402
+from memory_budget.hf_config import architecture_from_config, read_config  # noqa: E402
+from memory_budget.parameters import count_total_parameters  # noqa: E402
+from memory_budget.units import GIB  # noqa: E402
+from minitron.checkpoints import PlannedTensor, write_weights  # noqa: E402
+from minitron.families.nemotron_h import FAMILY  # noqa: E402
+from minitron.pruning.cut import expected_shape, required_names, row_of  # noqa: E402
+from minitron.store import write_json  # noqa: E402
+from minitron.teachers import CONF_FOLDER  # noqa: E402
+
+PRESETS = {"nano2-12b": CONF_FOLDER / "architectures" / "nemotron-nano-12b-v2-base.json"}
+
+
+def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Weights of a size that keeps activations near 1, bf16; the same for the same name, shape and seed."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+    if name.endswith("A_log"):
+        return torch.log(1 + 15 * torch.rand(shape, generator=generator)).bfloat16()
+    if name.endswith("dt_bias"):
+        steps = torch.exp(torch.rand(shape, generator=generator) * math.log(100) + math.log(1e-3))
+        return (steps + torch.log(-torch.expm1(-steps))).bfloat16()
+    if len(shape) == 1:
+        return (1 + 0.1 * torch.randn(shape, generator=generator)).bfloat16()
+    scale = 1.0 if name.startswith("embeddings") else math.prod(shape[1:]) ** -0.5
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, scale, generator=generator)
+
+
+def planned_tensors(architecture: Architecture, seed: int) -> Iterator[PlannedTensor]:
+    for name in required_names(FAMILY, architecture):
+        shape = expected_shape(FAMILY, architecture, row_of(FAMILY, architecture, name))
+        yield PlannedTensor(FAMILY.file_name(name), "BF16", shape, lambda name=name, shape=shape: random_tensor(name, shape, seed))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="nano2-12b")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    config = read_config(PRESETS[options.preset])
+    architecture = architecture_from_config(config)
+    needed = 2 * count_total_parameters(architecture)
+    options.out.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(options.out).free
+    if free < 1.02 * needed and not (options.out / "config.json").exists():
+        print(f"error: --out {options.out} has {free / GIB:.1f} GiB free; {needed / GIB:.1f} GiB are needed", file=sys.stderr)
+        return 2
+    started = time.perf_counter()
+    write_weights(options.out, planned_tensors(architecture, options.seed), max_shard_bytes=int(4.5 * GIB))
+    write_json(options.out / "config.json", FAMILY.hf_config(config, architecture) | {"dtype": "bfloat16"})
+    seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{options.out}: {needed / GIB:.2f} GiB in {seconds:.0f} s, peak resident memory {peak:.2f} GiB")
+    print(json.dumps({"benchmark": "make_teacher", "parameters": needed // 2, "seconds": seconds, "peak_rss_gib": peak}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
