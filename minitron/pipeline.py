@@ -61,7 +61,7 @@ def floors(settings: Settings) -> Floors:
 
 def layer_rules(settings: Settings) -> LayerRules:
     """What may go when layers are removed."""
-    ceilings = {KIND_LETTERS[kind]: number for kind, number in settings.scoring.ceilings.items()}
+    ceilings = {KIND_LETTERS[kind]: number for kind, number in settings.scoring.ceilings.items() if number is not None}
     return LayerRules(floors(settings), ceilings, tuple(settings.scoring.protect))
 
 

@@ -86,12 +86,12 @@ def _at_least(settings: Any, prefix: str, least: float, *names: str) -> None:
             raise ValueError(f"{prefix}.{name} is {value}; it must be at least {least}")
 
 
-def check_kinds(name: str, numbers: dict[str, int]) -> None:
+def check_kinds(name: str, numbers: dict[str, int | None]) -> None:
     """Refuse a mapping that names no kind of layer, or a negative number of them."""
     for kind, number in numbers.items():
         if kind not in ("mamba", "attention", "ffn"):
             raise ValueError(f"{name} names the kind {kind!r}; it must be mamba, attention or ffn")
-        if number < 0:
+        if number is not None and number < 0:
             raise ValueError(f"{name}.{kind} is {number}; it must be at least 0")
 
 
@@ -179,7 +179,7 @@ class ScoringSettings:
     criterion: Criterion = Criterion.iterative_mse
     normalised: bool = True
     protect: list[int] = field(default_factory=list)
-    ceilings: dict[str, int] = field(default_factory=dict)
+    ceilings: dict[str, int | None] = field(default_factory=dict)
     placement: Placement = how(Placement.device)
     block_tokens: int = how(65536)
     branch_rows: int = how(64)
