@@ -52,12 +52,14 @@ def measure_width(model: PlacedModel, batches: Sequence[torch.Tensor], on_layer=
     masks = [mask for _, mask in ids_and_masks]
     hidden = model.embed([ids for ids, _ in ids_and_masks])
     sums: dict[tuple[str, int], np.ndarray] = {}
+    squares = [_squares(batch_BTD) for batch_BTD in hidden]
     influence = np.zeros(architecture.num_layers)
     for layer, block in model.visit(range(architecture.num_layers)):
         taps = model.family.layer_taps(architecture, layer, block)
         for index, turned in enumerate(_run_tapped(block, taps, hidden, masks, sums)):
-            influence[layer] += _turned_away(hidden[index], turned, masks[index])
-            hidden[index] = turned
+            squares_after = _squares(turned)
+            influence[layer] += _turned_away(hidden[index], turned, squares[index] * squares_after, masks[index])
+            hidden[index], squares[index] = turned, squares_after
         if not np.isfinite(influence[layer]):
             raise ValueError(f"scoring: layer {layer} gives activations that are not finite")
         on_layer()
@@ -88,9 +90,13 @@ def _run_tapped(module: nn.Module, taps: list[Tap], hidden: list[torch.Tensor], 
         sums[tap.axis, tap.layer] = accumulator.sums.view(4, *tap.shape).numpy()
 
 
-def _turned_away(before_BTD: torch.Tensor, after_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> float:
-    """Σ over tokens of 1 − cos(before, after), in float32 per token."""
-    before, after = before_BTD.float(), after_BTD.float()
-    squares_BT = torch.linalg.vecdot(before, before) * torch.linalg.vecdot(after, after)
-    away_BT = 1 - torch.linalg.vecdot(before, after) * squares_BT.clamp_min_(1e-30).rsqrt_()
+def _squares(hidden_BTD: torch.Tensor) -> torch.Tensor:
+    """Squared length of every token's residual, float32 [B, T]."""
+    hidden = hidden_BTD.float()
+    return torch.linalg.vecdot(hidden, hidden)
+
+
+def _turned_away(before_BTD: torch.Tensor, after_BTD: torch.Tensor, squares_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> float:
+    """Σ over tokens of 1 − cos(before, after), in float32 per token; `squares_BT` is the product of both squared lengths."""
+    away_BT = 1 - torch.linalg.vecdot(before_BTD.float(), after_BTD.float()) * squares_BT.clamp_min(1e-30).rsqrt_()
     return (away_BT if mask_BT is None else away_BT * mask_BT).sum(dtype=torch.float64).item()
