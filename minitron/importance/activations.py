@@ -32,11 +32,12 @@ class _Accumulator:
         return module.register_forward_hook(lambda _module, _args, output: self.add(output))
 
     def add(self, activation_BTW: torch.Tensor) -> None:
-        part = activation_BTW[..., self.tap.start : self.tap.start + self.tap.width]
-        tokens = part.shape[1] if self.mask_BT is None else self.mask_BT.sum(1, keepdim=True)
-        size_BTW = part.abs().float() if self.mask_BT is None else part.abs().float() * self.mask_BT[..., None]
-        means_BW = size_BTW.sum(1) / tokens  # sum and in-place square: a fifth of the time of torch's vector_norm along T
-        both_2BW = torch.stack([means_BW, size_BTW.square_().sum(1).sqrt_()])
+        size_BTW = activation_BTW[..., self.tap.start : self.tap.start + self.tap.width].abs().float()
+        counted_BT = size_BTW.new_ones(size_BTW.shape[:2]) if self.mask_BT is None else self.mask_BT.float()
+        # A product with the mask sums over tokens without a copy: a fifth of the time of torch's vector_norm along T.
+        means_BW = torch.bmm(counted_BT[:, None], size_BTW)[:, 0] / counted_BT.sum(1, keepdim=True)
+        lengths_BW = torch.bmm(counted_BT[:, None], size_BTW.square_())[:, 0].sqrt_()
+        both_2BW = torch.stack([means_BW, lengths_BW])
         self.sums += torch.stack([both_2BW.sum(1), both_2BW.square().sum(1)], dim=1).view(4, -1).cpu()
 
 
@@ -52,14 +53,14 @@ def measure_width(model: PlacedModel, batches: Sequence[torch.Tensor], on_layer=
     masks = [mask for _, mask in ids_and_masks]
     hidden = model.embed([ids for ids, _ in ids_and_masks])
     sums: dict[tuple[str, int], np.ndarray] = {}
-    squares = [_squares(batch_BTD) for batch_BTD in hidden]
+    lengths = [_lengths(batch_BTD) for batch_BTD in hidden]
     influence = np.zeros(architecture.num_layers)
     for layer, block in model.visit(range(architecture.num_layers)):
         taps = model.family.layer_taps(architecture, layer, block)
         for index, turned in enumerate(_run_tapped(block, taps, hidden, masks, sums)):
-            squares_after = _squares(turned)
-            influence[layer] += _turned_away(hidden[index], turned, squares[index] * squares_after, masks[index])
-            hidden[index], squares[index] = turned, squares_after
+            lengths_after = _lengths(turned)
+            influence[layer] += _turned_away(_lengths(turned.float() - hidden[index]), lengths[index], lengths_after, masks[index])
+            hidden[index], lengths[index] = turned, lengths_after
         if not np.isfinite(influence[layer]):
             raise ValueError(f"scoring: layer {layer} gives activations that are not finite")
         on_layer()
@@ -90,13 +91,15 @@ def _run_tapped(module: nn.Module, taps: list[Tap], hidden: list[torch.Tensor], 
         sums[tap.axis, tap.layer] = accumulator.sums.view(4, *tap.shape).numpy()
 
 
-def _squares(hidden_BTD: torch.Tensor) -> torch.Tensor:
-    """Squared length of every token's residual, float32 [B, T]."""
-    hidden = hidden_BTD.float()
-    return torch.linalg.vecdot(hidden, hidden)
+def _lengths(vectors_BTD: torch.Tensor) -> torch.Tensor:
+    """Length of every token's vector, float32 [B, T]."""
+    return torch.linalg.vector_norm(vectors_BTD, dim=-1, dtype=torch.float32)
 
 
-def _turned_away(before_BTD: torch.Tensor, after_BTD: torch.Tensor, squares_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> float:
-    """Σ over tokens of 1 − cos(before, after), in float32 per token; `squares_BT` is the product of both squared lengths."""
-    away_BT = 1 - torch.linalg.vecdot(before_BTD.float(), after_BTD.float()) * squares_BT.clamp_min(1e-30).rsqrt_()
+def _turned_away(step_BT: torch.Tensor, before_BT: torch.Tensor, after_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> float:
+    """Σ over tokens of 1 − cos(before, after), from the lengths of the residual before, after and of the step between.
+
+    1 − cos = (step² − (before − after)²) / (2 · before · after), the law of cosines without its cancellation near cos = 1.
+    """
+    away_BT = (step_BT.square() - (before_BT - after_BT).square()) / (2 * before_BT * after_BT).clamp_min(1e-30)
     return (away_BT if mask_BT is None else away_BT * mask_BT).sum(dtype=torch.float64).item()
