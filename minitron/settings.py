@@ -13,6 +13,9 @@ class Stage(Enum):
     data = "data"
     teacher = "teacher"
     score = "score"
+    shortlist = "shortlist"
+    teacher_cache = "teacher_cache"
+    screen = "screen"
     search = "search"
     prune = "prune"
     distill = "distill"
@@ -29,6 +32,12 @@ class Rows(Enum):
 class Shortlist(Enum):
     diversified = "diversified"
     largest = "largest"
+
+
+class Select(Enum):
+    lowest_loss = "lowest_loss"
+    loss_within = "loss_within"
+    weighted = "weighted"
 
 
 class Optimizer(Enum):
@@ -224,13 +233,28 @@ class AxisSettings:
 class FixedSettings:
     """An architecture the user already knows; None keeps the teacher's value, all None means none is given."""
 
+    file: str | None = None
     pattern: str | None = None
     hidden: int | None = None
     ffn: int | None = None
     mamba_num_heads: int | None = None
+    mamba_head_dim: int | None = None
+    num_attention_heads: int | None = None
 
     def given(self) -> dict[str, int | str]:
         """The values that are set."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+@dataclass(kw_only=True, slots=True)
+class LaterWidthsSettings:
+    """Widths that a later cut will reach, against which the budget is held; None: the candidate's own."""
+
+    hidden: int | None = None
+    ffn: int | None = None
+    mamba_num_heads: int | None = None
+
+    def given(self) -> dict[str, int]:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
@@ -240,18 +264,87 @@ class SearchSettings:
     hidden: AxisSettings = field(default_factory=AxisSettings)
     ffn: AxisSettings = field(default_factory=AxisSettings)
     mamba_heads: AxisSettings = field(default_factory=AxisSettings)
+    mamba_channels: AxisSettings = field(default_factory=AxisSettings)
+    attention_heads: AxisSettings = field(default_factory=AxisSettings)
     floors: dict[str, int] = field(default_factory=dict)
     layer_order: str | None = None
     fixed: FixedSettings = field(default_factory=FixedSettings)
+    later_widths: LaterWidthsSettings = field(default_factory=LaterWidthsSettings)
+    max_parameters: int | None = None
+    min_gib: float | None = None
+    max_gib: float | None = None
+    min_tokens_per_second: float | None = None
     aggregate_tokens: Aggregation = Aggregation.mean
     aggregate_samples: Aggregation = Aggregation.l2
     shortlist: Shortlist = Shortlist.diversified
     shortlist_size: int = 8
     screen_samples: int = 16
+    finalists: int = 4
+    select: Select = Select.lowest_loss
+    loss_within: float = 0.02
+    weights: dict[str, float] = field(default_factory=dict)
+    listed: int = how(100_000)
 
     def __post_init__(self) -> None:
-        _at_least(self, "search", 1, "shortlist_size", "screen_samples")
+        _at_least(self, "search", 1, "shortlist_size", "screen_samples", "max_parameters", "listed")
+        _at_least(self, "search", 0, "finalists", "loss_within", "min_gib", "max_gib", "min_tokens_per_second")
         check_kinds("search.floors", self.floors)
+        for name, weight in self.weights.items():
+            if name not in ("loss", "memory", "throughput"):
+                raise ValueError(f"search.weights names {name!r}; it must be loss, memory or throughput")
+            if not weight >= 0:
+                raise ValueError(f"search.weights.{name} is {weight}; it must be at least 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class ScreenSettings:
+    """The short distillation that every finalist gets, from one shared cache of teacher outputs."""
+
+    top_k: int = 128
+    cache_batch: int = how(8)
+    new_tokens: int = 32
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+    def __post_init__(self) -> None:
+        _at_least(self, "screen", 1, "top_k", "cache_batch", "new_tokens")
+        self.train.check("screen.train")
+
+
+@dataclass(kw_only=True, slots=True)
+class ThroughputSettings:
+    """A roofline: what the named device could reach at best."""
+
+    device: str = "a10g"
+    gb_per_second: float | None = None
+    tflops: float | None = None
+    input_tokens: int = 8192
+    output_tokens: int = 16384
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(self, "throughput", 1, "input_tokens", "output_tokens", "batch")
+        if (self.gb_per_second is None) != (self.tflops is None):
+            raise ValueError("throughput.gb_per_second and throughput.tflops belong together; give both for a device of your own, or neither")
+        for name in ("gb_per_second", "tflops"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"throughput.{name} is {getattr(self, name)}; it must be above 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class BaseSettings:
+    path: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class DepthLapSettings:
+    """The first of two laps: depth alone is cut and distilled, then widths are cut from that checkpoint."""
+
+    enabled: bool = False
+    tokens: int = 65536
+    screen_tokens: int = 65536
+
+    def __post_init__(self) -> None:
+        _at_least(self, "depth_lap", 1, "tokens", "screen_tokens")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -288,6 +381,7 @@ class EvaluateSettings:
 @dataclass(kw_only=True, slots=True)
 class Settings:
     stage: Stage = Stage.all
+    candidate: str | None = None
     run_name: str = "tiny"
     runs_folder: str = "runs"
     seed: int = 0
@@ -295,10 +389,14 @@ class Settings:
     tracking: Tracking = how(Tracking.disabled)
     data: DataSettings = field(default_factory=DataSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    base: BaseSettings = field(default_factory=BaseSettings)
+    depth_lap: DepthLapSettings = field(default_factory=DepthLapSettings)
     scoring: ScoringSettings = field(default_factory=ScoringSettings)
     workload: WorkloadSettings = field(default_factory=WorkloadSettings)
     budget: BudgetSettings = field(default_factory=BudgetSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
+    screen: ScreenSettings = field(default_factory=ScreenSettings)
+    throughput: ThroughputSettings = field(default_factory=ThroughputSettings)
     prune: PruneSettings = field(default_factory=PruneSettings)
     distill: DistillSettings = field(default_factory=DistillSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)

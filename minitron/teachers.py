@@ -25,6 +25,20 @@ def teacher_architecture(settings: Settings) -> Architecture:
     return architecture_from_config(teacher_config(settings))
 
 
+def base_architecture(settings: Settings) -> Architecture:
+    """Sizes of the model that is cut: the teacher, or the checkpoint of `base.path`. Raises ValueError where that is none of the teacher's kin."""
+    teacher = teacher_architecture(settings)
+    if settings.base.path is None:
+        return teacher
+    if not Path(settings.base.path).is_dir():
+        raise ValueError(f"base.path is {settings.base.path!r}; it must be the folder of a checkpoint")
+    base = architecture_from_config(read_config(settings.base.path))
+    for name in ("model_type", "vocab"):
+        if getattr(base, name) != getattr(teacher, name):
+            raise ValueError(f"base.path {settings.base.path!r} has the {name} {getattr(base, name)}; it must be the teacher's, {getattr(teacher, name)}")
+    return base
+
+
 def teacher_config(settings: Settings) -> dict:
     """The parsed config.json of `teacher.path`: from its folder, from `teacher.config`, or from the Hub."""
     path = settings.teacher.path

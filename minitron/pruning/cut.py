@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+from torch import nn
 
 from memory_budget.architecture import Architecture
 from minitron.families.base import Dimension, Family, TensorAxes
@@ -22,10 +23,21 @@ class TensorCut:
     keep: tuple[torch.Tensor | None, ...]
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What stays of the source: a view where every dimension keeps a run of neighbours, else a copy."""
         for dimension, indices in enumerate(self.keep):
-            if indices is not None:
-                tensor = tensor.index_select(dimension, indices)
+            if indices is None:
+                continue
+            if is_run(indices):
+                tensor = tensor.narrow(dimension, int(indices[0]), len(indices))
+            else:
+                tensor = tensor.index_select(dimension, indices.to(tensor.device))
         return tensor
+
+
+def is_run(indices: torch.Tensor) -> bool:
+    """Whether indices are neighbours in ascending order."""
+    first = int(indices[0])
+    return torch.equal(indices, torch.arange(first, first + len(indices)))
 
 
 def plan_cuts(family: Family, plan: PruningPlan, shapes: Mapping[str, tuple[int, ...]]) -> list[TensorCut]:
@@ -117,8 +129,18 @@ def _kept_of_dimension(dimension: Dimension, sizes: Mapping[str, int], kept: Cal
     return torch.cat(pieces) if is_cut else None
 
 
+def build_pruned(family: Family, teacher: nn.Module, plan: PruningPlan, teacher_config: dict) -> nn.Module:
+    """The student of a plan as a model in memory, cut from the teacher's weights."""
+    with torch.device("meta"):
+        student = family.build(family.hf_config(teacher_config, plan.student))
+    state = {name: tensor.clone() for name, tensor in cut_state(family, plan, teacher.state_dict()).items()}
+    names = {family.canonical_name(name): name for name in student.state_dict()}
+    student.load_state_dict({names[name]: tensor for name, tensor in state.items()}, assign=True)
+    return student.eval()
+
+
 def cut_state(family: Family, plan: PruningPlan, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The student's tensors from a teacher's in memory, by canonical names."""
+    """The student's tensors from a teacher's in memory, by canonical names; views of it where they can be."""
     canonical = {family.canonical_name(name): tensor for name, tensor in state.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in canonical.items()}
     return {cut.target: cut.apply(canonical[cut.source]) for cut in plan_cuts(family, plan, shapes)}

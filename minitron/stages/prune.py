@@ -14,7 +14,7 @@ from minitron.pruning.cut import TensorCut, plan_cuts
 from minitron.pruning.plan import PruningPlan, make_plan
 from minitron.publish import check_reload, model_card, write_companions
 from minitron.runtime import available_memory_bytes
-from minitron.screening import build_pruned
+from minitron.pruning.cut import build_pruned
 from minitron.stages.models import result_model_folder
 from minitron.store import write_json
 from minitron.teachers import teacher_architecture

@@ -9,15 +9,12 @@ from torch import nn
 from distill.batches import RowBatches, split_padding
 from distill.losses import next_token_loss
 from distill.trainer import train
-from memory_budget.hf_config import read_config
 from memory_budget.parameters import count_total_parameters
-from minitron.checkpoints import Checkpoint
-from minitron.families import family_of
 from minitron.families.nemotron_h import FAMILY as NEMOTRON_H
 from minitron.pipeline import StageContext
-from minitron.pruning.cut import check_tensors
 from minitron.publish import check_reload, model_card, write_model
 from minitron.runtime import pick_device
+from minitron.stages.models import given_checkpoint
 from minitron.stages.training import tracked_steps, train_plan
 from minitron.store import write_json
 from minitron.teachers import teacher_architecture, teacher_folder
@@ -47,18 +44,9 @@ TINY_CONFIG = {
 
 
 def run(context: StageContext) -> dict:
-    return _train_tiny(context) if context.settings.teacher.path is None else _check_given(context)
-
-
-def _check_given(context: StageContext) -> dict:
-    """Hold the checkpoint's headers against its config; no weights are read."""
-    folder = teacher_folder(context.settings)
-    family = family_of(read_config(folder))
-    architecture = teacher_architecture(context.settings)
-    checkpoint = Checkpoint(folder)
-    check_tensors(family, architecture, {family.canonical_name(name): entry.shape for name, entry in checkpoint.entries.items()})
-    headline = f"{context.settings.teacher.path}: {checkpoint.num_parameters:,} parameters, pattern {architecture.pattern}"
-    return {"headline": headline, "path": str(folder), "name": context.settings.teacher.path, "parameters": checkpoint.num_parameters}
+    """A given checkpoint is only held against its config: no weights are read."""
+    teacher = context.settings.teacher.path
+    return _train_tiny(context) if teacher is None else given_checkpoint(teacher_folder(context.settings), teacher)
 
 
 def _loss(model: nn.Module, rows_BT: torch.Tensor) -> torch.Tensor:

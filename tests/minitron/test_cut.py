@@ -18,7 +18,7 @@ from minitron.families.nemotron_h import FAMILY
 from minitron.importance.scores import ImportanceScores
 from minitron.pruning.cut import check_tensors, cut_state, expected_shape, plan_cuts, required_names, row_of
 from minitron.pruning.plan import PruningPlan, check_is_cut, make_plan, subsequence_layers, top, top_per_group
-from minitron.screening import build_pruned
+from minitron.pruning.cut import build_pruned
 from minitron.stages.prune import planned_tensors
 from minitron.teachers import CONF_FOLDER
 
