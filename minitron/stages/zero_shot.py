@@ -1,0 +1,119 @@
+"""The first rung of the ladder: every shortlisted candidate's held-out loss and KL as cut, on views of the sorted teacher."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from memory_budget.architecture import Architecture
+from memory_budget.hf_config import read_config
+from memory_budget.units import format_gib
+from minitron.evaluation import batches_of, screening_rows, spread_rows
+from minitron.families import family_of
+from minitron.pipeline import StageContext, scores_of
+from minitron.pruning.views import SortedTeacher, View
+from minitron.runtime import pick_device
+from minitron.screening import Distance, best_first, measure_batch
+from minitron.stages.models import base_folder, result_model_folder
+from minitron.teachers import base_architecture
+
+PART_FILE = "zero_shot.partial.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroShot:
+    """Measurements by candidate, and the candidates by ascending loss."""
+
+    means: Mapping[str, dict]
+    best_first: list[str]
+
+
+def screening_batches(context: StageContext, device: torch.device) -> list[torch.Tensor]:
+    """The held-out rows that choose among candidates."""
+    settings = context.settings
+    rows = np.load(context.inputs["data"].folder / "heldout.npy", mmap_mode="r")
+    return batches_of(spread_rows(screening_rows(rows), settings.search.screen_samples), settings.evaluate.batch, device)
+
+
+def measure_zero_shot(context: StageContext, entries: Mapping[str, dict]) -> ZeroShot:
+    """Loss and KL of every candidate, all of them batch by batch; batches of an interrupted run are read back.
+
+    Candidates are views of one sorted teacher, or of one for each number of Mamba channels, since heads rank by the channels kept.
+    """
+    device = pick_device(context.settings)
+    batches = screening_batches(context, device)
+    done, path = _read_parts(context), context.folder / PART_FILE
+    totals, facts = dict.fromkeys(entries, Distance()), {}
+
+    def channels(name: str) -> int:
+        return entries[name]["architecture"]["mamba_head_dim"]
+
+    with context.console.track("zero-shot", len(batches) * len(entries), "candidate batches") as advance, path.open("a", buffering=1) as file:
+        for head_dim, group in groupby(sorted(entries, key=channels), key=channels):
+            names = list(group)
+            missing = [index for index in range(len(batches)) if any((name, index) not in done for name in names)]
+            sorted_base, teacher, views = None, None, {}
+            if missing:
+                sorted_base = _sorted_base(context, head_dim, device)
+                teacher = sorted_base.model if "base" not in context.inputs else _load(context, "teacher", device)
+                views = {name: sorted_base.view(Architecture(**entries[name]["architecture"]), tuple(entries[name]["kept_layers"])) for name in names}
+            for name, view in views.items():
+                facts[name] = _view_facts(sorted_base, view)
+            for index in range(len(batches)):
+                if index in missing:
+                    measured = measure_batch(teacher, {name: view.model for name, view in views.items()}, batches[index],
+                                             chunk_tokens=context.settings.scoring.logits_tokens)  # fmt: skip
+                    for name, distance in measured.items():
+                        done[name, index] = distance
+                        file.write(json.dumps([name, index, astuple(distance), facts[name]]) + "\n")
+                for name in names:
+                    totals[name] += done[name, index]
+                advance(len(names))
+    _refuse_twins(facts)
+    path.unlink()
+    means = {name: distance.means() for name, distance in totals.items()}
+    named = {name: {"zero_shot_loss": mean["loss"], "zero_shot_kl": mean["kl"], "zero_shot_top1_agreement": mean["top1_agreement"], **facts.get(name, {})}
+             for name, mean in means.items()}  # fmt: skip
+    return ZeroShot(named, best_first({name: mean["loss"] for name, mean in means.items()}) or list(entries))
+
+
+def _load(context: StageContext, stage: str, device: torch.device):
+    folder = result_model_folder(context.inputs[stage])
+    return family_of(read_config(folder)).load(folder, device=str(device))
+
+
+def _sorted_base(context: StageContext, head_dim: int, device: torch.device) -> SortedTeacher:
+    folder = base_folder(context)
+    config = read_config(folder)
+    family, settings = family_of(config), context.settings
+    scores = scores_of(context.inputs["score"], settings)
+    return SortedTeacher(family, family.load(folder, device=str(device)), config, base_architecture(settings), scores, head_dim)
+
+
+def _view_facts(sorted_base: SortedTeacher, view: View) -> dict:
+    """What of the model is its own: bytes copied for it, and the digest that tells it from the others."""
+    return {"copied_bytes": view.copied_bytes, "copied_mamba_bytes": view.mamba_copied_bytes, "view_digest": view.digest}
+
+
+def _refuse_twins(facts: Mapping[str, dict]) -> None:
+    """Two candidates made of the same numbers would mean that a cut did not happen. Raises RuntimeError."""
+    by_digest: dict[str, str] = {}
+    for name, fact in facts.items():
+        twin = by_digest.setdefault(fact["view_digest"], name)
+        if twin != name:
+            raise RuntimeError(f"candidates {twin} and {name} were cut to the same weights")
+
+
+def _read_parts(context: StageContext) -> dict[tuple[str, int], Distance]:
+    """Finished measurements of an interrupted run; a half-written last line is left out."""
+    path = context.folder / PART_FILE
+    if not path.exists():
+        return {}
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    path.write_text("".join(lines))
+    if lines:
+        context.console.say(f"     zero-shot  {len(lines):,} measurements of an interrupted run are kept")
+    return {(name, index): Distance(*values) for name, index, values, _ in map(json.loads, lines)}
