@@ -1,5 +1,7 @@
 """From everything that fits to a shortlist that is no row of twins."""
 
+from collections import defaultdict
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,38 @@ def test_every_one_is_the_best_of_its_stratum(candidates, retained):
     every = strata(candidates, range(len(candidates)))
     for row, stratum in zip(rows := diversified(candidates, retained, 9), strata(candidates, rows), strict=True):
         assert retained[row] == max(retained[other] for other, same in enumerate(every) if same == stratum)
+
+
+def by_queues(candidates, retained, size: int) -> list[int]:
+    """The oracle, row by row: a queue per depth of the strata's best, taken in turns."""
+    best = {}
+    for row in np.argsort(-retained, kind="stable").tolist():
+        stratum = tuple(int(getattr(candidates, name)[row]) for name in ("num_layers", "hidden", "mamba_num_heads", "mamba_head_dim", "num_attention_heads"))
+        best.setdefault(stratum, row)
+    queues = defaultdict(list)
+    for (depth, *_), row in best.items():
+        queues[depth].append(row)
+    turns = [[queue[turn] for queue in queues.values() if turn < len(queue)] for turn in range(len(best))]
+    return [row for turn in turns for row in turn][:size]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_it_is_the_shortlist_of_the_row_by_row_rule(seed):
+    """Also with ties, with depths of unlike numbers of strata, and with channels and attention heads cut."""
+    random = np.random.default_rng(seed)
+    space = SearchSpace(DEPTHS, (96, 128), (320, 512), (12, 16), {}, (8, 16), (4, 8))
+    every = enumerate_candidates(TEACHER, space, {depth: tuple(range(depth)) for depth in DEPTHS}, Workload(context_tokens=4096))
+    some = every.take(np.flatnonzero(random.random(len(every)) < np.array([0.2, 0.5, 0.9])[(every.num_layers - 17) // 2]))
+    retained = random.integers(0, 5, len(some)) / 5
+    for size in (1, 5, 17, 1000):
+        assert diversified(some, retained, size) == by_queues(some, retained, size)
+
+
+def test_channels_and_attention_heads_make_strata_of_their_own(candidates, retained):
+    assert len(diversified(candidates, retained, 1000)) == 27
+    space = SearchSpace(DEPTHS, SPACE.hidden, (320, 512), SPACE.mamba_num_heads, {}, (8, 16), (4, 6, 8))
+    wider = enumerate_candidates(TEACHER, space, {depth: tuple(range(depth)) for depth in DEPTHS}, Workload(context_tokens=4096))
+    assert len(diversified(wider, wider.parameters / 1e6, 1000)) == 27 * 6
 
 
 def test_the_shortlist_is_no_longer_than_asked_nor_than_the_strata(candidates, retained):
