@@ -22,7 +22,7 @@ from minitron.documents import check_source, source_identity
 from minitron.importance.removal import LayerRules, check_rules
 from minitron.settings import Rows, Settings, Stage, key_settings
 from minitron.store import Result, find_result, finish, locked, stage_key
-from minitron.teachers import base_architecture, teacher_architecture, teacher_config, teacher_folder, teacher_identity
+from minitron.teachers import base_architecture, teacher_config, teacher_folder, teacher_identity
 from nas.exchange import read_export_config
 from nas.space import Floors, axis_options
 
@@ -302,7 +302,7 @@ def other_screens(lap: Lap) -> dict[str, Result]:
 def check_before_work(settings: Settings) -> None:
     """Everything that can be refused from settings and config.json alone. Raises ValueError."""
     from minitron.stages.layer_order import given_layer_order
-    from minitron.stages.search import check_search
+    from minitron.stages.shortlist import check_search
 
     check_source(settings.data)
     for name, train in (("teacher.train", settings.teacher.train), ("distill.train", settings.distill.train)):

@@ -5,7 +5,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 from memory_budget.calculator import memory_report
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
+from minitron.pipeline import Lap
 from minitron.settings import Settings
-from minitron.stages.search import budget_of, workload_of
+from minitron.stages.shortlist import budget_of, workload_of
 from minitron.store import Result
 from minitron.teachers import teacher_architecture
 
@@ -22,14 +23,18 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "t
 MODEL_STAGES = {"teacher": "teacher", "pruned": "prune", "student": "distill"}
 # Named again here: the stages that write these files import torch, which a summary does without.
 LAYERS_FILE, METRICS_FILE = "layers.json", "metrics.jsonl"
+SEARCH_FILES = ("candidates.csv", "candidates.jsonl", "export_config.json")
 MOST_CURVE_POINTS = 200
 
 
-def build_summary(settings: Settings, results: Mapping[str, Result], cached: Mapping[str, bool]) -> dict[str, Any]:
-    """The summary of the stages that are done; parts whose stage did not run are empty or absent."""
+def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:
+    """The summary of the stages that are done; parts whose stage did not run are empty or absent.
+
+    Of two laps the last is the run's; what the first one did is under "depth_lap".
+    """
+    settings, results = laps[-1].settings, laps[-1].results
     budget, workload = budget_of(settings), workload_of(settings)
-    search, prune, distill = results.get("search"), results.get("prune"), results.get("distill")
-    return {
+    summary = {
         "run_name": settings.run_name,
         "command": shlex.join(["python", "-m", "minitron.run", *sys.argv[1:]]),
         "versions": _versions(),
@@ -42,15 +47,30 @@ def build_summary(settings: Settings, results: Mapping[str, Result], cached: Map
             "set_aside_gib": budget.set_aside_gib,
             "workload": asdict(workload),
         },
-        "stages": {name: _stage(result, cached[name]) for name, result in results.items()},
         "models": _models(settings, results, budget.bytes),
+        "recovery": {name: results["evaluate"].facts[name] for name in ("lost_nats_per_token", "recovered_share")} if "evaluate" in results else {},
+        **_lap(laps[-1]),
+        "depth_lap": _lap(laps[0]) if len(laps) > 1 else {},
+    }
+    if len(laps) > 1:  # which layers went, and what scoring said of layers, is the first lap's
+        first = summary["depth_lap"]
+        summary["removed_layers"] = first["removed_layers"]
+        summary["importance"] = {**first["importance"], "width_curves": summary["importance"].get("width_curves", first["importance"]["width_curves"])}
+    return summary
+
+
+def _lap(lap: Lap) -> dict[str, Any]:
+    """What one walk through the stages did."""
+    results = lap.results
+    search, prune, distill = results.get("search"), results.get("prune"), results.get("distill")
+    return {
+        "stages": {name: _stage(result, lap.cached[name]) for name, result in results.items()},
         "candidates": search.facts["shortlist"] if search else [],
-        "search": {name: search.facts[name] for name in ("num_candidates", "num_fitting")} if search else {},
+        "search": {name: search.facts[name] for name in ("num_candidates", "num_fitting", "reason")} if search else {},
         "removed_layers": prune.facts["removed_layers"] if prune else [],
         "distillation": {name: distill.facts[name] for name in ("tokens", "steps", "seconds", "final_kl_nats_per_token")} if distill else {},
         "importance": _importance(results["score"]) if "score" in results else {},
         "curves": _curves(results),
-        "recovery": {name: results["evaluate"].facts[name] for name in ("lost_nats_per_token", "recovered_share")} if "evaluate" in results else {},
     }
 
 

@@ -1,34 +1,47 @@
 """wandb, and nothing else knows of it. Off by default; offline needs no account."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from memory_budget.units import to_gib
 from minitron.pipeline import StageContext
 from minitron.settings import Tracking, key_settings
 
 
+class Tracker:
+    """One wandb run; calling it logs a step's values. Without a run it keeps silent."""
+
+    def __init__(self, run=None):
+        self._run = run
+
+    def __call__(self, values: Mapping[str, Any]) -> None:
+        if self._run is not None:
+            self._run.log(dict(values))
+
+    def summarise(self, values: Mapping[str, Any]) -> None:
+        """What is left of the run at a glance: its numbers."""
+        if self._run is not None:
+            self._run.summary.update({name: value for name, value in values.items() if isinstance(value, int | float | str)})
+
+
 @contextmanager
-def open_tracker(context: StageContext, name: str) -> Iterator[Callable[[dict], None]]:
-    """Yields track(values), one call per step; a no-op when tracking is disabled."""
+def open_tracker(context: StageContext, name: str, config: Mapping[str, Any] | None = None) -> Iterator[Tracker]:
+    """A run of this name in the group of the run; `config` is the settings unless given."""
     if context.settings.tracking is Tracking.disabled:
-        yield lambda values: None
+        yield Tracker()
         return
-    run = _start(context, name, config=key_settings(context.settings))
+    run = _start(context, name, config=key_settings(context.settings) if config is None else config)
     try:
-        yield run.log
+        yield Tracker(run)
     finally:
         run.finish()
 
 
-def record_candidate(context: StageContext, entry: dict, measured: dict) -> None:
-    """A run per candidate: the search is its group, its architecture and GiB its config, every measurement its summary."""
-    if context.settings.tracking is Tracking.disabled:
-        return
+def candidate_config(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A candidate's run is configured by its architecture and its GiB."""
     memory = {f"{part}_gib": to_gib(size) for part, size in entry["memory_bytes"].items()}
-    run = _start(context, entry["id"], config={"candidate": entry["id"], **entry["architecture"], "parameters": entry["parameters"], **memory})
-    run.summary.update({name: value for name, value in {**entry, **measured}.items() if isinstance(value, int | float)})
-    run.finish()
+    return {"candidate": entry["id"], **entry["architecture"], "parameters": entry["parameters"], **memory}
 
 
 def record_search(context: StageContext, entries: list[dict]) -> None:

@@ -27,10 +27,7 @@ class TensorCut:
         for dimension, indices in enumerate(self.keep):
             if indices is None:
                 continue
-            if is_run(indices):
-                tensor = tensor.narrow(dimension, int(indices[0]), len(indices))
-            else:
-                tensor = tensor.index_select(dimension, indices.to(tensor.device))
+            tensor = tensor.narrow(dimension, int(indices[0]), len(indices)) if is_run(indices) else tensor.index_select(dimension, indices.to(tensor.device))
         return tensor
 
 

@@ -13,8 +13,7 @@ from distill.teacher_cache import TeacherCache
 from distill.trainer import STATE_FILE, train
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
-from memory_budget.units import to_gib
-from minitron.evaluation import decode_tokens_per_second, held_out_loss, longest_prompt, spread_rows
+from minitron.evaluation import decode_tokens_per_second, held_out_loss, longest_prompt
 from minitron.families import family_of
 from minitron.pipeline import StageContext, scores_of
 from minitron.pruning.cut import build_pruned
@@ -25,7 +24,7 @@ from minitron.stages.teacher_cache import CACHE_FOLDER, ROWS_FILE
 from minitron.stages.training import tracked_steps, train_plan
 from minitron.stages.zero_shot import screening_batches
 from minitron.teachers import base_architecture
-from minitron.tracking import record_candidate
+from minitron.tracking import Tracker, candidate_config, open_tracker
 
 
 class RowNumbers:
@@ -44,17 +43,20 @@ def run(context: StageContext) -> dict:
     settings, device = context.settings, pick_device(context.settings)
     entry = candidate_entry(context)
     student = _cut(context, entry, device)
-    losses = _distil(context, student, device)
-    batches = screening_batches(context, device)
-    loss = held_out_loss(student, batches)
-    prompt = longest_prompt(torch.cat(batches).cpu().numpy(), settings.evaluate.prompt_tokens).to(device)
-    can_decode = "*" in entry["architecture"]["pattern"]  # transformers' cache asks an attention layer how long it is
-    speed = decode_tokens_per_second(student, prompt, settings.screen.new_tokens) if can_decode else None
+    with open_tracker(context, entry["id"], candidate_config(entry)) as tracker:
+        tokens = _distil(context, student, device, tracker)
+        if tokens is None:
+            note = "its short distillation diverged"
+            return {"headline": f"{entry['id']}  {note}; never chosen", "id": entry["id"], "short_distill_loss": None, "tokens_per_second": None, "note": note}
+        batches = screening_batches(context, device)
+        loss = held_out_loss(student, batches)
+        prompt = longest_prompt(torch.cat(batches).cpu().numpy(), settings.evaluate.prompt_tokens).to(device)
+        can_decode = "*" in entry["architecture"]["pattern"]  # transformers' cache asks an attention layer how long it is
+        speed = decode_tokens_per_second(student, prompt, settings.screen.new_tokens) if can_decode else None
+        facts = {"id": entry["id"], "short_distill_loss": loss, "short_distill_tokens": tokens, "tokens_per_second": speed}
+        tracker.summarise({**entry, **facts})
     (context.folder / STATE_FILE).unlink(missing_ok=True)
-    facts = {"id": entry["id"], "short_distill_loss": loss, "short_distill_tokens": losses.tokens, "tokens_per_second": speed}
-    record_candidate(context, entry, facts)
-    marked = "" if np.isfinite(loss) else ": not a number, never chosen"
-    return {"headline": f"{entry['id']}  {loss:.3f} nats/token after {losses.tokens:,} tokens{marked}", **facts}
+    return {"headline": f"{entry['id']}  {loss:.3f} nats/token after {tokens:,} tokens", **facts}
 
 
 def candidate_entry(context: StageContext) -> dict:
@@ -75,8 +77,8 @@ def _cut(context: StageContext, entry: dict, device: torch.device) -> nn.Module:
     return build_pruned(family, base, plan, config)
 
 
-def _distil(context: StageContext, student: nn.Module, device: torch.device):
-    """Trains the student in place; returns the last step's record."""
+def _distil(context: StageContext, student: nn.Module, device: torch.device, tracker: Tracker) -> int | None:
+    """Trains the student in place; returns the tokens it saw, None where the loss stopped being a number."""
     settings, cache_result = context.settings, context.inputs["teacher_cache"]
     rows = np.load(cache_result.folder / ROWS_FILE)
     cache = TeacherCache(cache_result.folder / CACHE_FOLDER, rows_RT=rows)
@@ -87,6 +89,10 @@ def _distil(context: StageContext, student: nn.Module, device: torch.device):
         ids_BT, mask_BT = split_padding(torch.from_numpy(rows[numbers].astype(np.int64)).to(device))
         return forward_kl_top_k(model(ids_BT, use_cache=False).logits, cache.rows(numbers).to(device), mask_BT=mask_BT)
 
-    title = f"{settings.candidate}, {to_gib(candidate_entry(context)['memory_bytes']['total']):.4g} GiB"
-    with tracked_steps(context, title, plan, loss_name="KL") as on_step:
-        return train(student, RowNumbers(rows, settings.screen.train.batch, settings.seed), plan, loss, folder=context.folder, on_step=on_step)
+    with tracked_steps(context, settings.candidate, plan, loss_name="KL", tracker=tracker) as on_step:
+        numbers = RowNumbers(rows, settings.screen.train.batch, settings.seed)
+        try:
+            return train(student, numbers, plan, loss, folder=context.folder, on_step=on_step).tokens
+        except FloatingPointError as error:
+            context.console.say(f"   screen  {settings.candidate}: {error}")
+            return None

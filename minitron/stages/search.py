@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from memory_budget.architecture import Architecture
-from memory_budget.units import GIB, format_gib
+from memory_budget.units import format_gib
 from minitron.pipeline import StageContext
 from minitron.settings import Select
 from minitron.store import write_json

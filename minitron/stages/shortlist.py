@@ -44,7 +44,8 @@ def space_of(settings: Settings, teacher: Architecture) -> SearchSpace:
     """The options of every axis. Raises ValueError for options no student can have."""
     axes = ("layers", "hidden", "ffn", "mamba_heads", "mamba_channels", "attention_heads")
     layers, hidden, ffn, heads, channels, attention_heads = (axis_of(settings, axis, teacher) for axis in axes)
-    space = SearchSpace(layers, hidden, ffn, heads, floors(settings), channels, attention_heads)
+    optional = ((channels, teacher.mamba_head_dim), (attention_heads, teacher.num_attention_heads))
+    space = SearchSpace(layers, hidden, ffn, heads, floors(settings), *(None if options == (value,) else options for options, value in optional))
     check_space(space, teacher)
     return space
 
@@ -130,7 +131,8 @@ def run(context: StageContext) -> dict:
     fitting = f"{len(candidates):,} of {looked_at:,} architectures fit {format_gib(budget.bytes)}"
     if settings.search.later_widths.given():
         fitting = f"{len(candidates):,} of {looked_at:,} depths leave room for widths that fit {format_gib(budget.bytes)}"
-    zero_shot = f", zero-shot {entries[best_first[0]]['zero_shot_loss']:.2f} nats/token at best ({best_first[0]})" if entries[best_first[0]]["zero_shot_loss"] else ""
+    best = entries[best_first[0]]["zero_shot_loss"]
+    zero_shot = "" if best is None else f", zero-shot {best:.2f} nats/token at best ({best_first[0]})"
     headline = f"{fitting}; {len(rows)} on the shortlist{zero_shot}"
     return {"headline": headline, "num_candidates": looked_at, "num_fitting": len(candidates), "entries": entries, "best_first": best_first}
 
@@ -143,7 +145,7 @@ def _within_later_budget(settings: Settings, candidates: Candidates, workload: W
     totals = np.array([memory_report(replace(candidates.architecture(row), **later), workload).total for row in range(len(candidates))])
     rows = np.flatnonzero(totals <= budget.bytes)
     if not len(rows):
-        raise ValueError(f"budget of {format_gib(budget.bytes)} fits no depth: even with the smallest widths the smallest needs {format_gib(int(totals.min()))}")
+        raise ValueError(f"budget of {format_gib(budget.bytes)} fits no depth; even with the smallest widths one needs {format_gib(int(totals.min()))}")
     return candidates.take(rows)
 
 

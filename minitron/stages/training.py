@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 
 from distill.trainer import StepRecord, TrainPlan
 from minitron.pipeline import StageContext
 from minitron.settings import TrainSettings
-from minitron.tracking import open_tracker
+from minitron.tracking import Tracker, open_tracker
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -19,13 +19,15 @@ def train_plan(settings: TrainSettings) -> TrainPlan:
 
 
 @contextmanager
-def tracked_steps(context: StageContext, description: str, plan: TrainPlan, *, loss_name: str) -> Iterator[Callable[[StepRecord], None]]:
-    """Yields on_step(record): advances the bar, appends to metrics.jsonl and tells the tracker.
+def tracked_steps(context: StageContext, description: str, plan: TrainPlan, *, loss_name: str, tracker: Tracker | None = None
+                  ) -> Iterator[Callable[[StepRecord], None]]:  # fmt: skip
+    """Yields on_step(record): advances the bar, appends to metrics.jsonl and tells the tracker, one of its own unless given.
 
     After a resume, lines of steps that will be done again are dropped first.
     """
     path = context.folder / METRICS_FILE
-    with context.console.track(description, plan.tokens, "tokens") as advance, open_tracker(context, description) as track:
+    own = open_tracker(context, description) if tracker is None else nullcontext(tracker)
+    with context.console.track(description, plan.tokens, "tokens") as advance, own as track:
         file, seen = None, 0
 
         def on_step(record: StepRecord) -> None:

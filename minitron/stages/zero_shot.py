@@ -1,6 +1,7 @@
 """The first rung of the ladder: every shortlisted candidate's held-out loss and KL as cut, on views of the sorted teacher."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from itertools import groupby
@@ -10,7 +11,6 @@ import torch
 
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
-from memory_budget.units import format_gib
 from minitron.evaluation import batches_of, screening_rows, spread_rows
 from minitron.families import family_of
 from minitron.pipeline import StageContext, scores_of
@@ -75,9 +75,15 @@ def measure_zero_shot(context: StageContext, entries: Mapping[str, dict]) -> Zer
     _refuse_twins(facts)
     path.unlink()
     means = {name: distance.means() for name, distance in totals.items()}
-    named = {name: {"zero_shot_loss": mean["loss"], "zero_shot_kl": mean["kl"], "zero_shot_top1_agreement": mean["top1_agreement"], **facts.get(name, {})}
-             for name, mean in means.items()}  # fmt: skip
-    return ZeroShot(named, best_first({name: mean["loss"] for name, mean in means.items()}) or list(entries))
+    measured = {name: {**_zero_shot_facts(mean), **facts.get(name, {})} for name, mean in means.items()}
+    return ZeroShot(measured, best_first({name: mean["loss"] for name, mean in means.items()}) or list(entries))
+
+
+def _zero_shot_facts(mean: Mapping[str, float]) -> dict:
+    """What the table says; a candidate whose loss is no number stays in it, marked."""
+    if not math.isfinite(mean["loss"]):
+        return {"zero_shot_loss": None, "zero_shot_kl": None, "note": "its zero-shot loss is not a number"}
+    return {"zero_shot_loss": mean["loss"], "zero_shot_kl": mean["kl"], "zero_shot_top1_agreement": mean["top1_agreement"]}
 
 
 def _load(context: StageContext, stage: str, device: torch.device):

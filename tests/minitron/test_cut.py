@@ -16,9 +16,8 @@ from minitron.checkpoints import Checkpoint, write_weights
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_CHANNEL, MAMBA_HEAD
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.scores import ImportanceScores
-from minitron.pruning.cut import check_tensors, cut_state, expected_shape, plan_cuts, required_names, row_of
+from minitron.pruning.cut import build_pruned, check_tensors, cut_state, expected_shape, plan_cuts, required_names, row_of
 from minitron.pruning.plan import PruningPlan, check_is_cut, make_plan, subsequence_layers, top, top_per_group
-from minitron.pruning.cut import build_pruned
 from minitron.stages.prune import planned_tensors
 from minitron.teachers import CONF_FOLDER
 

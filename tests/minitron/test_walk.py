@@ -16,8 +16,8 @@ from memory_budget.workload import Workload
 from minitron.checkpoints import Checkpoint
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.scores import load_scores
-from minitron.pruning.plan import make_plan
 from minitron.pruning.cut import build_pruned
+from minitron.pruning.plan import make_plan
 
 MODELS = ("teacher", "pruned", "student")
 STAGES = ("data", "teacher", "score", "search", "prune", "distill", "evaluate")
