@@ -12,15 +12,14 @@ import os
 import statistics
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
-
-from scipy.stats import kendalltau
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_LARGEST, NUM_FINALISTS = 2, 4
 
 
-def walk(options, seed: int, *settings: str) -> list[subprocess.Popen]:
+def walk(options, seed: int, *settings: str) -> subprocess.Popen:
     """`python -m minitron.run` in the background, one thread each, with what all calls of a seed share."""
     command = [sys.executable, "-m", "minitron.run", f"runs_folder={options.runs}", f"run_name=ladder-{seed}", f"seed={seed}", "depth_lap.enabled=false"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(REPOSITORY)}
@@ -62,12 +61,18 @@ def measure(options, seed: int) -> dict[str, dict[str, float]]:
     return rows
 
 
+def kendall(first: list[float], second: list[float]) -> float:
+    """Kendall's τ: pairs in the same order less pairs in opposite order, over all pairs."""
+    order = [((a > b) - (a < b)) * ((c > d) - (c < d)) for (a, c), (b, d) in combinations(zip(first, second, strict=True), 2)]
+    return sum(order) / len(order)
+
+
 def taus(rows: dict[str, dict[str, float]]) -> dict[str, float]:
     """Kendall's τ of every rung with the long distillation; for memory, the larger counts as the better."""
     long = [row["long"] for row in rows.values()]
     rungs = {name: [row[name] for row in rows.values()] for name in ("zero_shot_loss", "zero_shot_kl", "short")}
     rungs["largest_first"] = [-row["bytes"] for row in rows.values()]
-    return {name: float(kendalltau(values, long).statistic) for name, values in rungs.items()}
+    return {name: kendall(values, long) for name, values in rungs.items()}
 
 
 def regrets(rows: dict[str, dict[str, float]]) -> dict[str, float]:
