@@ -6,7 +6,8 @@ Both go through the same stages; only their settings differ, and these two funct
 from dataclasses import replace
 
 from minitron.pipeline import axis_of
-from minitron.settings import AxisSettings, BaseSettings, FixedSettings, LaterWidthsSettings, Settings, Stage
+from minitron.search_settings import AxisSettings, FixedSettings, LaterWidthsSettings
+from minitron.settings import BaseSettings, Settings, Stage
 from minitron.stages.models import result_model_folder
 from minitron.store import Result
 from minitron.teachers import teacher_architecture

@@ -20,7 +20,8 @@ from minitron import processes
 from minitron.console import Console
 from minitron.documents import check_source, source_identity
 from minitron.importance.removal import LayerRules, check_rules
-from minitron.settings import Rows, Settings, Stage, key_settings
+from minitron.setting_rules import key_settings
+from minitron.settings import Rows, Settings, Stage
 from minitron.store import Result, find_result, finish, locked, stage_key
 from minitron.teachers import base_architecture, teacher_config, teacher_folder, teacher_identity
 from nas.exchange import read_export_config

@@ -4,9 +4,11 @@ A setting is *what* (it changes results and is part of a stage's key) or *how* (
 sizes), marked by `how()`. The checks run when the settings are built, before any work.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+
+from minitron.search_settings import SearchSettings, ThroughputSettings
+from minitron.setting_rules import at_least, check_kinds, how
 
 
 class Stage(Enum):
@@ -29,17 +31,6 @@ class Rows(Enum):
     documents = "documents"
 
 
-class Shortlist(Enum):
-    diversified = "diversified"
-    largest = "largest"
-
-
-class Select(Enum):
-    lowest_loss = "lowest_loss"
-    loss_within = "loss_within"
-    weighted = "weighted"
-
-
 class Optimizer(Enum):
     adamw = "adamw"
     muon = "muon"
@@ -59,49 +50,10 @@ class Placement(Enum):
     stream = "stream"
 
 
-class Aggregation(Enum):
-    mean = "mean"
-    l2 = "l2"
-
-
 class Tracking(Enum):
     disabled = "disabled"
     offline = "offline"
     online = "online"
-
-
-def how(default: Any) -> Any:
-    """A setting that does not change results, so is left out of the stages' keys."""
-    return field(default=default, metadata={"how": True})
-
-
-def key_settings(settings: Any) -> Any:
-    """A settings object as plain values, without what is marked `how`."""
-    if is_dataclass(settings):
-        return {f.name: key_settings(getattr(settings, f.name)) for f in fields(settings) if not f.metadata.get("how")}
-    if isinstance(settings, Enum):
-        return settings.name
-    if isinstance(settings, dict):
-        return {key: key_settings(value) for key, value in settings.items()}
-    if isinstance(settings, list | tuple):
-        return [key_settings(value) for value in settings]
-    return settings
-
-
-def _at_least(settings: Any, prefix: str, least: float, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{prefix}.{name} is {value}; it must be at least {least}")
-
-
-def check_kinds(name: str, numbers: dict[str, int | None]) -> None:
-    """Refuse a mapping that names no kind of layer, or a negative number of them."""
-    for kind, number in numbers.items():
-        if kind not in ("mamba", "attention", "ffn"):
-            raise ValueError(f"{name} names the kind {kind!r}; it must be mamba, attention or ffn")
-        if number is not None and number < 0:
-            raise ValueError(f"{name}.{kind} is {number}; it must be at least 0")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -120,8 +72,8 @@ class TrainSettings:
 
     def check(self, name: str) -> None:
         """Refuse values out of range; `name` is where these settings stand, e.g. distill.train."""
-        _at_least(self, name, 1, "tokens", "batch")
-        _at_least(self, name, 0, "learning_rate", "final_learning_rate_share", "warmup_share", "weight_decay", "save_every_seconds")
+        at_least(self, name, 1, "tokens", "batch")
+        at_least(self, name, 0, "learning_rate", "final_learning_rate_share", "warmup_share", "weight_decay", "save_every_seconds")
         if self.clip_norm <= 0:
             raise ValueError(f"{name}.clip_norm is {self.clip_norm}; it must be above 0")
 
@@ -169,10 +121,10 @@ class DataSettings:
     max_heldout_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, "data", 2, "sequence_length")
-        _at_least(self, "data", 300, "vocab")  # 256 bytes and the special tokens come first
-        _at_least(self, "data", 1, "max_documents")
-        _at_least(self, "data", self.sequence_length, "max_train_tokens", "max_heldout_tokens")  # of one row
+        at_least(self, "data", 2, "sequence_length")
+        at_least(self, "data", 300, "vocab")  # 256 bytes and the special tokens come first
+        at_least(self, "data", 1, "max_documents")
+        at_least(self, "data", self.sequence_length, "max_train_tokens", "max_heldout_tokens")  # of one row
         if self.files and self.dataset:
             raise ValueError(f"data.files and data.dataset ({self.dataset!r}) are both given; one of them must be null")
         for name in ("dataset_config", "dataset_revision"):
@@ -196,8 +148,8 @@ class ScoringSettings:
     reuse_gib: float = how(1.0)
 
     def __post_init__(self) -> None:
-        _at_least(self, "scoring", 1, "samples", "batch", "layer_samples", "block_tokens", "branch_rows", "logits_tokens")
-        _at_least(self, "scoring", 0, "reuse_gib")
+        at_least(self, "scoring", 1, "samples", "batch", "layer_samples", "block_tokens", "branch_rows", "logits_tokens")
+        at_least(self, "scoring", 0, "reuse_gib")
         check_kinds("scoring.ceilings", self.ceilings)
 
 
@@ -220,83 +172,6 @@ class BudgetSettings:
 
 
 @dataclass(kw_only=True, slots=True)
-class AxisSettings:
-    """Options of one axis; low and high up to 1 are shares of the teacher's value, a null step is the axis's own."""
-
-    values: list[int] | None = None
-    low: float | None = None
-    high: float | None = None
-    step: int | None = None
-
-
-@dataclass(kw_only=True, slots=True)
-class FixedSettings:
-    """An architecture the user already knows; None keeps the teacher's value, all None means none is given."""
-
-    file: str | None = None
-    pattern: str | None = None
-    hidden: int | None = None
-    ffn: int | None = None
-    mamba_num_heads: int | None = None
-    mamba_head_dim: int | None = None
-    num_attention_heads: int | None = None
-
-    def given(self) -> dict[str, int | str]:
-        """The values that are set."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-
-
-@dataclass(kw_only=True, slots=True)
-class LaterWidthsSettings:
-    """Widths that a later cut will reach, against which the budget is held; None: the candidate's own."""
-
-    hidden: int | None = None
-    ffn: int | None = None
-    mamba_num_heads: int | None = None
-
-    def given(self) -> dict[str, int]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-
-
-@dataclass(kw_only=True, slots=True)
-class SearchSettings:
-    layers: AxisSettings = field(default_factory=AxisSettings)
-    hidden: AxisSettings = field(default_factory=AxisSettings)
-    ffn: AxisSettings = field(default_factory=AxisSettings)
-    mamba_heads: AxisSettings = field(default_factory=AxisSettings)
-    mamba_channels: AxisSettings = field(default_factory=AxisSettings)
-    attention_heads: AxisSettings = field(default_factory=AxisSettings)
-    floors: dict[str, int] = field(default_factory=dict)
-    layer_order: str | None = None
-    fixed: FixedSettings = field(default_factory=FixedSettings)
-    later_widths: LaterWidthsSettings = field(default_factory=LaterWidthsSettings)
-    max_parameters: int | None = None
-    min_gib: float | None = None
-    max_gib: float | None = None
-    min_tokens_per_second: float | None = None
-    aggregate_tokens: Aggregation = Aggregation.mean
-    aggregate_samples: Aggregation = Aggregation.l2
-    shortlist: Shortlist = Shortlist.diversified
-    shortlist_size: int = 8
-    screen_samples: int = 16
-    finalists: int = 4
-    select: Select = Select.lowest_loss
-    loss_within: float = 0.02
-    weights: dict[str, float] = field(default_factory=dict)
-    listed: int = how(100_000)
-
-    def __post_init__(self) -> None:
-        _at_least(self, "search", 1, "shortlist_size", "screen_samples", "max_parameters", "listed")
-        _at_least(self, "search", 0, "finalists", "loss_within", "min_gib", "max_gib", "min_tokens_per_second")
-        check_kinds("search.floors", self.floors)
-        for name, weight in self.weights.items():
-            if name not in ("loss", "memory", "throughput"):
-                raise ValueError(f"search.weights names {name!r}; it must be loss, memory or throughput")
-            if not weight >= 0:
-                raise ValueError(f"search.weights.{name} is {weight}; it must be at least 0")
-
-
-@dataclass(kw_only=True, slots=True)
 class ScreenSettings:
     """The short distillation that every finalist gets, from one shared cache of teacher outputs."""
 
@@ -306,28 +181,8 @@ class ScreenSettings:
     train: TrainSettings = field(default_factory=TrainSettings)
 
     def __post_init__(self) -> None:
-        _at_least(self, "screen", 1, "top_k", "cache_batch", "new_tokens")
+        at_least(self, "screen", 1, "top_k", "cache_batch", "new_tokens")
         self.train.check("screen.train")
-
-
-@dataclass(kw_only=True, slots=True)
-class ThroughputSettings:
-    """A roofline: what the named device could reach at best."""
-
-    device: str = "a10g"
-    gb_per_second: float | None = None
-    tflops: float | None = None
-    input_tokens: int = 8192
-    output_tokens: int = 16384
-    batch: int | None = None
-
-    def __post_init__(self) -> None:
-        _at_least(self, "throughput", 1, "input_tokens", "output_tokens", "batch")
-        if (self.gb_per_second is None) != (self.tflops is None):
-            raise ValueError("throughput.gb_per_second and throughput.tflops belong together; give both for a device of your own, or neither")
-        for name in ("gb_per_second", "tflops"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"throughput.{name} is {getattr(self, name)}; it must be above 0")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -344,7 +199,7 @@ class DepthLapSettings:
     screen_tokens: int = 65536
 
     def __post_init__(self) -> None:
-        _at_least(self, "depth_lap", 1, "tokens", "screen_tokens")
+        at_least(self, "depth_lap", 1, "tokens", "screen_tokens")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -375,7 +230,7 @@ class EvaluateSettings:
     new_tokens: int = 64
 
     def __post_init__(self) -> None:
-        _at_least(self, "evaluate", 1, "samples", "batch", "prompt_tokens", "new_tokens")
+        at_least(self, "evaluate", 1, "samples", "batch", "prompt_tokens", "new_tokens")
 
 
 @dataclass(kw_only=True, slots=True)

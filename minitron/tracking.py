@@ -6,7 +6,8 @@ from typing import Any
 
 from memory_budget.units import to_gib
 from minitron.pipeline import StageContext
-from minitron.settings import Tracking, key_settings
+from minitron.setting_rules import key_settings
+from minitron.settings import Tracking
 
 
 class Tracker:

@@ -10,7 +10,7 @@ import numpy as np
 from memory_budget.architecture import Architecture
 from memory_budget.units import format_gib
 from minitron.pipeline import StageContext
-from minitron.settings import Select
+from minitron.search_settings import Select
 from minitron.store import write_json
 from minitron.tracking import record_search
 from nas.exchange import write_export_config

@@ -12,7 +12,8 @@ from memory_budget.calculator import memory_report
 from memory_budget.units import GIB, format_gib
 from memory_budget.workload import Workload
 from minitron.pipeline import StageContext, axis_of, fixed_sizes, floors, scores_of
-from minitron.settings import Settings, Shortlist
+from minitron.search_settings import Shortlist
+from minitron.settings import Settings
 from minitron.stages.layer_order import order_and_damage
 from minitron.teachers import base_architecture
 from nas.candidates import Candidates, enumerate_candidates, enumerate_fitting
