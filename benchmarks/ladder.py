@@ -19,9 +19,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_LARGEST, NUM_FINALISTS = 2, 4
 
 
-def walk(options, seed: int, *settings: str) -> subprocess.Popen:
+def walk(options, seed: int, *settings: str, multirun: bool = False) -> subprocess.Popen:
     """`python -m minitron.run` in the background, one thread each, with what all calls of a seed share."""
-    command = [sys.executable, "-m", "minitron.run", f"runs_folder={options.runs}", f"run_name=ladder-{seed}", f"seed={seed}", "depth_lap.enabled=false"]
+    command = [sys.executable, "-m", "minitron.run", *(["-m"] if multirun else []), f"runs_folder={options.runs}", f"run_name=ladder-{seed}", f"seed={seed}", "depth_lap.enabled=false"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen([*command, *settings], env=environment, stdout=subprocess.DEVNULL)
 
@@ -40,7 +40,7 @@ def screen(options, seed: int, shortlist: tuple[str, ...], names: list[str], tok
     """Losses of candidates after a distillation of so many tokens: two processes, half of the names each."""
     halves = [names[0::2], names[1::2]]
     finished(*[walk(options, seed, *shortlist, "stage=screen", f"screen.train.tokens={tokens}", f"run_name=ladder-{seed}-{part}",
-                    "-m", f"candidate={','.join(half)}") for part, half in enumerate(halves) if half])  # fmt: skip
+                    f"candidate={','.join(half)}", multirun=True) for part, half in enumerate(halves) if half])  # fmt: skip
     finished(walk(options, seed, *shortlist, "stage=search", "search.finalists=1", f"screen.train.tokens={tokens}"))
     losses = {candidate["id"]: candidate["short_distill_loss"] for candidate in summary_of(options, seed)["candidates"]}
     return {name: losses[name] for name in names}
