@@ -92,7 +92,10 @@ def fixed_sizes(settings: Settings, teacher: Architecture) -> dict[str, int | st
     path = given.pop("file", None)
     if path is None:
         return given
-    imported = read_export_config(Path(path), teacher)
+    try:
+        imported = read_export_config(Path(path), teacher)
+    except ValueError as error:
+        raise ValueError(f"search.fixed.file: {error}") from None
     sizes = {name: value for name, value in imported.sizes.items() if value != getattr(teacher, name)}
     depth = {"num_layers": imported.num_layers} if imported.pattern is None else {"pattern": imported.pattern}
     return {**sizes, **depth, **given}

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass
 from itertools import groupby
 
@@ -45,38 +45,42 @@ def measure_zero_shot(context: StageContext, entries: Mapping[str, dict]) -> Zer
     """
     device = pick_device(context.settings)
     batches = screening_batches(context, device)
-    done, path = _read_parts(context), context.folder / PART_FILE
-    totals, facts = dict.fromkeys(entries, Distance()), {}
+    done, facts = _read_parts(context)
 
     def channels(name: str) -> int:
         return entries[name]["architecture"]["mamba_head_dim"]
 
-    with context.console.track("zero-shot", len(batches) * len(entries), "candidate batches") as advance, path.open("a", buffering=1) as file:
+    path = context.folder / PART_FILE
+    with context.console.track("zero-shot", len(batches) * len(entries), "candidate batches", len(done)) as advance, path.open("a", buffering=1) as file:
         for head_dim, group in groupby(sorted(entries, key=channels), key=channels):
             names = list(group)
-            missing = [index for index in range(len(batches)) if any((name, index) not in done for name in names)]
-            sorted_base, teacher, views = None, None, {}
-            if missing:
-                sorted_base = _sorted_base(context, head_dim, device)
-                teacher = sorted_base.model if "base" not in context.inputs else _load(context, "teacher", device)
-                views = {name: sorted_base.view(Architecture(**entries[name]["architecture"]), tuple(entries[name]["kept_layers"])) for name in names}
-            for name, view in views.items():
-                facts[name] = _view_facts(sorted_base, view)
-            for index in range(len(batches)):
-                if index in missing:
-                    measured = measure_batch(teacher, {name: view.model for name, view in views.items()}, batches[index],
-                                             chunk_tokens=context.settings.scoring.logits_tokens)  # fmt: skip
-                    for name, distance in measured.items():
-                        done[name, index] = distance
-                        file.write(json.dumps([name, index, astuple(distance), facts[name]]) + "\n")
-                for name in names:
-                    totals[name] += done[name, index]
-                advance(len(names))
+            missing = {index: some for index in range(len(batches)) if (some := [name for name in names if (name, index) not in done])}
+            for index, name, distance, fact in _measured(context, {name: entries[name] for name in names}, head_dim, batches, missing):
+                done[name, index], facts[name] = distance, fact
+                file.write(json.dumps([name, index, astuple(distance), fact]) + "\n")
+                advance(1)
+    totals = {name: sum((done[name, index] for index in range(len(batches))), Distance()) for name in entries}
     _refuse_twins(facts)
     path.unlink()
     means = {name: distance.means() for name, distance in totals.items()}
     measured = {name: {**_zero_shot_facts(mean), **facts.get(name, {})} for name, mean in means.items()}
     return ZeroShot(measured, best_first({name: mean["loss"] for name, mean in means.items()}) or list(entries))
+
+
+def _measured(context: StageContext, entries: Mapping[str, dict], head_dim: int, batches: list[torch.Tensor], missing: Mapping[int, list[str]]
+              ) -> Iterator[tuple[int, str, Distance, dict]]:  # fmt: skip
+    """(batch, candidate, distance, facts of its view) for what is missing, by batch; nothing is loaded where nothing is."""
+    if not missing:
+        return
+    device = batches[0].device
+    sorted_base = _sorted_base(context, head_dim, device)
+    teacher = sorted_base.model if "base" not in context.inputs else _load(context, "teacher", device)
+    names = sorted({name for some in missing.values() for name in some})
+    views = {name: sorted_base.view(Architecture(**entries[name]["architecture"]), tuple(entries[name]["kept_layers"])) for name in names}
+    for index, some in missing.items():
+        models = {name: views[name].model for name in some}
+        for name, distance in measure_batch(teacher, models, batches[index], chunk_tokens=context.settings.scoring.logits_tokens).items():
+            yield index, name, distance, _view_facts(views[name])
 
 
 def _zero_shot_facts(mean: Mapping[str, float]) -> dict:
@@ -99,7 +103,7 @@ def _sorted_base(context: StageContext, head_dim: int, device: torch.device) -> 
     return SortedTeacher(family, family.load(folder, device=str(device)), config, base_architecture(settings), scores, head_dim)
 
 
-def _view_facts(sorted_base: SortedTeacher, view: View) -> dict:
+def _view_facts(view: View) -> dict:
     """What of the model is its own: bytes copied for it, and the digest that tells it from the others."""
     return {"copied_bytes": view.copied_bytes, "copied_mamba_bytes": view.mamba_copied_bytes, "view_digest": view.digest}
 
@@ -113,13 +117,11 @@ def _refuse_twins(facts: Mapping[str, dict]) -> None:
             raise RuntimeError(f"candidates {twin} and {name} were cut to the same weights")
 
 
-def _read_parts(context: StageContext) -> dict[tuple[str, int], Distance]:
-    """Finished measurements of an interrupted run; a half-written last line is left out."""
+def _read_parts(context: StageContext) -> tuple[dict[tuple[str, int], Distance], dict[str, dict]]:
+    """Finished measurements of an interrupted run, and the facts of those views; a half-written last line is left out."""
     path = context.folder / PART_FILE
-    if not path.exists():
-        return {}
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    path.write_text("".join(lines))
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
     if lines:
-        context.console.say(f"     zero-shot  {len(lines):,} measurements of an interrupted run are kept")
-    return {(name, index): Distance(*values) for name, index, values, _ in map(json.loads, lines)}
+        path.write_text("".join(lines))
+    parts = [json.loads(line) for line in lines]
+    return {(name, index): Distance(*values) for name, index, values, _ in parts}, {name: facts for name, _, _, facts in parts}
