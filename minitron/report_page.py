@@ -81,6 +81,7 @@ def _laps(summary: Summary, plots: Sequence[str]) -> Iterator[str]:
     yield from _stage_sections(depth, [name for name in first["stages"] if name not in BEFORE_THE_LAPS])
     yield "## Second lap: widths"
     shared = [name for name in second if name in first["stages"] and first["stages"][name]["key"] == second[name]["key"]]
+    yield "" if len(second) > len(shared) else "Nothing of it is done yet."
     yield from _stage_sections(Part(summary, summary, plots, Which.widths, "###"), [name for name in second if name not in shared])
 
 
