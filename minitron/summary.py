@@ -17,7 +17,7 @@ from minitron.pipeline import Lap
 from minitron.settings import Settings
 from minitron.stages.shortlist import budget_of, workload_of
 from minitron.store import Result
-from minitron.teachers import teacher_architecture
+from minitron.teachers import base_architecture, teacher_architecture
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "hydra-core", "wandb", "numpy")
 MODEL_STAGES = {"teacher": "teacher", "pruned": "prune", "student": "distill"}
@@ -25,12 +25,14 @@ MODEL_STAGES = {"teacher": "teacher", "pruned": "prune", "student": "distill"}
 LAYERS_FILE, METRICS_FILE = "layers.json", "metrics.jsonl"
 SEARCH_FILES = ("candidates.csv", "candidates.jsonl", "export_config.json")
 MOST_CURVE_POINTS = 200
+RUNGS = ("short_distill_loss", "zero_shot_loss")  # the highest first
 
 
 def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:
     """The summary of the stages that are done; parts whose stage did not run are empty or absent.
 
-    Of two laps the last is the run's; what the first one did is under "depth_lap".
+    Of two laps the last is the run's; what the first one did is under "depth_lap". removed_layers are the teacher's, or those
+    of "base" where a checkpoint was given (base.path) that is cut in its stead.
     """
     settings, results = laps[-1].settings, laps[-1].results
     budget, workload = budget_of(settings), workload_of(settings)
@@ -47,6 +49,8 @@ def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:
             "set_aside_gib": budget.set_aside_gib,
             "workload": asdict(workload),
         },
+        "throughput": asdict(settings.throughput),
+        "base": _given_base(laps[0].settings),
         "models": _models(settings, results, budget.bytes),
         "recovery": {name: results["evaluate"].facts[name] for name in ("lost_nats_per_token", "recovered_share")} if "evaluate" in results else {},
         **_lap(laps[-1]),
@@ -61,17 +65,34 @@ def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:
 
 def _lap(lap: Lap) -> dict[str, Any]:
     """What one walk through the stages did."""
-    results = lap.results
+    results, later = lap.results, lap.settings.search.later_widths.given()
     search, prune, distill = results.get("search"), results.get("prune"), results.get("distill")
     return {
         "stages": {name: _stage(result, lap.cached[name]) for name, result in results.items()},
-        "candidates": search.facts["shortlist"] if search else [],
-        "search": {name: search.facts[name] for name in ("num_candidates", "num_fitting", "reason")} if search else {},
+        "candidates": search.facts["shortlist"] if search else _unchosen(results),
+        "search": {name: search.facts[name] for name in ("num_candidates", "num_fitting", "reason")} | {"later_widths": later} if search else {},
         "removed_layers": prune.facts["removed_layers"] if prune else [],
         "distillation": {name: distill.facts[name] for name in ("tokens", "steps", "seconds", "final_kl_nats_per_token")} if distill else {},
         "importance": _importance(results["score"]) if "score" in results else {},
         "curves": _curves(results),
     }
+
+
+def _unchosen(results: Mapping[str, Result]) -> list[dict[str, Any]]:
+    """The shortlist before the search has chosen of it, with what was measured so far."""
+    if "shortlist" not in results:
+        return []
+    screens = {result.facts["id"]: result.facts for label, result in results.items() if label.startswith("screen ")}
+    blank = {"short_distill_loss": None, "tokens_per_second": None, "on_pareto_front": False, "chosen": False}
+    return [{**entry, **blank, **screens.get(name, {})} for name, entry in results["shortlist"].facts["entries"].items()]
+
+
+def _given_base(settings: Settings) -> dict[str, Any]:
+    """The checkpoint of base.path that a person has given; empty where the teacher itself is cut."""
+    if settings.base.path is None:
+        return {}
+    architecture = base_architecture(settings)
+    return {"path": settings.base.path, "parameters": count_total_parameters(architecture), "architecture": asdict(architecture)}
 
 
 def _stage(result: Result, cached: bool) -> dict[str, Any]:
@@ -144,3 +165,46 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def chosen_candidate(lap: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The candidate that the search of a lap (the summary itself is the last one) chose; None before the search."""
+    return next((candidate for candidate in lap["candidates"] if candidate["chosen"]), None)
+
+
+def best_first(candidates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Candidates by the highest rung they reached: by loss after a short distillation, then by zero-shot loss, then the unmeasured."""
+
+    def place(candidate: Mapping[str, Any]) -> tuple[int, float]:
+        losses = [candidate[rung] for rung in RUNGS]
+        rung = next((number for number, loss in enumerate(losses) if loss is not None), len(RUNGS))
+        return (rung, losses[rung] if rung < len(RUNGS) else 0.0)
+
+    return sorted(candidates, key=place)
+
+
+def highest_rung(candidates: Sequence[Mapping[str, Any]]) -> str | None:
+    """The measure that the choice was made by: losses of different rungs do not compare. None where nothing was measured."""
+    return next((rung for rung in RUNGS if any(candidate[rung] is not None for candidate in candidates)), None)
+
+
+def cut_pattern(summary: Mapping[str, Any]) -> str:
+    """The pattern whose layers `removed_layers` counts: the given base's, else the teacher's."""
+    return (summary["base"] or summary["models"]["teacher"])["architecture"]["pattern"]
+
+
+def removed_layers(summary: Mapping[str, Any]) -> list[int]:
+    """Layers that were cut, or that the chosen candidate will do without; empty before the search.
+
+    In the second of two laps a candidate's kept_layers are the first lap's student's: only the first lap removes layers.
+    """
+    chosen = chosen_candidate(summary)
+    if summary["depth_lap"] or "pruned" in summary["models"] or chosen is None:
+        return summary["removed_layers"]
+    return sorted(set(range(len(cut_pattern(summary)))) - set(chosen["kept_layers"]))
+
+
+def sequences_text(workload: Mapping[str, Any]) -> str:
+    """What is served at once, e.g. 1 sequence of 4,096 tokens."""
+    sequences = "1 sequence" if workload["batch"] == 1 else f"{workload['batch']:,} sequences"
+    return f"{sequences} of {workload['context_tokens']:,} tokens"
