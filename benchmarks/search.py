@@ -1,21 +1,26 @@
-"""The memory filter of the search over a grid of about 10^7 architectures, and whether it gives the scalar calculator's bytes.
+"""The search's memory filter over a grid of about 10^7 architectures, and zero-shot screening against plain forward passes.
 
-One core: the filter is numpy's elementwise arithmetic, which uses no threads. Its rate is architectures looked at per second, from
-the space to the columns of those that fit the published budget.
+Filter, one core (numpy's elementwise arithmetic uses no threads): architectures looked at per second, from the space to the columns
+of those that fit the published budget, held to the scalar calculator's bytes. Screening: seconds to build the views and measure
+loss and KL of all candidates, over those of a plain forward pass of every one as a model of its own, and of the teacher once.
 Run: .venv/bin/python benchmarks/search.py [--repeats N]
 """
 
 import argparse
+import copy
 import json
 import resource
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scoring import ARCHITECTURE as SCREENED  # noqa: E402
 
 from memory_budget.architecture import Architecture  # noqa: E402
 from memory_budget.budget import PRESETS  # noqa: E402
@@ -97,12 +102,84 @@ def filtering(repeats: int) -> dict:
     }
 
 
+# What a search shortlists of a model like this: depth, hidden, FFN neurons, Mamba heads.
+SIZES = (
+    (24, 256, 768, 16), (24, 224, 1024, 16), (24, 192, 768, 16), (22, 256, 1024, 12), (22, 224, 768, 16), (22, 192, 1024, 12), (20, 256, 768, 12),
+    (20, 224, 1024, 16),
+)  # fmt: skip
+BATCHES, ROWS, TOKENS = 4, 8, 256
+
+
+def screening(repeats: int) -> tuple[dict[str, float], dict]:
+    """Ratios and figures of zero-shot screening on views; torch is imported here, the filter does without."""
+    import torch
+
+    from minitron.families import ssd
+    from minitron.families.nemotron_h import FAMILY
+    from minitron.importance.activations import measure_width
+    from minitron.importance.placement import WholeModel
+    from minitron.importance.scores import aggregate
+    from minitron.pruning.cut import build_pruned
+    from minitron.pruning.plan import make_plan
+    from minitron.pruning.views import SortedTeacher
+    from minitron.screening import measure_batch
+    from minitron.stages.teacher import TINY_CONFIG
+
+    ssd.install()
+    torch.manual_seed(0)
+    config = FAMILY.hf_config(TINY_CONFIG, SCREENED)
+    teacher = FAMILY.build(config).eval().requires_grad_(False)
+    batches = list(torch.randint(SCREENED.vocab, (BATCHES, ROWS, TOKENS)).unbind())
+    scores = aggregate(measure_width(WholeModel(FAMILY, teacher, SCREENED), batches[:1]))
+    order = [layer for layer in range(SCREENED.num_layers) if SCREENED.pattern[layer] != "*"]
+    students = []
+    for depth, hidden, ffn, heads in SIZES:
+        kept = kept_layers(SCREENED.pattern, order, depth, {})
+        students.append((replace(SCREENED, pattern="".join(SCREENED.pattern[k] for k in kept), hidden=hidden, ffn=ffn, mamba_num_heads=heads), kept))
+    models = [build_pruned(FAMILY, teacher, make_plan(SCREENED, student, kept, scores), config).requires_grad_(False) for student, kept in students]
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
+    plain_teacher = copy.deepcopy(teacher)
+    sorted_teacher = SortedTeacher(FAMILY, teacher, config, SCREENED, scores)
+    views = [sorted_teacher.view(*student) for student in students]
+
+    @torch.no_grad()
+    def forward(some) -> None:
+        for ids in batches:
+            for model in some:
+                model(ids, use_cache=False)
+
+    def screen() -> None:
+        made = {str(index): sorted_teacher.view(*student).model for index, student in enumerate(students)}
+        for ids in batches:
+            measure_batch(sorted_teacher.model, made, ids)
+
+    sides = {"candidates' forward passes": lambda: forward(models), "teacher's forward pass": lambda: forward([plain_teacher]), "screening": screen}
+    times = {name: [] for name in sides}
+    for _ in range(repeats + 1):
+        for name, side in sides.items():
+            times[name].append(timed(side))
+    seconds = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first warms up
+    needed = seconds["candidates' forward passes"] + seconds["teacher's forward pass"]
+    fused = max(view.mamba_copied_bytes for view in views) / whole
+    ratios = {
+        "screening_over_forward": seconds["screening"] / needed,
+        "screening_over_candidates_alone": seconds["screening"] / seconds["candidates' forward passes"],
+        "copied_fraction": max(view.copied_bytes for view in views) / whole,
+        "copied_mamba_fraction": fused,
+    }
+    return ratios, seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats of every side; medians are reported")
     repeats = parser.parse_args().repeats
     figures = filtering(repeats)
     ratios = {"filter_over_scalar": figures["architectures_per_second"] / figures["scalar_per_second"]}
+    of_screening, seconds = screening(repeats)
+    ratios |= of_screening
+    figures |= {name: of_screening[name] for name in ("screening_over_forward", "copied_fraction")}
+    figures["seconds"] |= seconds
     report(figures, ratios, repeats)
 
 

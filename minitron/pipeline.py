@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from memory_budget.architecture import Architecture
@@ -261,17 +262,20 @@ def run_pipeline(settings: Settings, console: Console) -> None:
         laps = [walk(first, console)]
         if "distill" in laps[0].results:
             console.say("second lap: widths")
-            laps.append(walk(width_lap(settings, laps[0].results["distill"]), console))
+            student = laps[0].results["distill"]
+            laps.append(walk(width_lap(settings, student), console, {"base": student}))
     if not laps[0].results:
         raise ValueError(f"stage=report shows what is done, but nothing is under these settings in {settings.runs_folder}/store; run stage=all first")
     if processes.rank() == 0:
         report.run(settings, laps, console)
 
 
-def run_stages(settings: Settings, console: Console) -> Lap:
-    """Everything that `settings.stage` needs, and itself."""
-    lap = Lap(settings, {}, {})
+def run_stages(settings: Settings, console: Console, given: Mapping[str, Result] = MappingProxyType({})) -> Lap:
+    """Everything that `settings.stage` needs, and itself; what is `given` is there already."""
+    lap = Lap(settings, dict(given), dict.fromkeys(given, True))
     for name in order_of(settings):
+        if name in given:
+            continue
         for one in screens_to_run(lap) if name == "screen" else [settings]:
             label = label_of(name, one)
             lap.results[label], lap.cached[label] = run_stage(name, one, lap.results, console)
@@ -324,10 +328,12 @@ def check_before_work(settings: Settings) -> None:
         given_layer_order(settings.search.layer_order, base)
 
 
-def finished_stages(settings: Settings, _console: Console) -> Lap:
+def finished_stages(settings: Settings, _console: Console, given: Mapping[str, Result] = MappingProxyType({})) -> Lap:
     """What is already done under these settings."""
-    lap = Lap(settings, {}, {})
+    lap = Lap(settings, dict(given), {})
     for name in order_of(replace(settings, stage=Stage.all)):
+        if name in given:
+            continue
         if not all(need in {label.split(" ")[0] for label in lap.results} for need in STAGES[name].needs(settings)):
             continue
         for one in screens_to_run(lap) if name == "screen" else [settings]:

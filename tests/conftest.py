@@ -130,7 +130,7 @@ def run_process(start) -> Callable[..., Finished]:
     def run(folder: Path, *arguments: str) -> Finished:
         before = time.monotonic()
         process = start(folder, *arguments)
-        stdout, stderr = process.communicate(timeout=240)
+        stdout, stderr = process.communicate(timeout=900)
         return Finished(process.returncode, stdout, stderr, time.monotonic() - before)
 
     return run

@@ -44,11 +44,15 @@ def run(context: StageContext) -> dict:
     (context.folder / STATE_FILE).unlink(missing_ok=True)
     headline = f"{last.tokens:,} tokens, {last.step + 1:,} steps, KL {last.recent_loss:.3f} nats/token at the end"
     facts = {"tokens": last.tokens, "steps": last.step + 1, "seconds": round(last.seconds, 3), "final_kl_nats_per_token": last.recent_loss}
-    return {"headline": headline, "path": "checkpoint", **facts}
+    return {"headline": headline, "path": "checkpoint", "name": _name(context), **facts}
+
+
+def _name(context: StageContext) -> str:
+    return f"{context.inputs['teacher'].facts['name']}, pruned and distilled"
 
 
 def _card(context: StageContext, config: dict, last: StepRecord) -> str:
     name = context.inputs["teacher"].facts["name"]
     student: Architecture = architecture_from_config(config)
     trained = f"Distilled from the same teacher by forward KL on logits for {last.tokens:,} tokens; KL at the end {last.recent_loss:.3f} nats per token."
-    return model_card(f"{name}, pruned and distilled", lines=[context.inputs["prune"].facts["description"], "", trained], architecture=student, base=name)
+    return model_card(_name(context), lines=[context.inputs["prune"].facts["description"], "", trained], architecture=student, base=name)

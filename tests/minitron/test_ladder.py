@@ -157,8 +157,17 @@ def test_the_first_lap_cuts_depth_alone_and_the_second_widths_alone(two_laps):
 
 def test_the_second_lap_starts_from_the_first_laps_student_and_learns_from_the_teacher(two_laps):
     done = {name: json.loads((Path(stage["path"]) / "done.json").read_text()) for name, stage in two_laps["stages"].items()}
-    assert Path(done["base"]["settings"]["folder"]).parent == Path(two_laps["depth_lap"]["stages"]["distill"]["path"])
-    assert done["prune"]["inputs"]["base"] == done["base"]["key"] and done["distill"]["inputs"]["teacher"] == done["teacher"]["key"]
+    first = two_laps["depth_lap"]["stages"]["distill"]["key"]
+    assert done["prune"]["inputs"]["base"] == done["score"]["inputs"]["base"] == first
+    assert done["distill"]["inputs"]["teacher"] == done["teacher"]["key"]
+
+
+def test_a_moved_store_is_still_done(two_laps, walk, door, tmp_path):
+    runs = Path(two_laps["stages"]["teacher"]["path"]).parent.parent.parent
+    shutil.copytree(runs, tmp_path / "moved", symlinks=True)
+    finished = door(tmp_path, *walk.settings, *LAPS, "runs_folder=moved")
+    assert finished.returncode == 0 and finished.stdout.count("(already done)") > 20
+    assert len(list((tmp_path / "moved" / "store").glob("*/*/done.json"))) == len(list((runs / "store").glob("*/*/done.json")))
 
 
 def test_depths_are_held_against_the_widths_to_come(two_laps):
