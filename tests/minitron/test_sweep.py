@@ -15,6 +15,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from wandb.sdk.lib.config_util import save_config_file_from_dict
 
 from minitron.settings import Settings, Stage, Tracking
+from minitron.store import locked
 from minitron.teachers import CONF_FOLDER
 from minitron.tracking import open_candidate
 
@@ -140,6 +141,17 @@ def test_the_search_gives_wandb_its_table_and_the_pareto_plot(multirun, search_a
     losses = {row[table["columns"].index("id")]: row[table["columns"].index("short_distill_loss")] for row in table["data"]}
     measured = {name: facts["short_distill_loss"] for name, facts in done.screened().items()}
     assert losses == {name: measured.get(name) for name in done.ids}
+
+
+def test_two_runs_of_one_name_write_its_folder_one_after_the_other(multirun, search_after, start):
+    done, _ = multirun
+    (done.folder / "runs" / "tiny" / "summary.json").unlink()
+    with locked(done.folder / "runs" / "tiny", print):
+        second = start(done.folder, *done.settings, "stage=report")
+        assert "waiting for another run" in second.stdout.readline()
+        assert not (done.folder / "runs" / "tiny" / "summary.json").exists()
+    second.communicate(timeout=60)
+    assert second.returncode == 0 and (done.folder / "runs" / "tiny" / "summary.json").exists()
 
 
 @pytest.mark.parametrize("parallel", [False, True], ids=["one process", "parallel"])
