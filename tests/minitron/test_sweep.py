@@ -211,7 +211,7 @@ def test_the_sweep_is_a_grid_of_candidates_by_their_short_distillation():
     sweep = load_sweep_config(str(SWEEP))
     ids = sweep["parameters"]["candidate"]["values"]
     assert (sweep["method"], sweep["metric"]["name"]) == ("grid", "short_distill_loss") and list(sweep["parameters"]) == ["candidate"]
-    assert len(set(ids)) == len(ids) == 8 and all(re.fullmatch(r"L\d+-H\d+-F\d+-M\d+", name) for name in ids)
+    assert len(set(ids)) == len(ids) > 1 and all(re.fullmatch(r"L\d+-H\d+-F\d+-M\d+", name) for name in ids)
 
 
 def test_a_trial_is_one_run_the_sweeps_own(trials):
