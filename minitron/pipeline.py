@@ -25,6 +25,7 @@ from minitron.setting_rules import key_settings
 from minitron.settings import Rows, Settings, Stage
 from minitron.store import Result, find_result, finish, locked, stage_key
 from minitron.teachers import base_architecture, teacher_config, teacher_folder, teacher_identity
+from minitron.tracking import record_finished
 from nas.exchange import read_export_config
 from nas.space import Floors, axis_options
 
@@ -184,8 +185,7 @@ def _what_shortlist(settings: Settings) -> Any:
 
 
 def _what_search(settings: Settings) -> Any:
-    search = key_settings(settings.search)
-    return {name: search[name] for name in CHOOSING}
+    return {name: value for name, value in key_settings(settings.search).items() if name in CHOOSING}
 
 
 def _what_cache(settings: Settings) -> Any:
@@ -282,6 +282,8 @@ def run_stages(settings: Settings, console: Console, given: Mapping[str, Result]
         if name == "screen" and settings.candidate is None:
             for label, result in other_screens(lap).items():
                 lap.results[label], lap.cached[label] = result, True
+        elif name == "screen" and lap.cached[label] and processes.rank() == 0:
+            record_finished(settings, lap.results["shortlist"].facts["entries"][settings.candidate], lap.results[label].facts)
     return lap
 
 

@@ -8,19 +8,27 @@ STRATUM = ("num_layers", "hidden", "mamba_num_heads", "mamba_head_dim", "num_att
 
 
 def diversified(candidates: Candidates, retained: np.ndarray, size: int) -> list[int]:
-    """Rows of at most `size` candidates: the best of every stratum, depths taking turns, the depth of the best row first.
+    """Rows of at most `size` candidates: the best of every stratum, then every second best and so on; depths taking turns, the best row's first.
 
     A stratum is one depth × hidden × Mamba heads, × channels and attention heads where the space cuts them. `retained` [rows] is the
     importance a candidate keeps. "Largest first" would return near twins: thousands of points lie between a good candidate and the budget.
     """
     best_first = np.argsort(-retained, kind="stable")
-    _, firsts = np.unique(_strata(candidates)[best_first], return_index=True)
-    best_of_stratum = best_first[np.sort(firsts)]  # best first again
-    _, depths_met, depth_of_row = np.unique(candidates.num_layers[best_of_stratum], return_index=True, return_inverse=True)
-    by_depth = np.argsort(depth_of_row, kind="stable")
-    turns = np.empty(len(by_depth), dtype=np.int64)  # each row's place among its own depth's
-    turns[by_depth] = np.arange(len(by_depth)) - np.searchsorted(depth_of_row[by_depth], depth_of_row[by_depth])
-    return best_of_stratum[np.lexsort((depths_met[depth_of_row], turns))[:size]].tolist()
+    places = _place_in_group(_strata(candidates)[best_first])
+    num_strata = max(1, np.count_nonzero(places == 0))
+    few = np.flatnonzero(places < -(-size // num_strata))
+    rows, places = best_first[few], places[few]
+    _, depths_met, depth_of_row = np.unique(candidates.num_layers[rows], return_index=True, return_inverse=True)
+    turns = _place_in_group(places * len(depths_met) + depth_of_row)
+    return rows[np.lexsort((depths_met[depth_of_row], turns, places))[:size]].tolist()
+
+
+def _place_in_group(groups: np.ndarray) -> np.ndarray:
+    """How many of the same group stand before each entry."""
+    by_group = np.argsort(groups, kind="stable")
+    places = np.empty(len(groups), dtype=np.int64)
+    places[by_group] = np.arange(len(groups)) - np.searchsorted(groups[by_group], groups[by_group])
+    return places
 
 
 def largest(candidates: Candidates, size: int) -> list[int]:

@@ -10,24 +10,28 @@ from minitron.console import Console
 from minitron.pipeline import Lap
 from minitron.plots import draw_plots
 from minitron.report_page import page_html, page_markdown
-from minitron.settings import Settings
-from minitron.store import Result
+from minitron.settings import Settings, Stage
+from minitron.store import Result, locked
 from minitron.summary import METRICS_FILE, MODEL_STAGES, SEARCH_FILES, build_summary
 
 
 def run(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
     """Writes runs/<run name>/: summary.json, report.md, report.html, plots, metrics.jsonl and links to the checkpoints.
 
-    What is left there of an earlier run and is not of this one goes: nothing in the folder contradicts summary.json.
+    What is left there of an earlier run and is not of this one goes: nothing in the folder contradicts summary.json. A candidate
+    screened by itself leaves the folder alone: it is one row of the search's table, and several are screened at once.
     """
+    if settings.stage is Stage.screen and settings.candidate is not None:
+        return
     folder = Path(settings.runs_folder) / settings.run_name
-    folder.mkdir(parents=True, exist_ok=True)
-    summary = build_summary(laps)
-    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    copy_tables(folder, laps[-1].results)
-    for reason in link_models(folder, summary["models"]):
-        console.say(reason)
-    write_page(folder, summary)
+    with locked(folder, console.say):
+        folder.mkdir(parents=True, exist_ok=True)
+        summary = build_summary(laps)
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        copy_tables(folder, laps[-1].results)
+        for reason in link_models(folder, summary["models"]):
+            console.say(reason)
+        write_page(folder, summary)
     console.headline("report", f"{folder / 'report.html'}")
 
 

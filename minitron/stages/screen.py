@@ -24,7 +24,7 @@ from minitron.stages.teacher_cache import CACHE_FOLDER, ROWS_FILE
 from minitron.stages.training import tracked_steps, train_plan
 from minitron.stages.zero_shot import screening_batches
 from minitron.teachers import base_architecture
-from minitron.tracking import Tracker, candidate_config, open_tracker
+from minitron.tracking import Tracker, open_candidate
 
 
 class RowNumbers:
@@ -43,10 +43,11 @@ def run(context: StageContext) -> dict:
     settings, device = context.settings, pick_device(context.settings)
     entry = candidate_entry(context)
     student = _cut(context, entry, device)
-    with open_tracker(context, entry["id"], candidate_config(entry)) as tracker:
+    with open_candidate(settings, entry) as tracker:
         tokens = _distil(context, student, device, tracker)
         if tokens is None:
             note = "its short distillation diverged"
+            tracker.summarise({**entry, "note": note})
             return {"headline": f"{entry['id']}  {note}; never chosen", "id": entry["id"], "short_distill_loss": None, "tokens_per_second": None, "note": note}
         batches = screening_batches(context, device)
         loss = held_out_loss(student, batches)

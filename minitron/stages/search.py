@@ -35,7 +35,7 @@ def run(context: StageContext) -> dict:
     _write_csv(context.folder / CANDIDATES_CSV, shortlist.folder / CANDIDATES_CSV, entries)
     write_json(context.folder / "chosen.json", chosen)
     write_export_config(context.folder / EXPORT_CONFIG, Architecture(**chosen["architecture"]))
-    record_search(context, entries)
+    record_search(context.settings, entries)
     size = format_gib(chosen["memory_bytes"]["total"])
     headline = f"chosen of {len(entries)}: {chosen['id']}, {chosen['parameters']:,} parameters, {size} ({choice.reason})"
     return {"headline": headline, "num_candidates": shortlist.facts["num_candidates"], "num_fitting": shortlist.facts["num_fitting"],

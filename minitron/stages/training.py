@@ -26,7 +26,7 @@ def tracked_steps(context: StageContext, description: str, plan: TrainPlan, *, l
     After a resume, lines of steps that will be done again are dropped first.
     """
     path = context.folder / METRICS_FILE
-    own = open_tracker(context, description) if tracker is None else nullcontext(tracker)
+    own = open_tracker(context.settings, description) if tracker is None else nullcontext(tracker)
     with context.console.track(description, plan.tokens, "tokens") as advance, own as track:
         file, seen = None, 0
 
