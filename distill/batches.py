@@ -39,10 +39,13 @@ class RowBatches:
         """Real tokens of a batch; where rows are padded, of the mean one, rounded down."""
         return self._num_tokens * self.batch // len(self.rows_RT)
 
-    def at(self, step: int) -> torch.Tensor:
-        """The batch of one step, int64 [B, T], padding included: see split_padding."""
+    def indices(self, step: int) -> np.ndarray:
+        """Which rows make up the batch of one step, int64 [B]."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.rows_RT))
-        chosen = self._order[position * self.batch : (position + 1) * self.batch]
-        return torch.from_numpy(self.rows_RT[chosen].astype(np.int64))
+        return self._order[position * self.batch : (position + 1) * self.batch]
+
+    def at(self, step: int) -> torch.Tensor:
+        """The batch of one step, int64 [B, T], padding included: see split_padding."""
+        return torch.from_numpy(self.rows_RT[self.indices(step)].astype(np.int64))

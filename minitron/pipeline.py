@@ -147,7 +147,7 @@ STAGES: Mapping[str, StageSpec] = {
     # A given layer order makes the search plain arithmetic on config.json: no weights, no scores.
     "search": StageSpec(1, lambda s: () if s.search.layer_order else ("data", "teacher", "score"), _what_search),
     "prune": StageSpec(2, lambda s: ("teacher", "score", "search"), lambda s: {}),
-    "distill": StageSpec(1, lambda s: ("data", "teacher", "prune"), _what_distill),
+    "distill": StageSpec(2, lambda s: ("data", "teacher", "prune"), _what_distill, parallel=True),
     "evaluate": StageSpec(1, lambda s: ("data", "teacher", "prune", "distill"), lambda s: key_settings(s.evaluate)),
 }
 

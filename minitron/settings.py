@@ -36,6 +36,17 @@ class Optimizer(Enum):
     muon = "muon"
 
 
+class Schedule(Enum):
+    cosine = "cosine"
+    linear = "linear"
+    wsd = "wsd"
+
+
+class Precision(Enum):
+    float32 = "float32"
+    bf16 = "bf16"
+
+
 class Criterion(Enum):
     iterative_mse = "iterative_mse"
     iterative_kl = "iterative_kl"
@@ -107,11 +118,22 @@ class TrainSettings:
     warmup_share: float = 0.05
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    schedule: Schedule = Schedule.cosine
+    decay_share: float = 0.2
+    precision: Precision = Precision.float32
+    skip_not_finite: int = 0
+    micro_batch: int | None = how(None)
+    gradient_checkpointing: bool = how(False)
     save_every_seconds: float = how(60.0)
+    save_every_steps: int | None = how(None)
+    keep_states: int = how(1)
 
     def check(self, name: str) -> None:
         """Refuse values out of range; `name` is where these settings stand, e.g. distill.train."""
-        _at_least(self, name, 1, "tokens", "batch")
+        _at_least(self, name, 1, "tokens", "batch", "micro_batch", "save_every_steps", "keep_states")
+        _at_least(self, name, 0, "skip_not_finite")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"{name}.decay_share is {self.decay_share}; it must be above 0 and at most 1")
         _at_least(self, name, 0, "learning_rate", "final_learning_rate_share", "warmup_share", "weight_decay", "save_every_seconds")
         if self.clip_norm <= 0:
             raise ValueError(f"{name}.clip_norm is {self.clip_norm}; it must be above 0")

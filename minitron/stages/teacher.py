@@ -1,13 +1,12 @@
 """teacher: check the given checkpoint, or train the tiny one on the data."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import nn
 
 from distill.batches import RowBatches, split_padding
 from distill.losses import next_token_loss
+from distill.states import remove_states
 from distill.trainer import train
 from memory_budget.hf_config import read_config
 from memory_budget.parameters import count_total_parameters
@@ -84,7 +83,7 @@ def _train_tiny(context: StageContext) -> dict:
     write_model(folder, NEMOTRON_H, model, config=config, dtypes=dtypes, companions=tokenizer, card=card, max_shard_bytes=2**32)
     write_json(folder / "generation_config.json", {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID, "pad_token_id": PAD_ID})
     check_reload(folder, NEMOTRON_H, model)
-    Path(context.folder / "state.pt").unlink(missing_ok=True)
+    remove_states(context.folder)
     parameters = count_total_parameters(architecture)
     size = f"{parameters:,} parameters, {architecture.num_layers} layers"
     headline = f"tiny NemotronH, {size}, trained on {last.tokens:,} tokens to {last.recent_loss:.2f} nats/token"

@@ -1,17 +1,22 @@
 """The training loop: resuming is exact, and what it refuses."""
 
+import json
 import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from distill.batches import PADDING, RowBatches
 from distill.losses import next_token_loss
-from distill.trainer import STATE_FILE, TrainPlan, build_optimizers, distill, train
+from distill.optimizers import build_optimizers
+from distill.plan import TrainPlan
+from distill.states import FACTS_FILE, TENSORS_FILE, newest_state
+from distill.trainer import distill, train
 
 PLAN = TrainPlan(tokens=8 * 64, optimizer="adamw", learning_rate=1e-2, final_learning_rate_share=0.1, warmup_share=0.2, weight_decay=0.1, clip_norm=1.0)
 
@@ -80,7 +85,7 @@ def test_a_state_saved_by_time_resumes_to_the_same_bits(batches, uninterrupted, 
 
     with pytest.raises(RuntimeError):
         run(build_model(0), batches, plan, tmp_path, die)
-    assert (tmp_path / STATE_FILE).exists()
+    assert newest_state(tmp_path).facts["record"]["step"] == 4
     steps = []
     weights, _ = run(build_model(5), batches, plan, tmp_path, lambda record: steps.append(record.step))
     assert steps == [5, 6, 7] and same(weights, uninterrupted[optimizer])
@@ -90,9 +95,10 @@ def test_a_resumed_run_without_the_optimizers_state_ends_elsewhere(batches, unin
     """The control: the comparison of bits sees a resume that is nearly right."""
     with pytest.raises(KeyboardInterrupt):
         run(build_model(0), batches, PLAN, tmp_path, interrupt_at(3))
-    state = torch.load(tmp_path / STATE_FILE, weights_only=True)
-    state["optimizers"] = [{**saved, "state": {}} for saved in state["optimizers"]]
-    torch.save(state, tmp_path / STATE_FILE)
+    path = newest_state(tmp_path).folder / TENSORS_FILE
+    tensors = load_file(path)
+    assert len(tensors) == 4 * len(build_model(0).state_dict())  # the weight, two moments and the count of steps
+    save_file({name: tensor for name, tensor in tensors.items() if name.startswith("model.")}, path)
     weights, _ = run(build_model(5), batches, PLAN, tmp_path)
     assert not same(weights, uninterrupted["adamw"])
 
@@ -119,9 +125,9 @@ def test_an_interrupt_in_the_middle_of_an_update_leaves_no_half_step(batches, un
 def test_seconds_of_earlier_sittings_are_counted(batches, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(build_model(0), batches, PLAN, tmp_path, interrupt_at(3))
-    state = torch.load(tmp_path / STATE_FILE, weights_only=True)
-    state["record"]["seconds"] = 1000.0
-    torch.save(state, tmp_path / STATE_FILE)
+    state = newest_state(tmp_path)
+    state.facts["record"]["seconds"] = 1000.0
+    (state.folder / FACTS_FILE).write_text(json.dumps(state.facts))
     _, record = run(build_model(5), batches, PLAN, tmp_path)
     assert 1000 < record.seconds < 1100
 
@@ -133,8 +139,8 @@ def test_a_loss_that_is_not_finite_raises_and_leaves_the_saved_state(batches, tm
     steps = []
     with pytest.raises(FloatingPointError, match="loss is nan at step 4"):
         train(build_model(0), batches, replace(PLAN, save_every_seconds=0.0), poisoned, folder=tmp_path, on_step=lambda record: steps.append(record.step))
-    state = torch.load(tmp_path / STATE_FILE, weights_only=True)
-    assert state["record"]["step"] == 3 and all(torch.isfinite(value).all() for value in state["model"].values())
+    state = newest_state(tmp_path)
+    assert state.facts["record"]["step"] == 3 and all(torch.isfinite(value).all() for value in load_file(state.folder / TENSORS_FILE).values())
 
 
 def test_fewer_tokens_than_a_batch_are_refused(batches, tmp_path):
@@ -186,7 +192,7 @@ def test_an_interrupt_in_the_middle_of_an_update_is_heard_after_the_step_was_tol
             run(build_model(0), batches, PLAN, tmp_path, lambda record: steps.append(record.step))
     finally:
         hook.remove()
-    assert steps == [0, 1, 2, 3] and torch.load(tmp_path / STATE_FILE, weights_only=True)["record"]["step"] == 3
+    assert steps == [0, 1, 2, 3] and newest_state(tmp_path).facts["record"]["step"] == 3
 
 
 def padded_batches(width: int, padding: int = PADDING) -> RowBatches:
