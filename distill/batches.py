@@ -39,6 +39,11 @@ class RowBatches:
         """Real tokens of a batch; where rows are padded, of the mean one, rounded down."""
         return self._num_tokens * self.batch // len(self.rows_RT)
 
+    @property
+    def identity(self) -> dict[str, int]:
+        """What the batches of all steps follow from, but for the rows' contents."""
+        return {"batch": self.batch, "seed": self.seed, "rows": len(self.rows_RT), "row_tokens": self.rows_RT.shape[1]}
+
     def indices(self, step: int) -> np.ndarray:
         """Which rows make up the batch of one step, int64 [B]."""
         epoch, position = divmod(step, self.steps_per_epoch)

@@ -48,7 +48,7 @@ class Engine:
         self.launch, self.model, self.plan = launch, model, plan
         self.device = next(model.parameters()).device
         if plan.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable()
         self.wrapped = self._wrap(Caller(model))
         self.parameters = dict(model.named_parameters())
 

@@ -2,6 +2,8 @@
 
 import math
 
+from distill.plan import TrainPlan
+
 SCHEDULES = ("cosine", "linear", "wsd")
 
 
@@ -18,3 +20,10 @@ def learning_rate_share(step: int, total_steps: int, *, warmup_share: float, fin
     progress = max(0, step - begin) / max(1, total_steps - begin)
     left = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
     return final_share + (1 - final_share) * left
+
+
+def learning_rate(plan: TrainPlan, step: int, total_steps: int) -> float:
+    """The plan's learning rate at a step of its phase."""
+    return plan.learning_rate * learning_rate_share(
+        step, total_steps, warmup_share=plan.warmup_share, final_share=plan.final_learning_rate_share, schedule=plan.schedule, decay_share=plan.decay_share
+    )

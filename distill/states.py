@@ -35,7 +35,17 @@ class State:
 def newest_state(folder: Path) -> State | None:
     """The state of the most steps in a run's folder, None where there is none."""
     names = sorted((folder / STATES_FOLDER).glob("step-*[0-9]"))
-    return State(names[-1], json.loads((names[-1] / FACTS_FILE).read_text())) if names else None
+    return _read(names[-1]) if names else None
+
+
+def best_state(folder: Path) -> State | None:
+    """The weights with the lowest held-out loss, None where none was measured."""
+    path = folder / STATES_FOLDER / BEST
+    return _read(path) if path.exists() else None
+
+
+def _read(path: Path) -> State:
+    return State(path, json.loads((path / FACTS_FILE).read_text()))
 
 
 def save_state(folder: Path, engine: Engine, entries: Sequence[Entry], facts: Mapping[str, Any], *, name: str, keep: int | None = None) -> None:

@@ -19,7 +19,8 @@ from distill.engine import Engine, open_engine, place_teacher
 from distill.launch import Launch
 from distill.losses import forward_kl, next_token_loss
 from distill.plan import HOW, Phase, StepRecord, TrainPlan
-from distill.schedule import learning_rate_share
+from distill.schedule import learning_rate
+from distill.sharing import check_sharing, micro_batches
 from distill.states import BEST, newest_state, restore_state, save_state
 
 # Of a model and rows [B, T] that may end in padding: the mean loss per token, alone or as "loss" among further means to watch.
@@ -111,8 +112,7 @@ class _Run:
     def _made_with(self) -> list[dict]:
         """Of every phase what a state is bound to."""
         plans = [{name: value for name, value in asdict(phase.plan).items() if name not in HOW} for phase in self.phases]
-        rows = [{"batch": p.batches.batch, "seed": p.batches.seed, "rows": len(p.batches.rows_RT), "row_tokens": p.batches.rows_RT.shape[1]} for p in self.phases]
-        return [plan | row for plan, row in zip(plans, rows, strict=True)]
+        return [plan | phase.batches.identity for plan, phase in zip(plans, self.phases, strict=True)]
 
     def to_end(self) -> StepRecord:
         self.engine.model.train()
@@ -136,8 +136,7 @@ class _Run:
             self.engine.start_phase(phase.plan)
         plan = phase.plan
         means, interrupted, due = self._gradients(phase, local_step, held)
-        rate = plan.learning_rate * learning_rate_share(local_step, phase.num_steps, warmup_share=plan.warmup_share,
-                                                        final_share=plan.final_learning_rate_share, schedule=plan.schedule, decay_share=plan.decay_share)  # fmt: skip
+        rate = learning_rate(plan, local_step, phase.num_steps)
         with interrupts_wait():  # weights, optimiser, record and its line move together or not at all
             norm = self.engine.update(rate) if math.isfinite(means["loss"]) else math.nan
             if not math.isfinite(norm):
@@ -205,8 +204,11 @@ class _Run:
         tokens_here = tokens - (last.tokens if last else 0)
         took = seconds - (last.seconds if last else 0.0)
         watched = means | self._held_out_means(step)
-        return StepRecord(step, self.total_steps, tokens, loss, recent, norm, rate, seconds, phase_number, tokens_per_second=round(tokens_here / max(took, 1e-9), 1),
-                          seconds_left=round(pace * (self.total_steps - step - 1), 1), memory_gib=round(memory_gib(self.engine.device), 3), watched=watched)  # fmt: skip
+        return StepRecord(
+            step, self.total_steps, tokens, loss, recent, norm, rate, seconds, phase_number,
+            tokens_per_second=round(tokens_here / max(took, 1e-9), 1), seconds_left=round(pace * (self.total_steps - step - 1), 1),
+            memory_gib=round(memory_gib(self.engine.device), 3), watched=watched,
+        )  # fmt: skip
 
     def _held_out_means(self, step: int) -> dict[str, float]:
         """Means over the held-out rows where this step is one to measure after; the best weights so far are saved as states/best."""
@@ -239,32 +241,16 @@ def _named(measured: torch.Tensor | dict[str, torch.Tensor]) -> dict[str, torch.
     return measured if isinstance(measured, dict) else {"loss": measured}
 
 
-def micro_batches(batch_BT: torch.Tensor, micro_batch: int | None, rank: int, world_size: int) -> tuple[torch.Tensor, ...]:
-    """One process's rows of a batch, split into what it computes at once."""
-    own = batch_BT.chunk(world_size)[rank]
-    return own.split(micro_batch or len(own))
-
-
-def check_sharing(batch: int, micro_batch: int | None, world_size: int) -> None:
-    """Raises ValueError where a batch's rows do not fall evenly on processes and micro-batches."""
-    unit = world_size * (micro_batch or 1)
-    if batch % unit:
-        nearest = max(1, round(batch / unit)) * unit
-        rows = f" × {micro_batch} rows at once (train.micro_batch)" if micro_batch else ""
-        raise ValueError(f"train.batch is {batch}; it must be a multiple of {world_size} processes{rows}; nearest: {nearest}")
-
-
 def check_same(then: list[dict], now: list[dict], folder: Path) -> None:
     """Raises ValueError naming the first setting in which a saved state differs from this run."""
+    remedy = "take another folder or the same settings"
     if len(then) != len(now):
-        raise ValueError(f"the state in {folder} was made with {len(then)} phases, now there are {len(now)}; take another folder or the same settings")
+        raise ValueError(f"the state in {folder} was made with {len(then)} phases, now there are {len(now)}; {remedy}")
     for number, (before, after) in enumerate(zip(then, now, strict=True)):
         for name in sorted(before | after):
             if before.get(name) != after.get(name):
                 where = f" in phase {number}" if len(now) > 1 else ""
-                raise ValueError(
-                    f"the state in {folder} was made with {name} {before.get(name)}{where}, now it is {after.get(name)}; take another folder or the same settings"
-                )
+                raise ValueError(f"the state in {folder} was made with {name} {before.get(name)}{where}, now it is {after.get(name)}; {remedy}")
 
 
 def memory_gib(device: torch.device) -> float:

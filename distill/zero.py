@@ -10,27 +10,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # it calls functions that torch has renamed
-try:
-    import deepspeed
-    from deepspeed.utils import (
-        safe_get_full_fp32_param,
-        safe_get_full_optimizer_state,
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
-except ImportError as error:
-    raise ValueError(f"accelerate's distributed_type is DEEPSPEED, but deepspeed cannot be imported ({error}); pip install deepspeed") from None
 
 from distill.engine import Caller, Engine, Entry
 from distill.optimizers import build_optimizers
@@ -39,15 +25,32 @@ from distill.plan import TrainPlan
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@cache
+def load_deepspeed() -> ModuleType:
+    """DeepSpeed, started and without its chatter. On CPU its first start on a machine compiles for a minute.
+
+    Raises ValueError where it is not installed.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # it calls functions that torch has renamed
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(f"accelerate's distributed_type is DEEPSPEED, but deepspeed cannot be imported ({error}); pip install deepspeed") from None
+    with redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(verbose=False)
+    return deepspeed
+
+
 class Zero(Engine):
     """Gradients and optimiser in slices (stage 2), weights too (stage 3)."""
 
     def _wrap(self, caller: Caller) -> nn.Module:
         if self.plan.optimizer != "adamw":
             raise ValueError(f"train.optimizer is {self.plan.optimizer}; under DeepSpeed it must be adamw")
-        _join()
         (optimizer,) = build_optimizers(caller.model, self.plan)
-        self.deepspeed, *_ = deepspeed.initialize(model=caller, optimizer=optimizer, config=_config(self.launch.engine, self.plan))
+        self.deepspeed, *_ = load_deepspeed().initialize(model=caller, optimizer=optimizer, config=_config(self.launch.engine, self.plan))
         self.zero = self.deepspeed.optimizer
         self.optimizers = [self.zero.optimizer]
         return self.deepspeed
@@ -83,10 +86,10 @@ class Zero(Engine):
                 value.zero_()
 
     def weights(self) -> list[Entry]:
-        stored = set(self.model.state_dict())
+        stored, utils = set(self.model.state_dict()), load_deepspeed().utils
         buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in stored}
         return [
-            Entry(f"model.{name}", _shape(parameter), torch.float32, lambda parameter=parameter: safe_get_full_fp32_param(parameter).cpu())
+            Entry(f"model.{name}", _shape(parameter), torch.float32, lambda parameter=parameter: utils.safe_get_full_fp32_param(parameter).cpu())
             for name, parameter in self.parameters.items()
         ] + [Entry(f"model.{name}", tuple(buffer.shape), buffer.dtype, lambda buffer=buffer: buffer.cpu()) for name, buffer in buffers.items()]
 
@@ -95,11 +98,11 @@ class Zero(Engine):
             return []
         self._link_moments()
         steps = torch.tensor(float(next(iter(self.zero.optimizer.state.values()))["step"]))
-        entries = []
+        entries, utils = [], load_deepspeed().utils
         for name, parameter in self.parameters.items():
             entries.append(Entry(f"optimizer.{name}.step", (), torch.float32, lambda: steps))
             for key in MOMENTS:
-                gather = lambda parameter=parameter, key=key: safe_get_full_optimizer_state(parameter, key).cpu()  # noqa: E731
+                gather = lambda parameter=parameter, key=key: utils.safe_get_full_optimizer_state(parameter, key).cpu()  # noqa: E731
                 entries.append(Entry(f"optimizer.{name}.{key}", _shape(parameter), torch.float32, gather))
         return entries
 
@@ -110,7 +113,7 @@ class Zero(Engine):
         for name, parameter in self.parameters.items():
             whole = read(f"model.{name}").float()
             self._set(parameter, whole, None)
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
+            with load_deepspeed().zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
                 if parameter.numel():
                     parameter.data.copy_(whole)
             for key in MOMENTS:
@@ -136,35 +139,26 @@ class Zero(Engine):
             self.zero._lazy_init_hp_params_optimizer_state()
 
     def _set(self, parameter: nn.Parameter, whole: torch.Tensor, key: str | None) -> None:
-        whole = whole.to(self.device)
-        if not hasattr(parameter, "ds_id"):
-            if key is None:
-                safe_set_full_fp32_param(parameter, whole)
-            else:
-                safe_set_full_optimizer_state(parameter, whole, key)
-            return
-        # DeepSpeed's own setter of a whole tensor fails where the number of processes does not divide its length.
-        length = parameter.ds_tensor.numel()
-        padded = F.pad(whole.flatten(), (0, length * self.launch.world_size - whole.numel()))
-        own = padded[length * self.launch.rank : length * (self.launch.rank + 1)]
+        """Set a parameter's float32 weights, or with a key that moment, to a whole tensor."""
+        whole, utils = whole.to(self.device), load_deepspeed().utils
+        if self.launch.is_sharded:
+            # DeepSpeed's own setter of a whole tensor fails where the number of processes does not divide its length.
+            length = parameter.ds_tensor.numel()
+            padded = F.pad(whole.flatten(), (0, length * self.launch.world_size - whole.numel()))
+            whole = padded[length * self.launch.rank : length * (self.launch.rank + 1)]
+        part = "local" if self.launch.is_sharded else "full"
         if key is None:
-            safe_set_local_fp32_param(parameter, own)
+            getattr(utils, f"safe_set_{part}_fp32_param")(parameter, whole)
         else:
-            safe_set_local_optimizer_state(parameter, own, key)
+            getattr(utils, f"safe_set_{part}_optimizer_state")(parameter, whole, key)
 
 
 def place_in_slices(caller: Caller) -> nn.Module:
     """A frozen model under ZeRO-3: a layer is whole only while it runs."""
-    _join()
-    placed, *_ = deepspeed.initialize(model=caller, config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": 2**31,
-                                                            "bf16": {"enabled": next(caller.parameters()).dtype == torch.bfloat16}})  # fmt: skip
+    bf16 = next(caller.parameters()).dtype == torch.bfloat16
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": bf16}, "steps_per_print": 2**31}
+    placed, *_ = load_deepspeed().initialize(model=caller, config=config)
     return placed
-
-
-def _join() -> None:
-    """DeepSpeed's own start, without its lines on standard output. On CPU the first one on a machine compiles for a minute."""
-    with redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(verbose=False)
 
 
 def _config(engine: str, plan: TrainPlan) -> dict:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from distill.sharing import check_sharing
 from memory_budget.architecture import Architecture
 from minitron import processes
 from minitron.console import Console
@@ -195,6 +196,8 @@ def check_before_work(settings: Settings) -> None:
     from minitron.stages.search import check_search
 
     check_source(settings.data)
+    check_sharing(settings.teacher.train.batch, settings.teacher.train.micro_batch, 1)
+    check_sharing(settings.distill.train.batch, settings.distill.train.micro_batch, processes.world_size())
     for name, train in (("teacher.train", settings.teacher.train), ("distill.train", settings.distill.train)):
         least = train.batch * settings.data.sequence_length
         if settings.data.rows is Rows.windows and train.tokens < least and not (name == "teacher.train" and settings.teacher.path is not None):

@@ -12,8 +12,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 
 from distill.launch import Launch, read_launch
+from distill.sharing import check_sharing
 from distill.states import TENSORS_FILE, newest_state
-from distill.trainer import check_sharing
 
 ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
 

@@ -5,8 +5,10 @@ The rows end in padding of different lengths, so processes and micro-batches hav
 
 import json
 import os
+import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,12 +60,19 @@ def run(folder: Path, plan: dict, *, seed: int = 2, launch: Launch | None = None
     return train_phases(build_model(seed), phases, loss, folder=folder, on_step=on_step, launch=launch)
 
 
-def main(folder: str, plan: dict, stop_at: int | None = None, kill_at: int | None = None) -> None:
-    """Every record goes to folder/steps.jsonl. A SIGTERM comes to the first process in step `stop_at`, a SIGKILL in step `kill_at`."""
+def main(folder: str, plan: dict, stop_at: int | None = None, kill_at: int | None = None, kill_after: float | None = None, full_at: int | None = None) -> None:
+    """Every record goes to folder/steps.jsonl. A SIGTERM comes to the first process in step `stop_at`, a SIGKILL in step `kill_at` or
+    after so many seconds; from step `full_at` on no file may grow beyond 20,000 bytes, as on a disk that is nearly full.
+    """
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as minitron.run does
 
+    if kill_after is not None:
+        threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
     def on_step(record: StepRecord) -> None:
+        if record.step == full_at:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         with (Path(folder) / "steps.jsonl").open("a") as file:
             file.write(json.dumps({"step": record.step, "loss": record.loss, "norm": record.gradient_norm}) + "\n")
         if record.step == stop_at:
