@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from distill.batches import RowBatches
+from distill.batches import BlendBatches, RowBatches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ HOW = ("micro_batch", "gradient_checkpointing", "save_every_seconds", "save_ever
 class Phase:
     """One stretch of a run: its rows, with their batch and length, and its plan. Each begins with a fresh optimiser."""
 
-    batches: RowBatches
+    batches: RowBatches | BlendBatches
     plan: TrainPlan
 
     @property

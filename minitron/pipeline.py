@@ -18,17 +18,16 @@ from typing import Any
 from distill.sharing import check_sharing
 from memory_budget.architecture import Architecture
 from minitron import processes
+from minitron.blends import phase_parts, rows_identity, rows_to_make
 from minitron.console import Console
-from minitron.documents import check_source, source_identity
+from minitron.documents import check_source
 from minitron.importance.removal import LayerRules, check_rules
 from minitron.settings import Rows, Settings, Stage, key_settings
 from minitron.store import Result, find_result, finish, locked, stage_key
-from minitron.teachers import teacher_architecture, teacher_config, teacher_folder, teacher_identity
+from minitron.teachers import max_positions, teacher_architecture, teacher_config, teacher_folder, teacher_identity
 from nas.space import Floors, axis_options
 
 SCORES_FILE = "scores.safetensors"
-# In the data's key through source_identity, which takes files by their contents.
-SOURCE_SETTINGS = ("files", "dataset", "dataset_config", "dataset_revision", "dataset_split", "text_field")
 KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}
 
 
@@ -106,8 +105,11 @@ def _file_digest(path: str | Path) -> str:
 
 def _what_data(settings: Settings) -> Any:
     own = settings.teacher.path is None
-    rows = {name: value for name, value in key_settings(settings.data).items() if name not in SOURCE_SETTINGS}
-    return {**rows, "vocab": settings.data.vocab if own else None, "source": source_identity(settings.data)}
+    return {**rows_identity(settings.data), "vocab": settings.data.vocab if own else None}
+
+
+def _what_phase_rows(settings: Settings) -> Any:
+    return {name: {**rows_identity(data), "vocab": None} for name, data in rows_to_make(settings).items()}
 
 
 def _what_teacher(settings: Settings) -> Any:
@@ -137,7 +139,9 @@ def _what_search(settings: Settings) -> Any:
 
 
 def _what_distill(settings: Settings) -> Any:
-    return {**key_settings(settings.distill), "seed": settings.seed}
+    # The phases in full: what one leaves out is distill.train's.
+    return {**key_settings(settings.distill), "train": None, "phases": key_settings(settings.distill.trains()),
+            "rows": [[(part.name, part.weight) for part in parts] for parts in phase_parts(settings)], "seed": settings.seed}  # fmt: skip
 
 
 STAGES: Mapping[str, StageSpec] = {
@@ -148,14 +152,17 @@ STAGES: Mapping[str, StageSpec] = {
     # A given layer order makes the search plain arithmetic on config.json: no weights, no scores.
     "search": StageSpec(1, lambda s: () if s.search.layer_order else ("data", "teacher", "score"), _what_search),
     "prune": StageSpec(2, lambda s: ("teacher", "score", "search"), lambda s: {}),
-    "distill": StageSpec(2, lambda s: ("data", "teacher", "prune"), _what_distill, parallel=True),
+    # Only where a phase of distillation wants other rows than the data stage's.
+    "phase_rows": StageSpec(1, lambda s: ("data", "teacher"), _what_phase_rows),
+    "distill": StageSpec(2, lambda s: ("data", "teacher", "prune", *(("phase_rows",) if rows_to_make(s) else ())), _what_distill, parallel=True),
     "evaluate": StageSpec(1, lambda s: ("data", "teacher", "prune", "distill"), lambda s: key_settings(s.evaluate)),
 }
 
 
 def order_of(settings: Settings) -> list[str]:
     """The stored stages to run for `settings.stage`, each after what it needs."""
-    wanted = tuple(STAGES) if settings.stage is Stage.all else (settings.stage.value,)
+    # All there is ends in evaluate; so a stage that nothing needs under these settings is left out.
+    wanted = ("evaluate",) if settings.stage is Stage.all else (settings.stage.value,)
     order: list[str] = []
 
     def visit(name: str) -> None:
@@ -197,8 +204,10 @@ def check_before_work(settings: Settings) -> None:
 
     check_source(settings.data)
     check_sharing(settings.teacher.train.batch, settings.teacher.train.micro_batch, 1)
-    check_sharing(settings.distill.train.batch, settings.distill.train.micro_batch, processes.world_size())
-    for name, train in (("teacher.train", settings.teacher.train), ("distill.train", settings.distill.train)):
+    if "distill" in order_of(settings):
+        check_phases(settings)
+    trains = () if settings.distill.phases else (("distill.train", settings.distill.train),)
+    for name, train in (("teacher.train", settings.teacher.train), *trains):
         least = train.batch * settings.data.sequence_length
         if settings.data.rows is Rows.windows and train.tokens < least and not (name == "teacher.train" and settings.teacher.path is not None):
             raise ValueError(f"{name}.tokens is {train.tokens}; it must be at least one batch, {train.batch} rows of data.sequence_length: {least}")
@@ -211,6 +220,19 @@ def check_before_work(settings: Settings) -> None:
     check_rules(teacher.pattern, fewest_layers(settings), layer_rules(settings))
     if settings.search.layer_order:
         given_layer_order(settings.search.layer_order, teacher)
+
+
+def check_phases(settings: Settings) -> None:
+    """Refuse phases whose batches cannot be shared out, or whose rows are longer than the model's positions. Raises ValueError."""
+    for train in settings.distill.trains():
+        check_sharing(train.batch, train.micro_batch, processes.world_size())
+    positions = settings.distill.max_positions or max_positions(settings)
+    for number, phase in enumerate(settings.distill.phases):
+        if phase.sequence_length is not None and phase.sequence_length > positions:
+            raise ValueError(f"distill.phases[{number}].sequence_length is {phase.sequence_length}; it must be at most {positions}, "
+                             "the teacher's max_position_embeddings (or distill.max_positions)")  # fmt: skip
+    for data in rows_to_make(settings).values():
+        check_source(data)
 
 
 def finished_stages(settings: Settings) -> dict[str, Result]:

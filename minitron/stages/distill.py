@@ -3,15 +3,17 @@
 import numpy as np
 import torch
 
-from distill.batches import RowBatches
+from distill.batches import BlendBatches, RowBatches
 from distill.launch import read_launch
 from distill.plan import Phase, StepRecord
 from distill.states import load_weights, newest_state, remove_states
-from distill.trainer import distillation_loss, train_phases
+from distill.trainer import HeldOut, distillation_loss, train_phases
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
+from minitron.blends import DATA_ROWS, phase_parts
 from minitron.checkpoints import DTYPES, Checkpoint
+from minitron.evaluation import batches_of, screening_rows, spread_rows
 from minitron.families import family_of
 from minitron.families.base import Family
 from minitron.pipeline import StageContext
@@ -28,16 +30,14 @@ def run(context: StageContext) -> dict:
     teacher_folder, pruned_folder = (result_model_folder(context.inputs[name]) for name in ("teacher", "prune"))
     config = read_config(pruned_folder)
     family, device = family_of(config), str(pick_device(settings))
-    rows = np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r")
-    plan = train_plan(settings.distill.train)
-    # Another order than the teacher's own training, where that was here.
-    phases = [Phase(RowBatches(rows, settings.distill.train.batch, settings.seed + 1), plan)]
+    phases = _phases(context)
     if launch.world_size > 1:
         context.console.say(f"  distill  {launch.engine}, {launch.world_size} processes")
     loss = distillation_loss(family.load(teacher_folder, device=device), temperature=settings.distill.temperature, launch=launch)
     student = family.load(pruned_folder, dtype=torch.float32, device=device)
-    with tracked_steps(context, "distilling", plan, loss_name="KL") as on_step:
-        last = train_phases(student, phases, loss, folder=context.folder, on_step=on_step, launch=launch)
+    tokens = sum(phase.num_steps * phase.batches.tokens_per_step for phase in phases)
+    with tracked_steps(context, "distilling", tokens, loss_name="KL") as on_step:
+        last = train_phases(student, phases, loss, folder=context.folder, on_step=on_step, launch=launch, held_out=_held_out(context))
     if launch.rank > 0:
         return {}
     _write_student(context, family, config, last)
@@ -45,6 +45,29 @@ def run(context: StageContext) -> dict:
     headline = f"{last.tokens:,} tokens, {last.step + 1:,} steps, KL {last.recent_loss:.3f} nats/token at the end"
     facts = {"tokens": last.tokens, "steps": last.step + 1, "seconds": round(last.seconds, 3), "final_kl_nats_per_token": last.recent_loss}
     return {"headline": headline, "path": "checkpoint", **facts}
+
+
+def _phases(context: StageContext) -> list[Phase]:
+    settings, phases = context.settings, []
+    for number, (train, parts) in enumerate(zip(settings.distill.trains(), phase_parts(settings), strict=True)):
+        rows = [np.load(context.inputs["data" if part.name == DATA_ROWS else "phase_rows"].folder / f"{part.name}.npy", mmap_mode="r") for part in parts]
+        seed = settings.seed + 1 + number  # another order than the teacher's own training, where that was here
+        if len(parts) == 1:
+            batches = RowBatches(rows[0], train.batch, seed)
+        else:
+            batches = BlendBatches(rows, [part.weight for part in parts], tokens=train.tokens, batch=train.batch, seed=seed)
+        phases.append(Phase(batches, train_plan(train)))
+    return phases
+
+
+def _held_out(context: StageContext) -> HeldOut | None:
+    """The rows that also screen candidates, none of which grades the student."""
+    distill = context.settings.distill
+    if distill.held_out_every is None:
+        return None
+    rows = np.load(context.inputs["data"].folder / "heldout.npy", mmap_mode="r")
+    rows = spread_rows(screening_rows(rows), distill.held_out_samples)
+    return HeldOut(batches=batches_of(rows, context.settings.evaluate.batch, "cpu"), every_steps=distill.held_out_every)
 
 
 def _write_student(context: StageContext, family: Family, config: dict, last: StepRecord) -> None:

@@ -19,7 +19,7 @@ from minitron.publish import check_reload, model_card, write_model
 from minitron.runtime import pick_device
 from minitron.stages.training import tracked_steps, train_plan
 from minitron.store import write_json
-from minitron.teachers import teacher_architecture, teacher_folder
+from minitron.teachers import TINY_POSITIONS, teacher_architecture, teacher_folder
 
 END_OF_TEXT_ID, PAD_ID = 0, 1  # the first two special tokens of the tokenizer trained in data
 TINY_CONFIG = {
@@ -28,7 +28,7 @@ TINY_CONFIG = {
     "bos_token_id": END_OF_TEXT_ID,
     "eos_token_id": END_OF_TEXT_ID,
     "pad_token_id": PAD_ID,
-    "max_position_embeddings": 131072,
+    "max_position_embeddings": TINY_POSITIONS,
     "chunk_size": 32,
     "layer_norm_epsilon": 1e-5,
     "mlp_hidden_act": "relu2",
@@ -72,7 +72,7 @@ def _train_tiny(context: StageContext) -> dict:
     model = NEMOTRON_H.build(config).to(pick_device(settings))
     rows = np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r")
     plan = train_plan(settings.teacher.train)
-    with tracked_steps(context, "training teacher", plan, loss_name="loss") as on_step:
+    with tracked_steps(context, "training teacher", plan.tokens, loss_name="loss") as on_step:
         batches = RowBatches(rows, settings.teacher.train.batch, settings.seed)
         last = train(model, batches, plan, _loss, folder=context.folder, on_step=on_step)
     folder = context.folder / "checkpoint"

@@ -22,13 +22,13 @@ def train_plan(settings: TrainSettings) -> TrainPlan:
 
 
 @contextmanager
-def tracked_steps(context: StageContext, description: str, plan: TrainPlan, *, loss_name: str) -> Iterator[Callable[[StepRecord], None]]:
+def tracked_steps(context: StageContext, description: str, tokens: int, *, loss_name: str) -> Iterator[Callable[[StepRecord], None]]:
     """Yields on_step(record): advances the bar, appends to metrics.jsonl and tells the tracker.
 
     After a resume, lines of steps that will be done again are dropped first.
     """
     path = context.folder / METRICS_FILE
-    with context.console.track(description, plan.tokens, "tokens") as advance, open_tracker(context, description) as track:
+    with context.console.track(description, tokens, "tokens") as advance, open_tracker(context, description) as track:
         file, seen = None, 0
 
         def on_step(record: StepRecord) -> None:
