@@ -148,7 +148,8 @@ class DataParallel(Engine):
     """A replica in every process; gradients are averaged while the last micro-batch's backward pass runs."""
 
     def _wrap(self, caller: Caller) -> nn.Module:
-        wrapped = nn.parallel.DistributedDataParallel(caller, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        wrapped = nn.parallel.DistributedDataParallel(caller, device_ids=devices, gradient_as_bucket_view=True)  # else gradients are held twice
         self.optimizers = build_optimizers(caller.model, self.plan)
         return wrapped
 

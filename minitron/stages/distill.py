@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from distill.batches import BlendBatches, RowBatches
-from distill.launch import read_launch
+from distill.launch import Launch, read_launch
 from distill.plan import Phase, StepRecord
 from distill.states import load_weights, newest_state, remove_states
 from distill.trainer import HeldOut, distillation_loss, train_phases
@@ -18,9 +18,11 @@ from minitron.families import family_of
 from minitron.families.base import Family
 from minitron.pipeline import StageContext
 from minitron.publish import check_reload, model_card, write_model
-from minitron.runtime import pick_device
+from minitron.runtime import pick_device, process_memory_bytes
 from minitron.stages.models import result_model_folder
 from minitron.stages.training import tracked_steps, train_plan
+from minitron.teachers import teacher_architecture
+from minitron.training_memory import check_fits, training_memory
 
 
 def run(context: StageContext) -> dict:
@@ -33,6 +35,7 @@ def run(context: StageContext) -> dict:
     phases = _phases(context)
     if launch.world_size > 1:
         context.console.say(f"  distill  {launch.engine}, {launch.world_size} processes")
+    _check_memory(context, config, launch)
     loss = distillation_loss(family.load(teacher_folder, device=device), temperature=settings.distill.temperature, launch=launch)
     student = family.load(pruned_folder, dtype=torch.float32, device=device)
     tokens = sum(phase.num_steps * phase.batches.tokens_per_step for phase in phases)
@@ -45,6 +48,19 @@ def run(context: StageContext) -> dict:
     headline = f"{last.tokens:,} tokens, {last.step + 1:,} steps, KL {last.recent_loss:.3f} nats/token at the end"
     facts = {"tokens": last.tokens, "steps": last.step + 1, "seconds": round(last.seconds, 3), "final_kl_nats_per_token": last.recent_loss}
     return {"headline": headline, "path": "checkpoint", **facts}
+
+
+def _check_memory(context: StageContext, config: dict, launch: Launch) -> None:
+    """Print and check the plan of the phase that needs most."""
+    settings, teacher = context.settings, teacher_architecture(context.settings)
+    stored = Checkpoint(result_model_folder(context.inputs["teacher"])).entries.values()
+    width = max(DTYPES[entry.dtype].itemsize for entry in stored)
+    lengths = [parts[0].data.sequence_length for parts in phase_parts(settings)]
+    plans = [training_memory(architecture_from_config(config), teacher, train, launch, sequence_length=length, teacher_bytes_per_number=width)
+             for train, length in zip(settings.distill.trains(), lengths, strict=True)]  # fmt: skip
+    largest = max(plans, key=lambda plan: plan.total)
+    context.console.say(f"  distill  {largest.describe()}")
+    check_fits(largest, *process_memory_bytes(pick_device(settings)))
 
 
 def _phases(context: StageContext) -> list[Phase]:
