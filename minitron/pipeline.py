@@ -204,7 +204,7 @@ def check_before_work(settings: Settings) -> None:
 
     check_source(settings.data)
     check_sharing(settings.teacher.train.batch, settings.teacher.train.micro_batch, 1)
-    if "distill" in order_of(settings):
+    if settings.stage is not Stage.report and "distill" in order_of(settings):
         check_phases(settings)
     trains = () if settings.distill.phases else (("distill.train", settings.distill.train),)
     for name, train in (("teacher.train", settings.teacher.train), *trains):

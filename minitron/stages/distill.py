@@ -33,8 +33,6 @@ def run(context: StageContext) -> dict:
     config = read_config(pruned_folder)
     family, device = family_of(config), str(pick_device(settings))
     phases = _phases(context)
-    if launch.world_size > 1:
-        context.console.say(f"  distill  {launch.engine}, {launch.world_size} processes")
     _check_memory(context, config, launch)
     loss = distillation_loss(family.load(teacher_folder, device=device), temperature=settings.distill.temperature, launch=launch)
     student = family.load(pruned_folder, dtype=torch.float32, device=device)
@@ -59,7 +57,8 @@ def _check_memory(context: StageContext, config: dict, launch: Launch) -> None:
     plans = [training_memory(architecture_from_config(config), teacher, train, launch, sequence_length=length, teacher_bytes_per_number=width)
              for train, length in zip(settings.distill.trains(), lengths, strict=True)]  # fmt: skip
     largest = max(plans, key=lambda plan: plan.total)
-    context.console.say(f"  distill  {largest.describe()}")
+    engine = f"{launch.engine}, {launch.world_size} processes: " if launch.world_size > 1 else ""
+    context.console.say(f"{engine:>11}{largest.describe()}")
     check_fits(largest, *process_memory_bytes(pick_device(settings)))
 
 

@@ -37,14 +37,14 @@ def test_a_command_that_is_right_is_not_refused(door, tmp_path, small_settings):
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("stage=bogus", "stage: Invalid value 'bogus', expected one of [data, teacher, score, search, prune, distill, evaluate, report, all]"),
+        ("stage=bogus", "stage: Invalid value 'bogus', expected one of [data, teacher, score, search, prune, phase_rows, distill, evaluate, report, all]"),
         ("foo=1", "foo is no setting"),
         ("distill.train.learning_rat=1", "distill.train.learning_rat is no setting"),
         ("data.vocab=many", "data.vocab: Value 'many'"),
         ("seed=1.5", "seed: Value '1.5'"),
         ("scoring.normalised=perhaps", "scoring.normalised: Value 'perhaps'"),
         ("distill.train.optimizer=sgd", "distill.train.optimizer: Invalid value 'sgd', expected one of [adamw, muon]"),
-        ("experiment=nano3", "experiment/nano3 is not in conf/; there are: nano2, tiny"),
+        ("experiment=nano3", "experiment/nano3 is not in conf/; there are: nano2, nano2-base, nano2-reasoning, tiny"),
         ("scoring.samples=0", "scoring.samples is 0; it must be at least 1"),
         ("workload.context_tokens=0", "context_tokens (0) must be a whole number of at least 1 token"),
         ("workload.batch=0", "batch (0) must be"),
