@@ -5,7 +5,7 @@ Both go through the same stages; only their settings differ, and these two funct
 
 from dataclasses import replace
 
-from minitron.pipeline import axis_of
+from minitron.derived import axis_of
 from minitron.search_settings import AxisSettings, FixedSettings, LaterWidthsSettings
 from minitron.settings import BaseSettings, Settings, Stage
 from minitron.stages.models import result_model_folder
@@ -32,7 +32,7 @@ def depth_lap(settings: Settings) -> Settings | None:
         max_parameters=None, min_gib=None, max_gib=None, min_tokens_per_second=None,
     )  # fmt: skip
     screen = replace(settings.screen, train=replace(settings.screen.train, tokens=settings.depth_lap.screen_tokens))
-    distill = replace(settings.distill, train=replace(settings.distill.train, tokens=settings.depth_lap.tokens))
+    distill = replace(settings.distill, phases=[], train=replace(settings.distill.train, tokens=settings.depth_lap.tokens))
     stage = settings.stage if settings.stage in (*BEFORE_CUTTING, Stage.report) else Stage.distill
     return replace(settings, stage=stage, candidate=None, search=search, screen=screen, distill=distill)
 

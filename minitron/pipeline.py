@@ -1,38 +1,32 @@
-"""The walk: which stage needs which, what goes into its key, and running it once.
+"""The walk: the stages that a setting asks for, each run once.
 
 Asking for a stage runs what it needs first and reuses what is done, like make. Stage functions live in
 `minitron/stages/`, one module per stage with `run(context) -> facts`; they are imported only when they run.
 """
 
-import hashlib
 import importlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from memory_budget.architecture import Architecture
+from distill.sharing import check_sharing
 from minitron import processes
+from minitron.blends import rows_to_make
 from minitron.console import Console
-from minitron.documents import check_source, source_identity
-from minitron.importance.removal import LayerRules, check_rules
-from minitron.setting_rules import key_settings
+from minitron.derived import fewest_layers, layer_rules
+from minitron.documents import check_source
+from minitron.importance.removal import check_rules
 from minitron.settings import Rows, Settings, Stage
+from minitron.stage_table import STAGES
 from minitron.store import Result, find_result, finish, locked, stage_key
-from minitron.teachers import base_architecture, teacher_config, teacher_folder, teacher_identity
+from minitron.teachers import base_architecture, max_positions, teacher_config
 from minitron.tracking import record_finished
-from nas.exchange import read_export_config
-from nas.space import Floors, axis_options
-
-SCORES_FILE = "scores.safetensors"
-# In the data's key through source_identity, which takes files by their contents.
-SOURCE_SETTINGS = ("files", "dataset", "dataset_config", "dataset_revision", "dataset_split", "text_field")
-KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,181 +39,9 @@ class StageContext:
     console: Console
 
 
-@dataclass(frozen=True, slots=True)
-class StageSpec:
-    """One row of the stage table. `version` rises when the stage's results change for the same settings.
-
-    A `parallel` stage runs in every process of `accelerate launch`; the others run in the first while the rest wait.
-    """
-
-    version: int
-    needs: Callable[[Settings], tuple[str, ...]]
-    what: Callable[[Settings], Any]
-    parallel: bool = False
-
-
-def floors(settings: Settings) -> Floors:
-    """Least number of layers per kind, by letter."""
-    return {KIND_LETTERS[kind]: number for kind, number in settings.search.floors.items()}
-
-
-def layer_rules(settings: Settings) -> LayerRules:
-    """What may go when layers are removed."""
-    ceilings = {KIND_LETTERS[kind]: number for kind, number in settings.scoring.ceilings.items() if number is not None}
-    return LayerRules(floors(settings), ceilings, tuple(settings.scoring.protect))
-
-
-def scores_of(score: Result, settings: Settings) -> Any:
-    """The ImportanceScores of a score stage, under the aggregation of the settings."""
-    from minitron.importance.scores import load_scores
-
-    search = settings.search
-    return load_scores(score.folder / SCORES_FILE, tokens=search.aggregate_tokens.name, samples=search.aggregate_samples.name)
-
-
-def base_stage(settings: Settings) -> str:
-    """The stage whose model is cut: the teacher itself, or a base of its own."""
-    return "teacher" if settings.base.path is None else "base"
-
-
-def has_ladder(settings: Settings) -> bool:
-    """Whether finalists are distilled before one is chosen: not without weights, nor where there is one candidate only."""
-    search = settings.search
-    return bool(search.finalists) and search.shortlist_size > 1 and not search.layer_order and not search.fixed.given()
-
-
-def fixed_sizes(settings: Settings, teacher: Architecture) -> dict[str, int | str]:
-    """What `search.fixed` asks for, its file's sizes first and the settings of its own over them; "num_layers" where only the depth is known."""
-    given = settings.search.fixed.given()
-    path = given.pop("file", None)
-    if path is None:
-        return given
-    try:
-        imported = read_export_config(Path(path), teacher)
-    except ValueError as error:
-        raise ValueError(f"search.fixed.file: {error}") from None
-    sizes = {name: value for name, value in imported.sizes.items() if value != getattr(teacher, name)}
-    depth = {"num_layers": imported.num_layers} if imported.pattern is None else {"pattern": imported.pattern}
-    return {**sizes, **depth, **given}
-
-
-def fewest_layers(settings: Settings) -> int:
-    """The depth that layer removal must reach: the smallest option of the search, or the fixed one's."""
-    base = base_architecture(settings)
-    if settings.search.fixed.given():
-        fixed = fixed_sizes(settings, base)
-        return len(fixed["pattern"]) if "pattern" in fixed else fixed.get("num_layers", base.num_layers)
-    return axis_of(settings, "layers", base)[0]
-
-
-def axis_of(settings: Settings, axis: str, teacher: Architecture) -> tuple[int, ...]:
-    """Options of one axis of the search. Bounds up to 1 are shares of the teacher's value, rounded up to whole steps below it."""
-    value, natural = {
-        "layers": (teacher.num_layers, 1),
-        "hidden": (teacher.hidden, 128 if teacher.hidden >= 2048 else 16),
-        "ffn": (teacher.ffn, 64),
-        "mamba_heads": (teacher.mamba_num_heads, teacher.mamba_num_groups),
-        "mamba_channels": (teacher.mamba_head_dim, 8),
-        "attention_heads": (teacher.num_attention_heads, teacher.num_key_value_heads),
-    }[axis]
-    given = getattr(settings.search, axis)
-    step = natural if given.step is None else given.step
-
-    def bound(number: float | None) -> int | None:
-        if number is None or number > 1:
-            return None if number is None else int(number)
-        return value - int(value * (1 - number) + 1e-9) // max(step, 1) * step
-
-    return axis_options(axis, value, given.values, bound(given.low), bound(given.high), step)
-
-
-def file_digest(path: str | Path, setting: str) -> str:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-    except OSError as error:
-        raise ValueError(f"{setting} is {str(path)!r}, which cannot be read: {error.strerror}") from None
-
-
-def _what_data(settings: Settings) -> Any:
-    own = settings.teacher.path is None
-    rows = {name: value for name, value in key_settings(settings.data).items() if name not in SOURCE_SETTINGS}
-    return {**rows, "vocab": settings.data.vocab if own else None, "source": source_identity(settings.data)}
-
-
-def _what_teacher(settings: Settings) -> Any:
-    if settings.teacher.path is None:
-        return {"tiny": key_settings(settings.teacher.tiny), "train": key_settings(settings.teacher.train), "seed": settings.seed}
-    from minitron.checkpoints import Checkpoint
-
-    # The folder too: the result says where the weights lie, and a card names them.
-    folder = teacher_folder(settings)
-    return {"weights": Checkpoint(folder).fingerprint, "folder": str(folder)}
-
-
-def _what_score(settings: Settings) -> Any:
-    return {**key_settings(settings.scoring), "floors": floors(settings), "fewest_layers": fewest_layers(settings)}
-
-
-def _what_base(settings: Settings) -> Any:
-    from minitron.checkpoints import Checkpoint
-
-    folder = Path(settings.base.path)
-    return {"weights": Checkpoint(folder).fingerprint, "folder": str(folder.resolve())}
-
-
-CHOOSING = ("finalists", "select", "loss_within", "weights")  # of the search's settings, those that the shortlist does not know
-
-
-def _what_shortlist(settings: Settings) -> Any:
-    order, fixed = settings.search.layer_order, settings.search.fixed.file
-    return {
-        **{name: value for name, value in key_settings(settings.search).items() if name not in CHOOSING},
-        "layer_order": file_digest(order, "search.layer_order") if order else None,
-        "fixed_file": file_digest(fixed, "search.fixed.file") if fixed else None,
-        "workload": key_settings(settings.workload),
-        "budget": key_settings(settings.budget),
-        "throughput": key_settings(settings.throughput),
-        "teacher": teacher_identity(settings),
-        "tiny": {**key_settings(settings.teacher.tiny), "vocab": settings.data.vocab} if settings.teacher.path is None else None,
-    }
-
-
-def _what_search(settings: Settings) -> Any:
-    return {name: value for name, value in key_settings(settings.search).items() if name in CHOOSING}
-
-
-def _what_cache(settings: Settings) -> Any:
-    return {"top_k": settings.screen.top_k, "tokens": settings.screen.train.tokens}
-
-
-def _what_screen(settings: Settings) -> Any:
-    return {"candidate": settings.candidate, "seed": settings.seed, **key_settings(settings.screen)}
-
-
-def _what_distill(settings: Settings) -> Any:
-    return {**key_settings(settings.distill), "seed": settings.seed}
-
-
-STAGES: Mapping[str, StageSpec] = {
-    # The tiny teacher is trained on the data; a given one brings the tokenizer that the data needs.
-    "data": StageSpec(1, lambda s: () if s.teacher.path is None else ("teacher",), _what_data),
-    "teacher": StageSpec(1, lambda s: ("data",) if s.teacher.path is None else (), _what_teacher),
-    "base": StageSpec(1, lambda s: ("teacher",), _what_base),
-    "score": StageSpec(3, lambda s: ("data", base_stage(s)), _what_score, parallel=True),
-    # A given layer order makes the search plain arithmetic on config.json: no weights, no scores.
-    "shortlist": StageSpec(1, lambda s: () if s.search.layer_order else ("data", base_stage(s), "teacher", "score"), _what_shortlist),
-    "teacher_cache": StageSpec(1, lambda s: ("data", "teacher"), _what_cache),
-    # Once for every finalist, or for settings.candidate alone.
-    "screen": StageSpec(1, lambda s: ("data", base_stage(s), "teacher_cache", "score", "shortlist"), _what_screen),
-    "search": StageSpec(3, lambda s: ("shortlist", "screen") if has_ladder(s) else ("shortlist",), _what_search),
-    "prune": StageSpec(3, lambda s: (base_stage(s), "score", "search"), lambda s: {}),
-    "distill": StageSpec(1, lambda s: ("data", "teacher", "prune"), _what_distill),
-    "evaluate": StageSpec(1, lambda s: ("data", "teacher", "prune", "distill"), lambda s: key_settings(s.evaluate)),
-}
-
-
 def order_of(settings: Settings) -> list[str]:
     """The stored stages to run for `settings.stage`, each after what it needs."""
+    # All there is ends in evaluate; so a stage that nothing needs under these settings is left out.
     wanted = ("evaluate",) if settings.stage is Stage.all else (settings.stage.value,)
     order: list[str] = []
 
@@ -315,7 +137,11 @@ def check_before_work(settings: Settings) -> None:
     from minitron.stages.shortlist import check_search
 
     check_source(settings.data)
-    for name, train in (("teacher.train", settings.teacher.train), ("distill.train", settings.distill.train)):
+    check_sharing(settings.teacher.train.batch, settings.teacher.train.micro_batch, 1)
+    if settings.stage is not Stage.report and "distill" in order_of(settings):
+        check_phases(settings)
+    trains = () if settings.distill.phases else (("distill.train", settings.distill.train),)
+    for name, train in (("teacher.train", settings.teacher.train), *trains):
         least = train.batch * settings.data.sequence_length
         if settings.data.rows is Rows.windows and train.tokens < least and not (name == "teacher.train" and settings.teacher.path is not None):
             raise ValueError(f"{name}.tokens is {train.tokens}; it must be at least one batch, {train.batch} rows of data.sequence_length: {least}")
@@ -328,6 +154,19 @@ def check_before_work(settings: Settings) -> None:
     check_rules(base.pattern, fewest_layers(settings), layer_rules(settings))
     if settings.search.layer_order:
         given_layer_order(settings.search.layer_order, base)
+
+
+def check_phases(settings: Settings) -> None:
+    """Refuse phases whose batches cannot be shared out, or whose rows are longer than the model's positions. Raises ValueError."""
+    for train in settings.distill.trains():
+        check_sharing(train.batch, train.micro_batch, processes.world_size())
+    positions = settings.distill.max_positions or max_positions(settings)
+    for number, phase in enumerate(settings.distill.phases):
+        if phase.sequence_length is not None and phase.sequence_length > positions:
+            raise ValueError(f"distill.phases[{number}].sequence_length is {phase.sequence_length}; it must be at most {positions}, "
+                             "the teacher's max_position_embeddings (or distill.max_positions)")  # fmt: skip
+    for data in rows_to_make(settings).values():
+        check_source(data)
 
 
 def finished_stages(settings: Settings, _console: Console, given: Mapping[str, Result] = MappingProxyType({})) -> Lap:

@@ -30,6 +30,12 @@ def at_least(settings: Any, prefix: str, least: float, *names: str) -> None:
             raise ValueError(f"{prefix}.{name} is {value}; it must be at least {least}")
 
 
+def check_share(name: str, value: float) -> None:
+    """Refuse a share that is none."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}; it must be at least 0 and at most 1")
+
+
 def check_kinds(name: str, numbers: dict[str, int | None]) -> None:
     """Refuse a mapping that names no kind of layer, or a negative number of them."""
     for kind, number in numbers.items():

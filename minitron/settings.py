@@ -4,11 +4,11 @@ A setting is *what* (it changes results and is part of a stage's key) or *how* (
 sizes), marked by `how()`. The checks run when the settings are built, before any work.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 
 from minitron.search_settings import SearchSettings, ThroughputSettings
-from minitron.setting_rules import at_least, check_kinds, how
+from minitron.setting_rules import at_least, check_kinds, check_share, how
 
 
 class Stage(Enum):
@@ -20,6 +20,7 @@ class Stage(Enum):
     screen = "screen"
     search = "search"
     prune = "prune"
+    phase_rows = "phase_rows"
     distill = "distill"
     evaluate = "evaluate"
     report = "report"
@@ -34,6 +35,17 @@ class Rows(Enum):
 class Optimizer(Enum):
     adamw = "adamw"
     muon = "muon"
+
+
+class Schedule(Enum):
+    cosine = "cosine"
+    linear = "linear"
+    wsd = "wsd"
+
+
+class Precision(Enum):
+    float32 = "float32"
+    bf16 = "bf16"
 
 
 class Criterion(Enum):
@@ -68,11 +80,22 @@ class TrainSettings:
     warmup_share: float = 0.05
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    schedule: Schedule = Schedule.cosine
+    decay_share: float = 0.2
+    precision: Precision = Precision.float32
+    skip_not_finite: int = 0
+    micro_batch: int | None = how(None)
+    gradient_checkpointing: bool = how(False)
     save_every_seconds: float = how(60.0)
+    save_every_steps: int | None = how(None)
+    keep_states: int = how(1)
 
     def check(self, name: str) -> None:
         """Refuse values out of range; `name` is where these settings stand, e.g. distill.train."""
-        at_least(self, name, 1, "tokens", "batch")
+        at_least(self, name, 1, "tokens", "batch", "micro_batch", "save_every_steps", "keep_states")
+        at_least(self, name, 0, "skip_not_finite")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"{name}.decay_share is {self.decay_share}; it must be above 0 and at most 1")
         at_least(self, name, 0, "learning_rate", "final_learning_rate_share", "warmup_share", "weight_decay", "save_every_seconds")
         if self.clip_norm <= 0:
             raise ValueError(f"{name}.clip_norm is {self.clip_norm}; it must be above 0")
@@ -113,6 +136,8 @@ class DataSettings:
     dataset_revision: str | None = None
     dataset_split: str = "train"
     text_field: str = "text"
+    messages_field: str | None = None
+    truncated_share: float = 0.0
     max_documents: int | None = None
     rows: Rows = Rows.windows
     sequence_length: int = 256
@@ -125,6 +150,7 @@ class DataSettings:
         at_least(self, "data", 300, "vocab")  # 256 bytes and the special tokens come first
         at_least(self, "data", 1, "max_documents")
         at_least(self, "data", self.sequence_length, "max_train_tokens", "max_heldout_tokens")  # of one row
+        check_share("data.truncated_share", self.truncated_share)
         if self.files and self.dataset:
             raise ValueError(f"data.files and data.dataset ({self.dataset!r}) are both given; one of them must be null")
         for name in ("dataset_config", "dataset_revision"):
@@ -212,14 +238,67 @@ class PruneSettings:
 
 
 @dataclass(kw_only=True, slots=True)
+class SourceSettings:
+    """One source of a blend: the settings of the same names under data, and its share of the rows, in any unit."""
+
+    weight: float = 1.0
+    files: list[str] | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
+    dataset_split: str = "train"
+    text_field: str = "text"
+    messages_field: str | None = None
+    truncated_share: float = 0.0
+
+
+@dataclass(kw_only=True, slots=True)
+class PhaseSettings:
+    """One phase of distillation; what is None is that of distill.train or data."""
+
+    tokens: int = 0
+    sequence_length: int | None = None
+    batch: int | None = None
+    learning_rate: float | None = None
+    final_learning_rate_share: float | None = None
+    warmup_share: float | None = None
+    schedule: Schedule | None = None
+    decay_share: float | None = None
+    micro_batch: int | None = how(None)
+    blend: list[SourceSettings] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, slots=True)
 class DistillSettings:
     temperature: float = 1.0
     train: TrainSettings = field(default_factory=TrainSettings)
+    phases: list[PhaseSettings] = field(default_factory=list)
+    max_positions: int | None = how(None)
+    held_out_every: int | None = how(None)
+    held_out_samples: int = how(32)
 
     def __post_init__(self) -> None:
         self.train.check("distill.train")
+        at_least(self, "distill", 1, "max_positions", "held_out_every", "held_out_samples")
+        for number, phase in enumerate(self.phases):
+            name = f"distill.phases[{number}]"
+            at_least(phase, name, 2, "sequence_length")
+            for source in phase.blend:
+                if not source.weight > 0:
+                    raise ValueError(f"{name}.blend has a source of weight {source.weight}; it must be above 0")
+                check_share(f"{name}.blend truncated_share", source.truncated_share)
+                if bool(source.files) == bool(source.dataset):
+                    raise ValueError(f"{name}.blend has a source with files {source.files} and dataset {source.dataset}; exactly one of them must be given")
+        for number, train in enumerate(self.trains() if self.phases else []):
+            train.check(f"distill.phases[{number}]")
         if self.temperature <= 0:
             raise ValueError(f"distill.temperature is {self.temperature}; it must be above 0")
+
+    def trains(self) -> list[TrainSettings]:
+        """The training settings of every phase; without phases those of the one there is."""
+        names = [f.name for f in fields(PhaseSettings) if f.name not in ("sequence_length", "blend")]
+        given = [{name: getattr(phase, name) for name in names if getattr(phase, name) is not None} for phase in self.phases]
+        return [replace(self.train, **values) for values in given] or [self.train]
 
 
 @dataclass(kw_only=True, slots=True)

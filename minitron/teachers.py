@@ -13,6 +13,7 @@ from minitron.settings import Settings
 _HERE = Path(__file__).resolve().parent
 # Beside the package in a checkout, inside it in an installed wheel.
 CONF_FOLDER = next((folder for folder in (_HERE.parent / "conf", _HERE / "conf") if (folder / "run.yaml").exists()), _HERE.parent / "conf")
+TINY_POSITIONS = 131072  # the tiny teacher's max_position_embeddings
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -48,6 +49,11 @@ def teacher_config(settings: Settings) -> dict:
         named = Path(settings.teacher.config)
         return read_config(named if named.exists() else CONF_FOLDER / named)
     return read_config(_from_hub(settings, "config.json"))
+
+
+def max_positions(settings: Settings) -> int:
+    """Tokens that a sequence may have: `max_position_embeddings`. NemotronH embeds no positions; it is what was trained or promised."""
+    return TINY_POSITIONS if settings.teacher.path is None else int(teacher_config(settings)["max_position_embeddings"])
 
 
 def teacher_identity(settings: Settings) -> str:

@@ -1,10 +1,15 @@
 """Where finished stages keep their models, and what is said of a checkpoint that was given."""
 
 from pathlib import Path
+from typing import Any
 
 from memory_budget.hf_config import architecture_from_config, read_config
-from minitron.pipeline import StageContext, base_stage
+from minitron.derived import base_stage
+from minitron.pipeline import StageContext
+from minitron.settings import Settings
 from minitron.store import Result
+
+SCORES_FILE = "scores.safetensors"
 
 
 def result_model_folder(result: Result) -> Path:
@@ -15,6 +20,14 @@ def result_model_folder(result: Result) -> Path:
 def base_folder(context: StageContext) -> Path:
     """The checkpoint that is cut: the teacher's, or the one of base.path."""
     return result_model_folder(context.inputs[base_stage(context.settings)])
+
+
+def scores_of(score: Result, settings: Settings) -> Any:
+    """The ImportanceScores of a score stage, under the aggregation of the settings."""
+    from minitron.importance.scores import load_scores
+
+    search = settings.search
+    return load_scores(score.folder / SCORES_FILE, tokens=search.aggregate_tokens.name, samples=search.aggregate_samples.name)
 
 
 def given_checkpoint(folder: Path, name: str) -> dict:

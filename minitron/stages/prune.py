@@ -7,14 +7,15 @@ from memory_budget.hf_config import read_config
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import GIB, format_gib
 from minitron.checkpoints import Checkpoint, PlannedTensor, write_weights
+from minitron.derived import base_stage
 from minitron.families import family_of
 from minitron.families.base import Family
-from minitron.pipeline import StageContext, base_stage, scores_of
+from minitron.pipeline import StageContext
 from minitron.pruning.cut import TensorCut, build_pruned, plan_cuts
 from minitron.pruning.plan import PruningPlan, make_plan
 from minitron.publish import check_reload, model_card, write_companions
 from minitron.runtime import available_memory_bytes
-from minitron.stages.models import base_folder
+from minitron.stages.models import base_folder, scores_of
 from minitron.store import write_json
 from minitron.teachers import base_architecture
 

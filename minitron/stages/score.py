@@ -9,6 +9,7 @@ import torch
 
 from memory_budget.hf_config import read_config
 from memory_budget.units import GIB
+from minitron.derived import base_stage, fewest_layers, layer_rules
 from minitron.evaluation import batches_of, spread_rows
 from minitron.families import family_of
 from minitron.importance.activations import measure_width
@@ -16,11 +17,11 @@ from minitron.importance.layers import Block, RoundSums, SweepLimits, measure_ro
 from minitron.importance.placement import PlacedModel, StreamedModel, WholeModel
 from minitron.importance.removal import Removal, rank_iteratively, rank_once
 from minitron.importance.scores import WidthSums, aggregate, load_sums
-from minitron.pipeline import SCORES_FILE, StageContext, base_stage, fewest_layers, layer_rules
+from minitron.pipeline import StageContext
 from minitron.processes import rank, sum_over_processes, world_size
 from minitron.runtime import pick_device
 from minitron.settings import Criterion, Placement
-from minitron.stages.models import base_folder
+from minitron.stages.models import SCORES_FILE, base_folder
 from minitron.store import write_json
 from minitron.teachers import base_architecture
 

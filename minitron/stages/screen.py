@@ -7,19 +7,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill.batches import RowBatches, split_padding
+from distill.batches import RowBatches, count_tokens, split_padding
 from distill.losses import forward_kl_top_k
+from distill.plan import Phase
+from distill.states import remove_states
 from distill.teacher_cache import TeacherCache
-from distill.trainer import STATE_FILE, train
+from distill.trainer import train_phases
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
 from minitron.evaluation import decode_tokens_per_second, held_out_loss, longest_prompt
 from minitron.families import family_of
-from minitron.pipeline import StageContext, scores_of
+from minitron.pipeline import StageContext
 from minitron.pruning.cut import build_pruned
 from minitron.pruning.plan import make_plan
 from minitron.runtime import pick_device
-from minitron.stages.models import base_folder
+from minitron.stages.models import base_folder, scores_of
 from minitron.stages.teacher_cache import CACHE_FOLDER, ROWS_FILE
 from minitron.stages.training import tracked_steps, train_plan
 from minitron.stages.zero_shot import screening_batches
@@ -27,15 +29,11 @@ from minitron.teachers import base_architecture
 from minitron.tracking import Tracker, open_candidate
 
 
-class RowNumbers:
-    """Batches of row numbers [B], in a seeded order: what is learned from a cache is looked up by them."""
-
-    def __init__(self, rows_RT: np.ndarray, batch: int, seed: int):
-        self._numbers = RowBatches(np.arange(len(rows_RT), dtype=np.int32)[:, None], batch, seed)
-        self.tokens_per_step = RowBatches(rows_RT, batch, seed).tokens_per_step
+class RowNumbers(RowBatches):
+    """RowBatches whose batches are row numbers [B]: what is learned from a cache is looked up by them."""
 
     def at(self, step: int) -> torch.Tensor:
-        return self._numbers.at(step)[:, 0]
+        return torch.from_numpy(self.indices(step).copy())
 
 
 def run(context: StageContext) -> dict:
@@ -56,7 +54,7 @@ def run(context: StageContext) -> dict:
         speed = decode_tokens_per_second(student, prompt, settings.screen.new_tokens) if can_decode else None
         facts = {"id": entry["id"], "short_distill_loss": loss, "short_distill_tokens": tokens, "tokens_per_second": speed}
         tracker.summarise({**entry, **facts})
-    (context.folder / STATE_FILE).unlink(missing_ok=True)
+    remove_states(context.folder)
     return {"headline": f"{entry['id']}  {loss:.3f} nats/token after {tokens:,} tokens", **facts}
 
 
@@ -90,10 +88,11 @@ def _distil(context: StageContext, student: nn.Module, device: torch.device, tra
         ids_BT, mask_BT = split_padding(torch.from_numpy(rows[numbers].astype(np.int64)).to(device))
         return forward_kl_top_k(model(ids_BT, use_cache=False).logits, cache.rows(numbers).to(device), mask_BT=mask_BT)
 
-    with tracked_steps(context, settings.candidate, plan, loss_name="KL", tracker=tracker) as on_step:
-        numbers = RowNumbers(rows, settings.screen.train.batch, settings.seed)
+    phase = Phase(RowNumbers(rows, settings.screen.train.batch, settings.seed), plan)
+    with tracked_steps(context, settings.candidate, plan.tokens, loss_name="KL", tracker=tracker) as on_step:
         try:
-            return train(student, numbers, plan, loss, folder=context.folder, on_step=on_step).tokens
+            last = train_phases(student, [phase], loss, folder=context.folder, on_step=on_step, tokens_of=lambda numbers_B: count_tokens(rows[numbers_B]))
+            return last.tokens
         except FloatingPointError as error:
             context.console.say(f"   screen  {settings.candidate}: {error}")
             return None

@@ -11,10 +11,12 @@ from memory_budget.budget import PRESETS, Budget
 from memory_budget.calculator import memory_report
 from memory_budget.units import GIB, format_gib
 from memory_budget.workload import Workload
-from minitron.pipeline import StageContext, axis_of, fixed_sizes, floors, scores_of
+from minitron.derived import axis_of, fixed_sizes, floors
+from minitron.pipeline import StageContext
 from minitron.search_settings import Shortlist
 from minitron.settings import Settings
 from minitron.stages.layer_order import order_and_damage
+from minitron.stages.models import scores_of
 from minitron.teachers import base_architecture
 from nas.candidates import Candidates, enumerate_candidates, enumerate_fitting
 from nas.depth import kept_layers

@@ -1,13 +1,12 @@
 """teacher: check the given checkpoint, or train the tiny one on the data."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import nn
 
 from distill.batches import RowBatches, split_padding
 from distill.losses import next_token_loss
+from distill.states import remove_states
 from distill.trainer import train
 from memory_budget.parameters import count_total_parameters
 from minitron.families.nemotron_h import FAMILY as NEMOTRON_H
@@ -17,7 +16,7 @@ from minitron.runtime import pick_device
 from minitron.stages.models import given_checkpoint
 from minitron.stages.training import tracked_steps, train_plan
 from minitron.store import write_json
-from minitron.teachers import teacher_architecture, teacher_folder
+from minitron.teachers import TINY_POSITIONS, teacher_architecture, teacher_folder
 
 END_OF_TEXT_ID, PAD_ID = 0, 1  # the first two special tokens of the tokenizer trained in data
 TINY_CONFIG = {
@@ -26,7 +25,7 @@ TINY_CONFIG = {
     "bos_token_id": END_OF_TEXT_ID,
     "eos_token_id": END_OF_TEXT_ID,
     "pad_token_id": PAD_ID,
-    "max_position_embeddings": 131072,
+    "max_position_embeddings": TINY_POSITIONS,
     "chunk_size": 32,
     "layer_norm_epsilon": 1e-5,
     "mlp_hidden_act": "relu2",
@@ -61,7 +60,7 @@ def _train_tiny(context: StageContext) -> dict:
     model = NEMOTRON_H.build(config).to(pick_device(settings))
     rows = np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r")
     plan = train_plan(settings.teacher.train)
-    with tracked_steps(context, "training teacher", plan, loss_name="loss") as on_step:
+    with tracked_steps(context, "training teacher", plan.tokens, loss_name="loss") as on_step:
         batches = RowBatches(rows, settings.teacher.train.batch, settings.seed)
         last = train(model, batches, plan, _loss, folder=context.folder, on_step=on_step)
     folder = context.folder / "checkpoint"
@@ -72,7 +71,7 @@ def _train_tiny(context: StageContext) -> dict:
     write_model(folder, NEMOTRON_H, model, config=config, dtypes=dtypes, companions=tokenizer, card=card, max_shard_bytes=2**32)
     write_json(folder / "generation_config.json", {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID, "pad_token_id": PAD_ID})
     check_reload(folder, NEMOTRON_H, model)
-    Path(context.folder / "state.pt").unlink(missing_ok=True)
+    remove_states(context.folder)
     parameters = count_total_parameters(architecture)
     size = f"{parameters:,} parameters, {architecture.num_layers} layers"
     headline = f"tiny NemotronH, {size}, trained on {last.tokens:,} tokens to {last.recent_loss:.2f} nats/token"

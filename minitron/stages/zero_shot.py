@@ -13,11 +13,11 @@ from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
 from minitron.evaluation import batches_of, screening_rows, spread_rows
 from minitron.families import family_of
-from minitron.pipeline import StageContext, scores_of
+from minitron.pipeline import StageContext
 from minitron.pruning.views import SortedTeacher, View
 from minitron.runtime import pick_device
 from minitron.screening import Distance, best_first, measure_batch
-from minitron.stages.models import base_folder, result_model_folder
+from minitron.stages.models import base_folder, result_model_folder, scores_of
 from minitron.teachers import base_architecture
 
 PART_FILE = "zero_shot.partial.jsonl"

@@ -3,7 +3,7 @@
 import pytest
 
 from memory_budget.architecture import Architecture
-from minitron.pipeline import axis_of
+from minitron.derived import axis_of
 from minitron.settings import (
     AxisSettings,
     DataSettings,

@@ -186,7 +186,7 @@ def test_distillation_moved_the_weights_and_lowered_the_kl(walk, summary):
 
 
 def test_nothing_but_finished_results_is_left_in_the_store(walk):
-    assert not list(walk.runs.rglob("*.partial")) and not list(walk.runs.rglob("state.pt"))
+    assert not list(walk.runs.rglob("*.partial")) and not list(walk.runs.rglob("states"))
 
 
 def test_every_stage_says_one_headline(walk):

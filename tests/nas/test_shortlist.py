@@ -6,7 +6,7 @@ import pytest
 from memory_budget.architecture import Architecture
 from memory_budget.workload import Workload
 from nas.candidates import enumerate_candidates
-from nas.shortlist import diversified, largest
+from nas.shortlist import STRATUM, diversified, largest
 from nas.space import SearchSpace
 
 TEACHER = Architecture(
@@ -59,7 +59,7 @@ def by_queues(candidates, retained, size: int) -> list[int]:
     while left and len(rows) < size:
         best = {}
         for row in left:
-            stratum = tuple(int(getattr(candidates, name)[row]) for name in ("num_layers", "hidden", "mamba_num_heads", "mamba_head_dim", "num_attention_heads"))
+            stratum = tuple(int(getattr(candidates, name)[row]) for name in STRATUM)
             best.setdefault(stratum, row)
             depths += [stratum[0]] if stratum[0] not in depths else []
         queues = {depth: [row for (of, *_), row in best.items() if of == depth] for depth in depths}
