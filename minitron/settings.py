@@ -199,8 +199,9 @@ class BudgetSettings:
 
 @dataclass(kw_only=True, slots=True)
 class ScreenSettings:
-    """The short distillation that every finalist gets, from one shared cache of teacher outputs."""
+    """The short distillation that every finalist gets, from one shared cache of teacher outputs or beside the teacher itself."""
 
+    cached: bool = True
     top_k: int = 128
     cache_batch: int = how(8)
     new_tokens: int = 32

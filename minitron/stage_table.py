@@ -108,7 +108,7 @@ STAGES: Mapping[str, StageSpec] = {
     "shortlist": StageSpec(1, lambda s: () if s.search.layer_order else ("data", base_stage(s), "teacher", "score"), _what_shortlist),
     "teacher_cache": StageSpec(1, lambda s: ("data", "teacher"), _what_cache),
     # Once for every finalist, or for settings.candidate alone.
-    "screen": StageSpec(1, lambda s: ("data", base_stage(s), "teacher_cache", "score", "shortlist"), _what_screen),
+    "screen": StageSpec(1, lambda s: ("data", base_stage(s), "teacher_cache" if s.screen.cached else "teacher", "score", "shortlist"), _what_screen),
     "search": StageSpec(3, lambda s: ("shortlist", "screen") if has_ladder(s) else ("shortlist",), _what_search),
     "prune": StageSpec(3, lambda s: (base_stage(s), "score", "search"), lambda s: {}),
     # Only where a phase of distillation wants other rows than the data stage's.

@@ -12,7 +12,7 @@ from distill.losses import forward_kl_top_k
 from distill.plan import Phase
 from distill.states import remove_states
 from distill.teacher_cache import TeacherCache
-from distill.trainer import train_phases
+from distill.trainer import LossFunction, distillation_loss, train_phases
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
 from minitron.evaluation import decode_tokens_per_second, held_out_loss, longest_prompt
@@ -21,8 +21,8 @@ from minitron.pipeline import StageContext
 from minitron.pruning.cut import build_pruned
 from minitron.pruning.plan import make_plan
 from minitron.runtime import pick_device
-from minitron.stages.models import base_folder, scores_of
-from minitron.stages.teacher_cache import CACHE_FOLDER, ROWS_FILE
+from minitron.stages.models import base_folder, result_model_folder, scores_of
+from minitron.stages.teacher_cache import CACHE_FOLDER, screen_rows
 from minitron.stages.training import tracked_steps, train_plan
 from minitron.stages.zero_shot import screening_batches
 from minitron.teachers import base_architecture
@@ -78,21 +78,33 @@ def _cut(context: StageContext, entry: dict, device: torch.device) -> nn.Module:
 
 def _distil(context: StageContext, student: nn.Module, device: torch.device, tracker: Tracker) -> int | None:
     """Trains the student in place; returns the tokens it saw, None where the loss stopped being a number."""
-    settings, cache_result = context.settings, context.inputs["teacher_cache"]
-    rows = np.load(cache_result.folder / ROWS_FILE)
-    cache = TeacherCache(cache_result.folder / CACHE_FOLDER, rows_RT=rows)
-    plan = train_plan(settings.screen.train)
+    settings = context.settings
+    plan, rows = train_plan(settings.screen.train), screen_rows(context)
+    if settings.screen.cached:
+        loss, batches = _cached_loss(context, rows, device), RowNumbers(rows, settings.screen.train.batch, settings.seed)
+    else:
+        folder = result_model_folder(context.inputs["teacher"])
+        loss = distillation_loss(family_of(read_config(folder)).load(folder, device=str(device)), temperature=1.0)
+        batches = RowBatches(rows, settings.screen.train.batch, settings.seed)
+
+    def tokens_of(batch: torch.Tensor) -> int:
+        return count_tokens(rows[batch.cpu()] if settings.screen.cached else batch.cpu().numpy())
+
+    with tracked_steps(context, settings.candidate, plan.tokens, loss_name="KL", tracker=tracker) as on_step:
+        try:
+            return train_phases(student, [Phase(batches, plan)], loss, folder=context.folder, on_step=on_step, tokens_of=tokens_of).tokens
+        except FloatingPointError as error:
+            context.console.say(f"   screen  {settings.candidate}: {error}")
+            return None
+
+
+def _cached_loss(context: StageContext, rows: np.ndarray, device: torch.device) -> LossFunction:
+    """The loss against the teacher's cached outputs, of a model and row numbers [B]."""
+    cache = TeacherCache(context.inputs["teacher_cache"].folder / CACHE_FOLDER, rows_RT=rows)
 
     def loss(model: nn.Module, numbers_B: torch.Tensor) -> torch.Tensor:
         numbers = numbers_B.cpu().numpy()
         ids_BT, mask_BT = split_padding(torch.from_numpy(rows[numbers].astype(np.int64)).to(device))
         return forward_kl_top_k(model(ids_BT, use_cache=False).logits, cache.rows(numbers).to(device), mask_BT=mask_BT)
 
-    phase = Phase(RowNumbers(rows, settings.screen.train.batch, settings.seed), plan)
-    with tracked_steps(context, settings.candidate, plan.tokens, loss_name="KL", tracker=tracker) as on_step:
-        try:
-            last = train_phases(student, [phase], loss, folder=context.folder, on_step=on_step, tokens_of=lambda numbers_B: count_tokens(rows[numbers_B]))
-            return last.tokens
-        except FloatingPointError as error:
-            context.console.say(f"   screen  {settings.candidate}: {error}")
-            return None
+    return loss

@@ -16,16 +16,21 @@ from minitron.pipeline import StageContext
 from minitron.runtime import pick_device
 from minitron.stages.models import result_model_folder
 
-ROWS_FILE, CACHE_FOLDER = "rows.npy", "cache"
+CACHE_FOLDER = "cache"
+
+
+def screen_rows(context: StageContext) -> np.ndarray:
+    """The rows that every finalist learns from, [R, T]: as many train rows, evenly spread, as screen.train.tokens reads once."""
+    train = np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r")
+    return np.ascontiguousarray(spread_rows(train, max(1, math.ceil(context.settings.screen.train.tokens / train.shape[1]))))
 
 
 def run(context: StageContext) -> dict:
-    """Writes rows.npy and cache/ (distill.teacher_cache): as many train rows, evenly spread, as screen.train.tokens reads once."""
+    """Writes cache/ (distill.teacher_cache) of screen_rows."""
     settings, device = context.settings, pick_device(context.settings)
     folder = result_model_folder(context.inputs["teacher"])
     teacher = family_of(read_config(folder)).load(folder, device=str(device)).requires_grad_(False)
-    train = np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r")
-    rows = np.ascontiguousarray(spread_rows(train, max(1, math.ceil(settings.screen.train.tokens / train.shape[1]))))
+    rows = screen_rows(context)
     head = teacher.get_output_embeddings().weight
     k = min(settings.screen.top_k, len(head))
 
@@ -44,7 +49,6 @@ def run(context: StageContext) -> dict:
 
         write_teacher_cache(context.folder / CACHE_FOLDER, rows, teacher=context.inputs["teacher"].key, vocabulary=len(head), k=k,
                             top_k_of_rows=top_k_of_rows, block_rows=settings.screen.cache_batch, on_block=on_block)  # fmt: skip
-    np.save(context.folder / ROWS_FILE, rows)
     size = (context.folder / CACHE_FOLDER / "codes.bin").stat().st_size
     headline = f"top {k} of {len(head):,} tokens at {rows.size:,} positions, {format_gib(size)}, {size / rows.size:.0f} bytes a position"
     return {"headline": headline, "rows": len(rows), "k": k, "bytes": size}

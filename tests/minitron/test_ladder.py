@@ -189,3 +189,13 @@ def test_removed_layers_are_the_teachers(two_laps):
 def test_losses_are_numbers_on_both_laps(two_laps):
     for candidates in (two_laps["candidates"], two_laps["depth_lap"]["candidates"]):
         assert candidates and all(math.isfinite(candidate["zero_shot_loss"]) for candidate in candidates)
+
+
+def test_a_screen_beside_the_teacher_does_as_one_from_its_whole_distribution(door, tmp_path, copied, walk):
+    """At top_k of the whole vocabulary the cache is the distribution, rounded to float16; the top 8 are another thing."""
+    losses = {}
+    for name, settings in {"live": ["screen.cached=false"], "whole": ["screen.top_k=512"], "top 8": ["screen.top_k=8"]}.items():
+        summary = searched(door, tmp_path, *copied, *settings)
+        losses[name] = next(candidate["short_distill_loss"] for candidate in summary["candidates"] if candidate["chosen"])
+    assert losses["whole"] == pytest.approx(losses["live"], abs=2e-4)
+    assert abs(losses["top 8"] - losses["live"]) > 1e-3
