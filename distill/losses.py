@@ -25,6 +25,31 @@ def next_token_loss(logits_BTV: torch.Tensor, rows_BT: torch.Tensor) -> torch.Te
     return F.cross_entropy(logits_BTV[:, :-1].reshape(-1, vocabulary).float(), rows_BT[:, 1:].reshape(-1), ignore_index=PADDING)
 
 
+def next_token_labels(rows_BT: torch.Tensor) -> torch.Tensor:
+    """What each position should predict, int64 [B, T]: the following id; PADDING where there is none."""
+    return F.pad(rows_BT[:, 1:], (0, 1), value=PADDING).long()
+
+
+def hidden_state_loss(
+    student_BTD: torch.Tensor,
+    teacher_BTE: torch.Tensor,
+    projection_ED: torch.Tensor | None = None,
+    *,
+    mask_BT: torch.Tensor | None = None,
+    num_tokens: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean square of projection · student − teacher over the teacher's E channels and the tokens of `mask_BT`, a float32 scalar.
+
+    Summed over tokens and divided by `num_tokens`, the mask's own count when None. Without a projection both are equally wide.
+    Gradients reach student and projection; the teacher gets none (MT1, arXiv 2407.14679, §3, its loss on intermediate states).
+    """
+    if mask_BT is not None:
+        student_BTD, teacher_BTE = student_BTD[mask_BT], teacher_BTE[mask_BT]
+    projected_BTE = student_BTD if projection_ED is None else F.linear(student_BTD, projection_ED)
+    squares_BT = (projected_BTE.float() - teacher_BTE.detach().float()).square().mean(-1)
+    return squares_BT.sum() / (max(squares_BT.numel(), 1) if num_tokens is None else num_tokens)
+
+
 def forward_kl_top_k(student_BTV: torch.Tensor, teacher: TopK, *, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
     """forward_kl at temperature 1 where of the teacher only the top k is known: its other tokens count as one, the student's likewise.
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from distill.batches import PADDING, split_padding
-from distill.losses import forward_kl, forward_kl_top_k, next_token_loss
+from distill.losses import forward_kl, forward_kl_top_k, hidden_state_loss, next_token_loss
 from distill.top_k import top_k_of_logits
 
 
@@ -173,3 +173,35 @@ def test_forward_kl_of_a_top_k_leaves_padding_out(padded):
     expected = sum(loss * length for loss, length in zip(one_by_one, LENGTHS, strict=True)) / sum(LENGTHS)
     assert forward_kl_top_k(student, top_k_of_logits(teacher, 8), mask_BT=mask).item() == pytest.approx(expected, rel=1e-6)
     assert forward_kl_top_k(student, top_k_of_logits(teacher, 8)).item() != pytest.approx(expected, rel=1e-3)
+
+
+# Hidden states.
+
+
+@pytest.fixture
+def hidden() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(student [2, 5, 6], teacher [2, 5, 8], projection [8, 6], mask)."""
+    random = torch.Generator().manual_seed(3)
+    sizes = ((2, 5, 6), (2, 5, 8), (8, 6))
+    return *(torch.randn(size, generator=random) for size in sizes), torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+
+
+def test_hidden_states_are_held_against_the_teachers_through_the_projection(hidden):
+    student, teacher, projection, mask = hidden
+    expected = F.mse_loss((student.double() @ projection.double().T)[mask], teacher.double()[mask])
+    assert hidden_state_loss(student, teacher, projection, mask_BT=mask).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert hidden_state_loss(student, teacher, projection).item() != pytest.approx(expected.item(), rel=1e-3)
+    assert hidden_state_loss(student, teacher, projection, mask_BT=mask, num_tokens=70).item() == pytest.approx(expected.item() / 10, rel=1e-6)
+
+
+def test_hidden_states_that_project_onto_the_teachers_have_no_loss(hidden):
+    student, _, projection, _ = hidden
+    assert hidden_state_loss(student, student).item() == 0.0 == hidden_state_loss(student, F.linear(student, projection), projection).item()
+    assert hidden_state_loss(student, student + 1).item() == pytest.approx(1.0, rel=1e-6)
+
+
+def test_a_loss_of_hidden_states_moves_student_and_projection_and_not_the_teacher(hidden):
+    values = [value.clone().requires_grad_() for value in hidden[:3]]
+    hidden_state_loss(*values, mask_BT=hidden[3]).backward()
+    student, teacher, projection = (value.grad for value in values)
+    assert teacher is None and projection.any() and student[hidden[3]].all(-1).any() and not student[~hidden[3]].any()
