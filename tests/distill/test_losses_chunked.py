@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from distill.batches import PADDING
 from distill.chunked_loss import Head, LossRecipe, LossSums, chunked_loss
@@ -119,6 +121,38 @@ def test_the_size_of_chunks_changes_nothing_but_rounding(heads, chunk_tokens):
     sums, *others = chunked(*heads, chunk_tokens=chunk_tokens)
     for value, other in zip((expected.loss, *gradients), (sums.loss, *others), strict=True):
         assert relative(other, value.double()) < 1e-6
+
+
+class LargestTensor(TorchDispatchMode):
+    """Sees every operation and keeps the number of values of the largest result."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.values = max([self.values, *(value.untyped_storage().nbytes() // value.element_size() for value in tree_leaves(result) if torch.is_tensor(value))])
+        return result
+
+
+def test_the_logits_of_all_tokens_never_exist(heads):
+    with LargestTensor() as seen:
+        chunked(*heads)
+    assert seen.values == VOCABULARY * 32 < 33 * VOCABULARY  # the teacher's matrix
+    with LargestTensor() as seen:
+        chunked(*heads, chunk_tokens=33)
+    assert seen.values == 33 * VOCABULARY
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_logits_that_no_exponential_could_take_give_the_right_loss(recipe):
+    """Probabilities of 1 and of e^-400 on either side; the matrices are the identity, so hidden states are logits."""
+    spread = torch.tensor([[[200.0, -200.0, 0.0, 3.0], [-200.0, 200.0, 1.0, 0.0], [200.0, 199.0, -200.0, -200.0]]])
+    student, teacher, everything = Head(spread, torch.eye(4)), Head(spread.roll(1, -1), torch.eye(4)), torch.ones(1, 3, dtype=torch.bool)
+    labels = torch.tensor([[1, 1, PADDING]])
+    sums, *gradients = chunked(student, teacher, recipe, labels_BT=labels)
+    expected = reference(student, teacher, recipe, everything, labels)
+    assert relative(sums.loss, expected[0]) < 1e-6
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
 # Masks and normalisers.
@@ -280,6 +314,14 @@ def test_a_top_k_mixes_with_a_cross_entropy(heads, rows):
 def test_a_top_k_serves_forward_kl_at_temperature_1_only(heads, recipe):
     with pytest.raises(ValueError, match="a teacher cache holds what forward_kl at temperature 1 needs"):
         chunked(heads[0], top_k_of_logits(logits_of(heads[1]), 4), recipe)
+
+
+def test_a_top_k_stands_a_tail_of_nothing_and_a_student_that_is_sure():
+    student = Head(torch.tensor([[[80.0, 60.0, -40.0, -90.0]]]), torch.eye(4))
+    teacher = top_k_of_logits(torch.tensor([[[200.0, 199.0, -200.0, -200.0]]]), 2)
+    sums, hidden_gradient, _ = chunked(student, teacher)
+    assert relative(sums.loss, forward_kl_top_k(logits_of(student), teacher).double()) < 1e-6
+    assert torch.isfinite(hidden_gradient).all() and hidden_gradient.any()
 
 
 # Bad input.
