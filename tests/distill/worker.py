@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,15 +61,28 @@ def run(folder: Path, plan: dict, *, seed: int = 2, launch: Launch | None = None
     return train_phases(build_model(seed), phases, loss, folder=folder, on_step=on_step, launch=launch)
 
 
-def main(folder: str, plan: dict, stop_at: int | None = None, kill_at: int | None = None, kill_after: float | None = None, full_at: int | None = None) -> None:
-    """Every record goes to folder/steps.jsonl. A SIGTERM comes to the first process in step `stop_at`, a SIGKILL in step `kill_at` or
-    after so many seconds; from step `full_at` on no file may grow beyond 20,000 bytes, as on a disk that is nearly full.
+def kill_later(folder: Path, states: int, seconds: float) -> None:
+    """kill −9 of this process so many seconds after it has saved so many states."""
+
+    def saved() -> int:
+        return max((int(path.name.removeprefix("step-")) for path in folder.glob("states/step-*") if path.name[5:].isdigit()), default=0)
+
+    before = saved()
+    while saved() < before + states:
+        time.sleep(0.001)
+    time.sleep(seconds)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(folder: str, plan: dict, stop_at: int | None = None, kill_at: int | None = None, kill_after: tuple[int, float] | None = None, full_at: int | None = None) -> None:
+    """Every record goes to folder/steps.jsonl. A SIGTERM comes to the first process in step `stop_at`, a SIGKILL in step `kill_at`, or
+    `kill_after` so many states and seconds; from step `full_at` on no file may grow beyond 20,000 bytes, as on a disk that is nearly full.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as minitron.run does
 
     if kill_after is not None:
-        threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        threading.Thread(target=kill_later, args=(Path(folder), *kill_after), daemon=True).start()
 
     def on_step(record: StepRecord) -> None:
         if record.step == full_at:
