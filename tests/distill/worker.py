@@ -74,7 +74,8 @@ def kill_later(folder: Path, states: int, seconds: float) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(folder: str, plan: dict, stop_at: int | None = None, kill_at: int | None = None, kill_after: tuple[int, float] | None = None, full_at: int | None = None) -> None:
+def main(folder: str, plan: dict, stop_at: int | None = None, kill_at: int | None = None, kill_after: tuple[int, float] | None = None,
+         full_at: int | None = None) -> None:  # fmt: skip
     """Every record goes to folder/steps.jsonl. A SIGTERM comes to the first process in step `stop_at`, a SIGKILL in step `kill_at`, or
     `kill_after` so many states and seconds; from step `full_at` on no file may grow beyond 20,000 bytes, as on a disk that is nearly full.
     """
