@@ -5,11 +5,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import torch
 
 from memory_budget.architecture import Architecture
 from minitron.families.base import Dimension, Family, TensorAxes
 from minitron.pruning.plan import PruningPlan
+
+# numpy knows no bf16 and no fp8; moving numbers needs only their size.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +26,36 @@ class TensorCut:
     keep: tuple[torch.Tensor | None, ...]
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
-        for dimension, indices in enumerate(self.keep):
-            if indices is not None:
-                tensor = tensor.index_select(dimension, indices)
-        return tensor
+        return _select(tensor, self.keep)
+
+    def apply_rows(self, rows: torch.Tensor, first: int) -> torch.Tensor:
+        """What stays of a piece of the source, its rows from `first` on. Kept rows must be in ascending order, as in every plan that is made."""
+        kept, *others = self.keep
+        if kept is not None:
+            assert bool((kept[1:] > kept[:-1]).all()), f"kept rows of {self.source} are not in ascending order"
+            begin, end = torch.searchsorted(kept, torch.tensor([first, first + len(rows)])).tolist()
+            kept = kept[begin:end] - first
+        return _select(rows, (kept, *others))
+
+
+def _select(tensor: torch.Tensor, keep: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+    for dimension, indices in enumerate(keep):
+        if indices is None:
+            continue
+        if tensor.device.type == "cpu" and dimension == tensor.ndim - 1:
+            tensor = _take_last(tensor, indices)
+        else:
+            tensor = tensor.index_select(dimension, indices.to(tensor.device))
+    return tensor
+
+
+def _take_last(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """index_select of the last dimension by numpy, four times as fast on bf16 matrices; "clip" is its way without a check of every index."""
+    assert bool(((indices >= 0) & (indices < tensor.shape[-1])).all()), "indices out of range"
+    numbers = tensor.view(_INTEGERS[tensor.itemsize]).numpy()
+    taken = np.empty((*numbers.shape[:-1], len(indices)), numbers.dtype)
+    np.take(numbers, indices.numpy(), axis=-1, out=taken, mode="clip")
+    return torch.from_numpy(taken).view(tensor.dtype)
 
 
 def plan_cuts(family: Family, plan: PruningPlan, shapes: Mapping[str, tuple[int, ...]]) -> list[TensorCut]:
