@@ -7,7 +7,6 @@ import argparse
 import json
 import math
 import resource
-import shutil
 import sys
 import time
 import zlib
@@ -22,7 +21,7 @@ from memory_budget.architecture import Architecture  # noqa: E402
 from memory_budget.hf_config import architecture_from_config, read_config  # noqa: E402
 from memory_budget.parameters import count_total_parameters  # noqa: E402
 from memory_budget.units import GIB  # noqa: E402
-from minitron.checkpoints import PlannedTensor, write_weights  # noqa: E402
+from minitron.checkpoints import PIECE_BYTES, PlannedTensor, write_weights  # noqa: E402
 from minitron.families.nemotron_h import FAMILY  # noqa: E402
 from minitron.pruning.cut import expected_shape, required_names, row_of  # noqa: E402
 from minitron.store import write_json  # noqa: E402
@@ -31,9 +30,9 @@ from minitron.teachers import CONF_FOLDER  # noqa: E402
 PRESETS = {"nano2-12b": CONF_FOLDER / "architectures" / "nemotron-nano-12b-v2-base.json"}
 
 
-def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Weights of a size that keeps activations near 1, bf16; the same for the same name, shape and seed."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+def random_rows(name: str, shape: tuple[int, ...], first: int, seed: int) -> torch.Tensor:
+    """Rows of a tensor from `first` on, `shape` in all, bf16, of a size that keeps activations near 1; the same for the same arguments."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {first}".encode()) + seed)
     if name.endswith("A_log"):
         return torch.log(1 + 15 * torch.rand(shape, generator=generator)).bfloat16()
     if name.endswith("dt_bias"):
@@ -43,6 +42,12 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
         return (1 + 0.1 * torch.randn(shape, generator=generator)).bfloat16()
     scale = 1.0 if name.startswith("embeddings") else math.prod(shape[1:]) ** -0.5
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0, scale, generator=generator)
+
+
+def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> Iterator[torch.Tensor]:
+    """A tensor in pieces."""
+    step = max(1, PIECE_BYTES // (2 * math.prod(shape[1:])))
+    return (random_rows(name, (min(step, shape[0] - first), *shape[1:]), first, seed) for first in range(0, shape[0], step))
 
 
 def planned_tensors(architecture: Architecture, seed: int) -> Iterator[PlannedTensor]:
@@ -59,18 +64,18 @@ def main() -> int:
     options = parser.parse_args()
     config = read_config(PRESETS[options.preset])
     architecture = architecture_from_config(config)
-    needed = 2 * count_total_parameters(architecture)
+    size = 2 * count_total_parameters(architecture)
     options.out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(options.out).free
-    if free < 1.02 * needed and not (options.out / "config.json").exists():
-        print(f"error: --out {options.out} has {free / GIB:.1f} GiB free; {needed / GIB:.1f} GiB are needed", file=sys.stderr)
-        return 2
     started = time.perf_counter()
-    write_weights(options.out, planned_tensors(architecture, options.seed), max_shard_bytes=int(4.5 * GIB))
+    try:
+        write_weights(options.out, planned_tensors(architecture, options.seed), max_shard_bytes=int(4.5 * GIB))
+    except ValueError as error:  # too little room on the disk
+        print(f"error: --out: {error}", file=sys.stderr)
+        return 2
     write_json(options.out / "config.json", FAMILY.hf_config(config, architecture) | {"dtype": "bfloat16"})
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{options.out}: {needed / GIB:.2f} GiB in {seconds:.0f} s, peak resident memory {peak:.2f} GiB")
-    print(json.dumps({"benchmark": "make_teacher", "parameters": needed // 2, "seconds": seconds, "peak_rss_gib": peak}))
+    print(f"{options.out}: {size / GIB:.2f} GiB in {seconds:.0f} s, peak resident memory {peak:.2f} GiB")
+    print(json.dumps({"benchmark": "make_teacher", "parameters": size // 2, "seconds": seconds, "peak_rss_gib": peak}))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints streamed tensor by tensor: never more than one tensor in memory.
+"""Checkpoints streamed piece by piece: a model never has to be in memory, nor has a tensor.
 
 Reading goes through plain file reads, not a memory map, so that what was read does not count as resident
 memory. The safetensors format (header length, JSON header, raw bytes) is written directly because the
@@ -10,12 +10,15 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from memory_budget.units import format_gib
 from minitron.store import write_json
 
 DTYPES = {
@@ -32,6 +35,8 @@ DTYPES = {
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 FINGERPRINT_BYTES = 4096  # of each tensor
+# Large enough for a disk's full rate, small enough that a piece is still in the processor's cache when it is cut and written.
+PIECE_BYTES = 2**24
 # Carried over byte for byte from the teacher's folder, where present.
 COMPANION_FILES = (
     "tokenizer.json",
@@ -79,14 +84,28 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor, in its stored dtype and shape."""
         entry = self.entries[name]
-        if entry.num_bytes == 0:
-            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        buffer = bytearray(entry.num_bytes)
         with open(entry.path, "rb", buffering=0) as file:
             file.seek(entry.offset)
-            if _read_into(file, buffer) != entry.num_bytes:
-                raise ValueError(f"checkpoint {entry.path}: tensor {name} ends early")
-        return torch.frombuffer(buffer, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+            return _read_tensor(file, entry, entry.shape)
+
+    def read_rows(self, name: str, most_bytes: int = PIECE_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
+        """A tensor in pieces of at most so many bytes (at least a row), as (number of the first row, rows); a row is an index of the first dimension."""
+        entry = self.entries[name]
+        rows, *rest = entry.shape
+        step = max(1, most_bytes * rows // max(entry.num_bytes, 1))
+        with open(entry.path, "rb", buffering=0) as file:
+            file.seek(entry.offset)
+            for first in range(0, rows, step):
+                yield first, _read_tensor(file, entry, (min(step, rows - first), *rest))
+
+    def holds(self, tensor: "PlannedTensor") -> bool:
+        """Whether the tensor of that name is the planned one, bit for bit."""
+        entry = self.entries.get(tensor.name)
+        if entry is None or (entry.dtype, entry.shape) != (tensor.dtype, tensor.shape):
+            return False
+        with open(entry.path, "rb", buffering=0) as file:
+            file.seek(entry.offset)
+            return all(same_bits(_read_tensor(file, entry, tuple(piece.shape)), piece) for piece in tensor.pieces())
 
     @property
     def num_parameters(self) -> int:
@@ -109,14 +128,26 @@ class Checkpoint:
         return digest.hexdigest()[:12]
 
 
-def _read_into(file, buffer: bytearray) -> int:
-    view, filled = memoryview(buffer), 0
-    while filled < len(buffer):
+def _read_tensor(file, entry: TensorEntry, shape: tuple[int, ...]) -> torch.Tensor:
+    """The next bytes of a file as a tensor. Raises ValueError where they are not all there."""
+    tensor = torch.empty(shape, dtype=DTYPES[entry.dtype])
+    view, filled = memoryview(_bytes_of(tensor)), 0
+    while filled < len(view):
         count = file.readinto(view[filled:])  # one call gives at most 2 GiB
         if not count:
-            break
+            raise ValueError(f"checkpoint {entry.path}: tensor {entry.name} ends early, {len(view) - filled} bytes are missing")
         filled += count
-    return filled
+    return tensor
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """A contiguous tensor's memory."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equality that takes NaNs of the same bits for equal, and 0 and −0 not."""
+    return one.dtype == other.dtype and one.shape == other.shape and np.array_equal(_bytes_of(one.contiguous()), _bytes_of(other.contiguous()))
 
 
 def _shard_files(folder: Path) -> tuple[list[Path], set[str]]:
@@ -168,32 +199,63 @@ def read_header(path: Path) -> list[TensorEntry]:
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A tensor to write: its file name, dtype code and shape are known before its values are made."""
+    """A tensor to write: its file name, dtype code and shape are known before its values are made.
+
+    `pieces` makes them: one tensor or several that follow each other along the first dimension.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    make: Callable[[], torch.Tensor]
+    pieces: Callable[[], Iterable[torch.Tensor]]
 
     @property
     def num_bytes(self) -> int:
         return int(torch.Size(self.shape).numel()) * DTYPES[self.dtype].itemsize
 
 
-def write_weights(folder: Path, tensors: Iterable[PlannedTensor], *, max_shard_bytes: int, on_tensor: Callable[[int], None] = lambda _: None) -> None:
-    """Write tensors one at a time into as many shards as needed, with an index when there are several.
+class PlannedWeights:
+    """Planned tensors read like those of a Checkpoint that has been written."""
 
-    A shard that is already whole (from an interrupted run of the same plan) is kept. `on_tensor` hears the
-    bytes of every tensor written or kept.
+    def __init__(self, tensors: Iterable[PlannedTensor]):
+        self.entries = {tensor.name: tensor for tensor in tensors}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole tensor, made anew."""
+        return torch.cat(list(self.entries[name].pieces()))
+
+
+def write_weights(folder: Path, tensors: Iterable[PlannedTensor], *, max_shard_bytes: int, on_bytes: Callable[[int], None] = lambda _: None) -> None:
+    """Write tensors piece by piece into as many shards as needed, with an index when there are several.
+
+    A shard that is already whole (from an interrupted run of the same plan) is kept. `on_bytes` hears how many were
+    written or kept. Raises ValueError before anything is written where the disk has too little room.
     """
     shards = _plan_shards(list(tensors), max_shard_bytes)
     names = [SINGLE_FILE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    missing = []
     for file_name, shard in zip(names, shards, strict=True):
-        _write_shard(folder / file_name, shard, on_tensor)
+        if (folder / file_name).exists() and _holds(folder / file_name, shard):  # renamed into place only when whole
+            on_bytes(_num_bytes(shard))
+        else:
+            missing.append((folder / file_name, shard))
+    _check_disk(folder, sum(_num_bytes(shard) for _, shard in missing))
+    for path, shard in missing:
+        _write_shard(path, shard, on_bytes)
     if len(shards) > 1:
         weight_map = {tensor.name: file_name for file_name, shard in zip(names, shards, strict=True) for tensor in shard}
-        total = sum(tensor.num_bytes for shard in shards for tensor in shard)
-        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(map(_num_bytes, shards))}, "weight_map": weight_map})
+
+
+def _num_bytes(shard: list[PlannedTensor]) -> int:
+    return sum(tensor.num_bytes for tensor in shard)
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold. What an interrupted run left half written is overwritten."""
+    free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in folder.glob("*.partial"))
+    if free < needed:
+        raise ValueError(f"{folder} is on a disk with {format_gib(free)} free; the weights to write there need {format_gib(needed)}")
 
 
 def _plan_shards(tensors: list[PlannedTensor], max_shard_bytes: int) -> list[list[PlannedTensor]]:
@@ -207,11 +269,7 @@ def _plan_shards(tensors: list[PlannedTensor], max_shard_bytes: int) -> list[lis
     return shards
 
 
-def _write_shard(path: Path, shard: list[PlannedTensor], on_tensor: Callable[[int], None]) -> None:
-    if path.exists() and _holds(path, shard):  # renamed into place only when whole
-        for tensor in shard:
-            on_tensor(tensor.num_bytes)
-        return
+def _write_shard(path: Path, shard: list[PlannedTensor], on_bytes: Callable[[int], None]) -> None:
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for tensor in shard:
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.num_bytes]}
@@ -219,16 +277,37 @@ def _write_shard(path: Path, shard: list[PlannedTensor], on_tensor: Callable[[in
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for tensor in shard:
-            value = tensor.make()
-            assert tuple(value.shape) == tensor.shape and value.dtype == DTYPES[tensor.dtype], f"{tensor.name} differs from its plan"
-            file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy())
-            on_tensor(tensor.num_bytes)
-        file.flush()
+    with open(partial, "wb", buffering=0) as file:
+        _write_all(file, memoryview(struct.pack("<Q", len(encoded)) + encoded))
+        for piece in _made_ahead(_checked_pieces(shard)):
+            _write_all(file, memoryview(_bytes_of(piece.contiguous())))
+            on_bytes(piece.nbytes)
         os.fsync(file.fileno())
     partial.rename(path)
+
+
+def _write_all(file, view: memoryview) -> None:
+    while len(view):
+        view = view[file.write(view) :]  # one call takes at most 2 GiB
+
+
+def _checked_pieces(shard: list[PlannedTensor]) -> Iterator[torch.Tensor]:
+    for tensor in shard:
+        rows = 0
+        for piece in tensor.pieces():
+            assert piece.dtype == DTYPES[tensor.dtype] and piece.shape[1:] == tensor.shape[1:], f"{tensor.name} differs from its plan"
+            rows += len(piece) if piece.ndim else 1
+            yield piece
+        assert rows == (tensor.shape[0] if tensor.shape else 1), f"{tensor.name} has {rows} rows, not those of its plan"
+
+
+def _made_ahead(pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The same pieces, the next one being made in a thread of its own while one is used."""
+    with ThreadPoolExecutor(max_workers=1) as maker:
+        pending = maker.submit(next, pieces, None)
+        while (piece := pending.result()) is not None:
+            pending = maker.submit(next, pieces, None)
+            yield piece
 
 
 def _holds(path: Path, shard: list[PlannedTensor]) -> bool:
@@ -242,7 +321,7 @@ def save_model_weights(state: dict[str, torch.Tensor], folder: Path, *, max_shar
     for path in (*folder.glob("model*.safetensors"), folder / INDEX_FILE):
         path.unlink(missing_ok=True)
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    planned = [PlannedTensor(name, codes[value.dtype], tuple(value.shape), lambda value=value: value.detach().cpu()) for name, value in state.items()]
+    planned = [PlannedTensor(name, codes[value.dtype], tuple(value.shape), lambda value=value: [value.detach().cpu()]) for name, value in state.items()]
     write_weights(folder, planned, max_shard_bytes=max_shard_bytes)
 
 

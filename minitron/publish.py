@@ -1,6 +1,6 @@
 """Writing a model folder that any runtime loads unchanged, and checking it by reading it back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,11 +10,13 @@ from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import format_gib
-from minitron.checkpoints import Checkpoint, copy_companions, save_model_weights
+from minitron.checkpoints import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, copy_companions, same_bits, save_model_weights
 from minitron.families.base import Family
+from minitron.importance.placement import StreamedModel
 from minitron.store import write_json
 
 CHECK_TOKENS = 48
+LAYER_CHECK_TOKENS = 8
 
 
 def write_model(folder: Path, family: Family, model: nn.Module, *, config: dict, dtypes: Mapping[str, torch.dtype], companions: Path,
@@ -57,6 +59,42 @@ def check_reload(folder: Path, family: Family, model: nn.Module, *, tolerance: f
     if not difference <= tolerance:
         raise RuntimeError(f"{folder}, read back, gives logits that differ by {difference:.2e} of the largest; at most {tolerance:.0e} is rounding")
     return difference
+
+
+@torch.no_grad()
+def check_layer_by_layer(folder: Path, family: Family, planned: Sequence[PlannedTensor], config: dict, *,
+                         on_layer: Callable[[], None] = lambda: None) -> None:  # fmt: skip
+    """check_reload for a model too large for memory: the folder against the tensors and config.json planned for it, a layer at a time.
+
+    Every tensor must be the planned one, bit for bit, and every layer, built as the folder's config.json says, must do to
+    a few tokens what the planned layer does in memory. Two layers of each side are in memory at once, or the output
+    head. Raises RuntimeError where something differs or the logits are not finite.
+    """
+    written, architecture = Checkpoint(folder), architecture_from_config(config)
+    if {name: (entry.dtype, entry.shape) for name, entry in written.entries.items()} != {tensor.name: (tensor.dtype, tensor.shape) for tensor in planned}:
+        raise RuntimeError(f"{folder} holds other tensors than were planned")
+    if architecture_from_config(read_config(folder)) != architecture:
+        raise RuntimeError(f"{folder}/config.json, read back, describes another architecture than was planned")
+    device = torch.device("cpu")
+    found = StreamedModel(family, folder, read_config(folder), architecture, device)
+    expected = StreamedModel(family, folder, config, architecture, device, weights=PlannedWeights(planned))
+    for tensor in planned:  # those that no layer brings, or that a layer converts
+        by_layer = family.canonical_name(tensor.name).startswith("layers.") and DTYPES[tensor.dtype] == found.dtype
+        if not by_layer and not written.holds(tensor):
+            raise RuntimeError(f"{folder}: tensor {tensor.name}, read back, is not what was planned")
+    ids_BT = torch.randint(architecture.vocab, (1, LAYER_CHECK_TOKENS), generator=torch.Generator().manual_seed(0))
+    (hidden_BTD,), layers = found.embed([ids_BT]), range(architecture.num_layers)
+    for (layer, one), (_, other) in zip(found.visit(layers), expected.visit(layers), strict=True):
+        for name, tensor in other.state_dict().items():
+            if not same_bits(one.state_dict()[name], tensor):
+                raise RuntimeError(f"{folder}: tensor {name} of layer {layer}, read back, is not what was planned")
+        before, hidden_BTD = hidden_BTD, one(hidden_BTD)
+        if not torch.equal(hidden_BTD, other(before)):
+            raise RuntimeError(f"{folder}: layer {layer}, read back, does something else to {LAYER_CHECK_TOKENS} tokens than the layer planned")
+        on_layer()
+    with found.open_head() as head:
+        if not torch.isfinite(head.logits(hidden_BTD)).all():
+            raise RuntimeError(f"{folder}, read back, gives logits that are not finite")
 
 
 def model_card(title: str, *, lines: list[str], architecture: Architecture, base: str | None) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 
 from distill.batches import split_padding
 from memory_budget.architecture import Architecture
-from minitron.checkpoints import Checkpoint
+from minitron.checkpoints import Checkpoint, PlannedWeights
 from minitron.families.base import Family
 
 
@@ -76,11 +76,15 @@ class WholeModel:
 
 
 class StreamedModel:
-    """placement=stream: one layer in memory, the next one being read; embeddings and head only while they are used."""
+    """placement=stream: one layer in memory, the next one being read; embeddings and head only while they are used.
 
-    def __init__(self, family: Family, folder: Path, config: Mapping, architecture: Architecture, device: torch.device):
+    `weights` is where tensors are read from, the folder when None.
+    """
+
+    def __init__(self, family: Family, folder: Path, config: Mapping, architecture: Architecture, device: torch.device, *,
+                 weights: PlannedWeights | None = None):  # fmt: skip
         self.family, self.architecture, self.config, self.device = family, architecture, dict(config), device
-        self.checkpoint = Checkpoint(folder)
+        self.checkpoint = weights or Checkpoint(folder)
         self.names = {family.canonical_name(name): name for name in self.checkpoint.entries}
         self.dtype = _model_dtype(self.config, self.checkpoint)
 
@@ -115,7 +119,7 @@ class StreamedModel:
         return module.eval().requires_grad_(False)
 
 
-def _model_dtype(config: Mapping, checkpoint: Checkpoint) -> torch.dtype:
+def _model_dtype(config: Mapping, checkpoint: Checkpoint | PlannedWeights) -> torch.dtype:
     """The dtype that from_pretrained(dtype="auto") gives: config.json's, else that of the first floating point tensor."""
     from minitron.checkpoints import DTYPES
 

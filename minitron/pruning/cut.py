@@ -5,12 +5,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import torch
 from torch import nn
 
 from memory_budget.architecture import Architecture
 from minitron.families.base import Dimension, Family, TensorAxes
 from minitron.pruning.plan import PruningPlan
+
+# numpy knows no bf16 and no fp8; moving numbers needs only their size.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +28,43 @@ class TensorCut:
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
         """What stays of the source: a view where every dimension keeps a run of neighbours, else a copy."""
-        for dimension, indices in enumerate(self.keep):
-            if indices is None:
-                continue
-            tensor = tensor.narrow(dimension, int(indices[0]), len(indices)) if is_run(indices) else tensor.index_select(dimension, indices.to(tensor.device))
-        return tensor
+        return _select(tensor, self.keep)
+
+    def apply_rows(self, rows: torch.Tensor, first: int) -> torch.Tensor:
+        """What stays of a piece of the source, its rows from `first` on. Kept rows must be in ascending order, as in every plan that is made."""
+        kept, *others = self.keep
+        if kept is not None:
+            assert bool((kept[1:] > kept[:-1]).all()), f"kept rows of {self.source} are not in ascending order"
+            begin, end = torch.searchsorted(kept, torch.tensor([first, first + len(rows)])).tolist()
+            kept = kept[begin:end] - first
+        return _select(rows, (kept, *others))
+
+
+def _select(tensor: torch.Tensor, keep: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+    for dimension, indices in enumerate(keep):
+        if indices is None:
+            continue
+        if is_run(indices):
+            tensor = tensor.narrow(dimension, int(indices[0]), len(indices))
+        elif tensor.device.type == "cpu" and dimension == tensor.ndim - 1:
+            tensor = _take_last(tensor, indices)
+        else:
+            tensor = tensor.index_select(dimension, indices.to(tensor.device))
+    return tensor
+
+
+def _take_last(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """index_select of the last dimension by numpy, four times as fast on bf16 matrices; "clip" is its way without a check of every index."""
+    assert bool(((indices >= 0) & (indices < tensor.shape[-1])).all()), "indices out of range"
+    numbers = tensor.view(_INTEGERS[tensor.itemsize]).numpy()
+    taken = np.empty((*numbers.shape[:-1], len(indices)), numbers.dtype)
+    np.take(numbers, indices.numpy(), axis=-1, out=taken, mode="clip")
+    return torch.from_numpy(taken).view(tensor.dtype)
 
 
 def is_run(indices: torch.Tensor) -> bool:
     """Whether indices are neighbours in ascending order."""
-    first = int(indices[0])
-    return torch.equal(indices, torch.arange(first, first + len(indices)))
+    return len(indices) > 0 and torch.equal(indices, torch.arange(int(indices[0]), int(indices[0]) + len(indices)))
 
 
 def plan_cuts(family: Family, plan: PruningPlan, shapes: Mapping[str, tuple[int, ...]]) -> list[TensorCut]:

@@ -2,6 +2,8 @@
 
 import json
 import mmap
+import os
+import shutil
 import struct
 import weakref
 from pathlib import Path
@@ -35,9 +37,10 @@ def random_state(number: int = 6, dtype: torch.dtype = torch.float32, seed: int 
     return {f"tensor_{index}": torch.randn(16, 16, generator=random).to(dtype) for index in range(number)}
 
 
-def planned(state: dict[str, torch.Tensor]) -> list[PlannedTensor]:
+def planned(state: dict[str, torch.Tensor], rows: int = 16) -> list[PlannedTensor]:
+    """Tensors to write, in pieces of so many rows."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    return [PlannedTensor(name, codes[value.dtype], tuple(value.shape), lambda value=value: value) for name, value in state.items()]
+    return [PlannedTensor(name, codes[value.dtype], tuple(value.shape), lambda value=value: value.split(rows)) for name, value in state.items()]
 
 
 def read_all(folder: Path) -> dict[str, torch.Tensor]:
@@ -151,7 +154,7 @@ class Interrupted(Exception):
 
 
 def interrupted_at(state: dict[str, torch.Tensor], name: str) -> list[PlannedTensor]:
-    def stop() -> torch.Tensor:
+    def stop() -> list[torch.Tensor]:
         raise Interrupted
 
     tensors = planned(state)
@@ -183,7 +186,7 @@ def test_a_resumed_write_keeps_whole_shards_and_makes_the_rest(tmp_path):
     made = []
 
     def noted(tensor: PlannedTensor) -> PlannedTensor:
-        return PlannedTensor(tensor.name, tensor.dtype, tensor.shape, lambda: made.append(tensor.name) or tensor.make())
+        return PlannedTensor(tensor.name, tensor.dtype, tensor.shape, lambda: made.append(tensor.name) or tensor.pieces())
 
     write_weights(tmp_path, [noted(tensor) for tensor in planned(state)], max_shard_bytes=2 * KIB)
     assert made == ["tensor_2", "tensor_3", "tensor_4", "tensor_5"]
@@ -208,12 +211,12 @@ def test_weights_in_memory_replace_those_of_an_earlier_attempt(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [SINGLE_FILE]
 
 
-def test_bytes_are_announced_once_for_every_tensor_kept_or_written(tmp_path):
+def test_every_byte_kept_or_written_is_announced_once(tmp_path):
     state, heard = random_state(), []
     with pytest.raises(Interrupted):
         write_weights(tmp_path, interrupted_at(state, "tensor_3"), max_shard_bytes=2 * KIB)
-    write_weights(tmp_path, planned(state), max_shard_bytes=2 * KIB, on_tensor=heard.append)
-    assert heard == [KIB] * 6
+    write_weights(tmp_path, planned(state), max_shard_bytes=2 * KIB, on_bytes=heard.append)
+    assert heard == [2 * KIB] + [KIB] * 4  # the shard kept, then tensor by tensor
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path):
@@ -374,18 +377,94 @@ def test_reading_leaves_no_file_pages_in_memory(tmp_path):
         assert resident_file_bytes() - before > size // 2
 
 
-def test_writing_holds_one_tensor_at_a_time(tmp_path):
+def test_writing_holds_the_piece_written_and_the_next_one(tmp_path):
     alive, most = set(), []
 
-    def make(name: str) -> torch.Tensor:
-        most.append(len(alive))
-        tensor = torch.zeros(16, 16)
-        alive.add(name)
-        weakref.finalize(tensor, alive.discard, name)
-        return tensor
+    def pieces():
+        for number in range(12):
+            most.append(len(alive))
+            piece = torch.zeros(16, 16)
+            alive.add(number)
+            weakref.finalize(piece, alive.discard, number)
+            yield piece
+            del piece
 
-    write_weights(tmp_path, [PlannedTensor(f"t{i}", "F32", (16, 16), lambda i=i: make(f"t{i}")) for i in range(6)], max_shard_bytes=2**30)
-    assert most[0] == 0 and max(most) <= 1  # the one just written
+    write_weights(tmp_path, [PlannedTensor("large", "F32", (12 * 16, 16), pieces)], max_shard_bytes=2**30)
+    assert most[0] == 0 and max(most) <= 2  # before the next is made: one being written, and one that waits
+
+
+# Pieces.
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 100])
+def test_a_tensor_written_in_pieces_is_the_tensor(rows, tmp_path):
+    state = random_state()
+    write_weights(tmp_path, planned(state, rows), max_shard_bytes=2 * KIB)
+    assert_bit_equal(read_all(tmp_path), state)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [[torch.zeros(15, 16)], [torch.zeros(8, 16)] * 3, [torch.zeros(16, 8)] * 2, [torch.zeros(16, 16, dtype=torch.float64)], []],
+    ids=["too few rows", "too many rows", "narrow", "dtype", "none"],
+)
+def test_pieces_that_differ_from_the_plan_are_our_mistake(pieces, tmp_path):
+    with pytest.raises(AssertionError, match="tensor_0"):
+        write_weights(tmp_path, [PlannedTensor("tensor_0", "F32", (16, 16), lambda: pieces)], max_shard_bytes=2**30)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("most_bytes", [1, 64, 100, 200, 10**6])
+def test_rows_read_one_after_the_other_are_the_tensor(most_bytes, tmp_path):
+    state = {"matrix": torch.randn(7, 16), "vector": torch.randn(33), "empty": torch.zeros(0, 4), "three": torch.randn(5, 1, 4)}
+    save_model_weights(state, tmp_path, max_shard_bytes=2**30)
+    checkpoint = Checkpoint(tmp_path)
+    for name, tensor in state.items():
+        pieces = list(checkpoint.read_rows(name, most_bytes))
+        assert [first for first, _ in pieces] == [sum(len(rows) for _, rows in pieces[:number]) for number in range(len(pieces))]
+        assert all(len(rows) == 1 or rows.nbytes <= most_bytes for _, rows in pieces)
+        assert torch.equal(torch.cat([tensor[:0], *(rows for _, rows in pieces)]), tensor)
+
+
+def test_a_planned_tensor_is_held_only_bit_for_bit(tmp_path):
+    state = {"a": torch.tensor([[0.0, float("nan")], [1.0, 2.0]])}
+    write_weights(tmp_path, planned(state), max_shard_bytes=2**30)
+    checkpoint = Checkpoint(tmp_path)
+    assert all(checkpoint.holds(planned(state, rows)[0]) for rows in (1, 2))
+    others = {"a": torch.tensor([[-0.0, float("nan")], [1.0, 2.0]])}, {"b": state["a"]}, {"a": state["a"].double()}, {"a": state["a"].flatten()}
+    assert not any(checkpoint.holds(planned(other)[0]) for other in others)
+
+
+# Room on the disk.
+
+
+def too_large(folder: Path) -> int:
+    """Rows of 1 MiB that the whole disk would not hold."""
+    return 2 * shutil.disk_usage(folder).total // 2**20
+
+
+def never() -> list[torch.Tensor]:
+    raise AssertionError("nothing should have been made")
+
+
+def test_weights_that_the_disk_cannot_hold_are_refused_before_any_is_made(tmp_path):
+    huge = PlannedTensor("huge", "U8", (too_large(tmp_path), 2**20), never)
+    with pytest.raises(ValueError, match=r"is on a disk with [\d.,]+ GiB free; the weights to write there need [\d.,]+ GiB$"):
+        write_weights(tmp_path, [*planned(random_state()), huge], max_shard_bytes=2 * KIB)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_that_is_already_there_needs_no_room(tmp_path):
+    huge, small = PlannedTensor("huge", "U8", (too_large(tmp_path), 2**20), never), planned(random_state(1))
+    header = json.dumps({"huge": {"dtype": "U8", "shape": list(huge.shape), "data_offsets": [0, huge.num_bytes]}}).encode()
+    path = tmp_path / "model-00001-of-00002.safetensors"
+    write_header(path, header)
+    try:
+        os.truncate(path, path.stat().st_size + huge.num_bytes)  # a hole: whole by its length, without blocks on the disk
+    except OSError:
+        pytest.skip("this file system has no files larger than itself")
+    write_weights(tmp_path, [huge, *small], max_shard_bytes=2 * KIB)
+    assert Checkpoint(tmp_path).entries.keys() == {"huge", "tensor_0"}
 
 
 def test_companion_files_are_carried_over_byte_for_byte(tmp_path):

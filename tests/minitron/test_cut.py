@@ -16,7 +16,7 @@ from minitron.checkpoints import Checkpoint, write_weights
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_CHANNEL, MAMBA_HEAD
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.scores import ImportanceScores
-from minitron.pruning.cut import build_pruned, check_tensors, cut_state, expected_shape, plan_cuts, required_names, row_of
+from minitron.pruning.cut import TensorCut, build_pruned, check_tensors, cut_state, expected_shape, plan_cuts, required_names, row_of
 from minitron.pruning.plan import PruningPlan, check_is_cut, make_plan, subsequence_layers, top, top_per_group
 from minitron.stages.prune import planned_tensors
 from minitron.teachers import CONF_FOLDER
@@ -248,8 +248,37 @@ def test_the_streamed_cut_is_the_cut_in_memory(tmp_path, teacher, tiny, config_o
     student, layers = random_students(tiny, 1, seed=3)[0]
     plan = make_plan(tiny, student, layers, random_scores(tiny))
     in_memory = cut_state(FAMILY, plan, teacher.state_dict())
-    streamed = {FAMILY.canonical_name(tensor.name): tensor.make() for tensor in planned_tensors(FAMILY, plan, source)}
+    streamed = {FAMILY.canonical_name(tensor.name): torch.cat(list(tensor.pieces())) for tensor in planned_tensors(FAMILY, plan, source)}
     assert streamed.keys() == in_memory.keys() and all(torch.equal(streamed[name], in_memory[name]) for name in streamed)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 50])
+def test_a_tensor_cut_in_pieces_is_the_tensor_cut_whole(rows, teacher, tiny):
+    student, layers = replace(tiny, hidden=24, ffn=40, mamba_num_heads=4), tuple(range(9))
+    state = {FAMILY.canonical_name(name): tensor for name, tensor in teacher.state_dict().items()}
+    cuts = plan_cuts(FAMILY, make_plan(tiny, student, layers, random_scores(tiny)), {name: tuple(tensor.shape) for name, tensor in state.items()})
+    for cut in cuts:
+        pieces = [cut.apply_rows(piece, rows * number) for number, piece in enumerate(state[cut.source].split(rows))]
+        assert torch.equal(torch.cat(pieces), cut.apply(state[cut.source]))
+
+
+def test_kept_rows_out_of_order_cannot_be_cut_in_pieces(teacher, tiny, keep_all):
+    order = tuple(reversed(range(tiny.hidden)))
+    shapes = {FAMILY.canonical_name(name): tuple(tensor.shape) for name, tensor in teacher.state_dict().items()}
+    cut = next(cut for cut in plan_cuts(FAMILY, keep_all(hidden={-1: order}), shapes) if cut.source == "norm_f.weight")
+    with pytest.raises(AssertionError, match="ascending"):
+        cut.apply_rows(teacher.model.norm_f.weight.detach(), 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool], ids=str)
+def test_columns_of_every_dtype_are_those_asked_for(dtype):
+    matrix = (torch.randn(6, 9, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    cut = TensorCut("source", "target", (6, 4), (None, torch.tensor([8, 0, 3, 3])))
+    expected = torch.stack([matrix.float()[:, column] for column in (8, 0, 3, 3)], dim=1)
+    assert torch.equal(cut.apply(matrix).float(), expected)
+    assert torch.equal(cut.apply(matrix.t().contiguous().t()).float(), expected)  # whatever its strides
+    with pytest.raises(AssertionError, match="out of range"):
+        TensorCut("source", "target", (6, 1), (None, torch.tensor([9]))).apply(matrix)
 
 
 def test_random_students_run(teacher, tiny, config_of, logits_of):

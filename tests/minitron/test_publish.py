@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from memory_budget.hf_config import read_config
 from memory_budget.parameters import count_total_parameters
-from minitron.checkpoints import SINGLE_FILE, Checkpoint, save_model_weights, write_json
+from minitron.checkpoints import SINGLE_FILE, Checkpoint, PlannedTensor, save_model_weights, write_json
 from minitron.families.nemotron_h import FAMILY
-from minitron.publish import check_reload, model_card, write_model
+from minitron.publish import check_layer_by_layer, check_reload, model_card, write_model
 
 COMPANIONS = {
     "tokenizer.json": b'{"version":  "1.0",\r\n "added_tokens": []}',
@@ -111,6 +111,68 @@ def test_every_tensor_is_stored_in_the_dtype_asked_for(tmp_path, companions, tea
     write_model(tmp_path, FAMILY, teacher, config=config_of(tiny), dtypes=dtypes, companions=companions, card="", max_shard_bytes=2**30)
     stored = {FAMILY.canonical_name(name): entry.dtype for name, entry in Checkpoint(tmp_path).entries.items()}
     assert stored == {name: "F32" if name.endswith(("A_log", "dt_bias")) else "BF16" for name in names}
+
+
+# Layer by layer.
+
+
+@pytest.fixture
+def planned(teacher) -> list[PlannedTensor]:
+    """The tensors of the shared teacher, as a plan to write them."""
+    return [PlannedTensor(FAMILY.file_name(FAMILY.canonical_name(name)), "F32", tuple(tensor.shape), lambda tensor=tensor: [tensor])
+            for name, tensor in teacher.state_dict().items()]  # fmt: skip
+
+
+def test_what_was_written_is_equal_layer_by_layer(written, planned, config_of, tiny):
+    layers = []
+    check_layer_by_layer(written, FAMILY, planned, config_of(tiny), on_layer=lambda: layers.append(None))
+    assert len(layers) == tiny.num_layers
+
+
+def test_weights_in_the_dtype_of_config_json_are_equal_layer_by_layer(tmp_path, teacher, tiny, config_of, write_checkpoint):
+    write_checkpoint(tmp_path, teacher, config_of(tiny), dtype=torch.bfloat16, max_shard_bytes=20_000)
+    checkpoint = Checkpoint(tmp_path)
+    planned = [PlannedTensor(entry.name, "BF16", entry.shape, lambda name=entry.name: [checkpoint.read(name)]) for entry in checkpoint.entries.values()]
+    check_layer_by_layer(tmp_path, FAMILY, planned, read_config(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["embeddings.weight", "layers.0.mixer.A_log", "layers.3.mixer.k_proj.weight", "norm_f.weight", "lm_head.weight"])
+@pytest.mark.parametrize("torch_dtype", ["float32", "bfloat16"])
+def test_one_altered_number_is_noticed_layer_by_layer(name, torch_dtype, written, planned, config_of, tiny):
+    """Also where the layers would be converted to another dtype, in which the number is the same."""
+    config = config_of(tiny) | {"torch_dtype": torch_dtype}
+    write_json(written / "config.json", config)
+    overwrite(written, lambda state: state[f"backbone.{name}" if name != "lm_head.weight" else name].view(-1)[-1:].mul_(1 + 2**-20))
+    with pytest.raises(RuntimeError, match="read back, is not what was planned"):
+        check_layer_by_layer(written, FAMILY, planned, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"layer_norm_epsilon": 1e-3}, "does something else to 8 tokens"), ({"mlp_hidden_act": "silu"}, "does something else to 8 tokens"),
+     ({"num_attention_heads": 4}, "another architecture")],
+    ids=["epsilon", "activation", "heads"],
+)  # fmt: skip
+def test_another_config_is_noticed_layer_by_layer(change, said, written, planned, config_of, tiny):
+    write_json(written / "config.json", read_config(written) | change)
+    with pytest.raises(RuntimeError, match=said):
+        check_layer_by_layer(written, FAMILY, planned, config_of(tiny))
+
+
+def test_a_lost_head_is_noticed_layer_by_layer(written, planned, config_of, tiny):
+    overwrite(written, lambda state: state.pop("lm_head.weight"))
+    with pytest.raises(RuntimeError, match="other tensors than were planned"):
+        check_layer_by_layer(written, FAMILY, planned, config_of(tiny))
+
+
+def test_logits_that_are_not_finite_are_noticed_layer_by_layer(tmp_path, build_model, tiny, config_of, write_checkpoint):
+    model = build_model()
+    model.model.norm_f.weight.data.fill_(math.inf)
+    write_checkpoint(tmp_path, model, config_of(tiny))
+    checkpoint = Checkpoint(tmp_path)
+    planned = [PlannedTensor(entry.name, "F32", entry.shape, lambda name=entry.name: [checkpoint.read(name)]) for entry in checkpoint.entries.values()]
+    with pytest.raises(RuntimeError, match="not finite"):
+        check_layer_by_layer(tmp_path, FAMILY, planned, config_of(tiny))
 
 
 def test_companion_files_are_carried_over_byte_for_byte(written):
