@@ -15,16 +15,15 @@ import torch
 from torch import nn
 
 from distill.batches import RowBatches, split_padding
-from distill.engine import Engine, open_engine, place_teacher
+from distill.chunked_loss import LossRecipe
+from distill.engine import Engine, open_engine
 from distill.launch import Launch
-from distill.losses import forward_kl, next_token_loss
+from distill.objectives import LossFunction, distillation_loss
 from distill.plan import HOW, Phase, StepRecord, TrainPlan
 from distill.schedule import learning_rate
 from distill.sharing import check_sharing, micro_batches
 from distill.states import BEST, newest_state, restore_state, save_state
 
-# Of a model and rows [B, T] that may end in padding: the mean loss per token, alone or as "loss" among further means to watch.
-LossFunction = Callable[[nn.Module, torch.Tensor], torch.Tensor | dict[str, torch.Tensor]]
 SINGLE = Launch()
 
 
@@ -36,27 +35,10 @@ class HeldOut:
     every_steps: int
 
 
-def distill(teacher: nn.Module, student: nn.Module, batches: RowBatches, plan: TrainPlan, *, temperature: float, folder: Path,
-            on_step: Callable[[StepRecord], None]) -> StepRecord:  # fmt: skip
-    """Train the student to the teacher's distribution by forward KL on logits alone (MT1, arXiv 2407.14679, §3)."""
-    return train(student, batches, plan, distillation_loss(teacher, temperature=temperature), folder=folder, on_step=on_step)
-
-
-def distillation_loss(teacher: nn.Module, *, temperature: float, launch: Launch = SINGLE) -> LossFunction:
-    """The loss against a frozen teacher: forward KL, and beside it cross-entropy and how often the likeliest tokens agree."""
-    placed = place_teacher(launch, teacher)
-
-    def loss(model: nn.Module, rows_BT: torch.Tensor) -> dict[str, torch.Tensor]:
-        ids_BT, mask_BT = split_padding(rows_BT)
-        with torch.no_grad():
-            teacher_BTV = placed(lambda teacher, ids_BT: teacher(ids_BT, use_cache=False).logits, ids_BT)
-        student_BTV = model(ids_BT, use_cache=False).logits
-        kl = forward_kl(student_BTV, teacher_BTV, temperature=temperature, mask_BT=mask_BT)
-        with torch.no_grad():
-            agreement = (student_BTV.argmax(-1) == teacher_BTV.argmax(-1))[mask_BT].float().mean()
-            return {"loss": kl, "cross_entropy": next_token_loss(student_BTV, rows_BT), "top1_agreement": agreement}
-
-    return loss
+def distill(teacher: nn.Module, student: nn.Module, batches: RowBatches, plan: TrainPlan, *, folder: Path, on_step: Callable[[StepRecord], None],
+            recipe: LossRecipe | None = None) -> StepRecord:  # fmt: skip
+    """Train the student to the teacher's distribution, by forward KL on logits alone unless a recipe says otherwise (MT1, arXiv 2407.14679, §3)."""
+    return train(student, batches, plan, distillation_loss(teacher, recipe), folder=folder, on_step=on_step)
 
 
 def real_tokens(rows_BT: torch.Tensor) -> int:

@@ -51,6 +51,8 @@ class Zero(Engine):
             raise ValueError(f"train.optimizer is {self.plan.optimizer}; under DeepSpeed it must be adamw")
         (optimizer,) = build_optimizers(caller.model, self.plan)
         self.deepspeed, *_ = load_deepspeed().initialize(model=caller, optimizer=optimizer, config=_config(self.launch.engine, self.plan))
+        if self.launch.is_sharded:
+            _keep_output_matrix(caller)
         self.zero = self.deepspeed.optimizer
         self.optimizers = [self.zero.optimizer]
         return self.deepspeed
@@ -158,7 +160,13 @@ def place_in_slices(caller: Caller) -> nn.Module:
     bf16 = next(caller.parameters()).dtype == torch.bfloat16
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": bf16}, "steps_per_print": 2**31}
     placed, *_ = load_deepspeed().initialize(model=caller, config=config)
+    _keep_output_matrix(caller)
     return placed
+
+
+def _keep_output_matrix(caller: Caller) -> None:
+    """Have the output matrix whole throughout the caller's forward and backward: losses use it without its module."""
+    load_deepspeed().zero.register_external_parameter(caller, caller.model.get_output_embeddings().weight)
 
 
 def _config(engine: str, plan: TrainPlan) -> dict:

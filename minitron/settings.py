@@ -48,6 +48,12 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class Divergence(Enum):
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jsd = "jsd"
+
+
 class Criterion(Enum):
     iterative_mse = "iterative_mse"
     iterative_kl = "iterative_kl"
@@ -270,8 +276,23 @@ class PhaseSettings:
 
 
 @dataclass(kw_only=True, slots=True)
+class LossSettings:
+    """What a student is trained for: distill.chunked_loss.LossRecipe."""
+
+    divergence: Divergence = Divergence.forward_kl
+    beta: float = 0.5
+    cross_entropy_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < 1:
+            raise ValueError(f"distill.loss.beta is {self.beta}; it must be above 0 (forward_kl's) and below 1 (reverse_kl's)")
+        check_share("distill.loss.cross_entropy_weight", self.cross_entropy_weight)
+
+
+@dataclass(kw_only=True, slots=True)
 class DistillSettings:
     temperature: float = 1.0
+    loss: LossSettings = field(default_factory=LossSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     phases: list[PhaseSettings] = field(default_factory=list)
     max_positions: int | None = how(None)

@@ -113,6 +113,6 @@ STAGES: Mapping[str, StageSpec] = {
     "prune": StageSpec(3, lambda s: (base_stage(s), "score", "search"), lambda s: {}),
     # Only where a phase of distillation wants other rows than the data stage's.
     "phase_rows": StageSpec(1, lambda s: ("data", "teacher"), _what_phase_rows),
-    "distill": StageSpec(2, lambda s: ("data", "teacher", "prune", *(("phase_rows",) if rows_to_make(s) else ())), _what_distill, parallel=True),
+    "distill": StageSpec(3, lambda s: ("data", "teacher", "prune", *(("phase_rows",) if rows_to_make(s) else ())), _what_distill, parallel=True),
     "evaluate": StageSpec(1, lambda s: ("data", "teacher", "prune", "distill"), lambda s: key_settings(s.evaluate)),
 }

@@ -140,11 +140,11 @@ def _importance(score: Result) -> dict[str, Any]:
 
 
 def _curves(results: Mapping[str, Result]) -> dict[str, Any]:
-    """Training loss of a teacher trained here and KL of the distillation, in nats per token, by tokens seen."""
+    """Training loss of a teacher trained here and KL of the distillation, in nats per token, by tokens seen; no curve of a loss that is no KL."""
     curves = {}
     for name, stage, value in (("teacher", "teacher", "loss_nats_per_token"), ("distillation", "distill", "kl_nats_per_token")):
         path = results[stage].folder / METRICS_FILE if stage in results else None
-        if path is not None and path.exists():
+        if path is not None and path.exists() and results[stage].facts.get("final_kl_nats_per_token", 0.0) is not None:
             steps = [json.loads(line) for line in path.read_text().splitlines()]
             curves[name] = thinned_curve([(step["tokens"], step["loss"]) for step in steps], value)
     return curves

@@ -1,11 +1,12 @@
 """What distillation will hold in each process, counted from the two architectures before anything is loaded.
 
-Weights, gradients, optimiser and teacher are exact counts of numbers. Activations are an estimate: the tensors that the
-modules' backward passes keep, named below. Not counted: the allocator's own share, and buffers of communication.
+Weights, gradients, optimiser and teacher are exact counts of numbers. Activations and loss are estimates: the tensors that the
+modules' backward passes keep and those of the chunked loss, named below. Not counted: the allocator's own share, and buffers of communication.
 """
 
 from dataclasses import dataclass, fields
 
+from distill.chunked_loss import CHUNK_VALUES
 from distill.launch import Launch
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_parameters, count_total_parameters, layer_parameters
@@ -27,6 +28,7 @@ class TrainingMemory:
     teacher: int
     gathered: int
     activations: int
+    loss: int
 
     @property
     def total(self) -> int:
@@ -39,7 +41,7 @@ class TrainingMemory:
 
 
 def training_memory(student: Architecture, teacher: Architecture, train: TrainSettings, launch: Launch, *, sequence_length: int,
-                    teacher_bytes_per_number: int) -> TrainingMemory:  # fmt: skip
+                    teacher_bytes_per_number: int, on_gpu: bool) -> TrainingMemory:  # fmt: skip
     """The plan of one phase under a launch.
 
     DeepSpeed keeps, beside the weights that compute, a float32 copy of its slice of them (ZeRO, arXiv 1910.02054, §5).
@@ -58,6 +60,7 @@ def training_memory(student: Architecture, teacher: Architecture, train: TrainSe
         teacher=teacher_bytes_per_number * count_total_parameters(teacher) // weight_slices,
         gathered=computing * _gathered(student) + teacher_bytes_per_number * _gathered(teacher) if launch.is_sharded else 0,
         activations=rows * sequence_length * activation_bytes_per_token(student, train),
+        loss=loss_bytes(student, teacher, rows * sequence_length, on_gpu=on_gpu),
     )
 
 
@@ -81,11 +84,22 @@ def _layer_numbers(model: Architecture, letter: str) -> int:
 
 
 def activation_bytes_per_token(student: Architecture, train: TrainSettings) -> int:
-    """What forward keeps for backward. Logits: the student's and their log-probabilities and gradient, the teacher's and theirs, float32."""
+    """What forward keeps for backward, up to the last hidden states."""
     width = BF16 if train.precision is Precision.bf16 else FLOAT32
     kept = [_layer_activations(student, letter) for letter in student.pattern]
     layers = len(kept) * student.hidden + max(kept, default=0) if train.gradient_checkpointing else sum(kept)
-    return layers * width + 5 * student.vocab * FLOAT32
+    return layers * width
+
+
+def loss_bytes(student: Architecture, teacher: Architecture, tokens: int, *, on_gpu: bool) -> int:
+    """What the chunked loss of so many tokens at once holds, float32.
+
+    Of one chunk the logits of student and teacher; on a GPU also the divergence's scratch and the cross-entropy's gradient, which a
+    CPU makes for a few rows at a time. Of all tokens the hidden states of both and the student's gradient; the output matrix's
+    gradient, beside the one it is added to.
+    """
+    chunk = min(tokens, max(1, CHUNK_VALUES // student.vocab)) * student.vocab
+    return FLOAT32 * ((4 if on_gpu else 2) * chunk + tokens * (2 * student.hidden + teacher.hidden) + student.vocab * student.hidden)
 
 
 def _layer_activations(model: Architecture, letter: str) -> int:

@@ -4,10 +4,12 @@ import numpy as np
 import torch
 
 from distill.batches import BlendBatches, RowBatches
+from distill.chunked_loss import LossRecipe
 from distill.launch import Launch, read_launch
+from distill.objectives import distillation_loss
 from distill.plan import Phase, StepRecord
 from distill.states import load_weights, newest_state, remove_states
-from distill.trainer import HeldOut, distillation_loss, train_phases
+from distill.trainer import HeldOut, train_phases
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
@@ -19,6 +21,7 @@ from minitron.families.base import Family
 from minitron.pipeline import StageContext
 from minitron.publish import check_reload, model_card, write_model
 from minitron.runtime import pick_device, process_memory_bytes
+from minitron.settings import DistillSettings
 from minitron.stages.models import result_model_folder
 from minitron.stages.training import tracked_steps, train_plan
 from minitron.teachers import teacher_architecture
@@ -34,22 +37,35 @@ def run(context: StageContext) -> dict:
     family, device = family_of(config), str(pick_device(settings))
     phases = _phases(context)
     _check_memory(context, config, launch)
-    loss = distillation_loss(family.load(teacher_folder, device=device), temperature=settings.distill.temperature, launch=launch)
+    recipe = loss_recipe(settings.distill)
+    loss = distillation_loss(family.load(teacher_folder, device=device), recipe, launch=launch)
     student = family.load(pruned_folder, dtype=torch.float32, device=device)
     tokens = sum(phase.num_steps * phase.batches.tokens_per_step for phase in phases)
-    with tracked_steps(context, "distilling", tokens, loss_name="KL") as on_step:
+    with tracked_steps(context, "distilling", tokens, loss_name=_loss_name(recipe)) as on_step:
         last = train_phases(student, phases, loss, folder=context.folder, on_step=on_step, launch=launch, held_out=_held_out(context))
     if launch.rank > 0:
         return {}
     _write_student(context, family, config, last)
     remove_states(context.folder)
-    headline = f"{last.tokens:,} tokens, {last.step + 1:,} steps, KL {last.recent_loss:.3f} nats/token at the end"
-    facts = {"tokens": last.tokens, "steps": last.step + 1, "seconds": round(last.seconds, 3), "final_kl_nats_per_token": last.recent_loss}
+    headline = f"{last.tokens:,} tokens, {last.step + 1:,} steps, {_loss_name(recipe)} {last.recent_loss:.3f} nats/token at the end"
+    kl = last.recent_loss if _loss_name(recipe) == "KL" else None
+    facts = {"tokens": last.tokens, "steps": last.step + 1, "seconds": round(last.seconds, 3), "final_kl_nats_per_token": kl}
     return {"headline": headline, "path": "checkpoint", "name": _name(context), **facts}
 
 
 def _name(context: StageContext) -> str:
     return f"{context.inputs['teacher'].facts['name']}, pruned and distilled"
+
+
+def loss_recipe(settings: DistillSettings) -> LossRecipe:
+    """The settings as distill knows them."""
+    loss = settings.loss
+    return LossRecipe(loss.divergence.value, loss.beta, settings.temperature, loss.cross_entropy_weight)
+
+
+def _loss_name(recipe: LossRecipe) -> str:
+    """KL where the loss is that and nothing else; what is mixed or scaled is no measure of the student."""
+    return "KL" if recipe == LossRecipe(beta=recipe.beta) else "loss"
 
 
 def _check_memory(context: StageContext, config: dict, launch: Launch) -> None:
@@ -58,7 +74,8 @@ def _check_memory(context: StageContext, config: dict, launch: Launch) -> None:
     stored = Checkpoint(result_model_folder(context.inputs["teacher"])).entries.values()
     width = max(DTYPES[entry.dtype].itemsize for entry in stored)
     lengths = [parts[0].data.sequence_length for parts in phase_parts(settings)]
-    plans = [training_memory(architecture_from_config(config), teacher, train, launch, sequence_length=length, teacher_bytes_per_number=width)
+    on_gpu = pick_device(settings).type == "cuda"
+    plans = [training_memory(architecture_from_config(config), teacher, train, launch, sequence_length=length, teacher_bytes_per_number=width, on_gpu=on_gpu)
              for train, length in zip(settings.distill.trains(), lengths, strict=True)]  # fmt: skip
     largest = max(plans, key=lambda plan: plan.total)
     engine = f"{launch.engine}, {launch.world_size} processes: " if launch.world_size > 1 else ""
@@ -107,5 +124,14 @@ def _write_student(context: StageContext, family: Family, config: dict, last: St
 def _card(context: StageContext, config: dict, last: StepRecord) -> str:
     name = context.inputs["teacher"].facts["name"]
     student: Architecture = architecture_from_config(config)
-    trained = f"Distilled from the same teacher by forward KL on logits for {last.tokens:,} tokens; KL at the end {last.recent_loss:.3f} nats per token."
+    recipe = loss_recipe(context.settings.distill)
+    trained = f"Distilled from the same teacher by {_recipe_words(recipe)} for {last.tokens:,} tokens; "
+    trained += f"{_loss_name(recipe)} at the end {last.recent_loss:.3f} nats per token."
     return model_card(_name(context), lines=[context.inputs["prune"].facts["description"], "", trained], architecture=student, base=name)
+
+
+def _recipe_words(recipe: LossRecipe) -> str:
+    name = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": f"JSD({recipe.beta:g})"}[recipe.divergence]
+    at = f" at temperature {recipe.temperature:g}" if recipe.temperature != 1 else ""
+    mixed = f", mixed with {recipe.cross_entropy_weight:.0%} cross-entropy," if recipe.cross_entropy_weight else ""
+    return f"{name} on logits{at}{mixed}"

@@ -84,7 +84,7 @@ def _distil(context: StageContext, student: nn.Module, device: torch.device, tra
         loss, batches = _cached_loss(context, rows, device), RowNumbers(rows, settings.screen.train.batch, settings.seed)
     else:
         folder = result_model_folder(context.inputs["teacher"])
-        loss = distillation_loss(family_of(read_config(folder)).load(folder, device=str(device)), temperature=1.0)
+        loss = distillation_loss(family_of(read_config(folder)).load(folder, device=str(device)))
         batches = RowBatches(rows, settings.screen.train.batch, settings.seed)
 
     def tokens_of(batch: torch.Tensor) -> int:

@@ -71,7 +71,7 @@ def test_a_mean_per_process_would_leave_the_curve(alone, worker, tmp_path):
     assert abs(halves[0] - halves[1]) / sum(halves) > 0.01
     records = []
     phases = [trainer.Phase(trainer.RowBatches(worker.padded_rows(), 4, seed=1), trainer.TrainPlan(**worker.PLAN, micro_batch=2))]
-    loss = trainer.distillation_loss(worker.build_teacher(), temperature=1.0)
+    loss = trainer.distillation_loss(worker.build_teacher())
     trainer.train_phases(worker.build_model(2), phases, loss, folder=tmp_path, on_step=records.append, tokens_of=len)
     assert [record.loss for record in records] != pytest.approx([record.loss for record in alone[1]], rel=1e-5)
 

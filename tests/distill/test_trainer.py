@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from distill.batches import PADDING, RowBatches
+from distill.chunked_loss import LossRecipe
 from distill.losses import next_token_loss
 from distill.optimizers import build_optimizers
 from distill.plan import Phase, TrainPlan
@@ -153,16 +154,15 @@ def test_distillation_brings_the_student_to_the_teacher(batches, tmp_path):
     teacher, student, losses = build_model(1, hidden=32), build_model(2), []
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     plan = replace(PLAN, tokens=60 * 64, optimizer="muon", weight_decay=0.0)
-    distill(teacher, student, batches, plan, temperature=1.0, folder=tmp_path, on_step=lambda record: losses.append(record.loss))
+    distill(teacher, student, batches, plan, folder=tmp_path, on_step=lambda record: losses.append(record.loss))
     assert losses[-1] < 0.5 * losses[0]
     assert same(before, teacher.state_dict()) and all(parameter.grad is None for parameter in teacher.parameters())
 
 
 def test_distilling_a_model_to_itself_starts_at_zero(batches, tmp_path):
-    losses = []
-    plan = replace(PLAN, tokens=64)
-    distill(build_model(1), build_model(1), batches, plan, temperature=2.0, folder=tmp_path, on_step=lambda record: losses.append(record.loss))
-    assert losses == [0.0]
+    records = []
+    distill(build_model(1), build_model(1), batches, replace(PLAN, tokens=64), recipe=LossRecipe(temperature=2.0), folder=tmp_path, on_step=records.append)
+    assert [record.loss for record in records] == [0.0]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -209,7 +209,7 @@ def test_how_far_rows_are_padded_changes_no_step_of_a_distillation(tmp_path):
         steps, plan = [], replace(PLAN, tokens=batches.tokens_per_step)
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
-        distill(build_model(1, hidden=32), build_model(2), batches, plan, temperature=1.0, folder=folder, on_step=steps.append)
+        distill(build_model(1, hidden=32), build_model(2), batches, plan, folder=folder, on_step=steps.append)
         return steps[0].loss, steps[0].gradient_norm
 
     narrow, wide, counted = first_step(padded_batches(16)), first_step(padded_batches(29)), first_step(padded_batches(29, padding=0))

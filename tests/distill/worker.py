@@ -57,7 +57,7 @@ def run(folder: Path, plan: dict, *, seed: int = 2, launch: Launch | None = None
     """Distils build_model(seed) from a fixed teacher in `folder`, as part of a launch or alone."""
     launch = launch or Launch()
     phases = [Phase(RowBatches(padded_rows(), 4, seed=1), TrainPlan(**PLAN | plan))]
-    loss = distillation_loss(build_teacher(), temperature=1.0, launch=launch)
+    loss = distillation_loss(build_teacher(), launch=launch)
     return train_phases(build_model(seed), phases, loss, folder=folder, on_step=on_step, launch=launch)
 
 

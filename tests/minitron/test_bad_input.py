@@ -37,7 +37,7 @@ def test_a_command_that_is_right_is_not_refused(door, tmp_path, small_settings):
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("stage=bogus", "stage: Invalid value 'bogus', expected one of [data, teacher, score, shortlist, teacher_cache, screen, search, prune, distill,"),
+        ("stage=bogus", "stage: Invalid value 'bogus', expected one of [data, teacher, score, shortlist, teacher_cache, screen, search, prune, phase_rows, distill,"),
         ("foo=1", "foo is no setting"),
         ("distill.train.learning_rat=1", "distill.train.learning_rat is no setting"),
         ("data.vocab=many", "data.vocab: Value 'many'"),
@@ -84,6 +84,9 @@ def test_a_command_that_is_right_is_not_refused(door, tmp_path, small_settings):
         ("search.attention_heads={values: [3]}", "attention heads to keep (3) must be a multiple of the 2 key-value heads; nearest: 2, 4"),
         ("search.fixed.file=nowhere.json", "search.fixed.file: export_config nowhere.json cannot be read: "),
         ("screen.top_k=0", "screen.top_k is 0; it must be at least 1"),
+        ("distill.loss.divergence=tv", "distill.loss.divergence: Invalid value 'tv', expected one of [forward_kl, reverse_kl, jsd]"),
+        ("distill.loss.beta=1", "distill.loss.beta is 1.0; it must be above 0"),
+        ("distill.loss.cross_entropy_weight=1.5", "distill.loss.cross_entropy_weight is 1.5; it must be at least 0 and at most 1"),
         ("base.path=nowhere", "base.path is 'nowhere'; it must be the folder of a checkpoint"),
         ("search.layer_order=nowhere.json", "search.layer_order is 'nowhere.json', which cannot be read: No such file"),
     ],

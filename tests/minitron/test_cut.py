@@ -278,7 +278,7 @@ def test_columns_of_every_dtype_are_those_asked_for(dtype):
     assert torch.equal(cut.apply(matrix).float(), expected)
     assert torch.equal(cut.apply(matrix.t().contiguous().t()).float(), expected)  # whatever its strides
     with pytest.raises(AssertionError, match="out of range"):
-        TensorCut("source", "target", (6, 1), (None, torch.tensor([9]))).apply(matrix)
+        TensorCut("source", "target", (6, 2), (None, torch.tensor([9, 0]))).apply(matrix)
 
 
 def test_random_students_run(teacher, tiny, config_of, logits_of):

@@ -1,5 +1,7 @@
 """The memory plan against what is really held."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,14 +13,14 @@ from memory_budget.units import GIB
 from minitron.families import ssd
 from minitron.settings import Optimizer, TrainSettings
 from minitron.stages.training import train_plan
-from minitron.training_memory import activation_bytes_per_token, check_fits, training_memory
+from minitron.training_memory import FLOAT32, activation_bytes_per_token, check_fits, loss_bytes, training_memory
 
 LENGTH = 64
 
 
 def plan(tiny, launch=Launch(), **settings):  # noqa: B008
     train = TrainSettings(**{"batch": 4, **settings})
-    return training_memory(tiny, tiny, train, launch, sequence_length=LENGTH, teacher_bytes_per_number=2)
+    return training_memory(tiny, tiny, train, launch, sequence_length=LENGTH, teacher_bytes_per_number=2, on_gpu=False)
 
 
 def num_bytes(tensors) -> int:
@@ -50,7 +52,7 @@ def own_scan(monkeypatch):
 
 @pytest.mark.parametrize("pattern", ["M-M*-M-*-", "MMMM", "----", "**"])
 def test_activations_are_estimated_within_a_third(pattern, own_scan, tiny, build_model, token_ids):
-    """Against every tensor that autograd keeps, each storage once, without the parameters. 32 wide heads' worth of logits are left out."""
+    """Against every tensor that autograd keeps, each storage once, without the parameters."""
     model = build_model(pattern=pattern, vocab=97)
     held, own = {}, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -61,9 +63,37 @@ def test_activations_are_estimated_within_a_third(pattern, own_scan, tiny, build
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(token_ids(4, LENGTH), use_cache=False).logits
-    estimate = activation_bytes_per_token(replace(tiny, pattern=pattern, vocab=0), TrainSettings()) * 4 * LENGTH
+        output = model.base_model(token_ids(4, LENGTH), use_cache=False).last_hidden_state
+    estimate = activation_bytes_per_token(replace(tiny, pattern=pattern), TrainSettings()) * 4 * LENGTH
     assert output.requires_grad and 2 / 3 < sum(held.values()) / estimate < 3 / 2
+
+
+@pytest.mark.parametrize("tokens", [1024, 1500])
+def test_the_loss_holds_what_is_planned_and_not_the_logits_of_all_tokens(tokens, tiny, environment):
+    """In a process of its own: the largest resident set above what it held with its inputs built. 1,500 tokens take two chunks.
+
+    Read as VmHWM: ru_maxrss begins with what the process that started it held.
+    """
+    vocabulary, student, teacher = 32768, replace(tiny, vocab=32768, hidden=64), replace(tiny, vocab=32768, hidden=96)
+    code = f"""
+import re, torch
+from pathlib import Path
+from distill.chunked_loss import Head, chunked_loss
+torch.set_num_threads(1)
+student, teacher = (Head(torch.randn({tokens}, width), torch.randn({vocabulary}, width)) for width in (64, 96))
+student.hidden_BTD.requires_grad_(), student.weight_VD.requires_grad_()
+student.weight_VD.grad = torch.zeros({vocabulary}, 64)
+labels, mask = torch.zeros({tokens}, dtype=torch.long), torch.ones({tokens}, dtype=torch.bool)
+chunked_loss(Head(*(value[:8].detach() for value in (student.hidden_BTD, student.weight_VD))), Head(teacher.hidden_BTD[:8], teacher.weight_VD[:8]))
+peak_kib = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = peak_kib()
+chunked_loss(student, teacher, mask_BT=mask, labels_BT=labels, count_agreement=True).loss.backward()
+print(1024 * (peak_kib() - before))
+"""
+    held = int(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout)
+    planned = loss_bytes(student, teacher, tokens, on_gpu=False)
+    assert 2 / 3 < held / planned < 3 / 2
+    assert planned < loss_bytes(student, teacher, 1024, on_gpu=False) * 1.01 < 5 * FLOAT32 * 1024 * vocabulary  # five is what whole logits took
 
 
 def test_slices_divide_what_the_engine_slices(tiny):
@@ -91,7 +121,7 @@ def test_the_published_student_needs_slices(tiny):
     teacher = architecture_from_config(read_config(CONF_FOLDER / "architectures" / "nemotron-nano-12b-v2-base.json"))
     student = replace(teacher, pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", hidden=4480, ffn=15680)
     train = TrainSettings(batch=8, gradient_checkpointing=True)
-    one, eight = (training_memory(student, teacher, train, launch, sequence_length=8192, teacher_bytes_per_number=2)
+    one, eight = (training_memory(student, teacher, train, launch, sequence_length=8192, teacher_bytes_per_number=2, on_gpu=True)
                   for launch in (Launch(), Launch("fsdp2", 0, 8)))  # fmt: skip
     held = one.weights + one.gradients + one.optimizer + one.teacher
     assert held == 16 * 8_888_227_328 + 2 * 12_310_001_152 and round(held / GIB, 1) == 155.4

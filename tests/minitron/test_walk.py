@@ -218,6 +218,16 @@ def test_a_setting_of_what_gives_a_new_folder_from_its_stage_on(walk, store_copy
     assert sorted(folder.parent.name for folder in done_folders(store_copy) - before) == ["distill", "evaluate"]
 
 
+def test_a_loss_that_is_no_kl_is_not_reported_as_one(walk, store_copy, door, tmp_path):
+    finished = door(tmp_path, *at(store_copy, walk, "distill.loss={divergence: jsd, cross_entropy_weight: 0.25}", "run_name=jsd"))
+    assert finished.returncode == 0 and "loss" in next(line for line in finished.stdout.splitlines() if line.lstrip().startswith("distill "))
+    summary = summary_of(store_copy, "jsd")
+    assert summary["distillation"]["final_kl_nats_per_token"] is None and "distillation" not in summary["curves"]
+    assert walk.summary["distillation"]["final_kl_nats_per_token"] > 0 and "distillation" in walk.summary["curves"]
+    card = (Path(summary["models"]["student"]["path"]) / "README.md").read_text()
+    assert "by JSD(0.5) on logits, mixed with 25% cross-entropy, for" in card and "loss at the end" in card
+
+
 def test_stage_prune_stops_at_prune(walk, store_copy, door, tmp_path):
     for stage in ("prune", "distill", "evaluate"):
         shutil.rmtree(store_copy / "store" / stage)
