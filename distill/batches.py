@@ -58,6 +58,13 @@ class RowBatches:
         return torch.from_numpy(self.rows_RT[self.indices(step)].astype(np.int64))
 
 
+class RowNumbers(RowBatches):
+    """RowBatches whose batches are row numbers [B]: what is learned from a cache is looked up by them."""
+
+    def at(self, step: int) -> torch.Tensor:
+        return torch.from_numpy(self.indices(step).copy())
+
+
 class BlendBatches:
     """Rows of several sources, all of one length, mixed by weight; like RowBatches otherwise.
 

@@ -5,6 +5,7 @@ R rows, B batch, T tokens, V vocabulary, D hidden.
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,6 +14,7 @@ from distill.chunked_loss import Head, LossRecipe, chunked_loss
 from distill.engine import place_teacher
 from distill.launch import Launch
 from distill.losses import next_token_labels
+from distill.teacher_cache import TeacherCache
 from distill.top_k import TopK
 
 # Of a model and rows [B, T] that may end in padding: the mean loss per token, alone or as "loss" among further means to watch.
@@ -31,6 +33,22 @@ def distillation_loss(teacher: nn.Module, recipe: LossRecipe | None = None, *, l
         with torch.no_grad():
             target = Head(*placed(_frozen_head, ids_BT))
         return _means(head_of(model, ids_BT), target, recipe, rows_BT)
+
+    return loss
+
+
+def cached_loss(cache: TeacherCache, rows_RT: np.ndarray, recipe: LossRecipe | None = None) -> LossFunction:
+    """The same from a teacher's cached outputs, without the teacher: of a model and numbers [B] of rows, `rows_RT` being all that the cache holds.
+
+    Raises ValueError for a recipe that needs more than the cache has.
+    """
+    recipe = recipe or LossRecipe()
+
+    def loss(model: nn.Module, numbers_B: torch.Tensor) -> dict[str, torch.Tensor]:
+        numbers = numbers_B.cpu().numpy()
+        rows_BT = torch.from_numpy(rows_RT[numbers].astype(np.int64)).to(numbers_B.device)
+        ids_BT, _ = split_padding(rows_BT)
+        return _means(head_of(model, ids_BT), cache.rows(numbers).to(numbers_B.device), recipe, rows_BT)
 
     return loss
 

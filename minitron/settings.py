@@ -21,6 +21,7 @@ class Stage(Enum):
     search = "search"
     prune = "prune"
     phase_rows = "phase_rows"
+    distill_cache = "distill_cache"
     distill = "distill"
     evaluate = "evaluate"
     report = "report"
@@ -292,6 +293,7 @@ class LossSettings:
 @dataclass(kw_only=True, slots=True)
 class DistillSettings:
     temperature: float = 1.0
+    cached: bool = False
     loss: LossSettings = field(default_factory=LossSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     phases: list[PhaseSettings] = field(default_factory=list)
@@ -315,6 +317,18 @@ class DistillSettings:
             train.check(f"distill.phases[{number}]")
         if self.temperature <= 0:
             raise ValueError(f"distill.temperature is {self.temperature}; it must be above 0")
+        if self.cached:
+            self._check_cached()
+
+    def _check_cached(self) -> None:
+        """Refuse what the teacher's likeliest tokens at temperature 1 on the data stage's rows do not serve."""
+        wanted = {"temperature": 1.0, "loss.divergence": Divergence.forward_kl, "phases": [], "held_out_every": None}
+        given = {"temperature": self.temperature, "loss.divergence": self.loss.divergence, "phases": self.phases, "held_out_every": self.held_out_every}
+        for name, value in wanted.items():
+            if given[name] != value:
+                shown, must = (item.value if isinstance(item, Enum) else "null" if item is None else item for item in (given[name], value))
+                shown = "given" if name == "phases" else shown
+                raise ValueError(f"distill.{name} is {shown}, but distill.cached is true: the teacher cache serves only {name} {must}")
 
     def trains(self) -> list[TrainSettings]:
         """The training settings of every phase; without phases those of the one there is."""
