@@ -31,6 +31,7 @@ class Stage(Enum):
 class Rows(Enum):
     windows = "windows"
     documents = "documents"
+    packed = "packed"
 
 
 class Optimizer(Enum):
@@ -266,6 +267,7 @@ class PhaseSettings:
 
     tokens: int = 0
     sequence_length: int | None = None
+    rows: Rows | None = None
     batch: int | None = None
     learning_rate: float | None = None
     final_learning_rate_share: float | None = None
@@ -332,7 +334,7 @@ class DistillSettings:
 
     def trains(self) -> list[TrainSettings]:
         """The training settings of every phase; without phases those of the one there is."""
-        names = [f.name for f in fields(PhaseSettings) if f.name not in ("sequence_length", "blend")]
+        names = [f.name for f in fields(PhaseSettings) if f.name not in ("sequence_length", "rows", "blend")]
         given = [{name: getattr(phase, name) for name in names if getattr(phase, name) is not None} for phase in self.phases]
         return [replace(self.train, **values) for values in given] or [self.train]
 
@@ -374,5 +376,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.run_name or "/" in self.run_name or self.run_name.startswith(".") or self.run_name == "store":
             raise ValueError(f"run_name is {self.run_name!r}; it must be one folder name, not starting with a dot, and not 'store'")
+        if self.data.rows is Rows.packed:
+            raise ValueError("data.rows is packed; it must be windows or documents (distill.phases[].rows may be packed)")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device is {self.device!r}; it must be auto, cpu or cuda")

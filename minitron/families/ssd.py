@@ -12,6 +12,8 @@ Source: SSD (arXiv 2405.21060, §6, block decomposition); the backward pass is d
 import torch
 import torch.nn.functional as F
 
+from minitron.families.packed import by_document
+
 CHUNK_TOKENS = 32
 
 
@@ -207,19 +209,27 @@ class _ConvSilu(torch.autograd.Function):
 
 
 def _chunk_scan(hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, initial_states=None, dt_softplus=False,
-                dt_limit=(0.0, float("inf")), return_final_states=False, **_):  # fmt: skip
-    """transformers' signature for `scan`."""
+                dt_limit=(0.0, float("inf")), return_final_states=False, seq_idx=None, **_):  # fmt: skip
+    """transformers' signature for `scan`; `seq_idx` [B, T] numbers the documents of packed rows."""
     dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     dt = torch.clamp(F.softplus(dt) if dt_softplus else dt, *dt_limit)
+    if seq_idx is not None:
+        assert initial_states is None and not return_final_states, "packed rows begin and end with no state"
+        return by_document(lambda x, dt, B, C: scan(x, dt, A, B, C, D)[0], seq_idx, hidden_states, dt, B, C)
     y, final = scan(hidden_states, dt, A, B, C, D, initial_states)
     return (y, final) if return_final_states else y
 
 
-def _causal_conv(hidden_states, weight, bias=None, activation=None, **_):
+def _causal_conv(hidden_states, weight, bias=None, activation=None, seq_idx=None, **_):
     """transformers' signature for the convolution: [B, E, T] in and out."""
     assert activation in ("silu", "swish"), activation
     rows = hidden_states.transpose(1, 2).to(weight.dtype)
-    return _ConvSilu.apply(rows, weight, bias).transpose(1, 2).to(hidden_states.dtype)
+    result = _ConvSilu.apply(rows, weight, bias) if seq_idx is None else by_document(lambda rows: _ConvSilu.apply(rows, weight, bias), seq_idx, rows)
+    return result.transpose(1, 2).to(hidden_states.dtype)
+
+
+def _no_kernel_for_all(*_, **__):
+    """transformers' answer where no kernel does a whole mixer at once; its own stand-in refuses packed rows."""
 
 
 def install() -> None:
@@ -228,3 +238,4 @@ def install() -> None:
 
     modeling.mamba2_chunk_scan = _chunk_scan
     modeling.causal_conv1d_fn = _causal_conv
+    modeling.mamba2_split_conv1d_scan_combined = _no_kernel_for_all

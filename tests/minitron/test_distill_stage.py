@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -82,6 +83,23 @@ def test_every_line_of_the_metrics_tells_what_a_watcher_needs(alone):
     assert 0 < line["top1_agreement"] < 1 and line["memory_gib"] > 0.1 and line["seconds_left"] == 0 and line["tokens_per_second"] > 1
 
 
+PACKED = "distill.phases=[{tokens: 1200, rows: packed, sequence_length: 96, batch: 4}, {tokens: 700, rows: packed, blend: [{files: [notes.jsonl]}]}]"
+
+
+def test_two_processes_learn_from_packed_rows_as_one_does(prepared, accelerated, door, tmp_path):
+    notes = "".join(json.dumps({"text": f"Note {number}: " + "the wind turns and the rain stays. " * (number % 5)}) + "\n" for number in range(300))
+    (tmp_path / "notes.jsonl").write_text(notes)
+    packed = PACKED.replace("notes.jsonl", str(tmp_path / "notes.jsonl"))
+    own, arguments = prepared()
+    finished = door(own, *arguments, packed)
+    assert finished.returncode == 0, finished.stderr
+    rows = [np.load(path) for path in (own / "runs" / "store" / "phase_rows").glob("*/*.npy")]
+    assert sorted(some.shape[1] for some in rows) == [64, 96] and all((some < -1).any() for some in rows)
+    folder, finished = accelerated("fsdp2", packed, "distill.train.micro_batch=1")
+    assert finished.returncode == 0, finished.stderr
+    assert losses_of(folder) == pytest.approx(losses_of(own), rel=1e-5) and len(losses_of(own)) >= 4
+
+
 # From the teacher cache.
 
 @pytest.fixture(scope="module")
@@ -115,7 +133,8 @@ def test_two_processes_learn_from_the_cache_as_one_does(whole_cache, environment
     runs = tuple(setting for setting in arguments if not setting.startswith("runs_folder"))
     second = folder / "second"
     shutil.copytree(folder / "runs", second, ignore=shutil.ignore_patterns("distill"))
-    finished = subprocess.run([*command, f"runs_folder={second}", *runs, "distill.cached=true"], cwd=folder, env=environment, text=True, capture_output=True, timeout=240)
+    command += [f"runs_folder={second}", *runs, "distill.cached=true"]
+    finished = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=240)
     assert finished.returncode == 0, finished.stderr
     (metrics,) = (second / "store" / "distill").glob("*/metrics.jsonl")
     assert [json.loads(line)["loss"] for line in metrics.read_text().splitlines()] == pytest.approx(losses, rel=2e-3)
