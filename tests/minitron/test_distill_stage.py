@@ -94,7 +94,7 @@ def test_two_processes_learn_from_packed_rows_as_one_does(prepared, accelerated,
     finished = door(own, *arguments, packed)
     assert finished.returncode == 0, finished.stderr
     rows = [np.load(path) for path in (own / "runs" / "store" / "phase_rows").glob("*/*.npy")]
-    assert sorted(some.shape[1] for some in rows) == [64, 96] and any((some < -1).sum() > len(some) for some in rows)
+    assert sorted(some.shape[1] for some in rows) == [64, 96] and any((some < -1).sum() > 4 for some in rows)
     folder, finished = accelerated("fsdp2", packed, "distill.train.micro_batch=1")
     assert finished.returncode == 0, finished.stderr
     assert losses_of(folder) == pytest.approx(losses_of(own), rel=1e-5) and len(losses_of(own)) >= 4
