@@ -11,7 +11,7 @@ from torch import nn
 
 from distill.batches import document_numbers, split_padding
 from distill.chunked_loss import Head, LossRecipe, chunked_loss
-from distill.engine import place_teacher
+from distill.engine import Unread, place_teacher
 from distill.launch import Launch
 from distill.losses import next_token_labels
 from distill.teacher_cache import TeacherCache
@@ -21,7 +21,7 @@ from distill.top_k import TopK
 LossFunction = Callable[[nn.Module, torch.Tensor], torch.Tensor | dict[str, torch.Tensor]]
 
 
-def distillation_loss(teacher: nn.Module, recipe: LossRecipe | None = None, *, launch: Launch = Launch()) -> LossFunction:  # noqa: B008
+def distillation_loss(teacher: nn.Module | Unread, recipe: LossRecipe | None = None, *, launch: Launch = Launch()) -> LossFunction:  # noqa: B008
     """The recipe's loss against a frozen teacher (forward KL alone when None), and beside it what _means says.
 
     Logits exist for one chunk of tokens at a time. Raises ValueError on the first batch where the vocabularies differ.

@@ -1,12 +1,15 @@
 """distill: train the pruned student to the teacher's distribution, in one process or in several."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from distill.batches import BlendBatches, RowBatches, RowNumbers, count_tokens
 from distill.chunked_loss import LossRecipe
+from distill.engine import Unread
 from distill.launch import Launch, read_launch
 from distill.objectives import LossFunction, cached_loss, distillation_loss
 from distill.plan import Phase, StepRecord
@@ -42,7 +45,7 @@ def run(context: StageContext) -> dict:
     _check_memory(context, config, launch)
     recipe = loss_recipe(settings.distill)
     loss, tokens_of = _loss(context, family, recipe, launch)
-    student = family.load(pruned_folder, dtype=torch.float32, device=str(pick_device(settings)))
+    student = load_for_training(family, pruned_folder, launch=launch, device=pick_device(settings), dtype=torch.float32)
     tokens = sum(phase.num_steps * phase.batches.tokens_per_step for phase in phases)
     with tracked_steps(context, "distilling", tokens, loss_name=_loss_name(recipe)) as on_step:
         last = train_phases(student, phases, loss, folder=context.folder, on_step=on_step, launch=launch, tokens_of=tokens_of,
@@ -63,7 +66,20 @@ def _loss(context: StageContext, family: Family, recipe: LossRecipe, launch: Lau
         rows = cached_rows(context, context.settings.distill.train.tokens)
         return cached_loss(open_cache(context.inputs["distill_cache"], rows), rows, recipe), lambda numbers_B: count_tokens(rows[numbers_B.cpu()])
     folder = result_model_folder(context.inputs["teacher"])
-    return distillation_loss(family.load(folder, device=str(pick_device(context.settings))), recipe, launch=launch), real_tokens
+    teacher = load_for_training(family, folder, launch=launch, device=pick_device(context.settings))
+    return distillation_loss(teacher, recipe, launch=launch), real_tokens
+
+
+def load_for_training(family: Family, folder: Path, *, launch: Launch, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module | Unread:
+    """A checkpoint's model for an engine; where that is FSDP2, not read yet. dtype None keeps the stored one."""
+    if launch.engine != "fsdp2":
+        return family.load(folder, dtype=dtype, device=str(device))
+    checkpoint = Checkpoint(folder)
+    names = {family.canonical_name(name): name for name in checkpoint.entries}
+    dtypes = {DTYPES[entry.dtype] for entry in checkpoint.entries.values()}
+    with torch.device("meta"):
+        model = family.build(read_config(folder)).to(dtype or min(dtypes, key=lambda one: one.itemsize)).eval()
+    return Unread(model, lambda name: checkpoint.read(names[family.canonical_name(name)]), device)
 
 
 def _name(context: StageContext) -> str:
