@@ -300,12 +300,14 @@ class DistillSettings:
     train: TrainSettings = field(default_factory=TrainSettings)
     phases: list[PhaseSettings] = field(default_factory=list)
     max_positions: int | None = how(None)
+    max_hours: float | None = how(48.0)
     held_out_every: int | None = how(None)
     held_out_samples: int = how(32)
 
     def __post_init__(self) -> None:
         self.train.check("distill.train")
         at_least(self, "distill", 1, "max_positions", "held_out_every", "held_out_samples")
+        at_least(self, "distill", 0, "max_hours")
         for number, phase in enumerate(self.phases):
             name = f"distill.phases[{number}]"
             at_least(phase, name, 2, "sequence_length")

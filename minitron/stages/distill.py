@@ -32,6 +32,7 @@ from minitron.stages.teacher_cache import cached_rows, open_cache
 from minitron.stages.training import tracked_steps, train_plan
 from minitron.teachers import teacher_architecture
 from minitron.training_memory import check_fits, training_memory
+from minitron.training_time import check_time, training_flops
 
 
 def run(context: StageContext) -> dict:
@@ -43,6 +44,7 @@ def run(context: StageContext) -> dict:
     family = family_of(config)
     phases = _phases(context)
     _check_memory(context, config, launch)
+    _check_time(context, config, launch)
     recipe = loss_recipe(settings.distill)
     loss, tokens_of = _loss(context, family, recipe, launch)
     student = load_for_training(family, pruned_folder, launch=launch, device=pick_device(settings), dtype=torch.float32)
@@ -111,6 +113,18 @@ def _check_memory(context: StageContext, config: dict, launch: Launch) -> None:
     engine = f"{launch.engine}, {launch.world_size} processes: " if launch.world_size > 1 else ""
     context.console.say(f"{engine:>11}{largest.describe()}")
     check_fits(largest, *process_memory_bytes(pick_device(settings)))
+
+
+def _check_time(context: StageContext, config: dict, launch: Launch) -> None:
+    """Say how long the phases must take where fused kernels are missing, and check it."""
+    settings = context.settings
+    lengths = [parts[0].data.sequence_length for parts in phase_parts(settings)]
+    trains = settings.distill.trains()
+    teacher = teacher_architecture(settings)
+    flops = training_flops(architecture_from_config(config), None if settings.distill.cached else teacher, list(zip(trains, lengths, strict=True)))
+    told = check_time(flops, pick_device(settings), trains[0].precision, processes=launch.world_size, max_hours=settings.distill.max_hours)
+    if told:
+        context.console.say(f"  distill  {told}")
 
 
 def _phases(context: StageContext) -> list[Phase]:
