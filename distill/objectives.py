@@ -4,6 +4,7 @@ R rows, B batch, T tokens, V vocabulary, D hidden.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from distill.batches import document_numbers, split_padding
 from distill.chunked_loss import Head, LossRecipe, chunked_loss
 from distill.engine import Unread, place_teacher
 from distill.launch import Launch
-from distill.losses import next_token_labels
+from distill.losses import hidden_state_loss, next_token_labels
 from distill.teacher_cache import TeacherCache
 from distill.top_k import TopK
 
@@ -21,7 +22,17 @@ from distill.top_k import TopK
 LossFunction = Callable[[nn.Module, torch.Tensor], torch.Tensor | dict[str, torch.Tensor]]
 
 
-def distillation_loss(teacher: nn.Module | Unread, recipe: LossRecipe | None = None, *, launch: Launch = Launch()) -> LossFunction:  # noqa: B008
+@dataclass(frozen=True, slots=True)
+class HiddenTerm:
+    """`weight` times the mean square between the last normed hidden states, added to a loss: the student's D channels against those
+    `channels_D` of the teacher's that they were cut from."""
+
+    weight: float
+    channels_D: torch.Tensor
+
+
+def distillation_loss(teacher: nn.Module | Unread, recipe: LossRecipe | None = None, *, launch: Launch = Launch(),  # noqa: B008
+                      hidden: HiddenTerm | None = None) -> LossFunction:  # fmt: skip
     """The recipe's loss against a frozen teacher (forward KL alone when None), and beside it what _means says.
 
     Logits exist for one chunk of tokens at a time. Raises ValueError on the first batch where the vocabularies differ.
@@ -31,7 +42,13 @@ def distillation_loss(teacher: nn.Module | Unread, recipe: LossRecipe | None = N
     def loss(model: nn.Module, rows_BT: torch.Tensor) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             target = Head(*placed(_frozen_head, rows_BT))
-        return _means(head_of(model, rows_BT), target, recipe, rows_BT)
+        student = head_of(model, rows_BT)
+        means = _means(student, target, recipe, rows_BT)
+        if hidden:
+            aligned_BTD = target.hidden_BTD[..., hidden.channels_D.to(target.hidden_BTD.device)]
+            means["hidden_state"] = hidden_state_loss(student.hidden_BTD, aligned_BTD, mask_BT=split_padding(rows_BT)[1])
+            means["loss"] = means["loss"] + hidden.weight * means["hidden_state"]
+        return means
 
     return loss
 

@@ -285,11 +285,13 @@ class LossSettings:
     divergence: Divergence = Divergence.forward_kl
     beta: float = 0.5
     cross_entropy_weight: float = 0.0
+    hidden_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < 1:
             raise ValueError(f"distill.loss.beta is {self.beta}; it must be above 0 (forward_kl's) and below 1 (reverse_kl's)")
         check_share("distill.loss.cross_entropy_weight", self.cross_entropy_weight)
+        at_least(self, "distill.loss", 0, "hidden_weight")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -326,8 +328,9 @@ class DistillSettings:
 
     def _check_cached(self) -> None:
         """Refuse what the teacher's likeliest tokens at temperature 1 on the data stage's rows do not serve."""
-        wanted = {"temperature": 1.0, "loss.divergence": Divergence.forward_kl, "phases": [], "held_out_every": None}
-        given = {"temperature": self.temperature, "loss.divergence": self.loss.divergence, "phases": self.phases, "held_out_every": self.held_out_every}
+        wanted = {"temperature": 1.0, "loss.divergence": Divergence.forward_kl, "loss.hidden_weight": 0.0, "phases": [], "held_out_every": None}
+        given = {"temperature": self.temperature, "loss.divergence": self.loss.divergence, "loss.hidden_weight": self.loss.hidden_weight, "phases": self.phases,
+                 "held_out_every": self.held_out_every}  # fmt: skip
         for name, value in wanted.items():
             if given[name] != value:
                 shown, must = (item.value if isinstance(item, Enum) else "null" if item is None else item for item in (given[name], value))

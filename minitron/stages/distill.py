@@ -1,5 +1,6 @@
 """distill: train the pruned student to the teacher's distribution, in one process or in several."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from distill.batches import BlendBatches, RowBatches, RowNumbers, count_tokens
 from distill.chunked_loss import LossRecipe
 from distill.engine import Unread
 from distill.launch import Launch, read_launch
-from distill.objectives import LossFunction, cached_loss, distillation_loss
+from distill.objectives import HiddenTerm, LossFunction, cached_loss, distillation_loss
 from distill.plan import Phase, StepRecord
 from distill.states import load_weights, newest_state, remove_states
 from distill.trainer import HeldOut, real_tokens, train_phases
@@ -22,7 +23,7 @@ from minitron.blends import DATA_ROWS, phase_parts
 from minitron.checkpoints import DTYPES, Checkpoint
 from minitron.evaluation import batches_of, screening_rows, spread_rows
 from minitron.families import family_of
-from minitron.families.base import Family
+from minitron.families.base import HIDDEN, Family
 from minitron.pipeline import StageContext
 from minitron.publish import check_reload, model_card, write_model
 from minitron.runtime import pick_device, process_memory_bytes
@@ -49,15 +50,15 @@ def run(context: StageContext) -> dict:
     loss, tokens_of = _loss(context, family, recipe, launch)
     student = load_for_training(family, pruned_folder, launch=launch, device=pick_device(settings), dtype=torch.float32)
     tokens = sum(phase.num_steps * phase.batches.tokens_per_step for phase in phases)
-    with tracked_steps(context, "distilling", tokens, loss_name=_loss_name(recipe)) as on_step:
+    with tracked_steps(context, "distilling", tokens, loss_name=_loss_name(context.settings.distill)) as on_step:
         last = train_phases(student, phases, loss, folder=context.folder, on_step=on_step, launch=launch, tokens_of=tokens_of,
                             held_out=_held_out(context))  # fmt: skip
     if launch.rank > 0:
         return {}
     _write_student(context, family, config, last)
     remove_states(context.folder)
-    headline = f"{last.tokens:,} tokens, {last.step + 1:,} steps, {_loss_name(recipe)} {last.recent_loss:.3f} nats/token at the end"
-    kl = last.recent_loss if _loss_name(recipe) == "KL" else None
+    headline = f"{last.tokens:,} tokens, {last.step + 1:,} steps, {_loss_name(context.settings.distill)} {last.recent_loss:.3f} nats/token at the end"
+    kl = last.recent_loss if _loss_name(context.settings.distill) == "KL" else None
     facts = {"tokens": last.tokens, "steps": last.step + 1, "seconds": round(last.seconds, 3), "final_kl_nats_per_token": kl}
     return {"headline": headline, "path": "checkpoint", "name": _name(context), **facts}
 
@@ -69,7 +70,19 @@ def _loss(context: StageContext, family: Family, recipe: LossRecipe, launch: Lau
         return cached_loss(open_cache(context.inputs["distill_cache"], rows), rows, recipe), lambda numbers_B: count_tokens(rows[numbers_B.cpu()])
     folder = result_model_folder(context.inputs["teacher"])
     teacher = load_for_training(family, folder, launch=launch, device=pick_device(context.settings))
-    return distillation_loss(teacher, recipe, launch=launch), real_tokens
+    return distillation_loss(teacher, recipe, launch=launch, hidden=_hidden_term(context)), real_tokens
+
+
+def _hidden_term(context: StageContext) -> HiddenTerm | None:
+    weight = context.settings.distill.loss.hidden_weight
+    if weight == 0:
+        return None
+    plan = json.loads((context.inputs["prune"].folder / "plan.json").read_text())
+    hidden = teacher_architecture(context.settings).hidden
+    if (own := plan["teacher"]["hidden"]) != hidden:
+        raise ValueError(f"distill.loss.hidden_weight is {weight:g}; it needs a student cut from hidden states like the teacher's, "
+                         f"but base.path has {own} channels and the teacher {hidden}")  # fmt: skip
+    return HiddenTerm(weight, torch.tensor(plan["units"].get(HIDDEN, {}).get("-1", range(hidden))))
 
 
 def load_for_training(family: Family, folder: Path, *, launch: Launch, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module | Unread:
@@ -94,9 +107,10 @@ def loss_recipe(settings: DistillSettings) -> LossRecipe:
     return LossRecipe(loss.divergence.value, loss.beta, settings.temperature, loss.cross_entropy_weight)
 
 
-def _loss_name(recipe: LossRecipe) -> str:
+def _loss_name(settings: DistillSettings) -> str:
     """KL where the loss is that and nothing else; what is mixed or scaled is no measure of the student."""
-    return "KL" if recipe == LossRecipe(beta=recipe.beta) else "loss"
+    recipe = loss_recipe(settings)
+    return "KL" if recipe == LossRecipe(beta=recipe.beta) and not settings.loss.hidden_weight else "loss"
 
 
 def _check_memory(context: StageContext, config: dict, launch: Launch) -> None:
@@ -172,8 +186,9 @@ def _card(context: StageContext, config: dict, last: StepRecord) -> str:
     name = context.inputs["teacher"].facts["name"]
     student: Architecture = architecture_from_config(config)
     recipe = loss_recipe(context.settings.distill)
-    trained = f"Distilled from the same teacher by {_recipe_words(recipe)} for {last.tokens:,} tokens; "
-    trained += f"{_loss_name(recipe)} at the end {last.recent_loss:.3f} nats per token."
+    term = " and a hidden-state term" if context.settings.distill.loss.hidden_weight else ""
+    trained = f"Distilled from the same teacher by {_recipe_words(recipe)}{term} for {last.tokens:,} tokens; "
+    trained += f"{_loss_name(context.settings.distill)} at the end {last.recent_loss:.3f} nats per token."
     return model_card(_name(context), lines=[context.inputs["prune"].facts["description"], "", trained], architecture=student, base=name)
 
 

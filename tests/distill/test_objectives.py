@@ -10,7 +10,7 @@ from distill import chunked_loss
 from distill.batches import RowBatches, split_padding
 from distill.chunked_loss import LossRecipe
 from distill.losses import forward_kl, next_token_loss
-from distill.objectives import distillation_loss
+from distill.objectives import HiddenTerm, distillation_loss
 from distill.plan import Phase, TrainPlan
 from distill.trainer import train_phases
 
@@ -105,6 +105,19 @@ def test_what_is_no_plain_divergence_is_watched_beside_the_loss(worker, rows_BT)
     plain, mixed = (measured(distillation_loss(teacher, recipe), student, rows_BT)[0] for recipe in (LossRecipe(), LossRecipe(cross_entropy_weight=0.5)))
     assert "divergence" not in plain and mixed["divergence"] == pytest.approx(plain["loss"], rel=1e-6)
     assert mixed["loss"] != pytest.approx(plain["loss"], rel=1e-3)
+
+
+def test_a_hidden_state_term_adds_its_mean_square_and_reaches_every_layer(worker, rows_BT):
+    teacher, student, kept = worker.build_teacher(), worker.build_model(2), torch.arange(0, 32, 2)
+    plain, gradients = measured(distillation_loss(teacher), student, rows_BT)
+    means, moved = measured(distillation_loss(teacher, hidden=HiddenTerm(0.5, kept)), student, rows_BT)
+    ids, mask = split_padding(rows_BT)
+    own, target = (model.base_model(ids, use_cache=False).last_hidden_state[mask] for model in (student, teacher))
+    expected = (own - target[:, kept]).square().mean().item()
+    assert means["hidden_state"] == pytest.approx(expected, rel=1e-5) and means["loss"] == pytest.approx(plain["loss"] + 0.5 * expected, rel=1e-5)
+    assert not torch.allclose(moved["model.layers.0.norm.weight"], gradients["model.layers.0.norm.weight"], rtol=1e-2)
+    other, _ = measured(distillation_loss(teacher, hidden=HiddenTerm(0.5, kept + 1)), student, rows_BT)  # the control: channels that it was not cut from
+    assert other["hidden_state"] != pytest.approx(expected, rel=1e-2)
 
 
 def test_another_vocabulary_is_refused(worker, rows_BT):

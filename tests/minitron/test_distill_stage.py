@@ -100,6 +100,14 @@ def test_two_processes_learn_from_packed_rows_as_one_does(prepared, accelerated,
     assert losses_of(folder) == pytest.approx(losses_of(own), rel=1e-5) and len(losses_of(own)) >= 4
 
 
+def test_a_hidden_state_term_is_trained_beside_the_kl(prepared, door):
+    folder, arguments = prepared()
+    finished = door(folder, *arguments, "distill.loss.hidden_weight=0.1")
+    assert finished.returncode == 0, finished.stderr
+    lines = [json.loads(line) for line in (stage_folder(folder) / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["loss"] > 0.1 * line["hidden_state"] > 0 for line in lines) and lines[-1]["hidden_state"] < lines[0]["hidden_state"]
+
+
 # From the teacher cache.
 
 @pytest.fixture(scope="module")
@@ -143,6 +151,7 @@ def test_two_processes_learn_from_the_cache_as_one_does(whole_cache, environment
 @pytest.mark.parametrize(("setting", "message"), [
     ("distill.temperature=2", "distill.temperature is 2.0, but distill.cached is true: the teacher cache serves only temperature 1.0"),
     ("distill.loss.divergence=jsd", "distill.loss.divergence is jsd, but distill.cached is true: the teacher cache serves only loss.divergence forward_kl"),
+    ("distill.loss.hidden_weight=1", "distill.loss.hidden_weight is 1.0, but distill.cached is true: the teacher cache serves only loss.hidden_weight 0.0"),
     ("distill.held_out_every=2", "distill.held_out_every is 2, but distill.cached is true: the teacher cache serves only held_out_every null"),
     ("distill.phases=[{tokens: 2000}]", "distill.phases is given, but distill.cached is true: the teacher cache serves only phases []"),
 ])  # fmt: skip
