@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 END_OF_TEXT = "<|endoftext|>"
@@ -58,6 +59,14 @@ def text_fingerprint() -> str:
     """Changes with the Python release: names and sizes of the source files."""
     rows = [(name, path.stat().st_size) for name, path in source_files()]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
+
+
+def chat_writer() -> Callable[[list[dict]], str]:
+    """Writes conversations as a tokenizer of train_tokenizer will, before there is one."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    return partial(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=CHAT_TEMPLATE).apply_chat_template, tokenize=False)
 
 
 def train_tokenizer(texts: Iterator[str], vocab: int, folder: Path) -> None:

@@ -58,7 +58,7 @@ def _train_tokenizer(data: DataSettings, folder: Path) -> int:
 
     def train_texts() -> Iterator[str]:
         nonlocal total
-        for document in read_documents(data):
+        for document in read_documents(data, text.chat_writer()):
             total += 1
             if not document.is_held_out:
                 yield document.text

@@ -1,10 +1,12 @@
 """Blends: the shares of the sources, rows that any step can be asked for, conversations and truncated reasoning."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from distill.batches import BlendBatches
 from minitron.blends import DATA_ROWS, phase_parts, rows_to_make
@@ -124,3 +126,17 @@ def test_a_phase_longer_than_the_models_positions_is_refused_before_any_work(doo
     finished = door(tmp_path, "stage=distill", "distill.phases=[{tokens: 1000000, sequence_length: 131073, batch: 1}]")
     assert finished.returncode == 2 and finished.stderr.startswith("error: distill.phases[0].sequence_length is 131073; it must be at most 131072")
     assert len(finished.stderr.splitlines()) == 1 and not list(tmp_path.glob("runs/store/*"))
+
+
+def test_conversations_serve_the_tiny_teacher_too(door, tmp_path):
+    """Its tokenizer, trained on them, writes them as they were written for the training."""
+    said = [("user", "Number {0}?"), ("assistant", "<think>{0} is {0}</think>It is {0}.")]
+    chat = [{"messages": [{"role": role, "content": content.format(number)} for role, content in said]} for number in range(300)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chat))
+    finished = door(tmp_path, "device=cpu", "stage=data", "data.files=[chat.jsonl]", "data.messages_field=messages", "data.rows=documents",
+                    "data.sequence_length=64", "data.vocab=300")  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    (folder,) = (path.parent for path in (tmp_path / "runs" / "store" / "data").glob("*/done.json"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    written = tokenizer.decode([one for one in np.load(folder / "train.npy")[0] if one >= 0])
+    assert re.fullmatch(r"user: Number (\d+)\?\nassistant: <think>\1 is \1</think>It is \1\.\n<\|endoftext\|>", written)
