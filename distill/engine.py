@@ -125,7 +125,7 @@ class Engine:
             Entry(f"optimizer.{names[id(parameter)]}.{key}", tuple(value.shape), value.dtype, lambda value=value: _whole(value))
             for optimizer in self.optimizers
             for parameter, state in optimizer.state.items()
-            for key, value in sorted(state.items())
+            for key, value in ((key, torch.as_tensor(value)) for key, value in sorted(state.items()))
         ]
 
     def entries(self) -> list[Entry]:
@@ -148,8 +148,14 @@ class Engine:
         for name in tensors:
             if name.startswith(prefix) and "." not in name.removeprefix(prefix):
                 value = read(name)
-                moves = value.shape == parameter.shape or group.get("fused")  # AdamW counts its steps on the CPU unless fused
-                state[name.removeprefix(prefix)] = _like(value, parameter) if value.shape == parameter.shape else value.to(parameter.device if moves else "cpu")
+                moves = value.ndim or group.get("fused")  # AdamW counts its steps on the CPU unless fused
+                if value.dtype == torch.int64:  # bitsandbytes counts its steps with a plain number
+                    value = int(value)
+                elif value.shape == parameter.shape:
+                    value = _sliced(value, parameter)
+                else:
+                    value = value.to(parameter.device if moves else "cpu")
+                state[name.removeprefix(prefix)] = value
         return state
 
 
@@ -179,6 +185,8 @@ class Sharded(Engine):
         super().__init__(launch, self.unread.model if self.unread else model, plan)
 
     def _wrap(self, caller: Caller) -> nn.Module:
+        if self.plan.optimizer == "adamw_8bit":
+            raise ValueError("train.optimizer is adamw_8bit, which cannot work on slices of tensors; under FSDP2 it must be adamw or muon")
         if self.unread:
             self.device = self.unread.device
         shard(caller, self.device, bf16=self.plan.precision == "bf16", unread=self.unread)
@@ -242,6 +250,11 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _like(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """A whole tensor on the device of another, in slices where that is."""
-    whole = whole.to(tensor.device, tensor.dtype)
+    """A whole tensor on the device of another and of its type, in slices where that is."""
+    return _sliced(whole.to(tensor.dtype), tensor)
+
+
+def _sliced(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The same, of its own type."""
+    whole = whole.to(tensor.device)
     return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None) if isinstance(tensor, DTensor) else whole

@@ -5,9 +5,11 @@ from torch import nn
 
 from distill.plan import TrainPlan
 
+BETAS = (0.9, 0.95)
+
 
 def build_optimizers(model: nn.Module, plan: TrainPlan) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the layers' matrices and AdamW for the rest, by `plan.optimizer`.
+    """AdamW for everything, the same with 8-bit moments, or Muon for the layers' matrices and AdamW for the rest, by `plan.optimizer`.
 
     Muon's update is scaled to AdamW's size (match_rms_adamw), so one learning rate serves both. Weight decay falls
     on matrices only; norms, biases and Mamba's per-head vectors go without.
@@ -19,11 +21,22 @@ def build_optimizers(model: nn.Module, plan: TrainPlan) -> list[torch.optim.Opti
     vectors = [parameter for parameter in parameters if num_dimensions(parameter) < 2]
     adamw_matrices = tables if plan.optimizer == "muon" else tables + matrices
     groups = [{"params": adamw_matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if plan.optimizer == "adamw_8bit":
+        return [_eight_bit()(groups, lr=plan.learning_rate, betas=BETAS)]
     fused = parameters[0].device.type == "cuda"
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95), fused=fused or None)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=plan.learning_rate, betas=BETAS, fused=fused or None)]
     if plan.optimizer == "muon" and matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=plan.learning_rate, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+def _eight_bit() -> type[torch.optim.Optimizer]:
+    """bitsandbytes' AdamW: moments of tensors of 4,096 numbers and more in 8 bits, scaled block by block (arXiv 2110.02861)."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(f"train.optimizer is adamw_8bit, which needs bitsandbytes ({error}): pip install 'minitron[eight-bit]'") from None
+    return AdamW8bit
 
 
 def num_dimensions(parameter: torch.Tensor) -> int:

@@ -36,6 +36,7 @@ class Rows(Enum):
 
 class Optimizer(Enum):
     adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
     muon = "muon"
 
 

@@ -56,7 +56,7 @@ def training_memory(student: Architecture, teacher: Architecture, train: TrainSe
     return TrainingMemory(
         weights=computing * numbers // weight_slices + master,
         gradients=computing * numbers // optimizer_slices,
-        optimizer=_moments(student, train.optimizer) * FLOAT32 // optimizer_slices,
+        optimizer=_moment_bytes(student, train.optimizer) // optimizer_slices,
         teacher=teacher_bytes_per_number * count_total_parameters(teacher) // weight_slices,
         gathered=computing * _gathered(student) + teacher_bytes_per_number * _gathered(teacher) if launch.is_sharded else 0,
         activations=rows * sequence_length * activation_bytes_per_token(student, train),
@@ -64,12 +64,14 @@ def training_memory(student: Architecture, teacher: Architecture, train: TrainSe
     )
 
 
-def _moments(student: Architecture, optimizer: Optimizer) -> int:
-    """Numbers of state: AdamW keeps two a parameter, Muon one for each of the layers' matrices."""
+def _moment_bytes(student: Architecture, optimizer: Optimizer) -> int:
+    """AdamW keeps two float32 a parameter, Muon one for each of the layers' matrices; with 8 bits two bytes, and two float32 for every 256."""
     numbers = 2 * count_total_parameters(student)
+    if optimizer is Optimizer.adamw_8bit:
+        return numbers + numbers * FLOAT32 // 256
     if optimizer is Optimizer.muon:
         numbers -= sum(copies * out * into for letter in student.pattern for copies, out, into in layer_parameters(student, letter).matrices)
-    return numbers
+    return numbers * FLOAT32
 
 
 def _gathered(model: Architecture) -> int:

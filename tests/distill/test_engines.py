@@ -41,6 +41,19 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(newest_state(folder).folder / TENSORS_FILE)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_loss_that_is_not_finite_in_one_process_stops_or_is_passed_over_in_all(engine, launch, tmp_path):
+    stopped, passed = (tmp_path / name for name in ("stopped", "passed"))
+    stopped.mkdir(), passed.mkdir()
+    codes, printed = launch(engine, stopped, plan={"save_every_steps": 2}, poison_at=3)
+    assert codes == [1, 1] and printed.count("FloatingPointError: loss is nan at step 3, rows [") == 2 and "step-000000002" in printed
+    codes, printed = launch(engine, passed, plan={"skip_not_finite": 1}, poison_at=3)
+    assert codes == [0, 0], printed
+    steps = [step["step"] for step in launched_steps(passed)]
+    assert steps == [step for step in range(steps[-1] + 1) if step != 3] and steps[-1] > 6
+    assert all(torch.isfinite(value).all() for value in weights_of(passed).values())
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_go_on_from_one_and_one_from_two_along_the_same_curve(engine, alone, worker, launch, tmp_path):
     """Steps 0 and 1 alone, 2 to 4 in two processes with accumulation, the rest alone again."""

@@ -2,12 +2,14 @@
 
 import json
 import signal
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
@@ -90,6 +92,29 @@ def test_a_state_saved_by_time_resumes_to_the_same_bits(batches, uninterrupted, 
     steps = []
     weights, _ = run(build_model(5), batches, plan, tmp_path, lambda record: steps.append(record.step))
     assert steps == [5, 6, 7] and same(weights, uninterrupted[optimizer])
+
+
+def test_8_bit_moments_are_saved_and_taken_up_again_to_the_bit(tmp_path):
+    """A vocabulary wide enough that its tables' moments are in 8 bits."""
+    pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 64))
+    model.get_input_embeddings, model.get_output_embeddings = (lambda: model[0]), (lambda: model[1])
+    batches = RowBatches(np.random.default_rng(1).integers(64, size=(8, 12), dtype=np.int32), 2, seed=5)
+    plan, start = replace(PLAN, tokens=8 * 24, optimizer="adamw_8bit"), deepcopy(model.state_dict())
+
+    def loss(model, rows):
+        return torch.nn.functional.cross_entropy(model(rows).flatten(0, 1), rows.flatten())
+
+    def finish(folder, on_step=lambda record: None):
+        model.load_state_dict(start)
+        train(model, batches, plan, loss, folder=folder, on_step=on_step)
+        return load_file(newest_state(folder).folder / TENSORS_FILE)
+
+    whole = finish(tmp_path / "whole")
+    assert whole["optimizer.0.weight.state1"].dtype == torch.uint8
+    with pytest.raises(KeyboardInterrupt):
+        finish(tmp_path / "parts", interrupt_at(3))
+    assert same(whole, finish(tmp_path / "parts"))
 
 
 def test_a_resumed_run_without_the_optimizers_state_ends_elsewhere(batches, uninterrupted, tmp_path):

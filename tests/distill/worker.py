@@ -53,11 +53,21 @@ def padded_rows() -> np.ndarray:
     return rows
 
 
-def run(folder: Path, plan: dict, *, seed: int = 2, launch: Launch | None = None, on_step: Callable[[StepRecord], None] = lambda record: None) -> StepRecord:
-    """Distils build_model(seed) from a fixed teacher in `folder`, as part of a launch or alone."""
-    launch = launch or Launch()
+def run(folder: Path, plan: dict, *, seed: int = 2, launch: Launch | None = None, on_step: Callable[[StepRecord], None] = lambda record: None,
+        poison_at: int | None = None) -> StepRecord:  # fmt: skip
+    """Distils build_model(seed) from a fixed teacher in `folder`, as part of a launch or alone. In the last process the loss of the
+    `poison_at`-th of its batches is nan."""
+    launch, calls = launch or Launch(), []
     phases = [Phase(RowBatches(padded_rows(), 4, seed=1), TrainPlan(**PLAN | plan))]
-    loss = distillation_loss(build_teacher(), launch=launch)
+    clean = distillation_loss(build_teacher(), launch=launch)
+
+    def loss(model, rows_BT):
+        means = clean(model, rows_BT)
+        calls.append(1)
+        if len(calls) - 1 == poison_at and launch.rank == launch.world_size - 1:
+            means["loss"] = means["loss"] * float("nan")
+        return means
+
     return train_phases(build_model(seed), phases, loss, folder=folder, on_step=on_step, launch=launch)
 
 
@@ -75,7 +85,7 @@ def kill_later(folder: Path, states: int, seconds: float) -> None:
 
 
 def main(folder: str, plan: dict, stop_at: int | None = None, kill_at: int | None = None, kill_after: tuple[int, float] | None = None,
-         full_at: int | None = None) -> None:  # fmt: skip
+         full_at: int | None = None, poison_at: int | None = None) -> None:  # fmt: skip
     """Every record goes to folder/steps.jsonl. A SIGTERM comes to the first process in step `stop_at`, a SIGKILL in step `kill_at`, or
     `kill_after` so many states and seconds; from step `full_at` on no file may grow beyond 20,000 bytes, as on a disk that is nearly full.
     """
@@ -96,7 +106,7 @@ def main(folder: str, plan: dict, stop_at: int | None = None, kill_at: int | Non
             os.kill(os.getpid(), signal.SIGKILL)
 
     try:
-        run(Path(folder), plan, seed=7, launch=read_launch(), on_step=on_step)  # another seed than alone: weights must come from the state
+        run(Path(folder), plan, seed=7, launch=read_launch(), on_step=on_step, poison_at=poison_at)  # another seed than alone: weights must come from the state
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         os._exit(130)

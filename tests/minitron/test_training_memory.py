@@ -27,7 +27,7 @@ def num_bytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@pytest.mark.parametrize("optimizer", list(Optimizer))
+@pytest.mark.parametrize("optimizer", [Optimizer.adamw, Optimizer.muon])
 def test_weights_gradients_and_optimiser_are_counted_to_the_byte(optimizer, tiny, build_model, token_ids):
     model = build_model()
     engine = open_engine(Launch(), model, train_plan(TrainSettings(optimizer=optimizer)))
@@ -38,6 +38,16 @@ def test_weights_gradients_and_optimiser_are_counted_to_the_byte(optimizer, tiny
     planned = plan(tiny, optimizer=optimizer)
     assert (planned.weights, planned.gradients, planned.optimizer) == (num_bytes(model.parameters()), gradients, moments)
     assert planned.teacher * 2 == planned.weights
+
+
+def test_8_bit_moments_of_large_tensors_are_planned_to_a_few_per_cent():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = torch.nn.Linear(512, 512, bias=False)
+    optimizer = bitsandbytes.optim.AdamW8bit(layer.parameters())
+    layer(torch.ones(512)).sum().backward()
+    optimizer.step()
+    held = num_bytes(value for key, value in optimizer.state[layer.weight].items() if key.startswith(("state", "absmax")))
+    assert held / layer.weight.numel() == pytest.approx(2 * (1 + 4 / 256), rel=1e-3)
 
 
 @pytest.fixture
