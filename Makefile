@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install demo test clean
+.PHONY: install demo test test-slow clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -26,7 +26,11 @@ demo: $(VENV)/installed
 
 # Waiting threads sleep instead of spinning: on a busy machine that is the difference between minutes and hours.
 test: $(VENV)/installed-test
-	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+# Minutes: what only long runs show.
+test-slow: $(VENV)/installed-test
+	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s -m slow $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) runs/store build *.egg-info
