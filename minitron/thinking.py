@@ -1,0 +1,71 @@
+"""A budget for reasoning: after so many tokens of it the reasoning is closed, and the answer goes on.
+
+Tags are sequences of tokens, so any tokenizer's will do. B rows of a batch, T tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import LogitsProcessor
+
+
+class ThinkingBudget(LogitsProcessor):
+    """For `generate`: once a row has `budget` reasoning tokens, the closing tag's tokens are the only ones it may take.
+
+    Reasoning is what follows the last opening tag, in the prompt or generated, and no closing tag has ended; the tags are not
+    counted. A row without an opening tag, or one that closes by itself in time, is left alone, to the bit.
+    """
+
+    def __init__(self, budget: int, open_ids: Sequence[int], close_ids: Sequence[int], prompt_tokens: int):
+        """`prompt_tokens` is the width of the prompts, padding on their left included. Raises ValueError for a negative budget or an empty tag."""
+        if budget < 0:
+            raise ValueError(f"thinking_budget is {budget}; it must be at least 0")
+        if not open_ids or not close_ids:
+            raise ValueError("thinking_tags have no tokens in this tokenizer; name the tags that it knows, e.g. thinking_tags='[<think>, </think>]'")
+        self.budget, self.open_ids, self.close_ids, self.prompt_tokens = budget, list(open_ids), list(close_ids), prompt_tokens
+        self._in_prompt: list[list[int] | None] | None = None  # of each row, the reasoning that its prompt has already, None where it is in none
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores [B, V] of the next token, all but the closing tag's next one −∞ in rows whose budget is spent."""
+        if self._in_prompt is None:
+            self._in_prompt = [self._reasoning(row) for row in input_ids[:, : self.prompt_tokens].tolist()]
+        for row, (begun, generated) in enumerate(zip(self._in_prompt, input_ids[:, self.prompt_tokens :].tolist(), strict=True)):
+            # What the prompt opened is followed from its opening tag on; its own tokens count too.
+            reasoning = self._reasoning(generated if begun is None else [*self.open_ids, *begun, *generated])
+            if reasoning is not None and (forced := self._forced(reasoning)) is not None:
+                allowed = scores[row, forced].item()
+                scores[row] = float("-inf")
+                scores[row, forced] = allowed if allowed > float("-inf") else 0.0
+        return scores
+
+    def _reasoning(self, ids: list[int]) -> list[int] | None:
+        """The tokens of the reasoning that is open at the end of `ids`; None where none is."""
+        start = _last(ids, self.open_ids)
+        if start is None:
+            return None
+        after = ids[start + len(self.open_ids) :]
+        return None if _last(after, self.close_ids) is not None else after
+
+    def _forced(self, reasoning: list[int]) -> int | None:
+        """The token that must come next where the budget is spent: of the closing tag, the one after as much of it as stands already."""
+        if len(reasoning) < self.budget:
+            return None
+        begun = next(length for length in range(len(self.close_ids) - 1, -1, -1) if reasoning[len(reasoning) - length :] == self.close_ids[:length])
+        return self.close_ids[begun]
+
+
+def _last(ids: list[int], wanted: list[int]) -> int | None:
+    """Where a sequence begins for the last time."""
+    starts = range(len(ids) - len(wanted), -1, -1)
+    return next((start for start in starts if ids[start : start + len(wanted)] == wanted), None)
+
+
+def count_reasoning(ids: Sequence[int], open_ids: Sequence[int], close_ids: Sequence[int]) -> int:
+    """Tokens between the last opening tag and the closing one after it, or the end."""
+    ids, open_ids, close_ids = list(ids), list(open_ids), list(close_ids)
+    start = _last(ids, open_ids)
+    if start is None:
+        return 0
+    after = ids[start + len(open_ids) :]
+    ends = (end for end in range(len(after) - len(close_ids) + 1) if after[end : end + len(close_ids)] == close_ids)
+    return next(ends, len(after))
