@@ -21,8 +21,9 @@ from minitron.blends import rows_to_make
 from minitron.console import Console
 from minitron.derived import fewest_layers, layer_rules
 from minitron.documents import check_source
+from minitron.hand_over_settings import MERGEABLE
 from minitron.importance.removal import check_rules
-from minitron.settings import Rows, Settings, Stage
+from minitron.settings import FROM_WHAT_IS_DONE, Rows, Settings, Stage
 from minitron.stage_table import STAGES
 from minitron.store import Result, find_result, finish, locked, stage_key
 from minitron.teachers import base_architecture, max_positions, teacher_config
@@ -75,7 +76,7 @@ def run_pipeline(settings: Settings, console: Console) -> None:
         Path(settings.runs_folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"runs_folder is {settings.runs_folder!r}, which cannot be made a folder: {error.strerror}") from None
-    walk = finished_stages if settings.stage is Stage.report else run_stages
+    walk = finished_stages if settings.stage in FROM_WHAT_IS_DONE else run_stages
     first = depth_lap(settings)
     if first is None:
         laps = [walk(settings, console)]
@@ -138,7 +139,9 @@ def check_before_work(settings: Settings) -> None:
 
     check_source(settings.data)
     check_sharing(settings.teacher.train.batch, settings.teacher.train.micro_batch, 1)
-    if settings.stage is not Stage.report and "distill" in order_of(settings):
+    if settings.stage is Stage.merge:
+        check_merge(settings)
+    if settings.stage not in FROM_WHAT_IS_DONE and "distill" in order_of(settings):
         check_phases(settings)
     trains = () if settings.distill.phases else (("distill.train", settings.distill.train),)
     for name, train in (("teacher.train", settings.teacher.train), *trains):
@@ -167,6 +170,18 @@ def check_phases(settings: Settings) -> None:
                              "the teacher's max_position_embeddings (or distill.max_positions)")  # fmt: skip
     for data in rows_to_make(settings).values():
         check_source(data)
+
+
+def check_merge(settings: Settings) -> None:
+    """Refuse checkpoints to merge that are too few or not there. Raises ValueError."""
+    names = settings.merge.checkpoints
+    if len(names) < 2:
+        raise ValueError(f"merge.checkpoints is {names}; stage=merge needs at least two: folders, or finished stages ({', '.join(MERGEABLE)})")
+    if "base" in names and settings.base.path is None and not settings.depth_lap.enabled:
+        raise ValueError("merge.checkpoints names 'base', but there is none: base.path is null and depth_lap.enabled is false")
+    for name in names:
+        if name not in MERGEABLE and not Path(name).is_dir():
+            raise ValueError(f"merge.checkpoints names {name!r}, which is neither the folder of a checkpoint nor one of {', '.join(MERGEABLE)}")
 
 
 def finished_stages(settings: Settings, _console: Console, given: Mapping[str, Result] = MappingProxyType({})) -> Lap:
