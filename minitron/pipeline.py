@@ -8,7 +8,7 @@ import importlib
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,7 +67,7 @@ class Lap:
 
 
 def run_pipeline(settings: Settings, console: Console) -> None:
-    """Run what is asked for, then write the run's summary and report."""
+    """Run what is asked for, then write the run's summary and report; an export is made of what is done and leaves both alone."""
     from minitron.laps import depth_lap, width_lap
     from minitron.stages import report
 
@@ -87,10 +87,20 @@ def run_pipeline(settings: Settings, console: Console) -> None:
             console.say("second lap: widths")
             student = laps[0].results["distill"]
             laps.append(walk(width_lap(settings, student), console, {"base": student}))
+    if settings.stage is Stage.export:
+        _export(settings, laps, console)
+        return
     if not laps[0].results:
         raise ValueError(f"stage=report shows what is done, but nothing is under these settings in {settings.runs_folder}/store; run stage=all first")
     if processes.rank() == 0:
         report.run(settings, laps, console)
+
+
+def _export(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
+    from minitron.stages import export  # brings torch
+
+    if processes.rank() == 0:
+        export.run(settings, laps, console)
 
 
 def run_stages(settings: Settings, console: Console, given: Mapping[str, Result] = MappingProxyType({})) -> Lap:

@@ -10,13 +10,12 @@ import torch
 
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB, format_gib
-from minitron.checkpoints import DTYPES, PIECE_BYTES, Checkpoint, PlannedTensor, PlannedWeights, write_weights
+from minitron.checkpoints import DTYPES, PIECE_BYTES, Checkpoint, PlannedTensor
 from minitron.families import family_of
 from minitron.families.base import Family
 from minitron.hand_over_settings import MERGEABLE
 from minitron.pipeline import StageContext
-from minitron.publish import check_layer_by_layer, check_reload, model_card, write_companions
-from minitron.runtime import available_memory_bytes
+from minitron.publish import model_card, write_planned
 from minitron.stages.models import result_model_folder
 
 # What of config.json two checkpoints may differ in: where they come from, how they are stored, run or were initialised, what generation starts and ends with.
@@ -48,18 +47,16 @@ def run(context: StageContext) -> dict:
     sources = _sources(context, family)
     for other in sources[1:]:
         check_same_kind(family, sources[0], other)
-    config, folder = family.hf_config(first, architecture), context.folder / "checkpoint"
-    folder.mkdir(exist_ok=True)
     planned = merged_tensors(family, sources)
     total = sum(tensor.num_bytes for tensor in planned)
-    max_shard_bytes = int(context.settings.prune.max_shard_gib * GIB)
-    with context.console.track("merging", total / GIB, "GiB") as advance:
-        write_weights(folder, planned, max_shard_bytes=max_shard_bytes, on_bytes=lambda num_bytes: advance(num_bytes / GIB))
     terms = [f"- {source.share:g} × {source.title} (`{source.checkpoint.fingerprint}`)" for source in sources]
     lines = ["Weighted mean of these checkpoints, tensor by tensor (in brackets what tells each from others of its name):", "", *terms]
     name = f"merge of {len(sources)} checkpoints"
-    write_companions(folder, config=config, companions=sources[0].folder, card=model_card(name, lines=lines, architecture=architecture, base=None))
-    check = _check(family, planned, folder, config, sources[0].checkpoint.num_parameters)
+    card = model_card(name, lines=lines, architecture=architecture, base=None)
+    with context.console.track("merging", total / GIB, "GiB") as advance:
+        check = write_planned(context.folder / "checkpoint", family, planned, config=family.hf_config(first, architecture), companions=sources[0].folder,
+                              card=card, max_shard_bytes=int(context.settings.prune.max_shard_gib * GIB),
+                              on_bytes=lambda num_bytes: advance(num_bytes / GIB))  # fmt: skip
     merged = [{"checkpoint": source.label, "name": source.title, "weight": source.share} for source in sources]
     headline = f"{' + '.join(f'{source.share:g} × {source.label}' for source in sources)}, {format_gib(total)} written; {check}"
     return {"headline": headline, "path": "checkpoint", "name": name, "merged": merged}
@@ -153,14 +150,3 @@ def _merged_pieces(sources: Sequence[Source], name: str) -> Iterator[torch.Tenso
         if not torch.isfinite(merged).all():
             raise ValueError(f"merge.checkpoints: the mean of tensor {name} is not finite in {stored}; a checkpoint holds an infinity or NaN, or overflows it")
         yield merged
-
-
-def _check(family: Family, planned: Sequence[PlannedTensor], folder: Path, config: dict, num_parameters: int) -> str:
-    """Compare what was written with the merge made anew: the models' logits where two fit in memory, else layer by layer."""
-    if 3 * 4 * num_parameters >= available_memory_bytes():
-        check_layer_by_layer(folder, family, planned, config)
-        return "reloaded layer by layer, every tensor and every layer's output equal"
-    model, weights = family.build(config), PlannedWeights(planned)
-    for name, tensor in model.state_dict().items():
-        tensor.copy_(weights.read(family.file_name(family.canonical_name(name))))
-    return f"reloaded, logits differ by {check_reload(folder, family, model):.1e}"
