@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import time
@@ -86,8 +87,6 @@ def test_the_command_of_the_card_repeats_the_run(card, walk, door, tmp_path):
     """Under its settings everything is found done: they are those of the walk."""
     command = card.split("```\npython -m minitron.run ")[1].split("\n")[0]
     shutil.copytree(walk.runs / "store", tmp_path / "runs" / "store")
-    import shlex
-
     finished = door(tmp_path, *shlex.split(command), "device=cpu")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("(already done)") == len(walk.summary["stages"])
@@ -130,7 +129,8 @@ def interrupted(walk, start, door, tmp_path_factory):
     """(folder, settings, stage folder) of a distillation stopped by SIGINT between two steps, with best weights kept."""
     folder = tmp_path_factory.mktemp("interrupted")
     shutil.copytree(walk.runs / "store", folder / "runs" / "store", ignore=lambda path, names: {"distill", "evaluate"} & set(names))
-    settings = (f"runs_folder={folder / 'runs'}", *walk.settings[1:], "distill.held_out_every=5", "distill.train.save_every_steps=3", "distill.held_out_samples=4")
+    own = ("distill.train.tokens=40000", "distill.train.save_every_steps=3", "distill.held_out_every=5", "distill.held_out_samples=4")
+    settings = (f"runs_folder={folder / 'runs'}", *walk.settings[1:], *own)
     process = start(folder, *settings, "stage=distill")
     deadline = time.monotonic() + 120
     while len(list(folder.glob("runs/store/distill/*/states/*/state.json"))) < 2 and process.poll() is None and time.monotonic() < deadline:
@@ -156,7 +156,7 @@ def test_a_saved_state_of_a_distillation_under_way_is_exported(state, find, inte
     load_weights(saved, expected)
     assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
     card, steps = (out / "README.md").read_text(), saved.facts["record"]["step"] + 1
-    assert f"{steps:,} of 39 steps: a state saved on the way" in card and "they were not evaluated" in card
+    assert f"{steps:,} of 156 steps: a state saved on the way" in card and "they were not evaluated" in card
     assert ("the lowest held-out loss" in card) == (state == "best")
 
 
