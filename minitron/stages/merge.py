@@ -70,7 +70,7 @@ def _sources(context: StageContext, family: Family) -> list[Source]:
     settings, found = context.settings.merge, []
     for label, share in zip(settings.checkpoints, settings.shares(), strict=True):
         checkpoint = Checkpoint(_folder_of(context, label))
-        title = context.inputs[label].facts.get("name", label) if label in MERGEABLE else checkpoint.folder.name
+        title = context.inputs[label].facts.get("name", "the pruned model") if label in MERGEABLE else checkpoint.folder.name
         names = {family.canonical_name(name): name for name in checkpoint.entries}
         found.append(Source(label, title, share, checkpoint, names))
     return found
