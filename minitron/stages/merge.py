@@ -146,7 +146,7 @@ def _merged_pieces(sources: Sequence[Source], name: str) -> Iterator[torch.Tenso
         difference = torch.zeros_like(mean)
         for source, (_, other) in zip(others, pieces, strict=True):
             difference.add_(mean - other.to(working), alpha=source.share)
-        merged = (mean - difference).to(stored)
-        if not torch.isfinite(merged).all():
+        merged = mean.sub_(difference).to(stored)
+        if not all(map(torch.isfinite, merged.aminmax())):  # both are NaN where one number is
             raise ValueError(f"merge.checkpoints: the mean of tensor {name} is not finite in {stored}; a checkpoint holds an infinity or NaN, or overflows it")
         yield merged
