@@ -71,10 +71,13 @@ class TensorEntry:
 class Checkpoint:
     """The safetensors files of one model folder: names, shapes and dtypes read at once, weights on demand."""
 
-    def __init__(self, folder: Path):
-        """Read every shard's header. Raises ValueError for a missing folder, shard or tensor, or a truncated file."""
+    def __init__(self, folder: Path, *, file: str | None = None):
+        """Read every shard's header. Raises ValueError for a missing folder, shard or tensor, or a truncated file.
+
+        `file` is the one file to read where it is not named as a model's, a saved state's say.
+        """
         self.folder = Path(folder)
-        files, indexed = _shard_files(self.folder)
+        files, indexed = _shard_files(self.folder) if file is None else ([self.folder / file], set())
         self.files = files
         self.entries = {entry.name: entry for path in files for entry in read_header(path)}
         missing = sorted(indexed - set(self.entries))
@@ -97,6 +100,14 @@ class Checkpoint:
             file.seek(entry.offset)
             for first in range(0, rows, step):
                 yield first, _read_tensor(file, entry, (min(step, rows - first), *rest))
+
+    def planned(self, name: str, *, new_name: str, dtype: str) -> "PlannedTensor":
+        """A tensor to be written again, under another name and in another dtype, read when its turn comes."""
+
+        def pieces() -> Iterator[torch.Tensor]:
+            return (rows.to(DTYPES[dtype]) for _, rows in self.read_rows(name))
+
+        return PlannedTensor(new_name, dtype, self.entries[name].shape, pieces)
 
     def holds(self, tensor: "PlannedTensor") -> bool:
         """Whether the tensor of that name is the planned one, bit for bit."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from minitron.derived import axis_of
 from minitron.search_settings import AxisSettings, FixedSettings, LaterWidthsSettings
-from minitron.settings import BaseSettings, Settings, Stage
+from minitron.settings import FROM_WHAT_IS_DONE, BaseSettings, Settings, Stage
 from minitron.stages.models import result_model_folder
 from minitron.store import Result
 from minitron.teachers import teacher_architecture
@@ -19,9 +19,12 @@ BEFORE_CUTTING = (Stage.data, Stage.teacher, Stage.score)
 def depth_lap(settings: Settings) -> Settings | None:
     """The first lap's settings: depth alone, held against the smallest widths that the second may choose; None for a walk of one lap.
 
-    A search from config.json alone (search.layer_order without weights) looks at depth and widths in one lap.
+    A search from config.json alone (search.layer_order without weights) looks at depth and widths in one lap, and a merge of checkpoints
+    that no lap makes needs none.
     """
     if not settings.depth_lap.enabled or (settings.stage in (Stage.shortlist, Stage.search) and settings.search.layer_order):
+        return None
+    if settings.stage is Stage.merge and set(settings.merge.stages()) <= {"teacher"}:
         return None
     search, fixed, teacher = settings.search, settings.search.fixed, teacher_architecture(settings)
     later = {field: axis_of(settings, axis, teacher)[0] for axis, field in WIDTH_AXES.items()}
@@ -33,7 +36,7 @@ def depth_lap(settings: Settings) -> Settings | None:
     )  # fmt: skip
     screen = replace(settings.screen, train=replace(settings.screen.train, tokens=settings.depth_lap.screen_tokens))
     distill = replace(settings.distill, phases=[], train=replace(settings.distill.train, tokens=settings.depth_lap.tokens))
-    stage = settings.stage if settings.stage in (*BEFORE_CUTTING, Stage.report) else Stage.distill
+    stage = settings.stage if settings.stage in (*BEFORE_CUTTING, *FROM_WHAT_IS_DONE) else Stage.distill
     return replace(settings, stage=stage, candidate=None, search=search, screen=screen, distill=distill)
 
 

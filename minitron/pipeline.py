@@ -8,7 +8,7 @@ import importlib
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,8 +21,9 @@ from minitron.blends import rows_to_make
 from minitron.console import Console
 from minitron.derived import fewest_layers, layer_rules
 from minitron.documents import check_source
+from minitron.hand_over_settings import MERGEABLE
 from minitron.importance.removal import check_rules
-from minitron.settings import Rows, Settings, Stage
+from minitron.settings import FROM_WHAT_IS_DONE, Rows, Settings, Stage
 from minitron.stage_table import STAGES
 from minitron.store import Result, find_result, finish, locked, stage_key
 from minitron.teachers import base_architecture, max_positions, teacher_config
@@ -66,7 +67,7 @@ class Lap:
 
 
 def run_pipeline(settings: Settings, console: Console) -> None:
-    """Run what is asked for, then write the run's summary and report."""
+    """Run what is asked for, then write the run's summary and report; an export is made of what is done and leaves both alone."""
     from minitron.laps import depth_lap, width_lap
     from minitron.stages import report
 
@@ -75,7 +76,7 @@ def run_pipeline(settings: Settings, console: Console) -> None:
         Path(settings.runs_folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"runs_folder is {settings.runs_folder!r}, which cannot be made a folder: {error.strerror}") from None
-    walk = finished_stages if settings.stage is Stage.report else run_stages
+    walk = finished_stages if settings.stage in FROM_WHAT_IS_DONE else run_stages
     first = depth_lap(settings)
     if first is None:
         laps = [walk(settings, console)]
@@ -86,10 +87,20 @@ def run_pipeline(settings: Settings, console: Console) -> None:
             console.say("second lap: widths")
             student = laps[0].results["distill"]
             laps.append(walk(width_lap(settings, student), console, {"base": student}))
+    if settings.stage is Stage.export:
+        _export(settings, laps, console)
+        return
     if not laps[0].results:
         raise ValueError(f"stage=report shows what is done, but nothing is under these settings in {settings.runs_folder}/store; run stage=all first")
     if processes.rank() == 0:
         report.run(settings, laps, console)
+
+
+def _export(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
+    from minitron.stages import export  # brings torch
+
+    if processes.rank() == 0:
+        export.run(settings, laps, console)
 
 
 def run_stages(settings: Settings, console: Console, given: Mapping[str, Result] = MappingProxyType({})) -> Lap:
@@ -138,7 +149,9 @@ def check_before_work(settings: Settings) -> None:
 
     check_source(settings.data)
     check_sharing(settings.teacher.train.batch, settings.teacher.train.micro_batch, 1)
-    if settings.stage is not Stage.report and "distill" in order_of(settings):
+    if settings.stage is Stage.merge:
+        check_merge(settings)
+    if settings.stage not in FROM_WHAT_IS_DONE and "distill" in order_of(settings):
         check_phases(settings)
     trains = () if settings.distill.phases else (("distill.train", settings.distill.train),)
     for name, train in (("teacher.train", settings.teacher.train), *trains):
@@ -167,6 +180,18 @@ def check_phases(settings: Settings) -> None:
                              "the teacher's max_position_embeddings (or distill.max_positions)")  # fmt: skip
     for data in rows_to_make(settings).values():
         check_source(data)
+
+
+def check_merge(settings: Settings) -> None:
+    """Refuse checkpoints to merge that are too few or not there. Raises ValueError."""
+    names = settings.merge.checkpoints
+    if len(names) < 2:
+        raise ValueError(f"merge.checkpoints is {names}; stage=merge needs at least two: folders, or finished stages ({', '.join(MERGEABLE)})")
+    if "base" in names and settings.base.path is None and not settings.depth_lap.enabled:
+        raise ValueError("merge.checkpoints names 'base', but there is none: base.path is null and depth_lap.enabled is false")
+    for name in names:
+        if name not in MERGEABLE and not Path(name).is_dir():
+            raise ValueError(f"merge.checkpoints names {name!r}, which is neither the folder of a checkpoint nor one of {', '.join(MERGEABLE)}")
 
 
 def finished_stages(settings: Settings, _console: Console, given: Mapping[str, Result] = MappingProxyType({})) -> Lap:

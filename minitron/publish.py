@@ -1,18 +1,22 @@
 """Writing a model folder that any runtime loads unchanged, and checking it by reading it back."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
+from distill.states import TENSORS_FILE
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import format_gib
-from minitron.checkpoints import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, copy_companions, same_bits, save_model_weights
+from minitron.checkpoints import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, copy_companions, same_bits, save_model_weights, write_weights
 from minitron.families.base import Family
 from minitron.importance.placement import StreamedModel
+from minitron.runtime import available_memory_bytes
 from minitron.store import write_json
 
 CHECK_TOKENS = 48
@@ -30,6 +34,26 @@ def write_model(folder: Path, family: Family, model: nn.Module, *, config: dict,
     state = {family.file_name(names[name]): tensor.detach().to(dtypes[names[name]]) for name, tensor in model.state_dict().items()}
     save_model_weights(state, folder, max_shard_bytes=max_shard_bytes)
     write_companions(folder, config=config, companions=companions, card=card)
+
+
+def state_tensors(family: Family, state: Path, *, like: Checkpoint) -> list[PlannedTensor]:
+    """The weights of a training's saved state, whatever engine made it, in the names and dtypes of the checkpoint that was trained."""
+    weights = Checkpoint(state, file=TENSORS_FILE)
+    names = {family.canonical_name(name.removeprefix("model.")): name for name in weights.entries if name.startswith("model.")}
+    entries = {family.canonical_name(entry.name): entry for entry in like.entries.values()}
+    return [weights.planned(names[name], new_name=family.file_name(name), dtype=entry.dtype) for name, entry in entries.items()]
+
+
+def write_planned(folder: Path, family: Family, planned: Sequence[PlannedTensor], *, config: dict, companions: Path, card: str, max_shard_bytes: int,
+                  on_bytes: Callable[[int], None] = lambda _: None) -> str:  # fmt: skip
+    """Write planned tensors, never a whole model in memory, as a checkpoint: weights, config, tokenizer files and model card; then read it back.
+
+    Gives what the check says. Whole shards that an earlier attempt at the same left are kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder, planned, max_shard_bytes=max_shard_bytes, on_bytes=on_bytes)
+    write_companions(folder, config=config, companions=companions, card=card)
+    return check_written(folder, family, planned, config)
 
 
 def write_companions(folder: Path, *, config: dict, companions: Path, card: str) -> None:
@@ -59,6 +83,21 @@ def check_reload(folder: Path, family: Family, model: nn.Module, *, tolerance: f
     if not difference <= tolerance:
         raise RuntimeError(f"{folder}, read back, gives logits that differ by {difference:.2e} of the largest; at most {tolerance:.0e} is rounding")
     return difference
+
+
+@torch.no_grad()
+def check_written(folder: Path, family: Family, planned: Sequence[PlannedTensor], config: dict) -> str:
+    """Hold a folder against the tensors planned for it, made anew: by the models' logits where two fit in memory, else layer by layer.
+
+    Gives a sentence on what was found; raises RuntimeError as the two checks do.
+    """
+    if 3 * 4 * count_total_parameters(architecture_from_config(config)) >= available_memory_bytes():
+        check_layer_by_layer(folder, family, planned, config)
+        return "reloaded layer by layer, every tensor and every layer's output equal"
+    model, weights = family.build(config), PlannedWeights(planned)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(weights.read(family.file_name(family.canonical_name(name))))
+    return f"reloaded, logits differ by {check_reload(folder, family, model):.1e}"
 
 
 @torch.no_grad()
@@ -97,10 +136,12 @@ def check_layer_by_layer(folder: Path, family: Family, planned: Sequence[Planned
             raise RuntimeError(f"{folder}, read back, gives logits that are not finite")
 
 
-def model_card(title: str, *, lines: list[str], architecture: Architecture, base: str | None) -> str:
-    """README.md of a model folder: what it is, what it came from, its sizes."""
+def model_card(title: str, *, lines: list[str], architecture: Architecture, base: str | None,
+               metadata: Mapping[str, str] = MappingProxyType({})) -> str:  # fmt: skip
+    """README.md of a model folder: what it is, what it came from, its sizes; `metadata` is more of what the Hub reads at its top."""
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [minitron, pruning, distillation]"]
     head += [f"base_model: {base}"] if base and "/" in base and not base.startswith("/") else []
+    head += [f"{name}: {json.dumps(value)}" for name, value in metadata.items()]  # a JSON string is a YAML one
     parameters = count_total_parameters(architecture)
     sizes = [
         ("parameters", f"{parameters:,}"),

@@ -7,6 +7,7 @@ sizes), marked by `how()`. The checks run when the settings are built, before an
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 
+from minitron.hand_over_settings import ExportSettings, MergeSettings
 from minitron.search_settings import SearchSettings, ThroughputSettings
 from minitron.setting_rules import at_least, check_kinds, check_share, how
 
@@ -23,9 +24,14 @@ class Stage(Enum):
     phase_rows = "phase_rows"
     distill_cache = "distill_cache"
     distill = "distill"
+    merge = "merge"
     evaluate = "evaluate"
     report = "report"
+    export = "export"
     all = "all"
+
+
+FROM_WHAT_IS_DONE = (Stage.report, Stage.export)  # they run nothing else
 
 
 class Rows(Enum):
@@ -377,7 +383,9 @@ class Settings:
     throughput: ThroughputSettings = field(default_factory=ThroughputSettings)
     prune: PruneSettings = field(default_factory=PruneSettings)
     distill: DistillSettings = field(default_factory=DistillSettings)
+    merge: MergeSettings = field(default_factory=MergeSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
 
     def __post_init__(self) -> None:
         if not self.run_name or "/" in self.run_name or self.run_name.startswith(".") or self.run_name == "store":

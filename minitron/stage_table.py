@@ -8,6 +8,7 @@ from typing import Any
 
 from minitron.blends import phase_parts, rows_identity, rows_to_make
 from minitron.derived import base_stage, fewest_layers, floors, has_ladder
+from minitron.hand_over_settings import MERGEABLE
 from minitron.setting_rules import key_settings
 from minitron.settings import Settings
 from minitron.teachers import teacher_folder, teacher_identity
@@ -107,6 +108,15 @@ def _needs_of_distill(settings: Settings) -> tuple[str, ...]:
     return ("data", "teacher", "prune", *rows, *(("distill_cache",) if settings.distill.cached else ()))
 
 
+def _what_merge(settings: Settings) -> Any:
+    from minitron.checkpoints import Checkpoint
+
+    def identity(name: str) -> Any:  # a stage's own key is among the inputs; a folder's name stands on the card
+        return name if name in MERGEABLE else {"weights": Checkpoint(Path(name)).fingerprint, "name": Path(name).resolve().name}
+
+    return {"checkpoints": [identity(name) for name in settings.merge.checkpoints], "weights": settings.merge.shares()}
+
+
 STAGES: Mapping[str, StageSpec] = {
     # The tiny teacher is trained on the data; a given one brings the tokenizer that the data needs.
     "data": StageSpec(1, lambda s: () if s.teacher.path is None else ("teacher",), _what_data),
@@ -125,5 +135,7 @@ STAGES: Mapping[str, StageSpec] = {
     # Only where a phase of distillation wants other rows than the data stage's.
     "phase_rows": StageSpec(1, lambda s: ("data", "teacher"), _what_phase_rows),
     "distill": StageSpec(3, _needs_of_distill, _what_distill, parallel=True),
+    # Asked for by name alone: of given folders it needs no stage.
+    "merge": StageSpec(1, lambda s: s.merge.stages(), _what_merge),
     "evaluate": StageSpec(1, lambda s: ("data", "teacher", "prune", "distill"), lambda s: key_settings(s.evaluate)),
 }

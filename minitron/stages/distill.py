@@ -1,6 +1,7 @@
 """distill: train the pruned student to the teacher's distribution, in one process or in several."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from distill.engine import Unread
 from distill.launch import Launch, read_launch
 from distill.objectives import HiddenTerm, LossFunction, cached_loss, distillation_loss
 from distill.plan import Phase, StepRecord
-from distill.states import load_weights, newest_state, remove_states
+from distill.states import newest_state, remove_states
 from distill.trainer import HeldOut, real_tokens, train_phases
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
@@ -25,7 +26,7 @@ from minitron.evaluation import batches_of, screening_rows, spread_rows
 from minitron.families import family_of
 from minitron.families.base import HIDDEN, Family
 from minitron.pipeline import StageContext
-from minitron.publish import check_reload, model_card, write_model
+from minitron.publish import model_card, state_tensors, write_planned
 from minitron.runtime import pick_device, process_memory_bytes
 from minitron.settings import DistillSettings
 from minitron.stages.models import result_model_folder
@@ -170,16 +171,11 @@ def _held_out(context: StageContext) -> HeldOut | None:
 def _write_student(context: StageContext, family: Family, config: dict, last: StepRecord) -> None:
     """checkpoint/ from the newest state, which holds whole tensors whatever the engine."""
     pruned_folder = result_model_folder(context.inputs["prune"])
-    stored = Checkpoint(pruned_folder)
-    dtypes = {family.canonical_name(name): DTYPES[entry.dtype] for name, entry in stored.entries.items()}
-    student = family.build(config)
-    load_weights(newest_state(context.folder), student)
+    planned = state_tensors(family, newest_state(context.folder).folder, like=Checkpoint(pruned_folder))
     folder = context.folder / "checkpoint"
-    write_model(folder, family, student, config=config, dtypes=dtypes, companions=pruned_folder, card=_card(context, config, last),
-                max_shard_bytes=int(context.settings.prune.max_shard_gib * GIB))  # fmt: skip
-    for name, tensor in student.state_dict().items():  # what is on disk is rounded to these dtypes
-        tensor.copy_(tensor.to(dtypes[family.canonical_name(name)]))
-    check_reload(folder, family, student)
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier sitting, whose state may have been another
+    write_planned(folder, family, planned, config=config, companions=pruned_folder, card=_card(context, config, last),
+                  max_shard_bytes=int(context.settings.prune.max_shard_gib * GIB))  # fmt: skip
 
 
 def _card(context: StageContext, config: dict, last: StepRecord) -> str:

@@ -11,6 +11,7 @@ from minitron.pipeline import Lap
 from minitron.plots import draw_plots
 from minitron.report_page import page_html, page_markdown
 from minitron.settings import Settings, Stage
+from minitron.stages.models import result_model_folder
 from minitron.store import Result, locked
 from minitron.summary import METRICS_FILE, MODEL_STAGES, SEARCH_FILES, build_summary
 
@@ -19,9 +20,13 @@ def run(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
     """Writes runs/<run name>/: summary.json, report.md, report.html, plots, metrics.jsonl and links to the checkpoints.
 
     What is left there of an earlier run and is not of this one goes: nothing in the folder contradicts summary.json. A candidate
-    screened by itself leaves the folder alone: it is one row of the search's table, and several are screened at once.
+    screened by itself leaves the folder alone: it is one row of the search's table, and several are screened at once. So does a
+    merge: it is no part of the walk that the folder tells of, and a sweep makes several at once.
     """
     if settings.stage is Stage.screen and settings.candidate is not None:
+        return
+    if settings.stage is Stage.merge:
+        console.say(f"merged checkpoint: {result_model_folder(laps[-1].results['merge'])}")
         return
     folder = Path(settings.runs_folder) / settings.run_name
     with locked(folder, console.say):

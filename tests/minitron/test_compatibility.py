@@ -1,0 +1,91 @@
+"""Every rule of another program is held by a case that breaks it alone."""
+
+import math
+
+import pytest
+
+from minitron.compatibility import RULES, Folder, check_folder, verdicts
+
+GOOD = {
+    "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-", "num_hidden_layers": 5,
+    "layers_block_type": ["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"], "head_dim": 128, "num_attention_heads": 40,
+    "num_key_value_heads": 8, "attention_bias": False, "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "n_groups": 8, "mamba_num_heads": 112,
+    "mamba_head_dim": 80, "conv_kernel": 4, "chunk_size": 128, "time_step_limit": [0.0, math.inf], "tie_word_embeddings": False,
+    "max_position_embeddings": 131072, "layer_norm_epsilon": 1e-5, "rms_norm_eps": 1e-5, "ssm_state_size": 128, "intermediate_size": 15680,
+    "use_bias": False, "vocab_size": 131072,
+}  # fmt: skip
+TENSORS, FILES = ("backbone.embeddings.weight", "lm_head.weight"), ("config.json", "tokenizer.json")
+GONE = object()
+# (what is changed, the rules that no longer hold)
+CASES = {
+    "model_type": ({"model_type": "mamba2"}, {("transformers", "model_type")}),
+    "no head_dim": ({"head_dim": GONE}, {("transformers", "head_dim"), ("vLLM", "head_dim"), ("llama.cpp", "head_dim")}),
+    "no attention": (
+        {"hybrid_override_pattern": "M-M--", "layers_block_type": GONE},
+        {("transformers", "hybrid_override_pattern")},
+    ),
+    "class": ({"architectures": ["LlamaForCausalLM"]}, {("vLLM", "architectures"), ("llama.cpp", "architectures")}),
+    "class not first": ({"architectures": ["Other", "NemotronHForCausalLM"]}, {("llama.cpp", "architectures")}),
+    "odd letter": ({"hybrid_override_pattern": "M-M*|"}, {("vLLM", "hybrid_override_pattern"), ("llama.cpp", "hybrid_override_pattern")}),
+    "experts": ({"hybrid_override_pattern": "M-M*E"}, {("llama.cpp", "hybrid_override_pattern")}),
+    "only the new names": ({"hybrid_override_pattern": GONE}, {("llama.cpp", "hybrid_override_pattern")}),
+    "layers": ({"num_hidden_layers": 6}, {("vLLM", "num_hidden_layers"), ("llama.cpp", "hybrid_override_pattern")}),
+    "odd head_dim": ({"head_dim": 20}, {("vLLM", "head_dim")}),
+    "KV heads": ({"num_key_value_heads": 7}, {("vLLM", "num_key_value_heads")}),
+    "attention bias": ({"attention_bias": True}, {("vLLM", "attention_bias")}),
+    "FFN activation": ({"mlp_hidden_act": "silu"}, {("vLLM", "mlp_hidden_act"), ("llama.cpp", "mlp_hidden_act")}),
+    "Mamba activation": ({"mamba_hidden_act": "gelu"}, {("vLLM", "mamba_hidden_act")}),
+    "groups": ({"n_groups": 5}, {("vLLM", "n_groups"), ("llama.cpp", "n_groups")}),
+    "wide convolution": ({"conv_kernel": 5}, {("vLLM", "conv_kernel")}),
+    "no convolution": ({"conv_kernel": GONE}, {("vLLM", "conv_kernel"), ("llama.cpp", "conv_kernel")}),
+    "chunk": ({"chunk_size": 96}, {("vLLM", "chunk_size")}),
+    "clamped steps": ({"time_step_limit": [0.001, math.inf]}, {("vLLM", "time_step_limit")}),
+    "infinity as transformers writes it": ({"time_step_limit": [0.0, {"__float__": "Infinity"}]}, {("vLLM", "time_step_limit")}),
+    "tied": ({"tie_word_embeddings": True}, {("vLLM", "tie_word_embeddings")}),
+    "positions": ({"max_position_embeddings": None}, {("vLLM", "max_position_embeddings")}),
+    "experts per token": ({"num_experts_per_tok": None}, {("llama.cpp", "num_experts_per_tok")}),
+    "epsilon": ({"rms_norm_eps": GONE}, {("llama.cpp", "rms_norm_eps")}),
+    "other epsilon": ({"rms_norm_eps": 1e-6}, {("llama.cpp", "rms_norm_eps")}),
+    "inner width": ({"mamba_num_heads": 8, "mamba_head_dim": 4}, {("llama.cpp", "mamba_num_heads × mamba_head_dim")}),
+    "state": ({"ssm_state_size": GONE}, {("llama.cpp", "ssm_state_size")}),
+    "ffn": ({"intermediate_size": GONE}, {("llama.cpp", "intermediate_size")}),
+    "hidden_act": ({"hidden_act": "relu2"}, {("llama.cpp", "hidden_act")}),
+    "projection bias": ({"use_bias": True}, {("llama.cpp", "use_bias")}),
+    "vocabulary": ({"vocab_size": 1001}, {("llama.cpp", "vocab_size")}),
+}
+
+
+def refused(config: dict, *, tensors=TENSORS, files=FILES, own_tokenizer: bool = False) -> set[tuple[str, str]]:
+    folder = Folder({key: value for key, value in config.items() if value is not GONE}, tensors, files, own_tokenizer)
+    return {(finding.program, finding.field) for finding in check_folder(folder) if finding.accepted is False}
+
+
+def test_a_published_config_is_accepted():
+    assert refused(GOOD) == set()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_wrong_field_is_refused_by_the_programs_that_mind(case):
+    change, expected = CASES[case]
+    assert refused(GOOD | change) == expected
+
+
+def test_other_tensor_names_are_refused():
+    assert refused(GOOD, tensors=("model.embeddings.weight",)) == {("vLLM", "tensor names"), ("llama.cpp", "tensor names")}
+
+
+def test_a_tokenizer_that_is_absent_or_trained_here_is_refused():
+    assert refused(GOOD, files=("config.json",)) == {("vLLM", "tokenizer.json")}
+    assert refused(GOOD, own_tokenizer=True) == {("llama.cpp", "tokenizer")}
+
+
+def test_every_rule_has_a_case_that_breaks_it():
+    broken = set().union(*(expected for _, expected in CASES.values()))
+    broken |= {("vLLM", "tensor names"), ("llama.cpp", "tensor names"), ("vLLM", "tokenizer.json"), ("llama.cpp", "tokenizer")}
+    assert broken == {(rule.program, rule.field) for rule in RULES}
+
+
+def test_a_verdict_names_field_value_and_rule():
+    said = verdicts(check_folder(Folder(GOOD | {"chunk_size": 96}, TENSORS, FILES, own_tokenizer=False)))
+    assert said[1] == "vLLM would not take it: chunk_size (96) must be a power of two"
+    assert "not to be told from here: tokenizer" in said[2] and "would not" not in said[2]

@@ -1,0 +1,221 @@
+"""stage=merge: the weighted mean of checkpoints, by the command that users give."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from memory_budget.hf_config import read_config
+from minitron.checkpoints import PIECE_BYTES, Checkpoint, save_model_weights
+from minitron.families.nemotron_h import FAMILY
+from minitron.stages.merge import Source, merged_tensors
+from minitron.store import write_json
+
+VOCABULARY = {"model": {"vocab": {"a": 0, "b": 1, "<old>": 2}}}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(build_model, config_of, tiny, write_checkpoint, tmp_path_factory) -> dict[str, Path]:
+    """Three models of one architecture, the third in bf16 and in shards; some weights of the first are −0."""
+    folder, found = tmp_path_factory.mktemp("checkpoints"), {}
+    for seed, name in enumerate(("one", "two", "three")):
+        model = build_model(seed)
+        if name == "one":
+            model.lm_head.weight.data[:3] = -0.0
+        more = {"dtype": torch.bfloat16, "max_shard_bytes": 20_000} if name == "three" else {}
+        found[name] = write_checkpoint(folder / name, model, config_of(tiny), **more)
+        write_json(found[name] / "tokenizer.json", VOCABULARY)
+    return found
+
+
+@pytest.fixture
+def merge(door, tmp_path):
+    """Runs stage=merge of folders; gives the command's end and the merged folder, None where there is none."""
+
+    def run(*folders: object, **settings: object):
+        arguments = [f"merge.checkpoints=[{','.join(map(str, folders))}]", *(f"merge.{name}={value}" for name, value in settings.items())]
+        finished = door(tmp_path, "stage=merge", "device=cpu", f"runs_folder={tmp_path / 'runs'}", *arguments)
+        merged = [path.parent for path in tmp_path.glob("runs/store/merge/*/done.json")]
+        return finished, max(merged, key=lambda path: path.stat().st_mtime_ns) / "checkpoint" if merged else None
+
+    return run
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.entries}
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    ours, theirs = tensors(one), tensors(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name].view(torch.int32), theirs[name].view(torch.int32)) for name in ours)
+
+
+def refusal(finished) -> str:
+    assert finished.returncode == 2 and len(finished.error_lines) == 1, finished.stderr
+    return finished.error_lines[0]
+
+
+def test_equal_weights_give_the_mean(merge, checkpoints):
+    finished, merged = merge(checkpoints["one"], checkpoints["two"])
+    assert finished.returncode == 0, finished.stderr
+    one, two, made = tensors(checkpoints["one"]), tensors(checkpoints["two"]), tensors(merged)
+    for name, tensor in made.items():
+        expected = (one[name].double() + two[name].double()) / 2
+        assert (tensor.double() - expected).abs().max() <= 2**-23 * max(one[name].abs().max(), two[name].abs().max())
+    assert str(merged) in finished.stdout and made.keys() == one.keys()
+
+
+def test_weights_are_those_given(merge, checkpoints):
+    _, merged = merge(checkpoints["one"], checkpoints["two"], checkpoints["three"], weights="[0.5,-0.25,0.75]")
+    parts = [tensors(checkpoints[name]) for name in ("one", "two", "three")]
+    for name, tensor in tensors(merged).items():
+        expected = sum(share * part[name].double() for share, part in zip((0.5, -0.25, 0.75), parts, strict=True))
+        assert (tensor.double() - expected).abs().max() <= 1e-6 * max(part[name].abs().max() for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "same_as"),
+    [(("one", "one"), "[0.3,0.7]", "one"), (("one", "one", "one"), "null", "one"), (("one", "two"), "[1,0]", "one"), (("one", "two"), "[0,1]", "two")],
+)  # fmt: skip
+def test_a_merge_with_nothing_to_mix_gives_the_same_bits(names, weights, same_as, merge, checkpoints):
+    finished, merged = merge(*(checkpoints[name] for name in names), weights=weights)
+    assert finished.returncode == 0, finished.stderr
+    assert same_bits(merged, checkpoints[same_as])
+
+
+def test_a_little_of_another_checkpoint_changes_the_bits(merge, checkpoints):
+    _, merged = merge(checkpoints["one"], checkpoints["two"], weights="[0.999,0.001]")
+    assert not same_bits(merged, checkpoints["one"])
+
+
+def test_dtypes_config_and_tokenizer_are_the_firsts(merge, checkpoints):
+    _, merged = merge(checkpoints["three"], checkpoints["one"])
+    assert {entry.dtype for entry in Checkpoint(merged).entries.values()} == {"BF16"} and read_config(merged)["dtype"] == "bfloat16"
+    assert (merged / "tokenizer.json").read_bytes() == (checkpoints["three"] / "tokenizer.json").read_bytes()
+    _, merged = merge(checkpoints["one"], checkpoints["three"])
+    assert {entry.dtype for entry in Checkpoint(merged).entries.values()} == {"F32"}
+
+
+def test_the_card_names_what_was_merged_with_which_weights(merge, checkpoints):
+    _, merged = merge(checkpoints["one"], checkpoints["two"], weights="[0.25,0.75]")
+    card = (merged / "README.md").read_text()
+    assert f"- 0.25 × one (`{Checkpoint(checkpoints['one']).fingerprint}`)" in card and "- 0.75 × two" in card
+
+
+def test_a_merge_is_kept_and_other_weights_make_another(merge, checkpoints, tmp_path):
+    pair = checkpoints["one"], checkpoints["two"]
+    _, first = merge(*pair)
+    again, same = merge(*pair, weights="[0.5,0.5]")
+    assert "already done" in again.stdout and same == first
+    _, other = merge(*pair, weights="[0.6,0.4]")
+    assert other != first and len(list(tmp_path.glob("runs/store/merge/*/done.json"))) == 2
+
+
+def test_what_an_interrupted_merge_left_is_made_anew(merge, checkpoints):
+    _, merged = merge(checkpoints["one"], checkpoints["two"])
+    expected = {path.name: path.read_bytes() for path in merged.iterdir()}
+    (merged.parent / "done.json").unlink()
+    (merged / "model.safetensors").rename(merged / "model.partial")
+    with (merged / "model.partial").open("r+b") as file:
+        file.truncate(1000)
+    finished, again = merge(checkpoints["one"], checkpoints["two"])
+    assert finished.returncode == 0 and again == merged and {path.name: path.read_bytes() for path in merged.iterdir()} == expected
+
+
+def test_a_large_tensor_is_merged_piece_by_piece(tmp_path):
+    sources = []
+    for number, dtype in enumerate((torch.bfloat16, torch.float32)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        weight = torch.arange(4_100_000 * 2, dtype=torch.float32).reshape(-1, 2).mul_(number + 1).to(dtype)
+        save_model_weights({"lm_head.weight": weight}, folder, max_shard_bytes=2**40)
+        sources.append(Source(str(number), str(number), 0.5, Checkpoint(folder), {"lm_head.weight": "lm_head.weight"}))
+    pieces = list(merged_tensors(FAMILY, sources)[0].pieces())
+    assert len(pieces) > 1 and max(piece.numel() * 4 for piece in pieces) <= PIECE_BYTES and sum(map(len, pieces)) == 4_100_000
+    expected = (sources[0].checkpoint.read("lm_head.weight").float() + sources[1].checkpoint.read("lm_head.weight")) / 2
+    assert torch.equal(torch.cat(pieces), expected.to(torch.bfloat16))
+
+
+def test_another_width_is_refused_by_tensor_and_shapes(merge, checkpoints, build_model, config_of, tiny, write_checkpoint, tmp_path):
+    other = write_checkpoint(tmp_path / "narrow", build_model(ffn=40), config_of(replace(tiny, ffn=40)))
+    said = refusal(merge(checkpoints["one"], other)[0])
+    assert "narrow" in said and "tensor layers.1.mixer.up_proj.weight of shape [40, 32]" in said and "of [48, 32]" in said
+
+
+def test_other_layers_are_refused_by_the_tensor_that_is_lacking(merge, checkpoints, build_model, config_of, tiny, write_checkpoint, tmp_path):
+    other = write_checkpoint(tmp_path / "shallow", build_model(pattern="M-M*-M-*"), config_of(replace(tiny, pattern="M-M*-M-*")))
+    assert "lacks tensor layers.8." in refusal(merge(checkpoints["one"], other)[0])
+    assert "also has tensor layers.8." in refusal(merge(other, checkpoints["one"])[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon 0.001"), ({"mlp_hidden_act": "silu"}, "mlp_hidden_act 'silu'")]
+)
+def test_a_config_that_computes_something_else_is_refused(change, said, merge, checkpoints, build_model, config_of, tiny, write_checkpoint, tmp_path):
+    other = write_checkpoint(tmp_path / "other", build_model(3), config_of(tiny) | change)
+    assert said in refusal(merge(checkpoints["one"], other)[0])
+
+
+def test_a_config_that_says_the_same_in_other_words_is_taken(merge, checkpoints, build_model, config_of, tiny, write_checkpoint, tmp_path):
+    config = {name: value for name, value in config_of(tiny).items() if name not in ("layers_block_type", "residual_in_fp32")}
+    other = write_checkpoint(tmp_path / "other", build_model(3), config | {"max_position_embeddings": 17, "eos_token_id": 5, "chunk_size": 16})
+    write_json(other / "tokenizer.json", {"model": {"vocab": {"a": 0, "b": 1, "<new>": 2}}})
+    finished, _ = merge(checkpoints["one"], other)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_another_vocabulary_is_refused(merge, checkpoints, build_model, config_of, tiny, write_checkpoint, tmp_path):
+    other = write_checkpoint(tmp_path / "other", build_model(3), config_of(tiny))
+    write_json(other / "tokenizer.json", {"model": {"vocab": {"a": 1, "b": 0}}})
+    assert "another vocabulary" in refusal(merge(checkpoints["one"], other)[0])
+
+
+def test_weights_that_are_not_finite_are_refused(merge, checkpoints, build_model, config_of, tiny, write_checkpoint, tmp_path):
+    model = build_model(3)
+    model.model.norm_f.weight.data[5] = float("inf")
+    other = write_checkpoint(tmp_path / "other", model, config_of(tiny))
+    write_json(other / "tokenizer.json", VOCABULARY)
+    assert "tensor norm_f.weight is not finite" in refusal(merge(checkpoints["one"], other)[0])
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [("[0.5,nan]", "must be a finite number"), ("[0.5,0.4]", "sum to 0.9; they must sum to 1"), ("[1]", "has 1 numbers for 2 merge.checkpoints")],
+)
+def test_bad_weights_are_refused_in_one_line(weights, said, merge, checkpoints):
+    assert said in refusal(merge(checkpoints["one"], checkpoints["two"], weights=weights)[0])
+
+
+@pytest.mark.parametrize(("names", "said"), [((), "needs at least two"), (("distill",), "needs at least two"), (("nowhere", "distill"), "'nowhere'")])
+def test_checkpoints_that_are_not_there_are_refused_before_any_work(names, said, merge, tmp_path):
+    assert said in refusal(merge(*names)[0]) and not (tmp_path / "runs").exists()
+
+
+def test_a_base_that_the_run_has_not_is_refused(door, tmp_path):
+    finished = door(tmp_path, "stage=merge", "depth_lap.enabled=false", "merge.checkpoints=[base,distill]")
+    assert "names 'base', but there is none" in refusal(finished) and list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def merged_walk(walk, door, tmp_path_factory):
+    """The pruned and the distilled checkpoint of the finished walk, merged by their stages' names."""
+    before = (walk.runs / "tiny" / "summary.json").read_bytes()
+    finished = door(tmp_path_factory.mktemp("merged"), *walk.settings, "stage=merge", "merge.checkpoints=[prune,distill]", "merge.weights=[0.25,0.75]")
+    return before, finished, next(walk.runs.glob("store/merge/*"))
+
+
+def test_finished_stages_are_merged_by_their_names(walk, merged_walk):
+    _, finished, folder = merged_walk
+    assert finished.returncode == 0, finished.stderr
+    pruned, student, merged = (tensors(path) for path in (walk.checkpoint("pruned"), walk.checkpoint("student"), folder / "checkpoint"))
+    assert all(torch.allclose(merged[name], 0.25 * pruned[name] + 0.75 * student[name], atol=1e-6) for name in merged)
+    record = json.loads((folder / "done.json").read_text())
+    assert set(record["inputs"]) == {"prune", "distill"} and (folder / "checkpoint" / "chat_template.jinja").exists()
+
+
+def test_the_page_of_the_walk_is_as_it_was_before_the_merge(walk, merged_walk):
+    before, _, _ = merged_walk
+    assert (walk.runs / "tiny" / "summary.json").read_bytes() == before
