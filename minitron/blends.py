@@ -9,7 +9,8 @@ from typing import Any
 
 from minitron.documents import source_identity
 from minitron.setting_rules import key_settings
-from minitron.settings import DataSettings, PhaseSettings, Settings, SourceSettings
+from minitron.settings import DataSettings, Settings
+from minitron.training_settings import PhaseSettings, SourceSettings
 
 # Of DataSettings: what source_identity answers for.
 SOURCE_SETTINGS = ("files", "dataset", "dataset_config", "dataset_revision", "dataset_split", "text_field")

@@ -23,11 +23,12 @@ from minitron.derived import fewest_layers, layer_rules
 from minitron.documents import check_source
 from minitron.hand_over_settings import MERGEABLE
 from minitron.importance.removal import check_rules
-from minitron.settings import FROM_WHAT_IS_DONE, Rows, Settings, Stage
+from minitron.settings import FROM_WHAT_IS_DONE, Settings, Stage
 from minitron.stage_table import STAGES
 from minitron.store import Result, find_result, finish, locked, stage_key
 from minitron.teachers import base_architecture, max_positions, teacher_config
 from minitron.tracking import record_finished
+from minitron.training_settings import Rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ token's id: `distill.batches.split_padding` takes it apart again.
 import numpy as np
 
 from distill.batches import PADDING, count_tokens, mark_start
-from minitron.settings import DataSettings, Rows
+from minitron.settings import DataSettings
+from minitron.training_settings import Rows
 
 
 def windows(documents: list[list[int]], sequence_length: int) -> np.ndarray:

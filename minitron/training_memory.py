@@ -11,7 +11,7 @@ from distill.launch import Launch
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_parameters, count_total_parameters, layer_parameters
 from memory_budget.units import format_gib
-from minitron.settings import Optimizer, Precision, TrainSettings
+from minitron.training_settings import Optimizer, Precision, TrainSettings
 
 FLOAT32, BF16 = 4, 2
 

@@ -11,7 +11,7 @@ import torch
 
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_parameters, count_total_parameters
-from minitron.settings import Precision, TrainSettings
+from minitron.training_settings import Precision, TrainSettings
 
 KERNELS = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
 MEASURED_SIZE = 1024  # of the square matrices whose product is timed

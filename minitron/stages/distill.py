@@ -28,12 +28,12 @@ from minitron.families.base import HIDDEN, Family
 from minitron.pipeline import StageContext
 from minitron.publish import model_card, state_tensors, write_planned
 from minitron.runtime import pick_device, process_memory_bytes
-from minitron.settings import DistillSettings
 from minitron.stages.models import result_model_folder
 from minitron.stages.teacher_cache import cached_rows, open_cache
 from minitron.stages.training import tracked_steps, train_plan
 from minitron.teachers import teacher_architecture
 from minitron.training_memory import check_fits, training_memory
+from minitron.training_settings import DistillSettings
 from minitron.training_time import check_time, training_flops
 
 

@@ -8,8 +8,8 @@ from enum import Enum
 
 from distill.plan import StepRecord, TrainPlan
 from minitron.pipeline import StageContext
-from minitron.settings import TrainSettings
 from minitron.tracking import Tracker, open_tracker
+from minitron.training_settings import TrainSettings
 
 METRICS_FILE = "metrics.jsonl"
 UNTRACKED = ("loss", "step", "total_steps", "recent_loss", "seconds", "phase")

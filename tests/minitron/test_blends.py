@@ -12,8 +12,9 @@ from distill.batches import BlendBatches
 from minitron.blends import DATA_ROWS, phase_parts, rows_to_make
 from minitron.documents import read_documents
 from minitron.reasoning import truncate_reasoning
-from minitron.settings import DataSettings, DistillSettings, PhaseSettings, Settings, SourceSettings
+from minitron.settings import DataSettings, Settings
 from minitron.text import Document
+from minitron.training_settings import DistillSettings, PhaseSettings, SourceSettings
 
 
 def source(number: int, rows: int) -> np.ndarray:

@@ -5,7 +5,8 @@ import pytest
 
 from distill.batches import count_tokens
 from minitron.rows import Packer, SplitRows, document_rows, windows
-from minitron.settings import DataSettings, Rows
+from minitron.settings import DataSettings
+from minitron.training_settings import Rows
 
 
 def documents_of(row: np.ndarray) -> set[int]:

@@ -11,9 +11,9 @@ from distill.engine import open_engine
 from distill.launch import Launch
 from memory_budget.units import GIB
 from minitron.families import ssd
-from minitron.settings import Optimizer, TrainSettings
 from minitron.stages.training import train_plan
 from minitron.training_memory import FLOAT32, activation_bytes_per_token, check_fits, loss_bytes, training_memory
+from minitron.training_settings import Optimizer, TrainSettings
 
 LENGTH = 64
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minitron.settings import Precision, TrainSettings
+from minitron.training_settings import Precision, TrainSettings
 from minitron.training_time import check_time, missing_kernels, training_flops
 
 CPU = torch.device("cpu")
