@@ -68,7 +68,7 @@ class Lap:
 
 
 def run_pipeline(settings: Settings, console: Console) -> None:
-    """Run what is asked for, then write the run's summary and report; an export is made of what is done and leaves both alone."""
+    """Run what is asked for, then write the run's summary and report; export and generate take what is done and leave both alone."""
     from minitron.laps import depth_lap, width_lap
     from minitron.stages import report
 
@@ -82,14 +82,15 @@ def run_pipeline(settings: Settings, console: Console) -> None:
     if first is None:
         laps = [walk(settings, console)]
     else:
-        console.say("first lap: depth")
+        say = (lambda _text: None) if settings.stage in FROM_WHAT_IS_DONE else console.say
+        say("first lap: depth")
         laps = [walk(first, console)]
         if "distill" in laps[0].results:
-            console.say("second lap: widths")
+            say("second lap: widths")
             student = laps[0].results["distill"]
             laps.append(walk(width_lap(settings, student), console, {"base": student}))
-    if settings.stage is Stage.export:
-        _export(settings, laps, console)
+    if settings.stage in (Stage.export, Stage.generate):
+        _use(settings, laps, console)
         return
     if not laps[0].results:
         raise ValueError(f"stage=report shows what is done, but nothing is under these settings in {settings.runs_folder}/store; run stage=all first")
@@ -97,11 +98,10 @@ def run_pipeline(settings: Settings, console: Console) -> None:
         report.run(settings, laps, console)
 
 
-def _export(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
-    from minitron.stages import export  # brings torch
-
+def _use(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
+    """Export or generate, in the first process."""
     if processes.rank() == 0:
-        export.run(settings, laps, console)
+        importlib.import_module(f"minitron.stages.{settings.stage.value}").run(settings, laps, console)
 
 
 def run_stages(settings: Settings, console: Console, given: Mapping[str, Result] = MappingProxyType({})) -> Lap:

@@ -4,6 +4,7 @@ Exit codes: 0 done · 2 the user's mistake, one line on stderr · 1 anything els
 """
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ def users_mistakes() -> Iterator[None]:
 def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is an interrupt too
     try:
+        sys.argv[1:] = [_verbatim(argument) for argument in sys.argv[1:]]
         with users_mistakes():
             _run()
     except KeyboardInterrupt:
@@ -68,6 +70,15 @@ def main() -> int:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _verbatim(argument: str) -> str:
+    """`prompt=…` as Hydra reads it back unchanged, whatever it holds."""
+    name, given, text = argument.partition("=")
+    if name != "prompt" or not given or text == "null" or text[:1] in "'\"":
+        return argument
+    escaped = re.sub(r"\\+(?='|$)", lambda some: some[0] * 2, text).replace("'", "\\'").replace("${", "\\${")  # of backslashes, only those before a quote count
+    return f"prompt='{escaped}'"
 
 
 def one_line(error: Exception) -> str:

@@ -29,10 +29,16 @@ class Stage(Enum):
     evaluate = "evaluate"
     report = "report"
     export = "export"
+    generate = "generate"
     all = "all"
 
 
-FROM_WHAT_IS_DONE = (Stage.report, Stage.export)  # they run nothing else
+FROM_WHAT_IS_DONE = (Stage.report, Stage.export, Stage.generate)  # they run nothing else
+
+
+class Thinking(Enum):
+    on = "on"
+    off = "off"
 
 
 class Criterion(Enum):
@@ -204,9 +210,29 @@ class EvaluateSettings:
 
 
 @dataclass(kw_only=True, slots=True)
+class GenerateSettings:
+    new_tokens: int = how(512)
+    temperature: float = how(0.0)
+    top_p: float = how(1.0)
+    thinking_tags: list[str] = field(default_factory=lambda: ["<think>", "</think>"], metadata={"how": True})
+
+    def __post_init__(self) -> None:
+        at_least(self, "generate", 1, "new_tokens")
+        at_least(self, "generate", 0, "temperature")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"generate.top_p is {self.top_p}; it must be above 0 and at most 1")
+        if len(self.thinking_tags) != 2 or not all(self.thinking_tags):
+            raise ValueError(f"generate.thinking_tags is {list(self.thinking_tags)}; it must be two texts, what opens reasoning and what closes it")
+
+
+@dataclass(kw_only=True, slots=True)
 class Settings:
     stage: Stage = Stage.all
     candidate: str | None = None
+    prompt: str | None = how(None)
+    checkpoint: str = how("student")
+    thinking: Thinking | None = how(None)
+    thinking_budget: int | None = how(None)
     run_name: str = "tiny"
     runs_folder: str = "runs"
     seed: int = 0
@@ -227,11 +253,14 @@ class Settings:
     merge: MergeSettings = field(default_factory=MergeSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
+    generate: GenerateSettings = field(default_factory=GenerateSettings)
 
     def __post_init__(self) -> None:
         if not self.run_name or "/" in self.run_name or self.run_name.startswith(".") or self.run_name == "store":
             raise ValueError(f"run_name is {self.run_name!r}; it must be one folder name, not starting with a dot, and not 'store'")
         if self.data.rows is Rows.packed:
             raise ValueError("data.rows is packed; it must be windows or documents (distill.phases[].rows may be packed)")
+        if self.thinking_budget is not None and self.thinking_budget < 0:
+            raise ValueError(f"thinking_budget is {self.thinking_budget}; it must be at least 0 (null: no limit)")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device is {self.device!r}; it must be auto, cpu or cuda")

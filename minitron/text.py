@@ -19,7 +19,8 @@ HELD_OUT_SHARE = 20  # one document in so many is held out
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
 CHAT_TEMPLATE = (
     "{%- for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    "{%- if add_generation_prompt %}assistant: {% endif %}"
+    "{%- if add_generation_prompt %}assistant: "
+    "{%- if enable_thinking is defined %}{{ ' <think>' if enable_thinking else ' <think></think>' }}{% else %}{{ ' ' }}{% endif %}{% endif %}"
 )
 
 

@@ -1,0 +1,71 @@
+"""Prompts, and text generated from them with a thinking budget. B prompts, T tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from minitron.thinking import ThinkingBudget
+
+SWITCHES = {True: "/think", False: "/no_think"}  # as a system message, where a template knows no variable
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """Around reasoning: text, which the tokenizer at hand turns into tokens."""
+
+    opening: str = "<think>"
+    closing: str = "</think>"
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+        return tuple(tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in (self.opening, self.closing))
+
+
+def write_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, thinking: bool | None) -> str:
+    """The prompt as a conversation in the tokenizer's chat template, reasoning switched on or off; as it is where there is no template.
+
+    Raises ValueError where thinking is given and the template has no switch for it.
+    """
+    template = tokenizer.chat_template
+    if not template:
+        if thinking is not None:
+            raise ValueError(f"thinking is {'on' if thinking else 'off'}, but the tokenizer has no chat template; leave thinking null")
+        return prompt
+    messages, variables = [{"role": "user", "content": prompt}], {}
+    if thinking is not None:
+        if "enable_thinking" in template:
+            variables["enable_thinking"] = thinking
+        elif any(switch in template for switch in SWITCHES.values()):
+            messages.insert(0, {"role": "system", "content": SWITCHES[thinking]})
+        else:
+            raise ValueError(f"thinking is {'on' if thinking else 'off'}, but the chat template has no switch (enable_thinking, /think); leave thinking null")
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
+
+
+@torch.inference_mode()
+def generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, new_tokens: int, thinking_budget: int | None = None,
+             tags: Tags = Tags(), temperature: float = 0.0, top_p: float = 1.0, streamer: BaseStreamer | None = None) -> list[list[int]]:  # noqa: B008 # fmt: skip
+    """The new tokens of every prompt, an end-of-text token included where one came; greedy at temperature 0.
+
+    Raises ValueError for a budget below 0, and where prompt and new tokens are more than the model's positions.
+    """
+    tokenizer.padding_side = "left"
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    batch = tokenizer(list(prompts), add_special_tokens=False, padding=len(prompts) > 1, return_tensors="pt").to(next(model.parameters()).device)
+    length, positions = batch["input_ids"].shape[1], model.config.max_position_embeddings
+    if length + new_tokens > positions:
+        raise ValueError(f"the prompt has {length:,} tokens and generate.new_tokens is {new_tokens:,}; together they must be at most {positions:,}")
+    processors = LogitsProcessorList()
+    if thinking_budget is not None:
+        processors.append(ThinkingBudget(thinking_budget, *tags.ids(tokenizer), prompt_tokens=length))
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False, "temperature": None, "top_p": None}
+    made = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=new_tokens, pad_token_id=pad, streamer=streamer,
+                          eos_token_id=tokenizer.eos_token_id, logits_processor=processors, **sampling)  # fmt: skip
+    return [_until_end(row[length:].tolist(), tokenizer.eos_token_id) for row in made]
+
+
+def _until_end(ids: list[int], end: int | None) -> list[int]:
+    return ids[: ids.index(end) + 1] if end in ids else ids

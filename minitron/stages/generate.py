@@ -1,0 +1,51 @@
+"""generate: text from a finished checkpoint, printed as it comes; it runs no other stage and keeps nothing."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer, TextStreamer
+
+from memory_budget.hf_config import read_config
+from minitron.console import Console
+from minitron.families import family_of
+from minitron.generation import Tags, generate, write_prompt
+from minitron.pipeline import Lap
+from minitron.runtime import pick_device
+from minitron.settings import Settings, Thinking
+from minitron.stages.models import result_model_folder
+from minitron.thinking import count_reasoning
+
+STAGE_OF = {"teacher": "teacher", "pruned": "prune", "student": "distill"}
+
+
+def run(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
+    """Prints what `settings.checkpoint` goes on with after `settings.prompt`."""
+    if settings.prompt is None:
+        raise ValueError("prompt has no value; stage=generate needs one, e.g. prompt='What is a list?'")
+    wanted, folder = settings.generate, checkpoint_folder(settings, laps)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tags = Tags(*wanted.thinking_tags)
+    prompt = write_prompt(tokenizer, settings.prompt, None if settings.thinking is None else settings.thinking is Thinking.on)
+    model = family_of(read_config(folder)).load(folder, device=str(pick_device(settings)))
+    started = time.monotonic()
+    (ids,) = generate(model, tokenizer, [prompt], new_tokens=wanted.new_tokens, thinking_budget=settings.thinking_budget, tags=tags,
+                      temperature=wanted.temperature, top_p=wanted.top_p, streamer=TextStreamer(tokenizer, skip_prompt=True))  # fmt: skip
+    seconds = time.monotonic() - started
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    reasoning = count_reasoning([*before, *ids], *tags.ids(tokenizer))
+    speed = f"{len(ids) / seconds:,.0f} tokens/s, reading the prompt's {len(before):,} included"
+    console.headline("generate", f"{len(ids):,} tokens, {reasoning:,} of them reasoning; {speed}")
+
+
+def checkpoint_folder(settings: Settings, laps: Sequence[Lap]) -> Path:
+    """The folder of a finished stage's checkpoint, the last lap's, or the one given. Raises ValueError where there is none."""
+    name = settings.checkpoint
+    if name in STAGE_OF:
+        result = laps[-1].results.get(STAGE_OF[name])
+        if result is None or (name == "student" and len(laps) == 1 and settings.depth_lap.enabled):
+            raise ValueError(f"checkpoint is {name!r}, which is not there yet under these settings; run stage={STAGE_OF[name]} first, or give a folder")
+        return result_model_folder(result)
+    if not (Path(name) / "config.json").is_file():
+        raise ValueError(f"checkpoint is {name!r}; it must be {', '.join(STAGE_OF)}, or the folder of a checkpoint")
+    return Path(name)
