@@ -122,7 +122,7 @@ def _student(family: Family, lap: Lap, state: StudentState) -> Student:
     saved = newest_state(folder) if state is StudentState.newest else best_state(folder)
     if saved is None:
         other = {StudentState.newest: "its last one is export.state=student" if "distill" in lap.results else "none is saved yet",
-                 StudentState.best: "none is kept without distill.held_out_every"}[state]  # fmt: skip
+                 StudentState.best: "the first is kept after distill.held_out_every steps, without it none is"}[state]  # fmt: skip
         raise ValueError(f"export.state is {state.name}, but there is no such state of the distillation in {folder}: {other}")
     pruned, record = Checkpoint(result_model_folder(lap.results["prune"])), saved.facts["record"]
     trained = f"Distilled from the teacher on {record['tokens']:,} tokens, {record['step'] + 1:,} of {record['total_steps']:,} steps: a state saved on the way"

@@ -131,9 +131,12 @@ def interrupted(walk, start, door, tmp_path_factory):
     shutil.copytree(walk.runs / "store", folder / "runs" / "store", ignore=lambda path, names: {"distill", "evaluate"} & set(names))
     own = ("distill.train.tokens=40000", "distill.train.save_every_steps=3", "distill.held_out_every=5", "distill.held_out_samples=4")
     settings = (f"runs_folder={folder / 'runs'}", *walk.settings[1:], *own)
-    process = start(folder, *settings, "stage=distill")
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob("runs/store/distill/*/states/*/state.json"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+
+    def saved(name: str) -> bool:
+        return any(folder.glob(f"runs/store/distill/*/states/{name}/state.json"))
+
+    process, deadline = start(folder, *settings, "stage=distill"), time.monotonic() + 120
+    while not (saved("best") and saved("step-*[0-9]")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
