@@ -101,6 +101,8 @@ def hf_config(teacher_config: dict, architecture: Architecture) -> dict:
         "conv_kernel": architecture.mamba_conv_kernel,
         "tie_word_embeddings": False,
     }
+    if "layer_norm_epsilon" in config:
+        config.setdefault("rms_norm_eps", config["layer_norm_epsilon"])  # llama.cpp's name for it
     if "attention_head_dim" in config:
         config["attention_head_dim"] = architecture.attention_head_dim
     for alias in ("layer_types", "mtp_layers_block_type", "mtp_hybrid_override_pattern", "transformers_version"):
