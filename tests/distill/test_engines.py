@@ -75,6 +75,16 @@ def test_two_processes_go_on_from_one_and_one_from_two_along_the_same_curve(engi
     assert all(torch.allclose(last[name], reference[name], rtol=1e-4, atol=1e-5) for name in reference)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_in_bf16_two_processes_follow_the_curve_as_far_as_it_tells(engine, alone, worker, launch, tmp_path):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    codes, printed = launch(engine, tmp_path, plan={"precision": "bf16"}, seed=2)
+    assert codes == [0, 0], printed
+    losses, expected = [step["loss"] for step in launched_steps(tmp_path)], [record.loss for record in alone[1]]
+    assert losses == pytest.approx(expected, rel=5e-2) and losses != pytest.approx(expected, rel=1e-5)
+
+
 def test_a_mean_per_process_would_leave_the_curve(alone, worker, tmp_path):
     """The control: the curve's comparison sees a loss that is normalised by a process's own tokens."""
     from distill import trainer

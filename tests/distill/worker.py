@@ -85,9 +85,10 @@ def kill_later(folder: Path, states: int, seconds: float) -> None:
 
 
 def main(folder: str, plan: dict, stop_at: int | None = None, kill_at: int | None = None, kill_after: tuple[int, float] | None = None,
-         full_at: int | None = None, poison_at: int | None = None) -> None:  # fmt: skip
+         full_at: int | None = None, poison_at: int | None = None, seed: int = 7) -> None:  # fmt: skip
     """Every record goes to folder/steps.jsonl. A SIGTERM comes to the first process in step `stop_at`, a SIGKILL in step `kill_at`, or
     `kill_after` so many states and seconds; from step `full_at` on no file may grow beyond 20,000 bytes, as on a disk that is nearly full.
+    `seed` is another than alone, so that weights must come from a state, unless a run of its own is wanted.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as minitron.run does
@@ -106,7 +107,7 @@ def main(folder: str, plan: dict, stop_at: int | None = None, kill_at: int | Non
             os.kill(os.getpid(), signal.SIGKILL)
 
     try:
-        run(Path(folder), plan, seed=7, launch=read_launch(), on_step=on_step, poison_at=poison_at)  # another seed than alone: weights must come from the state
+        run(Path(folder), plan, seed=seed, launch=read_launch(), on_step=on_step, poison_at=poison_at)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         os._exit(130)
