@@ -13,15 +13,15 @@ from transformers.models.nemotron_h import modeling_nemotron_h as modeling
 from minitron.families import ssd
 
 # Taken at import, before any test can have put ours in their place.
-TRANSFORMERS_OWN = {name: getattr(modeling, name) for name in ("mamba2_chunk_scan", "causal_conv1d_fn")}
+TRANSFORMERS_OWN = [(owner, name, getattr(owner, name)) for owner, name, _ in ssd.replacements()]
 NAMES = ("x", "dt", "A", "B", "C", "start", "D")
 
 
 @pytest.fixture
 def transformers_own(monkeypatch) -> None:
     """transformers' functions for this test, and afterwards whatever was there."""
-    for name, function in TRANSFORMERS_OWN.items():
-        monkeypatch.setattr(modeling, name, function)
+    for owner, name, function in TRANSFORMERS_OWN:
+        monkeypatch.setattr(owner, name, function)
 
 
 def draw(tokens: int, groups: int, *, batch: int = 2, heads: int = 4, head_dim: int = 3, state: int = 5, decay: float = 1.0, seed: int = 0):
@@ -68,7 +68,7 @@ def relative(left: torch.Tensor, right: torch.Tensor) -> float:
     return ((left.double() - right.double()).abs().max() / right.double().abs().max()).item()
 
 
-LENGTHS = [1, 2, ssd.CHUNK_TOKENS - 1, ssd.CHUNK_TOKENS, ssd.CHUNK_TOKENS + 1, 3 * ssd.CHUNK_TOKENS - 5]
+LENGTHS = [1, 2, 32 - 1, 32, 32 + 1, 3 * 32 - 5]
 
 
 @pytest.mark.parametrize("names", [NAMES, NAMES[:5]], ids=["with state and D", "from zeros"])
@@ -112,7 +112,7 @@ def output_weights(tensors, seed=1):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("tokens", [1, ssd.CHUNK_TOKENS, 2 * ssd.CHUNK_TOKENS + 7])
+@pytest.mark.parametrize("tokens", [1, 32, 2 * 32 + 7])
 def test_every_gradient_is_that_of_the_sequential_recurrence(tokens, groups):
     tensors = draw(tokens, groups)
     weights = output_weights(tensors)
@@ -158,7 +158,7 @@ def test_long_and_short_steps_in_one_chunk_lose_no_more_than_the_rounding_of_the
     for long_step in (1.0, 10.0, 100.0):
         tensors["dt"] = torch.full_like(tensors["dt"], 1e-3)
         tensors["dt"][:, ::8] = long_step
-        log_decay = 4 * long_step * ssd.CHUNK_TOKENS / 8
+        log_decay = 4 * long_step * 32 / 8
         error = relative(call(ssd.scan, tensors, NAMES)[0], call(sequential, in_float64(tensors), NAMES)[0])
         assert error <= 1e-6 + log_decay * torch.finfo(torch.float32).eps
 
@@ -273,7 +273,7 @@ def test_a_wrong_decay_moves_logits_and_gradients(transformers_own, monkeypatch,
     expected, expected_gradients = logits_and_gradients(model, ids)
     ssd.install()
     decay = ssd._decay
-    monkeypatch.setattr(ssd, "_decay", lambda cum: decay(1.01 * cum))
+    monkeypatch.setattr(ssd, "_decay", lambda cum, out: decay(1.01 * cum, out))
     ours, own_gradients = logits_and_gradients(model, ids)
     assert relative(ours, expected) > 1e-4 and relative(flat(own_gradients), flat(expected_gradients)) > 1e-4
     name = "model.layers.0.mixer.A_log"
