@@ -11,7 +11,12 @@ from collections.abc import Iterator
 import torch
 from torch.autograd.function import once_differentiable
 
-BLOCK_NUMBERS = 2**17  # float32 numbers of a block: half a MiB, so that the handful in use stays in a core's cache
+CORE_NUMBERS = 2**17  # float32 numbers of a block for every core: 256 KiB, so that the handful in use stays in its cache
+
+
+def block_numbers() -> int:
+    """How large a block is, in float32 numbers."""
+    return CORE_NUMBERS * torch.get_num_threads()
 
 
 class Buffers:
@@ -28,7 +33,7 @@ class Buffers:
 
 
 def _blocks(tokens: int, width: int) -> Iterator[slice]:
-    step = max(1, BLOCK_NUMBERS // width)
+    step = max(1, block_numbers() // width)
     return (slice(first, min(first + step, tokens)) for first in range(0, tokens, step))
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from minitron.families.blockwise import BLOCK_NUMBERS, Buffers, ConvSilu, GatedNorm, SquaredRelu
+from minitron.families.blockwise import ConvSilu, GatedNorm, SquaredRelu, block_numbers
 
 LOWEST_LOG = -80.0
 
@@ -43,7 +43,7 @@ def scan(x_BTMP, dt_BTM, A_M, B_BTGN, C_BTGN, D_M=None, initial_state=None):
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Some rows and groups of a batch, whose tensors fit the buffers, and the ways to its blocks (views)."""
+    """Some rows and groups of a batch, whose tensors fit the buffers, and the ways to them (views)."""
 
     rows: slice
     groups: slice
@@ -54,9 +54,9 @@ class _Part:
         split = tensor[self.rows, tokens].unflatten(2, (self.num_groups, -1))[:, :, self.groups]
         return split.movedim((3, 0, 2, 1), (0, 1, 2, 3))
 
-    def grouped(self, tensor, tokens):
+    def grouped(self, tensor):
         """[B, T, G, N] → [B, G, T, N]."""
-        return tensor[self.rows, tokens, self.groups].transpose(1, 2)
+        return tensor[self.rows, :, self.groups].transpose(1, 2)
 
     def state(self, tensor):
         """[B, M, P, N] → [R, B, G, N, P]."""
@@ -73,33 +73,65 @@ def _parts(x, B) -> Iterator[_Part]:
     batch, _, heads, head_dim = x.shape
     groups = B.shape[2]
     length = chunk_tokens(head_dim, B.shape[3])
-    fitting = max(1, BLOCK_NUMBERS * groups // (heads * length * max(head_dim, length)))  # groups of single rows
+    fitting = max(1, block_numbers() * groups // (heads * length * max(head_dim, length)))  # groups of single rows
     rows, some = (fitting // groups, groups) if fitting >= groups else (1, fitting)
     for row in range(0, batch, rows):
         for group in range(0, groups, some):
             yield _Part(slice(row, row + rows), slice(group, group + some), groups)
 
 
-def _chunks(x, B) -> list[slice]:
-    length = chunk_tokens(x.shape[3], B.shape[3])
-    return [slice(first, min(first + length, x.shape[1])) for first in range(0, x.shape[1], length)]
+class _Block:
+    """A tensor [R, B, G, ·, ·], the same as one batch of matrices [R·B·G, ·, ·], and as R batches [B·G, ·, ·] for products with B and C."""
+
+    def __init__(self, tensor):
+        self.all, self.flat, self.each = tensor, tensor.flatten(0, 2), tensor.flatten(1, 2).unbind(0)
+
+
+class _Sequence:
+    """A part's chunks: what both passes need of dt, A, B and C, made for all chunks at once, and the buffers that they share."""
+
+    def __init__(self, part: _Part, x, dt, A, B, C):
+        self.part, self.tokens, self.length = part, x.shape[1], chunk_tokens(x.shape[3], B.shape[3])
+        self.B, self.C = (part.grouped(tensor).float().contiguous().flatten(0, 1) for tensor in (B, C))  # [B·G, T, N]
+        padded = F.pad(part.heads(dt), (0, -self.tokens % self.length)).unflatten(-1, (-1, self.length))  # no step, no decay
+        self.dt = padded[..., None]  # [R, B, G, Z, L, 1]
+        self.cum = torch.cumsum(padded * part.per_head(A)[..., None, None], dim=-1)
+        self.from_start, self.to_end = (_exp(log)[..., None] for log in (self.cum.clone(), self.cum[..., -1:] - self.cum))
+        self.earlier = torch.ones(self.length, self.length, device=x.device).tril_()  # 1 where s ≤ l
+        self.blocks: dict[tuple, _Block] = {}
+
+    @property
+    def num_chunks(self) -> int:
+        return self.cum.shape[3]
+
+    def buffer(self, name: str, *shape: int) -> _Block:
+        """Memory [R, B, G, *shape], the same for the same name and shape."""
+        if (name, shape) not in self.blocks:
+            self.blocks[name, shape] = _Block(torch.empty(*self.cum.shape[:3], *shape, device=self.cum.device))
+        return self.blocks[name, shape]
 
 
 class _Chunk:
-    """One chunk of a part, with what both passes need of it."""
+    """One chunk of a sequence, with what both passes need of it."""
 
-    def __init__(self, part: _Part, tokens: slice, x, dt, A, B, C, buffers: Buffers):
-        self.dt = part.heads(dt, tokens).contiguous()  # [R, B, G, L]
-        cum = torch.cumsum(self.dt * part.per_head(A)[..., None], dim=-1)
-        self.from_start, self.to_end = (_exp(log)[..., None] for log in (cum.clone(), cum[..., -1:] - cum))
-        self.whole = self.from_start[..., -1:, :]
-        self.x = part.heads(x, tokens)
-        self.xd = torch.mul(self.x, self.dt[..., None], out=buffers("xd", self.x.shape))
-        self.B, self.C = (buffers(name, (block := part.grouped(tensor, tokens)).shape).copy_(block) for name, tensor in (("B", B), ("C", C)))
-        length = cum.shape[-1]
-        self.products = buffers("products", (*self.B.shape[:2], length, length))
-        torch.bmm(self.C.flatten(0, 1), self.B.flatten(0, 1).transpose(1, 2), out=self.products.flatten(0, 1)).tril_()
-        self.decay = _decay(cum, buffers("decay", (*cum.shape, length)))
+    def __init__(self, sequence: _Sequence, number: int, x):
+        first = number * sequence.length
+        self.tokens = slice(first, min(first + sequence.length, sequence.tokens))
+        length = self.tokens.stop - first
+        self.dt, self.from_start, self.to_end = (t[:, :, :, number, :length] for t in (sequence.dt, sequence.from_start, sequence.to_end))
+        self.whole = sequence.from_start[:, :, :, number, -1:]  # [R, B, G, 1, 1]
+        self.B, self.C = sequence.B[:, self.tokens], sequence.C[:, self.tokens]
+        self.x, self.xd = sequence.part.heads(x, self.tokens), sequence.buffer("xd", length, x.shape[3])
+        torch.mul(self.x, self.dt, out=self.xd.all)
+        self.earlier = sequence.earlier[:length, :length]
+        self.products = torch.bmm(self.C, self.B.transpose(1, 2)).mul_(self.earlier)  # [B·G, L, L]
+        self.decay = sequence.buffer("decay", length, length)
+        _decay(sequence.cum[:, :, :, number, :length], self.decay.all)
+
+    def weigh(self) -> _Block:
+        """y = weights·xd within the chunk; takes the place of the decay."""
+        self.decay.all.mul_(self.products.view(*self.decay.all.shape[1:]))
+        return self.decay
 
 
 def _decay(cum, out):
@@ -112,44 +144,41 @@ def _exp(log):
     return log.clamp_(LOWEST_LOG, 0).exp_()
 
 
-def _shared(left, right, out):
-    """out[r] = left · right[r] for every r: [B, G, ·, ·] times [R, B, G, ·, ·]."""
-    for each, result in zip(right, out, strict=True):
-        torch.bmm(left.flatten(0, 1), each.flatten(0, 1), out=result.flatten(0, 1))
-    return out
+def _without_autocast(function: Callable) -> Callable:
+    """Autocast would round the factors of products to bf16."""
 
+    @functools.wraps(function)
+    def run(ctx, first, *others):
+        with torch.autocast(first.device.type, enabled=False):
+            return function(ctx, first, *others)
 
-def _add_shared(left, right, out):
-    """out[r] += left · right[r]."""
-    for each, result in zip(right, out, strict=True):
-        result.flatten(0, 1).baddbmm_(left.flatten(0, 1), each.flatten(0, 1))
-
-
-def _add_summed(left, right, out):
-    """out += Σ_r left[r] · right[r]ᵀ: [R, B, G, ·, ·] twice."""
-    for one, other in zip(left, right, strict=True):
-        out.flatten(0, 1).baddbmm_(one.flatten(0, 1), other.flatten(0, 1).transpose(1, 2))
+    return run
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
+    @_without_autocast
     def forward(ctx, x, dt, A, B, C, D, start, needs_gradient):
         y, final, saved = torch.empty(x.shape, device=x.device), torch.empty(start.shape, device=x.device), []
         for part in _parts(x, B):
-            buffers, state, chunks = Buffers(x.device), part.state(start), _chunks(x, B)
+            sequence, first = _Sequence(part, x, dt, A, B, C), part.state(start)
             # The state before every chunk and after the last one, or, where no gradient is wanted, just two in turns.
-            states = torch.empty((len(chunks) + 1 if needs_gradient else 2, *state.shape), device=x.device)
-            state = states[0].copy_(state)
-            for number, tokens in enumerate(chunks):
-                chunk = _Chunk(part, tokens, x, dt, A, B, C, buffers)
-                weights = chunk.decay.mul_(chunk.products)
-                block = torch.bmm(weights.flatten(0, 2), chunk.xd.flatten(0, 2), out=buffers("y", chunk.xd.shape).flatten(0, 2)).view_as(chunk.xd)
-                carried = _shared(chunk.C, state, buffers("carried", chunk.xd.shape))
-                block.addcmul_(carried, chunk.from_start)
-                torch.addcmul(block, chunk.x, part.per_head(D)[..., None, None], out=part.heads(y, tokens))
-                state = torch.mul(state, chunk.whole, out=states[(number + 1) % len(states)])
-                _add_shared(chunk.B.transpose(2, 3), chunk.xd.mul_(chunk.to_end), state)
-            part.state(final).copy_(state)
+            states = torch.empty((sequence.num_chunks + 1 if needs_gradient else 2, *first.shape), device=x.device)
+            states[0] = first
+            blocks, D_RBG = [_Block(state) for state in states], part.per_head(D)[..., None, None]
+            for number in range(sequence.num_chunks):
+                chunk, state, after = _Chunk(sequence, number, x), blocks[number % len(blocks)], blocks[(number + 1) % len(blocks)]
+                inside, carried = (sequence.buffer(name, *chunk.xd.all.shape[3:]) for name in ("inside", "carried"))
+                torch.bmm(chunk.weigh().flat, chunk.xd.flat, out=inside.flat)
+                for h, out in zip(state.each, carried.each, strict=True):
+                    torch.bmm(chunk.C, h, out=out)
+                inside.all.addcmul_(carried.all, chunk.from_start)
+                torch.addcmul(inside.all, chunk.x, D_RBG, out=part.heads(y, chunk.tokens))
+                chunk.xd.all.mul_(chunk.to_end)
+                torch.mul(state.all, chunk.whole, out=after.all)
+                for xd, out in zip(chunk.xd.each, after.each, strict=True):
+                    out.baddbmm_(chunk.B.transpose(1, 2), xd)
+            part.state(final).copy_(blocks[sequence.num_chunks % len(blocks)].all)
             saved.append(states)
         if needs_gradient:
             ctx.save_for_backward(x, dt, A, B, C, D, y, *saved)
@@ -157,6 +186,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx, gy, g_final):
         """With c a chunk's cumulative log decay: every path through exp(c_l) is y_l (without D) or the state at the chunk's
         end, and every path through exp(−c_s) is x_s·dt_s. So the gradient of c needs only Σ_p gy·y, Σ_p g(x·dt)·x·dt and,
@@ -166,39 +196,47 @@ class _Scan(torch.autograd.Function):
         gx, g_dt, gB, gC = (torch.empty(tensor.shape, device=x.device) for tensor in (x, dt, B, C))
         gA, gD, g_start, gy = torch.zeros_like(A), torch.zeros_like(D), torch.empty_like(g_final), gy.contiguous()
         for part, states in zip(_parts(x, B), saved, strict=True):
-            buffers, g_state, D_RBG = Buffers(x.device), part.state(g_final).contiguous(), part.per_head(D)[..., None]
-            for number, tokens in reversed(list(enumerate(_chunks(x, B)))):
-                chunk, gy_view = _Chunk(part, tokens, x, dt, A, B, C, buffers), part.heads(gy, tokens)
-                gy_block = buffers("gy", gy_view.shape).copy_(gy_view)
-                gy_x = torch.mul(gy_view, chunk.x, out=buffers("dots", gy_view.shape)).sum(-1)
-                gy_y = torch.mul(gy_view, part.heads(y, tokens), out=buffers("dots", gy_view.shape)).sum(-1)
+            sequence, g_state, D_RBG = _Sequence(part, x, dt, A, B, C), _Block(part.state(g_final).contiguous()), part.per_head(D)[..., None, None]
+            gB_part, gC_part = torch.empty_like(sequence.B), torch.empty_like(sequence.C)
+            for number in reversed(range(sequence.num_chunks)):
+                chunk, state = _Chunk(sequence, number, x), _Block(states[number])
+                gy_view, shape = part.heads(gy, chunk.tokens), chunk.xd.all.shape[3:]
+                gy_block, gxd, scratch = (sequence.buffer(name, *shape) for name in ("inside", "gxd", "carried"))
+                gy_x = torch.mul(gy_view, chunk.x, out=scratch.all).sum(-1, keepdim=True)  # [R, B, G, L, 1], as the next two
+                gy_y = torch.mul(gy_view, part.heads(y, chunk.tokens), out=scratch.all).sum(-1, keepdim=True)
+                gy_block.all.copy_(gy_view)
 
                 # Within the chunk: y = W·xd with W = products ∘ decay.
-                g_weights = torch.bmm(gy_block.flatten(0, 2), chunk.xd.flatten(0, 2).transpose(1, 2), out=buffers("g_weights", chunk.decay.shape).flatten(0, 2))
-                g_products = g_weights.view_as(chunk.decay).mul_(chunk.decay).sum(0).tril_()
-                weights = chunk.decay.mul_(chunk.products)
-                gxd = torch.bmm(weights.flatten(0, 2).transpose(1, 2), gy_block.flatten(0, 2), out=buffers("gxd", chunk.xd.shape).flatten(0, 2)).view_as(chunk.xd)
-                gB_block, gC_block = g_products.transpose(2, 3) @ chunk.C, g_products @ chunk.B
+                g_weights = sequence.buffer("g_weights", *chunk.decay.all.shape[3:])
+                torch.bmm(gy_block.flat, chunk.xd.flat.transpose(1, 2), out=g_weights.flat)
+                g_products = g_weights.all.mul_(chunk.decay.all).sum(0).flatten(0, 1).mul_(chunk.earlier)
+                torch.bmm(chunk.weigh().flat.transpose(1, 2), gy_block.flat, out=gxd.flat)
+                gB_chunk, gC_chunk = torch.bmm(g_products.transpose(1, 2), chunk.C), torch.bmm(g_products, chunk.B)
 
                 # Through the states at the chunk's start (y = exp(c)·C·h) and at its end (h ← exp(c_end)·h + Bᵀ·xd·exp(c_end − c)).
-                gy_block.mul_(chunk.from_start)
-                _add_summed(gy_block, states[number], gC_block)
-                gxd.addcmul_(_shared(chunk.B, g_state, buffers("carried", chunk.xd.shape)), chunk.to_end)
-                _add_summed(chunk.xd.mul_(chunk.to_end), g_state, gB_block)
-                g_end = torch.mul(g_state, states[number + 1], out=buffers("states", g_state.shape)).sum((3, 4))
-                g_state = g_state.mul_(chunk.whole)
-                _add_shared(chunk.C.transpose(2, 3), gy_block, g_state)
+                gy_block.all.mul_(chunk.from_start)
+                for g, out in zip(g_state.each, scratch.each, strict=True):
+                    torch.bmm(chunk.B, g, out=out)
+                gxd.all.addcmul_(scratch.all, chunk.to_end)
+                chunk.xd.all.mul_(chunk.to_end)
+                for gy_r, xd_r, h, g in zip(gy_block.each, chunk.xd.each, state.each, g_state.each, strict=True):
+                    gC_chunk.baddbmm_(gy_r, h.transpose(1, 2))
+                    gB_chunk.baddbmm_(xd_r, g.transpose(1, 2))
+                gB_part[:, chunk.tokens], gC_part[:, chunk.tokens] = gB_chunk, gC_chunk
+                g_end = torch.mul(g_state.all, states[number + 1], out=sequence.buffer("states", *state.all.shape[3:]).all).sum((3, 4), keepdim=True)
+                g_state.all.mul_(chunk.whole)
+                for gy_r, g in zip(gy_block.each, g_state.each, strict=True):
+                    g.baddbmm_(chunk.C.transpose(1, 2), gy_r)
 
-                gxd_x = torch.mul(gxd, chunk.x, out=buffers("dots", gxd.shape)).sum(-1)
-                g_cum = gy_y - D_RBG * gy_x - gxd_x * chunk.dt
-                g_log = g_cum.flip(-1).cumsum(-1).flip(-1) + g_end[..., None]
-                part.heads(g_dt, tokens).copy_(gxd_x + g_log * part.per_head(A)[..., None])
-                part.per_head(gA).add_((g_log * chunk.dt).sum((1, 3))[:, None])
-                part.per_head(gD).add_(gy_x.sum((1, 3))[:, None])
-                torch.addcmul(gxd.mul_(chunk.dt[..., None]), gy_view, D_RBG[..., None], out=part.heads(gx, tokens))
-                part.grouped(gB, tokens).copy_(gB_block)
-                part.grouped(gC, tokens).copy_(gC_block)
-            part.state(g_start).copy_(g_state)
+                gxd_x = torch.mul(gxd.all, chunk.x, out=scratch.all).sum(-1, keepdim=True)
+                g_log = (gy_y - D_RBG * gy_x - gxd_x * chunk.dt).flip(3).cumsum(3).flip(3) + g_end
+                part.heads(g_dt, chunk.tokens).copy_((gxd_x + g_log * part.per_head(A)[..., None, None]).squeeze(-1))
+                part.per_head(gA).add_((g_log * chunk.dt).sum((1, 3, 4))[:, None])
+                part.per_head(gD).add_(gy_x.sum((1, 3, 4))[:, None])
+                torch.addcmul(gxd.all.mul_(chunk.dt), gy_view, D_RBG, out=part.heads(gx, chunk.tokens))
+            for gradient, own in ((gB, gB_part), (gC, gC_part)):
+                part.grouped(gradient).copy_(own.view_as(part.grouped(gradient)))
+            part.state(g_start).copy_(g_state.all)
         return gx.to(x.dtype), g_dt, gA, gB.to(B.dtype), gC.to(C.dtype), gD, g_start, None
 
 
