@@ -48,6 +48,7 @@ class _Part:
     rows: slice
     groups: slice
     num_groups: int
+    num_heads: int  # of every group that make a block
 
     def heads(self, tensor, tokens=slice(None)):
         """[B, T, M, …] → [R, B, G, T, …]."""
@@ -69,15 +70,15 @@ class _Part:
 
 
 def _parts(x, B) -> Iterator[_Part]:
-    """A batch cut into parts as large as the buffers: several rows of all groups, or some groups of one row."""
+    """A batch cut into parts such that a block of one or more heads of every group is of the size that suits the cache."""
     batch, _, heads, head_dim = x.shape
     groups = B.shape[2]
     length = chunk_tokens(head_dim, B.shape[3])
-    fitting = max(1, block_numbers() * groups // (heads * length * max(head_dim, length)))  # groups of single rows
-    rows, some = (fitting // groups, groups) if fitting >= groups else (1, fitting)
+    fitting = max(1, block_numbers() // (length * max(head_dim, length)))  # heads of single rows
+    rows, some = (min(batch, fitting // groups), groups) if fitting >= groups else (1, fitting)
     for row in range(0, batch, rows):
         for group in range(0, groups, some):
-            yield _Part(slice(row, row + rows), slice(group, group + some), groups)
+            yield _Part(slice(row, row + rows), slice(group, group + some), groups, min(heads // groups, max(1, fitting // (rows * some))))
 
 
 class _Block:
@@ -88,50 +89,46 @@ class _Block:
 
 
 class _Sequence:
-    """A part's chunks: what both passes need of dt, A, B and C, made for all chunks at once, and the buffers that they share."""
+    """A part of a batch on its way through the chunks: what both passes need of dt, A, B and C, and buffers for some heads of one chunk."""
 
     def __init__(self, part: _Part, x, dt, A, B, C):
         self.part, self.tokens, self.length = part, x.shape[1], chunk_tokens(x.shape[3], B.shape[3])
         self.B, self.C = (part.grouped(tensor).float().contiguous().flatten(0, 1) for tensor in (B, C))  # [B·G, T, N]
         padded = F.pad(part.heads(dt), (0, -self.tokens % self.length)).unflatten(-1, (-1, self.length))  # no step, no decay
-        self.dt = padded[..., None]  # [R, B, G, Z, L, 1]
+        self.dt = padded[..., None]  # [R, B, G, Z, L, 1] for Z chunks
         self.cum = torch.cumsum(padded * part.per_head(A)[..., None, None], dim=-1)
         self.from_start, self.to_end = (_exp(log)[..., None] for log in (self.cum.clone(), self.cum[..., -1:] - self.cum))
         self.earlier = torch.ones(self.length, self.length, device=x.device).tril_()  # 1 where s ≤ l
-        self.blocks: dict[tuple, _Block] = {}
+        self.num_chunks, self.blocks = self.cum.shape[3], {}
+        step = part.num_heads
+        self.heads = [slice(first, first + step) for first in range(0, len(self.cum), step)]
 
-    @property
-    def num_chunks(self) -> int:
-        return self.cum.shape[3]
+    def chunk(self, number: int) -> slice:
+        """Its tokens."""
+        return slice(number * self.length, min((number + 1) * self.length, self.tokens))
 
-    def buffer(self, name: str, *shape: int) -> _Block:
-        """Memory [R, B, G, *shape], the same for the same name and shape."""
-        if (name, shape) not in self.blocks:
-            self.blocks[name, shape] = _Block(torch.empty(*self.cum.shape[:3], *shape, device=self.cum.device))
-        return self.blocks[name, shape]
+    def products(self, tokens: slice):
+        """C·Bᵀ of a chunk, 0 above the diagonal: [B·G, L, L]."""
+        length = tokens.stop - tokens.start
+        return torch.bmm(self.C[:, tokens], self.B[:, tokens].transpose(1, 2)).mul_(self.earlier[:length, :length])
 
+    def decay(self, heads: slice, number: int, length: int) -> _Block:
+        block = self.buffer("decay", heads, length, length)
+        _decay(self.cum[heads, :, :, number, :length], block.all)
+        return block
 
-class _Chunk:
-    """One chunk of a sequence, with what both passes need of it."""
+    def scaled(self, x_block, heads: slice, number: int) -> _Block:
+        """x·dt."""
+        block = self.buffer("xd", heads, *x_block.shape[3:])
+        torch.mul(x_block, self.dt[heads, :, :, number, : x_block.shape[3]], out=block.all)
+        return block
 
-    def __init__(self, sequence: _Sequence, number: int, x):
-        first = number * sequence.length
-        self.tokens = slice(first, min(first + sequence.length, sequence.tokens))
-        length = self.tokens.stop - first
-        self.dt, self.from_start, self.to_end = (t[:, :, :, number, :length] for t in (sequence.dt, sequence.from_start, sequence.to_end))
-        self.whole = sequence.from_start[:, :, :, number, -1:]  # [R, B, G, 1, 1]
-        self.B, self.C = sequence.B[:, self.tokens], sequence.C[:, self.tokens]
-        self.x, self.xd = sequence.part.heads(x, self.tokens), sequence.buffer("xd", length, x.shape[3])
-        torch.mul(self.x, self.dt, out=self.xd.all)
-        self.earlier = sequence.earlier[:length, :length]
-        self.products = torch.bmm(self.C, self.B.transpose(1, 2)).mul_(self.earlier)  # [B·G, L, L]
-        self.decay = sequence.buffer("decay", length, length)
-        _decay(sequence.cum[:, :, :, number, :length], self.decay.all)
-
-    def weigh(self) -> _Block:
-        """y = weights·xd within the chunk; takes the place of the decay."""
-        self.decay.all.mul_(self.products.view(*self.decay.all.shape[1:]))
-        return self.decay
+    def buffer(self, name: str, heads: slice, *shape: int) -> _Block:
+        """Memory [heads, B, G, *shape], the same for the same name and shape."""
+        size = (name, len(range(len(self.cum))[heads]), *shape)
+        if size not in self.blocks:
+            self.blocks[size] = _Block(torch.empty(size[1], *self.cum.shape[1:3], *shape, device=self.cum.device))
+        return self.blocks[size]
 
 
 def _decay(cum, out):
@@ -167,17 +164,7 @@ class _Scan(torch.autograd.Function):
             states[0] = first
             blocks, D_RBG = [_Block(state) for state in states], part.per_head(D)[..., None, None]
             for number in range(sequence.num_chunks):
-                chunk, state, after = _Chunk(sequence, number, x), blocks[number % len(blocks)], blocks[(number + 1) % len(blocks)]
-                inside, carried = (sequence.buffer(name, *chunk.xd.all.shape[3:]) for name in ("inside", "carried"))
-                torch.bmm(chunk.weigh().flat, chunk.xd.flat, out=inside.flat)
-                for h, out in zip(state.each, carried.each, strict=True):
-                    torch.bmm(chunk.C, h, out=out)
-                inside.all.addcmul_(carried.all, chunk.from_start)
-                torch.addcmul(inside.all, chunk.x, D_RBG, out=part.heads(y, chunk.tokens))
-                chunk.xd.all.mul_(chunk.to_end)
-                torch.mul(state.all, chunk.whole, out=after.all)
-                for xd, out in zip(chunk.xd.each, after.each, strict=True):
-                    out.baddbmm_(chunk.B.transpose(1, 2), xd)
+                _outputs(sequence, number, x, D_RBG, blocks[number % len(blocks)], blocks[(number + 1) % len(blocks)], y)
             part.state(final).copy_(blocks[sequence.num_chunks % len(blocks)].all)
             saved.append(states)
         if needs_gradient:
@@ -193,51 +180,98 @@ class _Scan(torch.autograd.Function):
         at the end, Σ g(state)·state.
         """
         x, dt, A, B, C, D, y, *saved = ctx.saved_tensors
-        gx, g_dt, gB, gC = (torch.empty(tensor.shape, device=x.device) for tensor in (x, dt, B, C))
-        gA, gD, g_start, gy = torch.zeros_like(A), torch.zeros_like(D), torch.empty_like(g_final), gy.contiguous()
+        g = _Gradients(*(torch.empty(tensor.shape, device=x.device) for tensor in (x, dt, B, C)), torch.zeros_like(A), torch.zeros_like(D))
+        g_start, gy = torch.empty_like(g_final), gy.contiguous()
         for part, states in zip(_parts(x, B), saved, strict=True):
-            sequence, g_state, D_RBG = _Sequence(part, x, dt, A, B, C), _Block(part.state(g_final).contiguous()), part.per_head(D)[..., None, None]
-            gB_part, gC_part = torch.empty_like(sequence.B), torch.empty_like(sequence.C)
+            sequence, g_state = _Sequence(part, x, dt, A, B, C), _Block(part.state(g_final).contiguous())
             for number in reversed(range(sequence.num_chunks)):
-                chunk, state = _Chunk(sequence, number, x), _Block(states[number])
-                gy_view, shape = part.heads(gy, chunk.tokens), chunk.xd.all.shape[3:]
-                gy_block, gxd, scratch = (sequence.buffer(name, *shape) for name in ("inside", "gxd", "carried"))
-                gy_x = torch.mul(gy_view, chunk.x, out=scratch.all).sum(-1, keepdim=True)  # [R, B, G, L, 1], as the next two
-                gy_y = torch.mul(gy_view, part.heads(y, chunk.tokens), out=scratch.all).sum(-1, keepdim=True)
-                gy_block.all.copy_(gy_view)
-
-                # Within the chunk: y = W·xd with W = products ∘ decay.
-                g_weights = sequence.buffer("g_weights", *chunk.decay.all.shape[3:])
-                torch.bmm(gy_block.flat, chunk.xd.flat.transpose(1, 2), out=g_weights.flat)
-                g_products = g_weights.all.mul_(chunk.decay.all).sum(0).flatten(0, 1).mul_(chunk.earlier)
-                torch.bmm(chunk.weigh().flat.transpose(1, 2), gy_block.flat, out=gxd.flat)
-                gB_chunk, gC_chunk = torch.bmm(g_products.transpose(1, 2), chunk.C), torch.bmm(g_products, chunk.B)
-
-                # Through the states at the chunk's start (y = exp(c)·C·h) and at its end (h ← exp(c_end)·h + Bᵀ·xd·exp(c_end − c)).
-                gy_block.all.mul_(chunk.from_start)
-                for g, out in zip(g_state.each, scratch.each, strict=True):
-                    torch.bmm(chunk.B, g, out=out)
-                gxd.all.addcmul_(scratch.all, chunk.to_end)
-                chunk.xd.all.mul_(chunk.to_end)
-                for gy_r, xd_r, h, g in zip(gy_block.each, chunk.xd.each, state.each, g_state.each, strict=True):
-                    gC_chunk.baddbmm_(gy_r, h.transpose(1, 2))
-                    gB_chunk.baddbmm_(xd_r, g.transpose(1, 2))
-                gB_part[:, chunk.tokens], gC_part[:, chunk.tokens] = gB_chunk, gC_chunk
-                g_end = torch.mul(g_state.all, states[number + 1], out=sequence.buffer("states", *state.all.shape[3:]).all).sum((3, 4), keepdim=True)
-                g_state.all.mul_(chunk.whole)
-                for gy_r, g in zip(gy_block.each, g_state.each, strict=True):
-                    g.baddbmm_(chunk.C.transpose(1, 2), gy_r)
-
-                gxd_x = torch.mul(gxd.all, chunk.x, out=scratch.all).sum(-1, keepdim=True)
-                g_log = (gy_y - D_RBG * gy_x - gxd_x * chunk.dt).flip(3).cumsum(3).flip(3) + g_end
-                part.heads(g_dt, chunk.tokens).copy_((gxd_x + g_log * part.per_head(A)[..., None, None]).squeeze(-1))
-                part.per_head(gA).add_((g_log * chunk.dt).sum((1, 3, 4))[:, None])
-                part.per_head(gD).add_(gy_x.sum((1, 3, 4))[:, None])
-                torch.addcmul(gxd.all.mul_(chunk.dt), gy_view, D_RBG, out=part.heads(gx, chunk.tokens))
-            for gradient, own in ((gB, gB_part), (gC, gC_part)):
-                part.grouped(gradient).copy_(own.view_as(part.grouped(gradient)))
+                _gradients(sequence, number, x, A, D, y, gy, _Block(states[number]), states[number + 1], g_state, g)
             part.state(g_start).copy_(g_state.all)
-        return gx.to(x.dtype), g_dt, gA, gB.to(B.dtype), gC.to(C.dtype), gD, g_start, None
+        return g.x.to(x.dtype), g.dt, g.A, g.B.to(B.dtype), g.C.to(C.dtype), g.D, g_start, None
+
+
+@dataclass(frozen=True, slots=True)
+class _Gradients:
+    """Of the inputs, in their shapes."""
+
+    x: torch.Tensor
+    dt: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    A: torch.Tensor
+    D: torch.Tensor
+
+
+def _outputs(sequence: _Sequence, number: int, x, D_RBG, state: _Block, after: _Block, y) -> None:
+    """One chunk forward: fills its part of `y` and the state `after` it."""
+    tokens = sequence.chunk(number)
+    B, C, products = sequence.B[:, tokens], sequence.C[:, tokens], sequence.products(tokens)
+    x_chunk, y_chunk = sequence.part.heads(x, tokens), sequence.part.heads(y, tokens)
+    for heads in sequence.heads:
+        x_block, (length, head_dim) = x_chunk[heads], x_chunk.shape[3:]
+        from_start, to_end = (factor[heads, :, :, number] for factor in (sequence.from_start, sequence.to_end))
+        xd, weights = sequence.scaled(x_block, heads, number), sequence.decay(heads, number, length)
+        weights.all.mul_(products.view(weights.all.shape[1:]))
+        inside, carried = (sequence.buffer(name, heads, length, head_dim) for name in ("inside", "carried"))
+        torch.bmm(weights.flat, xd.flat, out=inside.flat)
+        for h, out in zip(state.each[heads], carried.each, strict=True):
+            torch.bmm(C, h, out=out)
+        inside.all.addcmul_(carried.all, from_start[:, :, :, :length])
+        torch.addcmul(inside.all, x_block, D_RBG[heads], out=y_chunk[heads])
+        xd.all.mul_(to_end[:, :, :, :length])
+        torch.mul(state.all[heads], from_start[:, :, :, -1:], out=after.all[heads])
+        for xd_r, out in zip(xd.each, after.each[heads], strict=True):
+            out.baddbmm_(B.transpose(1, 2), xd_r)
+
+
+def _gradients(sequence: _Sequence, number: int, x, A, D, y, gy, state: _Block, after, g_state: _Block, g: _Gradients) -> None:
+    """One chunk backward: fills its part of `g`, and turns the gradient of the state after it into that of the state before."""
+    part, tokens = sequence.part, sequence.chunk(number)
+    B, C, products = sequence.B[:, tokens], sequence.C[:, tokens], sequence.products(tokens)
+    x_chunk, y_chunk, gy_chunk, gx_chunk, g_dt_chunk = (part.heads(tensor, tokens) for tensor in (x, y, gy, g.x, g.dt))
+    A_RBG, D_RBG, gA_RBG, gD_RBG = (part.per_head(vector)[..., None, None] for vector in (A, D, g.A, g.D))
+    gB, gC, g_products = torch.zeros_like(B), torch.zeros_like(C), torch.zeros_like(products)
+    length, head_dim = x_chunk.shape[3:]
+    for heads in sequence.heads:
+        x_block, gy_view = x_chunk[heads], gy_chunk[heads]
+        from_start, to_end, dt = (factor[heads, :, :, number] for factor in (sequence.from_start, sequence.to_end, sequence.dt))
+        from_start, to_end, dt, whole = from_start[:, :, :, :length], to_end[:, :, :, :length], dt[:, :, :, :length], from_start[:, :, :, -1:]
+        xd, weights = sequence.scaled(x_block, heads, number), sequence.decay(heads, number, length)
+        gy_block, gxd, scratch = (sequence.buffer(name, heads, length, head_dim) for name in ("inside", "gxd", "carried"))
+        gy_x = torch.mul(gy_view, x_block, out=scratch.all).sum(-1, keepdim=True)  # [R, B, G, L, 1], as the next two
+        gy_y = torch.mul(gy_view, y_chunk[heads], out=scratch.all).sum(-1, keepdim=True)
+        gy_block.all.copy_(gy_view)
+
+        # Within the chunk: y = W·xd with W = products ∘ decay.
+        g_weights = sequence.buffer("g_weights", heads, length, length)
+        torch.bmm(gy_block.flat, xd.flat.transpose(1, 2), out=g_weights.flat)
+        g_products += g_weights.all.mul_(weights.all).sum(0).flatten(0, 1)
+        weights.all.mul_(products.view(weights.all.shape[1:]))
+        torch.bmm(weights.flat.transpose(1, 2), gy_block.flat, out=gxd.flat)
+
+        # Through the states at the chunk's start (y = exp(c)·C·h) and at its end (h ← exp(c_end)·h + Bᵀ·xd·exp(c_end − c)).
+        gy_block.all.mul_(from_start)
+        for g_r, out in zip(g_state.each[heads], scratch.each, strict=True):
+            torch.bmm(B, g_r, out=out)
+        gxd.all.addcmul_(scratch.all, to_end)
+        xd.all.mul_(to_end)
+        g_end = torch.mul(g_state.all[heads], after[heads], out=sequence.buffer("states", heads, *after.shape[3:]).all).sum((3, 4), keepdim=True)
+        for gy_r, xd_r, h, g_r in zip(gy_block.each, xd.each, state.each[heads], g_state.each[heads], strict=True):
+            gC.baddbmm_(gy_r, h.transpose(1, 2))
+            gB.baddbmm_(xd_r, g_r.transpose(1, 2))
+        g_state.all[heads].mul_(whole)
+        for gy_r, g_r in zip(gy_block.each, g_state.each[heads], strict=True):
+            g_r.baddbmm_(C.transpose(1, 2), gy_r)
+
+        gxd_x = torch.mul(gxd.all, x_block, out=scratch.all).sum(-1, keepdim=True)
+        g_log = (gy_y - D_RBG[heads] * gy_x - gxd_x * dt).flip(3).cumsum(3).flip(3) + g_end
+        g_dt_chunk[heads] = (gxd_x + g_log * A_RBG[heads]).squeeze(-1)
+        gA_RBG[heads] += (g_log * dt).sum((1, 3), keepdim=True)
+        gD_RBG[heads] += gy_x.sum((1, 3), keepdim=True)
+        torch.addcmul(gxd.all.mul_(dt), gy_view, D_RBG[heads], out=gx_chunk[heads])
+    g_products.mul_(sequence.earlier[:length, :length])
+    part.grouped(g.B)[:, :, tokens] = gB.baddbmm_(g_products.transpose(1, 2), C).view(part.grouped(g.B)[:, :, tokens].shape)
+    part.grouped(g.C)[:, :, tokens] = gC.baddbmm_(g_products, B).view(part.grouped(g.C)[:, :, tokens].shape)
 
 
 def _chunk_scan(hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, initial_states=None, dt_softplus=False,
