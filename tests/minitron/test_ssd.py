@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from transformers.models.nemotron_h import modeling_nemotron_h as modeling
 
-from minitron.families import ssd
+from minitron.families import ssd, mixer
 
 # Taken at import, before any test can have put ours in their place.
-TRANSFORMERS_OWN = [(owner, name, getattr(owner, name)) for owner, name, _ in ssd.replacements()]
+TRANSFORMERS_OWN = [(owner, name, getattr(owner, name)) for owner, name, _ in mixer.replacements()]
 NAMES = ("x", "dt", "A", "B", "C", "start", "D")
 
 
@@ -251,7 +251,7 @@ def flat(gradients) -> torch.Tensor:
 
 def test_install_puts_both_functions_in_transformers_place(transformers_own):
     assert modeling.mamba2_chunk_scan is not ssd._chunk_scan
-    ssd.install()
+    mixer.install()
     assert modeling.mamba2_chunk_scan is ssd._chunk_scan and modeling.causal_conv1d_fn is ssd._causal_conv
 
 
@@ -259,7 +259,7 @@ def test_install_puts_both_functions_in_transformers_place(transformers_own):
 def test_logits_and_gradients_of_a_model_are_those_of_transformers_own_path(groups, transformers_own, build_model, token_ids):
     model, ids = build_model(mamba_num_groups=groups), token_ids(2, 75)
     expected, expected_gradients = logits_and_gradients(model, ids)
-    ssd.install()
+    mixer.install()
     ours, own_gradients = logits_and_gradients(model, ids)
     assert relative(ours, expected) <= 1e-5
     assert relative(flat(own_gradients), flat(expected_gradients)) <= 1e-5
@@ -271,7 +271,7 @@ def test_logits_and_gradients_of_a_model_are_those_of_transformers_own_path(grou
 def test_a_wrong_decay_moves_logits_and_gradients(transformers_own, monkeypatch, build_model, token_ids):
     model, ids = build_model(), token_ids(2, 75)
     expected, expected_gradients = logits_and_gradients(model, ids)
-    ssd.install()
+    mixer.install()
     decay = ssd._decay
     monkeypatch.setattr(ssd, "_decay", lambda cum, out: decay(1.01 * cum, out))
     ours, own_gradients = logits_and_gradients(model, ids)
@@ -310,12 +310,12 @@ def slow_model(build_model):
 @pytest.mark.parametrize("prompt", [1, 33])
 def test_decoding_token_by_token_equals_reading_at_once(prompt, installed, transformers_own, slow_model, token_ids):
     if installed:
-        ssd.install()
+        mixer.install()
     assert decode_error(slow_model, token_ids(2, 45), prompt) <= 1e-5
 
 
 def test_with_the_time_step_clamped_from_below_decoding_differs(transformers_own, slow_model, token_ids):
-    ssd.install()
+    mixer.install()
     for block in slow_model.model.layers:
         if hasattr(block.mixer, "time_step_limit"):
             block.mixer.time_step_limit = (0.001, math.inf)  # transformers' own
@@ -323,13 +323,13 @@ def test_with_the_time_step_clamped_from_below_decoding_differs(transformers_own
 
 
 def test_a_prompt_shorter_than_the_convolution_is_decoded_right(transformers_own, teacher, token_ids):
-    ssd.install()
+    mixer.install()
     assert decode_error(teacher, token_ids(2, 12), 2) <= 1e-5
 
 
 @torch.no_grad()
 def test_right_padding_leaves_the_logits_before_it(transformers_own, teacher, token_ids):
-    ssd.install()
+    mixer.install()
     ids = token_ids(2, 50)
     padded = torch.cat([ids[:, :40], torch.zeros(2, 10, dtype=torch.long)], dim=1)
     before, after = teacher(ids, use_cache=False).logits[:, :40], teacher(padded, use_cache=False).logits
