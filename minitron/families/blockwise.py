@@ -40,28 +40,26 @@ def _blocks(tokens: int, width: int) -> Iterator[slice]:
 # The depthwise causal convolution, as K shifted multiply-adds.
 
 
-def convolve(x_BtE: torch.Tensor, taps_KE: torch.Tensor, bias_E: torch.Tensor | None, buffers: Buffers) -> torch.Tensor:
+def convolve(x_BtE: torch.Tensor, taps_KE: torch.Tensor, bias_E: torch.Tensor, buffers: Buffers) -> torch.Tensor:
     """Outputs [B, t, E] for inputs [B, t + K − 1, E], of which the first K − 1 are the tokens before."""
-    kernel, tokens = len(taps_KE), x_BtE.shape[1] - len(taps_KE) + 1
-    total = buffers("convolved", len(x_BtE), tokens, x_BtE.shape[2])
-    torch.mul(x_BtE[:, kernel - 1 :], taps_KE[-1], out=total)
-    if bias_E is not None:
-        total += bias_E
-    for k in range(kernel - 1):
+    tokens = x_BtE.shape[1] - len(taps_KE) + 1
+    total = torch.addcmul(bias_E, x_BtE[:, :tokens], taps_KE[0], out=buffers("convolved", len(x_BtE), tokens, x_BtE.shape[2]))
+    for k in range(1, len(taps_KE)):
         total.addcmul_(x_BtE[:, k : k + tokens], taps_KE[k])
     return total
 
 
-def convolve_back(g_BtE: torch.Tensor, x_BtE: torch.Tensor, taps_KE: torch.Tensor, g_taps_KE: torch.Tensor, g_bias_E: torch.Tensor, buffers: Buffers):
-    """Gradient of convolve's inputs from that of its outputs; adds to the taps' and the bias's."""
-    tokens, gx = g_BtE.shape[1], buffers("g convolved", *x_BtE.shape)
-    gx[:, : len(taps_KE) - 1] = 0
-    torch.mul(g_BtE, taps_KE[-1], out=gx[:, len(taps_KE) - 1 :])
-    for k in range(len(taps_KE)):
-        g_taps_KE[k] += torch.mul(g_BtE, x_BtE[:, k : k + tokens], out=buffers("products", *g_BtE.shape)).sum((0, 1))
-        if k + 1 < len(taps_KE):
-            gx[:, k : k + tokens].addcmul_(g_BtE, taps_KE[k])
-    g_bias_E += g_BtE.sum((0, 1))
+def convolve_back(g_BtE: torch.Tensor, x_BtE: torch.Tensor, taps_KE: torch.Tensor, g_taps_KtE: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+    """Gradient of convolve's inputs from that of its outputs. Adds to the taps', which are still to be summed over t."""
+    before, tokens = len(taps_KE) - 1, g_BtE.shape[1]
+    gx = buffers("g convolved", *x_BtE.shape)
+    gx[:, :before] = 0
+    torch.mul(g_BtE, taps_KE[-1], out=gx[:, before:])
+    for k in range(before):
+        gx[:, k : k + tokens].addcmul_(g_BtE, taps_KE[k])
+    for g_row, x_row in zip(g_BtE, x_BtE, strict=True):  # row by row, so that the sums stay in the cache
+        for k, g_tap in enumerate(g_taps_KtE[:, :tokens]):
+            g_tap.addcmul_(g_row, x_row[k : k + tokens])
     return gx
 
 
@@ -82,10 +80,11 @@ def normalise_back(g_tW, x_tW, gate_tW, weight_W, scale_tG, gx_tW, g_gate_tW, g_
     """Fills the gradients of x and the gate, and adds to that of the weight: g_u = s·(g·w) − u·s³·mean(g·w·u)."""
     u, silu = _gated(x_tW, gate_tW, buffers)
     split, scale = (scale_tG.shape[-1], -1), scale_tG[..., None]
-    dots = torch.mul(g_tW, u, out=buffers("dots", *u.shape)).unflatten(-1, split)
+    # Sums over channels and over tokens as products of matrices, [G, T, W/G] each.
+    dots = torch.mul(g_tW, u, out=buffers("dots", *u.shape)).view(-1, scale_tG.shape[-1], u.shape[-1] // scale_tG.shape[-1]).transpose(0, 1)
+    mean = torch.bmm(dots, weight_W.view(len(dots), -1, 1)).div_(dots.shape[-1]).transpose(0, 1).reshape(scale.shape)
+    g_weight_W += torch.bmm(scale_tG.reshape(-1, 1, len(dots)).transpose(0, 2), dots).flatten()
     g_u = torch.mul(g_tW, weight_W, out=gx_tW if gate_tW is None else buffers("g u", *u.shape)).unflatten(-1, split)
-    mean = torch.mul(dots, weight_W.view(scale_tG.shape[-1], -1), out=buffers("weighted dots", *dots.shape)).mean(-1, keepdim=True)
-    g_weight_W += dots.mul_(scale).flatten(-2).sum(tuple(range(u.ndim - 1)))
     g_u.mul_(scale).addcmul_(u.unflatten(-1, split), mean.mul_(scale**3), value=-1)
     if gate_tW is not None:
         g_u = g_u.flatten(-2)

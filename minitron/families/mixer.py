@@ -72,12 +72,13 @@ class _Heart(torch.autograd.Function):
         sizes = ctx.sizes
         before_softplus = sizes.time_steps(projected, dt_bias)
         dt, g_dt, g_projected = F.softplus(before_softplus), torch.empty_like(before_softplus), torch.empty(projected.shape, device=projected.device)
-        gA, gD, g_norm, g_bias, g_taps = (torch.zeros_like(tensor) for tensor in (A, D, norm_weight, conv_weight[:, 0], conv_weight.t()))
+        gA, gD, g_norm, g_conv, g_bias = (torch.zeros_like(tensor) for tensor in (A, D, norm_weight, conv_weight, conv_bias))
         for part, states in zip(sizes.parts(len(projected)), saved, strict=True):
             walk = _Walk(sizes, part, projected, dt, A, D, conv_weight, conv_bias)
             weight, g_weight, scale_part = norm_weight[walk.inner], g_norm[walk.inner], scale[part.rows, :, part.groups]
             y_part, gradient_part, g_gate = walk.own(y, gradient, g_projected)
             g_state, gA_part, gD_part = Block(torch.zeros_like(states[0])), torch.zeros_like(walk.A), torch.zeros_like(walk.D)
+            g_taps, g_bias_part = walk.taps.new_zeros(len(walk.taps), walk.sequence.length, walk.taps.shape[1]), torch.zeros_like(walk.bias)
             for number, tokens in reversed(list(enumerate(walk.chunks))):
                 chunk, total, raw = walk.chunk(number)
                 y_rows, g_total = y_part[:, tokens], walk.buffers("g total", *total.shape)
@@ -94,16 +95,16 @@ class _Heart(torch.autograd.Function):
                 for view, own in zip((g_B, g_C), g_matrices, strict=True):
                     view.copy_(own.view(view.shape))
                 torch.ops.aten.silu_backward.grad_input(g_total, total, grad_input=g_total)
-                walk.put_back(g_projected, tokens, convolve_back(g_total, raw, walk.taps, walk.g_taps, walk.g_bias, walk.buffers))
+                g_bias_part += g_total.sum((0, 1))
+                walk.put_back(g_projected, tokens, convolve_back(g_total, raw, walk.taps, g_taps, walk.buffers))
             part.per_head(gA).copy_(gA_part)
             part.per_head(gD).copy_(gD_part)
             for columns, own in walk.columns:
-                g_taps[:, columns] += walk.g_taps[:, own]
-                g_bias[columns] += walk.g_bias[own]
+                g_conv[columns] += g_taps[:, :, own].sum(1).t()
+                g_bias[columns] += g_bias_part[own]
         g_dt *= torch.sigmoid(before_softplus)
         g_projected[..., -sizes.heads :] = g_dt
-        g_bias = None if conv_bias is None else g_bias
-        return g_projected.to(projected.dtype), g_dt.sum((0, 1)), gA, gD, g_taps.t(), g_bias, g_norm, None, None, None
+        return g_projected.to(projected.dtype), g_dt.sum((0, 1)), gA, gD, g_conv, g_bias, g_norm, None, None, None
 
 
 class _Walk:
@@ -125,8 +126,7 @@ class _Walk:
             self.columns = [(slice(0, ends[-1]), slice(0, ends[-1]))]
         self.convolved = projected[part.rows, :, sizes.inner : sizes.inner + conv_weight.shape[0]]
         self.taps = torch.cat([conv_weight.t()[:, columns] for columns, _ in self.columns], dim=1).contiguous()
-        self.bias = None if conv_bias is None else torch.cat([conv_bias[columns] for columns, _ in self.columns])
-        self.g_taps, self.g_bias = torch.zeros_like(self.taps), torch.zeros_like(self.taps[0])
+        self.bias = torch.cat([conv_bias[columns] for columns, _ in self.columns])
         self.carry = None
 
     def own(self, *tensors):
@@ -141,10 +141,14 @@ class _Walk:
         """The chunk for the scan, the convolution's outputs before silu, and its inputs with the K − 1 tokens before."""
         tokens, before = self.chunks[number], len(self.taps) - 1
         missing = max(0, before - tokens.start)
-        raw = self.buffers("raw", len(self.convolved), tokens.stop - tokens.start + before, sum(self.widths))
-        raw[:, :missing] = 0
-        for columns, own in self.columns:
-            raw[:, missing:, own] = self.convolved[:, tokens.start - before + missing : tokens.stop, columns]
+        inputs = self.convolved[:, tokens.start - before + missing : tokens.stop]
+        if missing or len(self.columns) > 1:
+            raw = self.buffers("raw", len(inputs), tokens.stop - tokens.start + before, sum(self.widths))
+            raw[:, :missing] = 0
+            for columns, own in self.columns:
+                raw[:, missing:, own] = inputs[:, :, columns]
+        else:
+            raw = inputs
         total = convolve(raw, self.taps, self.bias, self.buffers)
         x, B, C = self.split(torch.ops.aten.silu.out(total, out=self.buffers("xBC", *total.shape)))
         matrices = (self.buffers(name, *view.shape).copy_(view).view(-1, *view.shape[2:]) for name, view in (("B", B), ("C", C)))
@@ -175,8 +179,8 @@ def _mixer(module, hidden_states, *, theirs: Callable, cache_params=None, attent
     if cache_params is not None or attention_mask is not None or module.time_step_limit != (0.0, float("inf")) or module.activation != "silu":
         return theirs(module, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
     sizes = _Sizes(module.num_heads, module.head_dim, module.n_groups, module.ssm_state_size)
-    bias = None if module.conv1d.bias is None else module.conv1d.bias.float()
-    vectors = (module.dt_bias.float(), -torch.exp(module.A_log.float()), module.D.float(), module.conv1d.weight.squeeze(1).float(), bias)
+    convolution = module.conv1d.weight.squeeze(1).float(), module.D.new_zeros(module.conv_dim).float() if module.conv1d.bias is None else module.conv1d.bias.float()
+    vectors = (module.dt_bias.float(), -torch.exp(module.A_log.float()), module.D.float(), *convolution)
     normed = _Heart.apply(*keeping(module.in_proj(hidden_states), *vectors, module.norm.weight.float(), sizes, module.norm.variance_epsilon))
     return module.out_proj(normed.to(hidden_states.dtype))
 
