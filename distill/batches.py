@@ -4,6 +4,8 @@ A row shorter than the others is padded on the right with PADDING. What is causa
 real tokens' results are those of the row alone; only what sums over positions must leave padding out.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -39,10 +41,64 @@ class RowBatches:
         """Real tokens of a batch; where rows are padded, of the mean one, rounded down."""
         return self._num_tokens * self.batch // len(self.rows_RT)
 
-    def at(self, step: int) -> torch.Tensor:
-        """The batch of one step, int64 [B, T], padding included: see split_padding."""
+    @property
+    def identity(self) -> dict[str, int]:
+        """What the batches of all steps follow from, but for the rows' contents."""
+        return {"batch": self.batch, "seed": self.seed, "rows": len(self.rows_RT), "row_tokens": self.rows_RT.shape[1]}
+
+    def indices(self, step: int) -> np.ndarray:
+        """Which rows make up the batch of one step, int64 [B]."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.rows_RT))
-        chosen = self._order[position * self.batch : (position + 1) * self.batch]
-        return torch.from_numpy(self.rows_RT[chosen].astype(np.int64))
+        return self._order[position * self.batch : (position + 1) * self.batch]
+
+    def at(self, step: int) -> torch.Tensor:
+        """The batch of one step, int64 [B, T], padding included: see split_padding."""
+        return torch.from_numpy(self.rows_RT[self.indices(step)].astype(np.int64))
+
+
+class BlendBatches:
+    """Rows of several sources, all of one length, mixed by weight; like RowBatches otherwise.
+
+    After any number of rows each source has given its share to within one row. A source shorter than its share begins anew, in
+    another order. Which rows a step has follows from the step alone.
+    """
+
+    def __init__(self, sources: Sequence[np.ndarray], weights: Sequence[float], *, tokens: int, batch: int, seed: int):
+        """`sources` are rows int32 [R, T] each, `tokens` what the batches are needed for."""
+        shares = np.asarray(weights) / sum(weights)
+        self.sources, self.batch, self.seed = list(sources), batch, seed
+        per_row = sum(share * count_tokens(rows) / len(rows) for share, rows in zip(shares, sources, strict=True))
+        self.tokens_per_step = int(per_row * batch)
+        number = tokens // self.tokens_per_step * batch
+        # The k-th row of a source is due at (k + ½) / its share: sorted by that, every beginning has the shares.
+        needed = [int(np.ceil(number * share)) + 1 for share in shares]
+        due = np.concatenate([(np.arange(count) + 0.5) / share for count, share in zip(needed, shares, strict=True)])
+        source = np.repeat(np.arange(len(needed)), needed)
+        nth = np.concatenate([np.arange(count) for count in needed])
+        order = np.argsort(due, kind="stable")[:number]
+        self._source, self._nth = source[order], nth[order]
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    @property
+    def identity(self) -> dict[str, int]:
+        """What the batches of all steps follow from, but for the rows' contents."""
+        return {"batch": self.batch, "seed": self.seed, "rows": sum(map(len, self.sources)), "row_tokens": self.sources[0].shape[1]}
+
+    def indices(self, step: int) -> np.ndarray:
+        """Which rows make up the batch of one step: source and row in it, int64 [B, 2]."""
+        chosen = slice(step * self.batch, (step + 1) * self.batch)
+        return np.array([(source, self._row(source, nth)) for source, nth in zip(self._source[chosen].tolist(), self._nth[chosen].tolist(), strict=True)])
+
+    def at(self, step: int) -> torch.Tensor:
+        """The batch of one step, int64 [B, T], padding included: see split_padding."""
+        return torch.from_numpy(np.stack([self.sources[source][row] for source, row in self.indices(step)]).astype(np.int64))
+
+    def _row(self, source: int, nth: int) -> int:
+        """The nth row drawn from a source: every row once, in a new order each time through."""
+        epoch, position = divmod(nth, len(self.sources[source]))
+        if (source, epoch) not in self._orders:
+            self._orders = {key: order for key, order in self._orders.items() if key[0] != source or key[1] >= epoch - 1}
+            self._orders[source, epoch] = np.random.default_rng([self.seed, source, epoch]).permutation(len(self.sources[source]))
+        return int(self._orders[source, epoch][position])

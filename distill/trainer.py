@@ -1,177 +1,263 @@
 """The training loop: one loop for distillation and for the tiny teacher's own training, told apart by their loss."""
 
 import math
-import os
+import resource
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from distill.batches import RowBatches, split_padding
-from distill.losses import forward_kl
-from distill.schedule import learning_rate_share
+from distill.chunked_loss import LossRecipe
+from distill.engine import Engine, open_engine
+from distill.launch import Launch
+from distill.objectives import LossFunction, distillation_loss
+from distill.plan import HOW, Phase, StepRecord, TrainPlan
+from distill.schedule import learning_rate
+from distill.sharing import check_sharing, micro_batches
+from distill.states import BEST, newest_state, restore_state, save_state
 
-STATE_FILE = "state.pt"
-# Of a model and rows [B, T] that may end in padding.
-LossFunction = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+SINGLE = Launch()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainPlan:
-    """How one run of the loop goes. Tokens are rounded down to whole steps of the batches' size."""
+class HeldOut:
+    """Rows, int64 batches [B, T], on which the loss is measured after every so many steps and after the last."""
 
-    tokens: int
-    optimizer: str
-    learning_rate: float
-    final_learning_rate_share: float
-    warmup_share: float
-    weight_decay: float
-    clip_norm: float
-    save_every_seconds: float = 60.0
+    batches: Sequence[torch.Tensor]
+    every_steps: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """What one step did. loss in nats per token, recent_loss its running mean over about the last 20 steps; seconds since
-    the run began, earlier sittings included; tokens so far, where rows are padded those of batches of the mean size.
-    """
-
-    step: int
-    total_steps: int
-    tokens: int
-    loss: float
-    recent_loss: float
-    gradient_norm: float
-    learning_rate: float
-    seconds: float
+def distill(teacher: nn.Module, student: nn.Module, batches: RowBatches, plan: TrainPlan, *, folder: Path, on_step: Callable[[StepRecord], None],
+            recipe: LossRecipe | None = None) -> StepRecord:  # fmt: skip
+    """Train the student to the teacher's distribution, by forward KL on logits alone unless a recipe says otherwise (MT1, arXiv 2407.14679, §3)."""
+    return train(student, batches, plan, distillation_loss(teacher, recipe), folder=folder, on_step=on_step)
 
 
-def distill(teacher: nn.Module, student: nn.Module, batches: RowBatches, plan: TrainPlan, *, temperature: float, folder: Path,
-            on_step: Callable[[StepRecord], None]) -> StepRecord:  # fmt: skip
-    """Train the student to the teacher's distribution by forward KL on logits alone (MT1, arXiv 2407.14679, §3)."""
-    teacher.eval().requires_grad_(False)
-
-    def loss(model: nn.Module, rows_BT: torch.Tensor) -> torch.Tensor:
-        ids_BT, mask_BT = split_padding(rows_BT)
-        with torch.no_grad():
-            teacher_logits = teacher(ids_BT, use_cache=False).logits
-        return forward_kl(model(ids_BT, use_cache=False).logits, teacher_logits, temperature=temperature, mask_BT=mask_BT)
-
-    return train(student, batches, plan, loss, folder=folder, on_step=on_step)
+def real_tokens(rows_BT: torch.Tensor) -> int:
+    """Tokens of rows [B, T] that are no padding."""
+    return int(split_padding(rows_BT)[1].sum())
 
 
 def train(model: nn.Module, batches: RowBatches, plan: TrainPlan, loss_function: LossFunction, *, folder: Path,
           on_step: Callable[[StepRecord], None]) -> StepRecord:  # fmt: skip
-    """Run the loop to its end, from the state saved in `folder` if there is one. Returns the last step's record.
+    """Run one phase in this process alone; see train_phases."""
+    return train_phases(model, [Phase(batches, plan)], loss_function, folder=folder, on_step=on_step)
 
-    The state (weights, optimiser, position) is saved every so many seconds and when interrupted, by rename; resuming
-    from it is exact. Raises ValueError for too few tokens, FloatingPointError where the loss stops being finite.
+
+def train_phases(model: nn.Module, phases: Sequence[Phase], loss_function: LossFunction, *, folder: Path, on_step: Callable[[StepRecord], None],
+                 launch: Launch = SINGLE, tokens_of: Callable[[torch.Tensor], int] = real_tokens, held_out: HeldOut | None = None) -> StepRecord:  # fmt: skip
+    """Run the phases to their end, from the newest state saved in `folder` if there is one. Returns the last step's record.
+
+    A step's loss is the mean over all tokens of its batch that `tokens_of` counts in rows, over processes and micro-batches.
+    States (weights, optimiser, position) are saved every so many seconds or steps, when interrupted and at the end, by
+    rename; resuming from one is exact. `on_step` is called in the first process alone. With an engine in slices the
+    model is not whole afterwards: its weights are in the last state. Raises ValueError for what the plans or the states
+    in `folder` refuse, FloatingPointError where the loss stops being finite.
     """
-    total_steps = plan.tokens // batches.tokens_per_step
-    if total_steps < 1:
-        raise ValueError(f"train.tokens is {plan.tokens}; it must be at least one batch, {batches.tokens_per_step} tokens")
-    device = next(model.parameters()).device
-    optimizers = build_optimizers(model, plan)
-    record, earlier_seconds = _load_state(folder / STATE_FILE, model, optimizers)
-    started = last_saved = time.monotonic()
-    model.train()
-    try:
-        for step in range(record.step + 1 if record else 0, total_steps):
-            rate = plan.learning_rate * learning_rate_share(step, total_steps, warmup_share=plan.warmup_share, final_share=plan.final_learning_rate_share)
-            loss = _gradients(model, loss_function, batches.at(step).to(device), step)
-            with _interrupts_wait():  # weights, optimiser, record and its line move together or not at all
-                norm = _update(model, optimizers, rate, plan.clip_norm)
-                seconds = earlier_seconds + time.monotonic() - started
-                recent = record.recent_loss + 0.05 * (loss - record.recent_loss) if record else loss
-                record = StepRecord(step, total_steps, (step + 1) * batches.tokens_per_step, loss, recent, norm, rate, seconds)
-                on_step(record)
-            if time.monotonic() - last_saved > plan.save_every_seconds:
-                _save_state(folder / STATE_FILE, model, optimizers, record)
-                last_saved = time.monotonic()
-    except KeyboardInterrupt:
-        if record:
-            _save_state(folder / STATE_FILE, model, optimizers, record)
-        raise
-    model.eval()
-    return record
+    return _Run(model, phases, loss_function, folder=folder, on_step=on_step, launch=launch, tokens_of=tokens_of, held_out=held_out).to_end()
 
 
-def _gradients(model: nn.Module, loss_function: LossFunction, rows_BT: torch.Tensor, step: int) -> float:
-    """Puts the loss's gradients on the parameters; returns the loss."""
-    loss = loss_function(model, rows_BT)
-    value = loss.item()
-    if not math.isfinite(value):
-        raise FloatingPointError(f"loss is {value} at step {step}; the state saved before it is untouched. A lower learning rate may help")
-    loss.backward()
-    return value
+class _Run:
+    """One sitting of train_phases."""
+
+    def __init__(self, model: nn.Module, phases: Sequence[Phase], loss_function: LossFunction, *, folder: Path, on_step: Callable[[StepRecord], None],
+                 launch: Launch, tokens_of: Callable[[torch.Tensor], int], held_out: HeldOut | None):  # fmt: skip
+        self.phases, self.loss_function, self.folder, self.on_step = phases, loss_function, folder, on_step
+        self.launch, self.tokens_of, self.held_out = launch, tokens_of, held_out
+        for phase in phases:
+            check_sharing(phase.batches.batch, phase.plan.micro_batch, launch.world_size)
+        self.total_steps = sum(phase.num_steps for phase in phases)
+        self.engine: Engine = open_engine(launch, model, phases[0].plan)
+        self.record, self.best, self.num_skipped = None, math.inf, 0
+        self._resume()
+        self.started = self.last_saved = time.monotonic()
+        self.earlier_seconds = self.record.seconds if self.record else 0.0
+        self.first_step = self.record.step + 1 if self.record else 0
+
+    def _resume(self) -> None:
+        state = newest_state(self.folder)
+        if state is None:
+            return
+        check_same(state.facts["made_with"], self._made_with(), self.folder)
+        restore_state(state, self.engine)
+        self.record, self.best, self.num_skipped = StepRecord(**state.facts["record"]), state.facts["best"] or math.inf, state.facts["num_skipped"]
+        self.engine.plan = self.phases[self.record.phase].plan
+
+    def _made_with(self) -> list[dict]:
+        """Of every phase what a state is bound to."""
+        plans = [{name: value for name, value in asdict(phase.plan).items() if name not in HOW} for phase in self.phases]
+        return [plan | phase.batches.identity for plan, phase in zip(plans, self.phases, strict=True)]
+
+    def to_end(self) -> StepRecord:
+        self.engine.model.train()
+        # One process alone may stop anywhere but within an update; several must agree on the step after which they stop.
+        with interrupts_wait() if self.launch.world_size > 1 else nullcontext([]) as held:
+            try:
+                for step in range(self.first_step, self.total_steps):
+                    self._step(step, held)
+                if self.record.step >= self.first_step:
+                    self._save()
+            except KeyboardInterrupt:
+                if self.record and self.launch.world_size == 1:
+                    self._save()
+                raise
+        self.engine.model.eval()
+        return self.record
+
+    def _step(self, step: int, held: list[int]) -> None:
+        phase_number, phase, local_step, tokens_before = self._place(step)
+        if local_step == 0 and step > 0:
+            self.engine.start_phase(phase.plan)
+        plan = phase.plan
+        means, interrupted, due = self._gradients(phase, local_step, held)
+        rate = learning_rate(plan, local_step, phase.num_steps)
+        with interrupts_wait():  # weights, optimiser, record and its line move together or not at all
+            norm = self.engine.update(rate) if math.isfinite(means["loss"]) else math.nan
+            if not math.isfinite(norm):
+                self._not_finite(step, phase, local_step, means["loss"])
+                return
+            tokens = tokens_before + (local_step + 1) * phase.batches.tokens_per_step
+            self.record = self._next_record(step, phase_number, tokens, means, norm, rate)
+            if self.launch.rank == 0:
+                self.on_step(self.record)
+        if self.record.watched.get("held_out_loss", math.inf) < self.best:
+            self.best = self.record.watched["held_out_loss"]
+            self._save(best=True)
+        if interrupted or due or (plan.save_every_steps and (step + 1) % plan.save_every_steps == 0):
+            self._save()
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def _place(self, step: int) -> tuple[int, Phase, int, int]:
+        """A step's phase, its number in it, and the tokens of the phases before."""
+        tokens = 0
+        for number, phase in enumerate(self.phases):
+            if step < phase.num_steps:
+                return number, phase, step, tokens
+            step -= phase.num_steps
+            tokens += phase.num_steps * phase.batches.tokens_per_step
+        raise AssertionError("a step beyond the last phase")
+
+    def _gradients(self, phase: Phase, local_step: int, held: list[int]) -> tuple[dict[str, float], bool, bool]:
+        """Puts the gradients of the batch's mean loss on the parameters; gives the means over the batch, whether any process was interrupted, and
+        whether the first one's clock says to save."""
+        batch = phase.batches.at(local_step)
+        total_tokens = self.tokens_of(batch)
+        parts = micro_batches(batch, phase.plan.micro_batch, self.launch.rank, self.launch.world_size)
+        sums: dict[str, torch.Tensor] = {}
+        for number, rows_BT in enumerate(parts):
+            share = self.tokens_of(rows_BT) / total_tokens
+            with self.engine.micro_step(last=number == len(parts) - 1):
+                measured = _named(self.engine.measure(self.loss_function, rows_BT))
+                self.engine.backward(measured["loss"] * share)
+            for name, value in measured.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double() * share
+        due = self.launch.rank == 0 and time.monotonic() - self.last_saved > phase.plan.save_every_seconds
+        names = sorted(sums)
+        *values, interrupted, due = self.engine.sum([*(float(sums[name]) for name in names), float(bool(held)), float(due)])
+        return dict(zip(names, values, strict=True)), interrupted > 0, due > 0
+
+    def _not_finite(self, step: int, phase: Phase, local_step: int, loss: float) -> None:
+        """Passes over a step whose loss or gradient is not finite where the plan allows it and the weights are as before it."""
+        rows = phase.batches.indices(local_step).tolist()
+        self.num_skipped += 1
+        if self.num_skipped <= phase.plan.skip_not_finite and not self.launch.engine.startswith("zero"):
+            self.engine.drop_gradients()
+            return
+        state = newest_state(self.folder)
+        kept = f"the last good state is {state.folder}" if state else "no state was saved before"
+        what = f"loss is {loss}" if not math.isfinite(loss) else "gradient is not finite"
+        raise FloatingPointError(f"{what} at step {step}, rows {rows} of phase {self.phases.index(phase)}; {kept}. A lower learning rate may help")
+
+    def _next_record(self, step: int, phase_number: int, tokens: int, means: dict[str, float], norm: float, rate: float) -> StepRecord:
+        last, loss = self.record, means.pop("loss")
+        seconds = self.earlier_seconds + time.monotonic() - self.started
+        recent = last.recent_loss + 0.05 * (loss - last.recent_loss) if last else loss
+        done = step + 1 - self.first_step
+        pace = (seconds - self.earlier_seconds) / done
+        tokens_here = tokens - (last.tokens if last else 0)
+        took = seconds - (last.seconds if last else 0.0)
+        watched = means | self._held_out_means(step)
+        return StepRecord(
+            step, self.total_steps, tokens, loss, recent, norm, rate, seconds, phase_number,
+            tokens_per_second=round(tokens_here / max(took, 1e-9), 1), seconds_left=round(pace * (self.total_steps - step - 1), 1),
+            memory_gib=round(memory_gib(self.engine.device), 3), watched=watched,
+        )  # fmt: skip
+
+    def _held_out_means(self, step: int) -> dict[str, float]:
+        """Means over the held-out rows where this step is one to measure after; the best weights so far are saved as states/best."""
+        if self.held_out is None or ((step + 1) % self.held_out.every_steps and step + 1 < self.total_steps):
+            return {}
+        self.engine.model.eval()
+        sums: dict[str, float] = {}
+        tokens = sum(map(self.tokens_of, self.held_out.batches))
+        for rows_BT in self.held_out.batches:  # every process measures all of them: a sharded model runs in all processes at once
+            with torch.no_grad():
+                measured = _named(self.engine.measure(self.loss_function, rows_BT))
+            for name, value in measured.items():
+                sums[name] = sums.get(name, 0.0) + value.item() * self.tokens_of(rows_BT) / tokens
+        self.engine.model.train()
+        return {f"held_out_{name}": value for name, value in sums.items()}
+
+    def _save(self, *, best: bool = False) -> None:
+        """The state after the newest step; with `best` its weights alone, as states/best."""
+        facts = {"record": asdict(self.record), "made_with": self._made_with(), "best": self.best if math.isfinite(self.best) else None,
+                 "num_skipped": self.num_skipped}  # fmt: skip
+        if best:
+            save_state(self.folder, self.engine, self.engine.weights(), facts, name=BEST)
+            return
+        name = f"step-{self.record.step + 1:09d}"
+        save_state(self.folder, self.engine, self.engine.entries(), facts, name=name, keep=self.engine.plan.keep_states)
+        self.last_saved = time.monotonic()
 
 
-def _update(model: nn.Module, optimizers: list[torch.optim.Optimizer], rate: float, clip_norm: float) -> float:
-    """Moves the weights by their gradients; returns the gradients' norm before clipping."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return norm
+def _named(measured: torch.Tensor | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return measured if isinstance(measured, dict) else {"loss": measured}
+
+
+def check_same(then: list[dict], now: list[dict], folder: Path) -> None:
+    """Raises ValueError naming the first setting in which a saved state differs from this run."""
+    remedy = "take another folder or the same settings"
+    if len(then) != len(now):
+        raise ValueError(f"the state in {folder} was made with {len(then)} phases, now there are {len(now)}; {remedy}")
+    for number, (before, after) in enumerate(zip(then, now, strict=True)):
+        for name in sorted(before | after):
+            if before.get(name) != after.get(name):
+                where = f" in phase {number}" if len(now) > 1 else ""
+                raise ValueError(f"the state in {folder} was made with {name} {before.get(name)}{where}, now it is {after.get(name)}; {remedy}")
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory this process has held so far, in GiB: of its GPU where it has one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
 @contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Holds SIGINT and SIGTERM back until the block is through: one in the middle of an update would save half a step."""
-    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread alone
-        yield
-        return
+def interrupts_wait() -> Iterator[list[int]]:
+    """Holds SIGINT and SIGTERM back until the block is through: one in the middle of an update would save half a step.
+
+    Yields the list of those that came.
+    """
     held: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread alone
+        yield held
+        return
     before = {number: signal.signal(number, lambda number, _frame: held.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield held
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
     for number in held[:1]:
         signal.raise_signal(number)
-
-
-def build_optimizers(model: nn.Module, plan: TrainPlan) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the layers' matrices and AdamW for the rest, by `plan.optimizer`.
-
-    Muon's update is scaled to AdamW's size (match_rms_adamw), so one learning rate serves both. Weight decay falls
-    on matrices only; norms, biases and Mamba's per-head vectors go without.
-    """
-    outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim == 2 and id(parameter) not in outside]
-    tables = [parameter for parameter in parameters if parameter.ndim >= 2 and not any(parameter is matrix for matrix in matrices)]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    adamw_matrices = tables if plan.optimizer == "muon" else tables + matrices
-    groups = [{"params": adamw_matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95))]
-    if plan.optimizer == "muon" and matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=plan.learning_rate, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
-
-
-def _save_state(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], record: StepRecord) -> None:
-    partial = path.with_suffix(".partial")
-    fields = {name: getattr(record, name) for name in StepRecord.__slots__}
-    torch.save({"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "record": fields}, partial)
-    os.replace(partial, path)
-
-
-def _load_state(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[StepRecord | None, float]:
-    if not path.exists():
-        return None, 0.0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    record = StepRecord(**state["record"])
-    return record, record.seconds

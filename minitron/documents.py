@@ -10,13 +10,14 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from minitron.reasoning import truncate_reasoning
 from minitron.settings import DataSettings
 from minitron.teachers import HUB_ID
 from minitron.text import Document, embedded_documents, text_fingerprint
@@ -24,18 +25,20 @@ from minitron.text import Document, embedded_documents, text_fingerprint
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": None}  # of the datasets library; a .txt is read whole
 
 
-def read_documents(data: DataSettings) -> Iterator[Document]:
+def read_documents(data: DataSettings, write_chat: Callable[[list[dict]], str] | None = None) -> Iterator[Document]:
     """The first `data.max_documents` documents of the source the settings name; a text may be empty.
 
-    Raises ValueError for a source that cannot be read and for documents without the text field.
+    `write_chat` writes a conversation of `data.messages_field` out as text. Raises ValueError for a source that cannot be
+    read and for documents without the text field.
     """
     if data.files:
-        documents = _file_documents(matching_files(data.files), data.text_field)
+        documents = _file_documents(matching_files(data.files), partial(_text_of, data, write_chat))
     elif data.dataset:
-        documents = _dataset_documents(data)
+        documents = _dataset_documents(data, partial(_text_of, data, write_chat))
     else:
         documents = embedded_documents()
-    return islice(documents, data.max_documents)
+    documents = islice(documents, data.max_documents)
+    return (truncate_reasoning(document, data.truncated_share) for document in documents) if data.truncated_share else documents
 
 
 def source_title(data: DataSettings) -> str:
@@ -101,11 +104,11 @@ def _digest(path: Path, _size: int, _changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _file_documents(paths: list[Path], text_field: str) -> Iterator[Document]:
+def _file_documents(paths: list[Path], text_of: Callable[[dict[str, Any], str], str]) -> Iterator[Document]:
     """Every document of the files; files of one name (a/README.txt, b/README.txt) count on."""
     positions: Counter[str] = Counter()
     for path in paths:
-        texts = (_text_of(record, text_field, path.name) for record in _records(path)) if LOADERS[path.suffix.lower()] else [_whole_text(path)]
+        texts = (text_of(record, path.name) for record in _records(path)) if LOADERS[path.suffix.lower()] else [_whole_text(path)]
         for text in texts:
             yield Document(name=f"{path.stem}/{positions[path.stem]}", text=text)
             positions[path.stem] += 1
@@ -125,9 +128,9 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         yield from _streamed(LOADERS[path.suffix.lower()], data_files=escaped, split="train")
 
 
-def _dataset_documents(data: DataSettings) -> Iterator[Document]:
+def _dataset_documents(data: DataSettings, text_of: Callable[[dict[str, Any], str], str]) -> Iterator[Document]:
     for position, record in enumerate(_dataset_records(data)):
-        yield Document(name=f"{data.dataset}/{position}", text=_text_of(record, data.text_field, data.dataset))
+        yield Document(name=f"{data.dataset}/{position}", text=text_of(record, data.dataset))
 
 
 def _dataset_records(data: DataSettings) -> Iterator[dict[str, Any]]:
@@ -145,14 +148,21 @@ def _streamed(path: str, **arguments: Any) -> Iterator[dict[str, Any]]:
     return iter(datasets.load_dataset(path, streaming=True, **arguments))
 
 
-def _text_of(record: dict[str, Any], text_field: str, source: str) -> str:
-    """The text of a row; a null is an empty text."""
-    if text_field not in record:
-        raise ValueError(f"data.text_field is {text_field!r}; {source} has no such field, it must be one of {', '.join(map(repr, record))}")
-    text = record[text_field]
-    if not isinstance(text, str | None):
-        raise ValueError(f"data.text_field is {text_field!r}; it must hold text, but in {source} it holds {type(text).__name__}: {str(text)[:40]}")
-    return text or ""
+def _text_of(data: DataSettings, write_chat: Callable[[list[dict]], str] | None, record: dict[str, Any], source: str) -> str:
+    """The text of a row, its conversation written out where `data.messages_field` is given; a null is an empty text."""
+    name = "messages_field" if data.messages_field else "text_field"
+    wanted = getattr(data, name)
+    if wanted not in record:
+        raise ValueError(f"data.{name} is {wanted!r}; {source} has no such field, it must be one of {', '.join(map(repr, record))}")
+    value = record[wanted]
+    if not data.messages_field:
+        if not isinstance(value, str | None):
+            raise ValueError(f"data.text_field is {wanted!r}; it must hold text, but in {source} it holds {type(value).__name__}: {str(value)[:40]}")
+        return value or ""
+    if not (isinstance(value, list) and all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in value)):
+        raise ValueError(f"data.messages_field is {wanted!r}; it must hold a list of {{role, content}}, but in {source} it holds {str(value)[:60]}")
+    assert write_chat is not None, "whoever reads conversations has a chat template"
+    return write_chat(value)
 
 
 @contextmanager

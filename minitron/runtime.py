@@ -21,6 +21,14 @@ def pick_device(settings: Settings) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def process_memory_bytes(device: torch.device) -> tuple[int, str]:
+    """Memory that this process may take on a device, and what to call the place."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], f"{torch.cuda.get_device_name(device)}"
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return available_memory_bytes() // processes, "this machine, by what is free now," + (f" for each of {processes} processes" if processes > 1 else "")
+
+
 def available_memory_bytes() -> int:
     """Memory that new work can take without swapping, in bytes."""
     try:

@@ -1,59 +1,99 @@
-"""Zero-shot screening: the held-out loss of a candidate cut from the teacher in memory, before any training."""
+"""Zero-shot screening: held-out loss and KL of many candidates at once, before any training.
 
-from dataclasses import dataclass
+Per batch the teacher runs once, and so does every candidate, each up to its last norm; then the output heads are walked
+a chunk of tokens at a time, the teacher's log-probabilities made once per chunk for all. Logits of [tokens × vocabulary]
+never exist for more than a chunk.
+
+Letters: N tokens, V vocabulary, D hidden.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from memory_budget.architecture import Architecture
-from minitron.evaluation import held_out_loss
-from minitron.families.base import Family
+from distill.batches import split_padding
 from minitron.importance.scores import ImportanceScores
-from minitron.pruning.cut import cut_state
-from minitron.pruning.plan import PruningPlan, make_plan
 from nas.candidates import Candidates
 
 
-def build_pruned(family: Family, teacher: nn.Module, plan: PruningPlan, teacher_config: dict) -> nn.Module:
-    """The student of a plan as a model in memory, cut from the teacher's weights."""
-    with torch.device("meta"):
-        student = family.build(family.hf_config(teacher_config, plan.student))
-    state = cut_state(family, plan, teacher.state_dict())
-    names = {family.canonical_name(name): name for name in student.state_dict()}
-    student.load_state_dict({names[name]: tensor for name, tensor in state.items()}, assign=True)
-    return student.eval()
-
-
 @dataclass(frozen=True, slots=True)
-class Screen:
-    """Everything needed to measure candidates of one teacher."""
+class Distance:
+    """Sums over predicted tokens, of nats and of agreements with the teacher's first choice; they add up over batches."""
 
-    family: Family
-    teacher: nn.Module
-    teacher_config: dict
-    architecture: Architecture
-    scores: ImportanceScores
-    batches: list[torch.Tensor]
+    loss: float = 0.0
+    kl: float = 0.0
+    agreements: float = 0.0
+    tokens: int = 0
 
-    def zero_shot_loss(self, student: Architecture, kept_layers: tuple[int, ...]) -> float:
-        """Held-out loss of the candidate as cut, nats per token."""
-        plan = make_plan(self.architecture, student, kept_layers, self.scores)
-        return held_out_loss(build_pruned(self.family, self.teacher, plan, self.teacher_config), self.batches)
+    def __add__(self, other: "Distance") -> "Distance":
+        return Distance(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def means(self) -> dict[str, float]:
+        """Nats per token and the share of agreements."""
+        return {name: value / self.tokens for name, value in (("loss", self.loss), ("kl", self.kl), ("top1_agreement", self.agreements))}
 
 
-def retained_importance(candidates: Candidates, scores: ImportanceScores, removal_scores: list[float]) -> np.ndarray:
+@torch.no_grad()
+def measure_batch(teacher: nn.Module, candidates: Mapping[str, nn.Module], rows_BT: torch.Tensor, *, chunk_tokens: int = 256) -> dict[str, Distance]:
+    """Every candidate's distance to the data and to the teacher over one batch of rows (padding −1)."""
+    ids_BT, mask_BT = split_padding(rows_BT)
+    predicted = mask_BT[:, 1:].reshape(-1)
+    targets_N = ids_BT[:, 1:].reshape(-1)[predicted]
+
+    def states(model: nn.Module) -> torch.Tensor:
+        hidden_BTD = model.base_model(ids_BT, use_cache=False).last_hidden_state
+        return hidden_BTD[:, :-1].flatten(0, 1)[predicted]
+
+    teacher_ND = states(teacher)
+    states_ND = {name: states(model) for name, model in candidates.items()}
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in candidates}
+    for start in range(0, len(targets_N), chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        reference = _Reference(teacher.get_output_embeddings()(teacher_ND[chunk]).float())
+        for name, model in candidates.items():
+            logits_NV = model.get_output_embeddings()(states_ND[name][chunk]).float()
+            sums[name] += reference.distances(logits_NV, targets_N[chunk])
+    return {name: Distance(*values.tolist(), tokens=len(targets_N)) for name, values in sums.items()}
+
+
+class _Reference:
+    """The teacher's distribution over a chunk, against which logits are held."""
+
+    def __init__(self, logits_NV: torch.Tensor):
+        log_p_NV = torch.log_softmax(logits_NV, dim=-1)
+        self.first_N = logits_NV.argmax(-1)
+        self.p_NV = log_p_NV.exp()
+        self.negative_entropy_N = torch.linalg.vecdot(self.p_NV, log_p_NV)
+
+    def distances(self, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """[loss, KL(teacher ‖ candidate), agreements], float64 sums: with log q = logits − logsumexp, no softmax is formed."""
+        normaliser_N = logits_NV.logsumexp(-1)
+        loss_N = normaliser_N - logits_NV.gather(-1, targets_N[:, None])[:, 0]
+        kl_N = self.negative_entropy_N + normaliser_N - torch.bmm(self.p_NV[:, None], logits_NV[:, :, None])[:, 0, 0]
+        agree_N = logits_NV.argmax(-1) == self.first_N
+        return torch.stack([loss_N, kl_N, agree_N.float()]).sum(1, dtype=torch.float64).cpu()
+
+
+def best_first(losses: Mapping[str, float]) -> list[str]:
+    """Names by ascending loss; those whose loss is no number are left out."""
+    return sorted((name for name, loss in losses.items() if math.isfinite(loss)), key=losses.get)
+
+
+def retained_importance(candidates: Candidates, scores: ImportanceScores, removal_scores: Sequence[float]) -> np.ndarray:
     """Share of importance each candidate keeps, [rows]: the product over axes of the kept share of score mass.
 
     For depth it is 1 / (1 + score of the last removal), the damage of that depth as a whole.
     """
     teacher = candidates.teacher
-    kept = np.ones(len(candidates))
-    kept *= _kept_share(scores.hidden(), candidates.hidden)
+    kept = _kept_share(scores.hidden(), candidates.hidden)
     for kind, column, score_of in (("-", candidates.ffn, scores.ffn), ("M", candidates.mamba_num_heads, scores.mamba_heads)):
         layers = [layer for layer, letter in enumerate(teacher.pattern) if letter == kind]
         if layers:
-            kept *= np.mean([_kept_share(score_of(layer), column) for layer in layers], axis=0)
+            kept = kept * np.mean([_kept_share(score_of(layer), column) for layer in layers], axis=0)
     removed = teacher.num_layers - candidates.num_layers
     damage = np.array([0.0, *removal_scores])
     return kept / (1 + damage[np.minimum(removed, len(damage) - 1)])

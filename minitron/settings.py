@@ -4,17 +4,23 @@ A setting is *what* (it changes results and is part of a stage's key) or *how* (
 sizes), marked by `how()`. The checks run when the settings are built, before any work.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from typing import Any
+
+from minitron.search_settings import SearchSettings, ThroughputSettings
+from minitron.setting_rules import at_least, check_kinds, check_share, how
 
 
 class Stage(Enum):
     data = "data"
     teacher = "teacher"
     score = "score"
+    shortlist = "shortlist"
+    teacher_cache = "teacher_cache"
+    screen = "screen"
     search = "search"
     prune = "prune"
+    phase_rows = "phase_rows"
     distill = "distill"
     evaluate = "evaluate"
     report = "report"
@@ -26,14 +32,26 @@ class Rows(Enum):
     documents = "documents"
 
 
-class Shortlist(Enum):
-    diversified = "diversified"
-    largest = "largest"
-
-
 class Optimizer(Enum):
     adamw = "adamw"
     muon = "muon"
+
+
+class Schedule(Enum):
+    cosine = "cosine"
+    linear = "linear"
+    wsd = "wsd"
+
+
+class Precision(Enum):
+    float32 = "float32"
+    bf16 = "bf16"
+
+
+class Divergence(Enum):
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jsd = "jsd"
 
 
 class Criterion(Enum):
@@ -50,49 +68,10 @@ class Placement(Enum):
     stream = "stream"
 
 
-class Aggregation(Enum):
-    mean = "mean"
-    l2 = "l2"
-
-
 class Tracking(Enum):
     disabled = "disabled"
     offline = "offline"
     online = "online"
-
-
-def how(default: Any) -> Any:
-    """A setting that does not change results, so is left out of the stages' keys."""
-    return field(default=default, metadata={"how": True})
-
-
-def key_settings(settings: Any) -> Any:
-    """A settings object as plain values, without what is marked `how`."""
-    if is_dataclass(settings):
-        return {f.name: key_settings(getattr(settings, f.name)) for f in fields(settings) if not f.metadata.get("how")}
-    if isinstance(settings, Enum):
-        return settings.name
-    if isinstance(settings, dict):
-        return {key: key_settings(value) for key, value in settings.items()}
-    if isinstance(settings, list | tuple):
-        return [key_settings(value) for value in settings]
-    return settings
-
-
-def _at_least(settings: Any, prefix: str, least: float, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{prefix}.{name} is {value}; it must be at least {least}")
-
-
-def check_kinds(name: str, numbers: dict[str, int | None]) -> None:
-    """Refuse a mapping that names no kind of layer, or a negative number of them."""
-    for kind, number in numbers.items():
-        if kind not in ("mamba", "attention", "ffn"):
-            raise ValueError(f"{name} names the kind {kind!r}; it must be mamba, attention or ffn")
-        if number is not None and number < 0:
-            raise ValueError(f"{name}.{kind} is {number}; it must be at least 0")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -107,12 +86,23 @@ class TrainSettings:
     warmup_share: float = 0.05
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    schedule: Schedule = Schedule.cosine
+    decay_share: float = 0.2
+    precision: Precision = Precision.float32
+    skip_not_finite: int = 0
+    micro_batch: int | None = how(None)
+    gradient_checkpointing: bool = how(False)
     save_every_seconds: float = how(60.0)
+    save_every_steps: int | None = how(None)
+    keep_states: int = how(1)
 
     def check(self, name: str) -> None:
         """Refuse values out of range; `name` is where these settings stand, e.g. distill.train."""
-        _at_least(self, name, 1, "tokens", "batch")
-        _at_least(self, name, 0, "learning_rate", "final_learning_rate_share", "warmup_share", "weight_decay", "save_every_seconds")
+        at_least(self, name, 1, "tokens", "batch", "micro_batch", "save_every_steps", "keep_states")
+        at_least(self, name, 0, "skip_not_finite")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"{name}.decay_share is {self.decay_share}; it must be above 0 and at most 1")
+        at_least(self, name, 0, "learning_rate", "final_learning_rate_share", "warmup_share", "weight_decay", "save_every_seconds")
         if self.clip_norm <= 0:
             raise ValueError(f"{name}.clip_norm is {self.clip_norm}; it must be above 0")
 
@@ -152,6 +142,8 @@ class DataSettings:
     dataset_revision: str | None = None
     dataset_split: str = "train"
     text_field: str = "text"
+    messages_field: str | None = None
+    truncated_share: float = 0.0
     max_documents: int | None = None
     rows: Rows = Rows.windows
     sequence_length: int = 256
@@ -160,10 +152,11 @@ class DataSettings:
     max_heldout_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, "data", 2, "sequence_length")
-        _at_least(self, "data", 300, "vocab")  # 256 bytes and the special tokens come first
-        _at_least(self, "data", 1, "max_documents")
-        _at_least(self, "data", self.sequence_length, "max_train_tokens", "max_heldout_tokens")  # of one row
+        at_least(self, "data", 2, "sequence_length")
+        at_least(self, "data", 300, "vocab")  # 256 bytes and the special tokens come first
+        at_least(self, "data", 1, "max_documents")
+        at_least(self, "data", self.sequence_length, "max_train_tokens", "max_heldout_tokens")  # of one row
+        check_share("data.truncated_share", self.truncated_share)
         if self.files and self.dataset:
             raise ValueError(f"data.files and data.dataset ({self.dataset!r}) are both given; one of them must be null")
         for name in ("dataset_config", "dataset_revision"):
@@ -187,8 +180,8 @@ class ScoringSettings:
     reuse_gib: float = how(1.0)
 
     def __post_init__(self) -> None:
-        _at_least(self, "scoring", 1, "samples", "batch", "layer_samples", "block_tokens", "branch_rows", "logits_tokens")
-        _at_least(self, "scoring", 0, "reuse_gib")
+        at_least(self, "scoring", 1, "samples", "batch", "layer_samples", "block_tokens", "branch_rows", "logits_tokens")
+        at_least(self, "scoring", 0, "reuse_gib")
         check_kinds("scoring.ceilings", self.ceilings)
 
 
@@ -211,47 +204,35 @@ class BudgetSettings:
 
 
 @dataclass(kw_only=True, slots=True)
-class AxisSettings:
-    """Options of one axis; low and high up to 1 are shares of the teacher's value, a null step is the axis's own."""
+class ScreenSettings:
+    """The short distillation that every finalist gets, from one shared cache of teacher outputs or beside the teacher itself."""
 
-    values: list[int] | None = None
-    low: float | None = None
-    high: float | None = None
-    step: int | None = None
-
-
-@dataclass(kw_only=True, slots=True)
-class FixedSettings:
-    """An architecture the user already knows; None keeps the teacher's value, all None means none is given."""
-
-    pattern: str | None = None
-    hidden: int | None = None
-    ffn: int | None = None
-    mamba_num_heads: int | None = None
-
-    def given(self) -> dict[str, int | str]:
-        """The values that are set."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-
-
-@dataclass(kw_only=True, slots=True)
-class SearchSettings:
-    layers: AxisSettings = field(default_factory=AxisSettings)
-    hidden: AxisSettings = field(default_factory=AxisSettings)
-    ffn: AxisSettings = field(default_factory=AxisSettings)
-    mamba_heads: AxisSettings = field(default_factory=AxisSettings)
-    floors: dict[str, int] = field(default_factory=dict)
-    layer_order: str | None = None
-    fixed: FixedSettings = field(default_factory=FixedSettings)
-    aggregate_tokens: Aggregation = Aggregation.mean
-    aggregate_samples: Aggregation = Aggregation.l2
-    shortlist: Shortlist = Shortlist.diversified
-    shortlist_size: int = 8
-    screen_samples: int = 16
+    cached: bool = True
+    top_k: int = 128
+    cache_batch: int = how(8)
+    new_tokens: int = 32
+    train: TrainSettings = field(default_factory=TrainSettings)
 
     def __post_init__(self) -> None:
-        _at_least(self, "search", 1, "shortlist_size", "screen_samples")
-        check_kinds("search.floors", self.floors)
+        at_least(self, "screen", 1, "top_k", "cache_batch", "new_tokens")
+        self.train.check("screen.train")
+
+
+@dataclass(kw_only=True, slots=True)
+class BaseSettings:
+    path: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class DepthLapSettings:
+    """The first of two laps: depth alone is cut and distilled, then widths are cut from that checkpoint."""
+
+    enabled: bool = False
+    tokens: int = 65536
+    screen_tokens: int = 65536
+
+    def __post_init__(self) -> None:
+        at_least(self, "depth_lap", 1, "tokens", "screen_tokens")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -264,14 +245,82 @@ class PruneSettings:
 
 
 @dataclass(kw_only=True, slots=True)
+class SourceSettings:
+    """One source of a blend: the settings of the same names under data, and its share of the rows, in any unit."""
+
+    weight: float = 1.0
+    files: list[str] | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
+    dataset_split: str = "train"
+    text_field: str = "text"
+    messages_field: str | None = None
+    truncated_share: float = 0.0
+
+
+@dataclass(kw_only=True, slots=True)
+class PhaseSettings:
+    """One phase of distillation; what is None is that of distill.train or data."""
+
+    tokens: int = 0
+    sequence_length: int | None = None
+    batch: int | None = None
+    learning_rate: float | None = None
+    final_learning_rate_share: float | None = None
+    warmup_share: float | None = None
+    schedule: Schedule | None = None
+    decay_share: float | None = None
+    micro_batch: int | None = how(None)
+    blend: list[SourceSettings] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, slots=True)
+class LossSettings:
+    """What a student is trained for: distill.chunked_loss.LossRecipe."""
+
+    divergence: Divergence = Divergence.forward_kl
+    beta: float = 0.5
+    cross_entropy_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < 1:
+            raise ValueError(f"distill.loss.beta is {self.beta}; it must be above 0 (forward_kl's) and below 1 (reverse_kl's)")
+        check_share("distill.loss.cross_entropy_weight", self.cross_entropy_weight)
+
+
+@dataclass(kw_only=True, slots=True)
 class DistillSettings:
     temperature: float = 1.0
+    loss: LossSettings = field(default_factory=LossSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    phases: list[PhaseSettings] = field(default_factory=list)
+    max_positions: int | None = how(None)
+    held_out_every: int | None = how(None)
+    held_out_samples: int = how(32)
 
     def __post_init__(self) -> None:
         self.train.check("distill.train")
+        at_least(self, "distill", 1, "max_positions", "held_out_every", "held_out_samples")
+        for number, phase in enumerate(self.phases):
+            name = f"distill.phases[{number}]"
+            at_least(phase, name, 2, "sequence_length")
+            for source in phase.blend:
+                if not source.weight > 0:
+                    raise ValueError(f"{name}.blend has a source of weight {source.weight}; it must be above 0")
+                check_share(f"{name}.blend truncated_share", source.truncated_share)
+                if bool(source.files) == bool(source.dataset):
+                    raise ValueError(f"{name}.blend has a source with files {source.files} and dataset {source.dataset}; exactly one of them must be given")
+        for number, train in enumerate(self.trains() if self.phases else []):
+            train.check(f"distill.phases[{number}]")
         if self.temperature <= 0:
             raise ValueError(f"distill.temperature is {self.temperature}; it must be above 0")
+
+    def trains(self) -> list[TrainSettings]:
+        """The training settings of every phase; without phases those of the one there is."""
+        names = [f.name for f in fields(PhaseSettings) if f.name not in ("sequence_length", "blend")]
+        given = [{name: getattr(phase, name) for name in names if getattr(phase, name) is not None} for phase in self.phases]
+        return [replace(self.train, **values) for values in given] or [self.train]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -282,12 +331,13 @@ class EvaluateSettings:
     new_tokens: int = 64
 
     def __post_init__(self) -> None:
-        _at_least(self, "evaluate", 1, "samples", "batch", "prompt_tokens", "new_tokens")
+        at_least(self, "evaluate", 1, "samples", "batch", "prompt_tokens", "new_tokens")
 
 
 @dataclass(kw_only=True, slots=True)
 class Settings:
     stage: Stage = Stage.all
+    candidate: str | None = None
     run_name: str = "tiny"
     runs_folder: str = "runs"
     seed: int = 0
@@ -295,10 +345,14 @@ class Settings:
     tracking: Tracking = how(Tracking.disabled)
     data: DataSettings = field(default_factory=DataSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    base: BaseSettings = field(default_factory=BaseSettings)
+    depth_lap: DepthLapSettings = field(default_factory=DepthLapSettings)
     scoring: ScoringSettings = field(default_factory=ScoringSettings)
     workload: WorkloadSettings = field(default_factory=WorkloadSettings)
     budget: BudgetSettings = field(default_factory=BudgetSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
+    screen: ScreenSettings = field(default_factory=ScreenSettings)
+    throughput: ThroughputSettings = field(default_factory=ThroughputSettings)
     prune: PruneSettings = field(default_factory=PruneSettings)
     distill: DistillSettings = field(default_factory=DistillSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)

@@ -5,7 +5,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,30 @@ from typing import Any
 from memory_budget.calculator import memory_report
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
+from minitron.pipeline import Lap
 from minitron.settings import Settings
-from minitron.stages.search import budget_of, workload_of
+from minitron.stages.shortlist import budget_of, workload_of
 from minitron.store import Result
-from minitron.teachers import teacher_architecture
+from minitron.teachers import base_architecture, teacher_architecture
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "hydra-core", "wandb", "numpy")
 MODEL_STAGES = {"teacher": "teacher", "pruned": "prune", "student": "distill"}
 # Named again here: the stages that write these files import torch, which a summary does without.
 LAYERS_FILE, METRICS_FILE = "layers.json", "metrics.jsonl"
+SEARCH_FILES = ("candidates.csv", "candidates.jsonl", "export_config.json")
 MOST_CURVE_POINTS = 200
+RUNGS = ("short_distill_loss", "zero_shot_loss")  # the highest first
 
 
-def build_summary(settings: Settings, results: Mapping[str, Result], cached: Mapping[str, bool]) -> dict[str, Any]:
-    """The summary of the stages that are done; parts whose stage did not run are empty or absent."""
+def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:
+    """The summary of the stages that are done; parts whose stage did not run are empty or absent.
+
+    Of two laps the last is the run's; what the first one did is under "depth_lap". removed_layers are the teacher's, or those
+    of "base" where a checkpoint was given (base.path) that is cut in its stead.
+    """
+    settings, results = laps[-1].settings, laps[-1].results
     budget, workload = budget_of(settings), workload_of(settings)
-    search, prune, distill = results.get("search"), results.get("prune"), results.get("distill")
-    return {
+    summary = {
         "run_name": settings.run_name,
         "command": shlex.join(["python", "-m", "minitron.run", *sys.argv[1:]]),
         "versions": _versions(),
@@ -42,16 +49,50 @@ def build_summary(settings: Settings, results: Mapping[str, Result], cached: Map
             "set_aside_gib": budget.set_aside_gib,
             "workload": asdict(workload),
         },
-        "stages": {name: _stage(result, cached[name]) for name, result in results.items()},
+        "throughput": asdict(settings.throughput),
+        "base": _given_base(laps[0].settings),
         "models": _models(settings, results, budget.bytes),
-        "candidates": search.facts["shortlist"] if search else [],
-        "search": {name: search.facts[name] for name in ("num_candidates", "num_fitting")} if search else {},
+        "recovery": {name: results["evaluate"].facts[name] for name in ("lost_nats_per_token", "recovered_share")} if "evaluate" in results else {},
+        **_lap(laps[-1]),
+        "depth_lap": _lap(laps[0]) if len(laps) > 1 else {},
+    }
+    if len(laps) > 1:  # which layers went, and what scoring said of layers, is the first lap's
+        first = summary["depth_lap"]
+        summary["removed_layers"] = first["removed_layers"]
+        summary["importance"] = {**first["importance"], "width_curves": summary["importance"].get("width_curves", first["importance"]["width_curves"])}
+    return summary
+
+
+def _lap(lap: Lap) -> dict[str, Any]:
+    """What one walk through the stages did."""
+    results, later = lap.results, lap.settings.search.later_widths.given()
+    search, prune, distill = results.get("search"), results.get("prune"), results.get("distill")
+    return {
+        "stages": {name: _stage(result, lap.cached[name]) for name, result in results.items()},
+        "candidates": search.facts["shortlist"] if search else _unchosen(results),
+        "search": {name: search.facts[name] for name in ("num_candidates", "num_fitting", "reason")} | {"later_widths": later} if search else {},
         "removed_layers": prune.facts["removed_layers"] if prune else [],
         "distillation": {name: distill.facts[name] for name in ("tokens", "steps", "seconds", "final_kl_nats_per_token")} if distill else {},
         "importance": _importance(results["score"]) if "score" in results else {},
         "curves": _curves(results),
-        "recovery": {name: results["evaluate"].facts[name] for name in ("lost_nats_per_token", "recovered_share")} if "evaluate" in results else {},
     }
+
+
+def _unchosen(results: Mapping[str, Result]) -> list[dict[str, Any]]:
+    """The shortlist before the search has chosen of it, with what was measured so far."""
+    if "shortlist" not in results:
+        return []
+    screens = {result.facts["id"]: result.facts for label, result in results.items() if label.startswith("screen ")}
+    blank = {"short_distill_loss": None, "tokens_per_second": None, "on_pareto_front": False, "chosen": False}
+    return [{**entry, **blank, **screens.get(name, {})} for name, entry in results["shortlist"].facts["entries"].items()]
+
+
+def _given_base(settings: Settings) -> dict[str, Any]:
+    """The checkpoint of base.path that a person has given; empty where the teacher itself is cut."""
+    if settings.base.path is None:
+        return {}
+    architecture = base_architecture(settings)
+    return {"path": settings.base.path, "parameters": count_total_parameters(architecture), "architecture": asdict(architecture)}
 
 
 def _stage(result: Result, cached: bool) -> dict[str, Any]:
@@ -99,11 +140,11 @@ def _importance(score: Result) -> dict[str, Any]:
 
 
 def _curves(results: Mapping[str, Result]) -> dict[str, Any]:
-    """Training loss of a teacher trained here and KL of the distillation, in nats per token, by tokens seen."""
+    """Training loss of a teacher trained here and KL of the distillation, in nats per token, by tokens seen; no curve of a loss that is no KL."""
     curves = {}
     for name, stage, value in (("teacher", "teacher", "loss_nats_per_token"), ("distillation", "distill", "kl_nats_per_token")):
         path = results[stage].folder / METRICS_FILE if stage in results else None
-        if path is not None and path.exists():
+        if path is not None and path.exists() and results[stage].facts.get("final_kl_nats_per_token", 0.0) is not None:
             steps = [json.loads(line) for line in path.read_text().splitlines()]
             curves[name] = thinned_curve([(step["tokens"], step["loss"]) for step in steps], value)
     return curves
@@ -124,3 +165,46 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def chosen_candidate(lap: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The candidate that the search of a lap (the summary itself is the last one) chose; None before the search."""
+    return next((candidate for candidate in lap["candidates"] if candidate["chosen"]), None)
+
+
+def best_first(candidates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Candidates by the highest rung they reached: by loss after a short distillation, then by zero-shot loss, then the unmeasured."""
+
+    def place(candidate: Mapping[str, Any]) -> tuple[int, float]:
+        losses = [candidate[rung] for rung in RUNGS]
+        rung = next((number for number, loss in enumerate(losses) if loss is not None), len(RUNGS))
+        return (rung, losses[rung] if rung < len(RUNGS) else 0.0)
+
+    return sorted(candidates, key=place)
+
+
+def highest_rung(candidates: Sequence[Mapping[str, Any]]) -> str | None:
+    """The measure that the choice was made by: losses of different rungs do not compare. None where nothing was measured."""
+    return next((rung for rung in RUNGS if any(candidate[rung] is not None for candidate in candidates)), None)
+
+
+def cut_pattern(summary: Mapping[str, Any]) -> str:
+    """The pattern whose layers `removed_layers` counts: the given base's, else the teacher's."""
+    return (summary["base"] or summary["models"]["teacher"])["architecture"]["pattern"]
+
+
+def removed_layers(summary: Mapping[str, Any]) -> list[int]:
+    """Layers that were cut, or that the chosen candidate will do without; empty before the search.
+
+    In the second of two laps a candidate's kept_layers are the first lap's student's: only the first lap removes layers.
+    """
+    chosen = chosen_candidate(summary)
+    if summary["depth_lap"] or "pruned" in summary["models"] or chosen is None:
+        return summary["removed_layers"]
+    return sorted(set(range(len(cut_pattern(summary)))) - set(chosen["kept_layers"]))
+
+
+def sequences_text(workload: Mapping[str, Any]) -> str:
+    """What is served at once, e.g. 1 sequence of 4,096 tokens."""
+    sequences = "1 sequence" if workload["batch"] == 1 else f"{workload['batch']:,} sequences"
+    return f"{sequences} of {workload['context_tokens']:,} tokens"

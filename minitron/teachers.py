@@ -13,6 +13,7 @@ from minitron.settings import Settings
 _HERE = Path(__file__).resolve().parent
 # Beside the package in a checkout, inside it in an installed wheel.
 CONF_FOLDER = next((folder for folder in (_HERE.parent / "conf", _HERE / "conf") if (folder / "run.yaml").exists()), _HERE.parent / "conf")
+TINY_POSITIONS = 131072  # the tiny teacher's max_position_embeddings
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -25,6 +26,20 @@ def teacher_architecture(settings: Settings) -> Architecture:
     return architecture_from_config(teacher_config(settings))
 
 
+def base_architecture(settings: Settings) -> Architecture:
+    """Sizes of the model that is cut: the teacher, or the checkpoint of `base.path`. Raises ValueError where that is none of the teacher's kin."""
+    teacher = teacher_architecture(settings)
+    if settings.base.path is None:
+        return teacher
+    if not Path(settings.base.path).is_dir():
+        raise ValueError(f"base.path is {settings.base.path!r}; it must be the folder of a checkpoint")
+    base = architecture_from_config(read_config(settings.base.path))
+    for name in ("model_type", "vocab"):
+        if getattr(base, name) != getattr(teacher, name):
+            raise ValueError(f"base.path {settings.base.path!r} has the {name} {getattr(base, name)}; it must be the teacher's, {getattr(teacher, name)}")
+    return base
+
+
 def teacher_config(settings: Settings) -> dict:
     """The parsed config.json of `teacher.path`: from its folder, from `teacher.config`, or from the Hub."""
     path = settings.teacher.path
@@ -34,6 +49,11 @@ def teacher_config(settings: Settings) -> dict:
         named = Path(settings.teacher.config)
         return read_config(named if named.exists() else CONF_FOLDER / named)
     return read_config(_from_hub(settings, "config.json"))
+
+
+def max_positions(settings: Settings) -> int:
+    """Tokens that a sequence may have: `max_position_embeddings`. NemotronH embeds no positions; it is what was trained or promised."""
+    return TINY_POSITIONS if settings.teacher.path is None else int(teacher_config(settings)["max_position_embeddings"])
 
 
 def teacher_identity(settings: Settings) -> str:

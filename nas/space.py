@@ -1,5 +1,6 @@
 """The search space: which values each axis may take."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,20 +8,40 @@ from memory_budget.architecture import Architecture
 
 Floors = Mapping[str, int]
 
+# Axes of width: the architecture's field → the setting search.<name> that gives its options. Also the order of enumeration.
+WIDTHS = {
+    "hidden": "hidden",
+    "ffn": "ffn",
+    "mamba_num_heads": "mamba_heads",
+    "mamba_head_dim": "mamba_channels",
+    "num_attention_heads": "attention_heads",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class SearchSpace:
-    """Options per axis, each ascending; `floors` is the least number of layers of each kind, by its letter."""
+    """Options per axis, each ascending; `floors` is the least number of layers of each kind, by its letter.
+
+    mamba_head_dim (channels of a Mamba head) and num_attention_heads (query heads) are None where only the teacher's value is allowed.
+    """
 
     num_layers: tuple[int, ...]
     hidden: tuple[int, ...]
     ffn: tuple[int, ...]
     mamba_num_heads: tuple[int, ...]
     floors: Floors
+    mamba_head_dim: tuple[int, ...] | None = None
+    num_attention_heads: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int:
-        return len(self.num_layers) * len(self.hidden) * len(self.ffn) * len(self.mamba_num_heads)
+        """Number of points: depths times the options of every width."""
+        return len(self.num_layers) * math.prod(len(options) for name in WIDTHS if (options := getattr(self, name)) is not None)
+
+    def widths(self, teacher: Architecture) -> dict[str, tuple[int, ...]]:
+        """Options of every axis of width, by the architecture's field; the teacher's value where the space leaves an axis open."""
+        given = {name: getattr(self, name) for name in WIDTHS}
+        return {name: (getattr(teacher, name),) if options is None else options for name, options in given.items()}
 
 
 def axis_options(axis: str, teacher_value: int, values: Sequence[int] | None, low: int | None, high: int | None, step: int) -> tuple[int, ...]:
@@ -50,16 +71,22 @@ def axis_options(axis: str, teacher_value: int, values: Sequence[int] | None, lo
 
 def check_space(space: SearchSpace, teacher: Architecture) -> None:
     """Refuse options that no student can have. Raises ValueError."""
-    for heads in space.mamba_num_heads:
-        if teacher.mamba_num_groups and heads % teacher.mamba_num_groups:
-            below = heads - heads % teacher.mamba_num_groups
-            raise ValueError(
-                f"mamba heads to keep ({heads}) must be a multiple of the {teacher.mamba_num_groups} groups; "
-                f"nearest: {max(below, teacher.mamba_num_groups)}, {below + teacher.mamba_num_groups}"
-            )
+    widths = space.widths(teacher)
+    for heads in widths["mamba_num_heads"]:
+        _check_multiple("mamba heads", heads, teacher.mamba_num_groups, "groups")
+    for heads in widths["num_attention_heads"]:
+        _check_multiple("attention heads", heads, teacher.num_key_value_heads, "key-value heads")
     for kind, floor in space.floors.items():
         if floor > teacher.num_layers_of(kind):
             raise ValueError(f"search.floors keeps {floor} layers of kind {kind!r}; the teacher has {teacher.num_layers_of(kind)}")
     least = sum(min(teacher.num_layers_of(kind), space.floors.get(kind, 0)) for kind in set(teacher.pattern))
     if space.num_layers[0] < least:
         raise ValueError(f"search.layers has the option {space.num_layers[0]}; the floors per kind of layer keep at least {least}")
+
+
+def _check_multiple(what: str, heads: int, divisor: int, of: str) -> None:
+    """Heads that share keys, or B and C, go in equal numbers from each of those that they share; a teacher without any has divisor 0."""
+    if divisor and heads % divisor:
+        below = heads - heads % divisor
+        nearest = ", ".join(str(value) for value in (below, below + divisor) if value)
+        raise ValueError(f"{what} to keep ({heads}) must be a multiple of the {divisor} {of}; nearest: {nearest}")

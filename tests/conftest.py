@@ -29,6 +29,7 @@ SMALL = (
     "workload.context_tokens=1024", "budget.device_gib=0.00023", "budget.cushion_fraction=0", "budget.set_aside_gib=0",
     "search.layers={low: 8, high: 11, step: 1}", "search.hidden={low: 24, high: 32, step: 8}", "search.ffn={low: 48, high: 64, step: 16}",
     "search.mamba_heads={low: 4, high: 8, step: 2}", "search.floors={attention: 2}", "search.shortlist_size=3", "search.screen_samples=4",
+    "search.finalists=2", "screen.train.tokens=2000", "screen.new_tokens=4", "depth_lap.enabled=false",
     "distill.train.tokens=10000", "evaluate.samples=8", "evaluate.prompt_tokens=8", "evaluate.new_tokens=4",
 )  # fmt: skip
 
@@ -38,7 +39,7 @@ import json, os, sys, traceback
 sys.argv = ["run.py"]
 import minitron.run
 from minitron import pipeline
-from minitron.stages import data, distill, evaluate, prune, report, score, search, teacher
+from minitron.stages import data, distill, evaluate, prune, report, score, screen, search, shortlist, teacher, teacher_cache, zero_shot
 from transformers.models.nemotron_h import modeling_nemotron_h
 for line in sys.stdin:
     command = json.loads(line)
@@ -129,7 +130,7 @@ def run_process(start) -> Callable[..., Finished]:
     def run(folder: Path, *arguments: str) -> Finished:
         before = time.monotonic()
         process = start(folder, *arguments)
-        stdout, stderr = process.communicate(timeout=240)
+        stdout, stderr = process.communicate(timeout=900)
         return Finished(process.returncode, stdout, stderr, time.monotonic() - before)
 
     return run

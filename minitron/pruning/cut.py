@@ -7,6 +7,7 @@ from math import prod
 
 import numpy as np
 import torch
+from torch import nn
 
 from memory_budget.architecture import Architecture
 from minitron.families.base import Dimension, Family, TensorAxes
@@ -26,6 +27,7 @@ class TensorCut:
     keep: tuple[torch.Tensor | None, ...]
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What stays of the source: a view where every dimension keeps a run of neighbours, else a copy."""
         return _select(tensor, self.keep)
 
     def apply_rows(self, rows: torch.Tensor, first: int) -> torch.Tensor:
@@ -42,7 +44,9 @@ def _select(tensor: torch.Tensor, keep: tuple[torch.Tensor | None, ...]) -> torc
     for dimension, indices in enumerate(keep):
         if indices is None:
             continue
-        if tensor.device.type == "cpu" and dimension == tensor.ndim - 1:
+        if is_run(indices):
+            tensor = tensor.narrow(dimension, int(indices[0]), len(indices))
+        elif tensor.device.type == "cpu" and dimension == tensor.ndim - 1:
             tensor = _take_last(tensor, indices)
         else:
             tensor = tensor.index_select(dimension, indices.to(tensor.device))
@@ -56,6 +60,11 @@ def _take_last(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     taken = np.empty((*numbers.shape[:-1], len(indices)), numbers.dtype)
     np.take(numbers, indices.numpy(), axis=-1, out=taken, mode="clip")
     return torch.from_numpy(taken).view(tensor.dtype)
+
+
+def is_run(indices: torch.Tensor) -> bool:
+    """Whether indices are neighbours in ascending order."""
+    return len(indices) > 0 and torch.equal(indices, torch.arange(int(indices[0]), int(indices[0]) + len(indices)))
 
 
 def plan_cuts(family: Family, plan: PruningPlan, shapes: Mapping[str, tuple[int, ...]]) -> list[TensorCut]:
@@ -147,8 +156,18 @@ def _kept_of_dimension(dimension: Dimension, sizes: Mapping[str, int], kept: Cal
     return torch.cat(pieces) if is_cut else None
 
 
+def build_pruned(family: Family, teacher: nn.Module, plan: PruningPlan, teacher_config: dict) -> nn.Module:
+    """The student of a plan as a model in memory, cut from the teacher's weights."""
+    with torch.device("meta"):
+        student = family.build(family.hf_config(teacher_config, plan.student))
+    state = {name: tensor.clone() for name, tensor in cut_state(family, plan, teacher.state_dict()).items()}
+    names = {family.canonical_name(name): name for name in student.state_dict()}
+    student.load_state_dict({names[name]: tensor for name, tensor in state.items()}, assign=True)
+    return student.eval()
+
+
 def cut_state(family: Family, plan: PruningPlan, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The student's tensors from a teacher's in memory, by canonical names."""
+    """The student's tensors from a teacher's in memory, by canonical names; views of it where they can be."""
     canonical = {family.canonical_name(name): tensor for name, tensor in state.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in canonical.items()}
     return {cut.target: cut.apply(canonical[cut.source]) for cut in plan_cuts(family, plan, shapes)}

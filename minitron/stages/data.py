@@ -4,6 +4,7 @@ Everything keeps the order of the source, and the split goes by the documents' n
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def run(context: StageContext) -> dict:
         raise ValueError(f"tokenizer of {folder} has {len(tokenizer)} tokens; the teacher's vocabulary holds {vocabulary}")
     train, held_out = SplitRows("train", data), SplitRows("heldout", data)
     with context.console.track("tokenising", total, "documents") as advance:
-        num_empty = _tokenise(data, tokenizer, train, held_out, advance)
+        num_empty = tokenise(data, tokenizer, train, held_out, advance)
     _check_split(train, held_out, num_empty, source_title(data))
     facts = {"vocab": vocabulary, "source": source_title(data), "empty_documents": num_empty}
     for split in (train, held_out):
@@ -66,10 +67,10 @@ def _train_tokenizer(data: DataSettings, folder: Path) -> int:
     return total
 
 
-def _tokenise(data: DataSettings, tokenizer, train: SplitRows, held_out: SplitRows, advance) -> int:
+def tokenise(data: DataSettings, tokenizer, train: SplitRows, held_out: SplitRows, advance) -> int:
     """Every document, with an end-of-text id after it, to its split, until both are full; returns how many had no text."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    documents, num_empty = read_documents(data), 0
+    documents, num_empty = read_documents(data, partial(tokenizer.apply_chat_template, tokenize=False)), 0
     while not (train.is_full and held_out.is_full) and (part := list(islice(documents, DOCUMENTS_AT_ONCE))):
         written = [document for document in part if document.text.strip()]
         num_empty += len(part) - len(written)

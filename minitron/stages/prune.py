@@ -10,25 +10,25 @@ from memory_budget.hf_config import read_config
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import GIB, format_gib
 from minitron.checkpoints import Checkpoint, PlannedTensor, write_weights
+from minitron.derived import base_stage
 from minitron.families import family_of
 from minitron.families.base import Family
-from minitron.pipeline import StageContext, scores_of
-from minitron.pruning.cut import TensorCut, plan_cuts
+from minitron.pipeline import StageContext
+from minitron.pruning.cut import TensorCut, build_pruned, plan_cuts
 from minitron.pruning.plan import PruningPlan, make_plan
 from minitron.publish import check_layer_by_layer, check_reload, model_card, write_companions
 from minitron.runtime import available_memory_bytes
-from minitron.screening import build_pruned
-from minitron.stages.models import result_model_folder
+from minitron.stages.models import base_folder, scores_of
 from minitron.store import write_json
-from minitron.teachers import teacher_architecture
+from minitron.teachers import base_architecture
 
 
 def run(context: StageContext) -> dict:
     """Writes checkpoint/ and plan.json; the checkpoint is read back and compared before the stage is done."""
     settings = context.settings
-    source_folder = result_model_folder(context.inputs["teacher"])
+    source_folder = base_folder(context)
     config = read_config(source_folder)
-    family, architecture = family_of(config), teacher_architecture(settings)
+    family, architecture = family_of(config), base_architecture(settings)
     chosen = context.inputs["search"].facts["chosen"]
     student = Architecture(**chosen["architecture"])
     scores = scores_of(context.inputs["score"], settings)
@@ -41,7 +41,7 @@ def run(context: StageContext) -> dict:
     total = sum(tensor.num_bytes for tensor in planned)
     with context.console.track("cutting", total / GIB, "GiB") as advance:
         write_weights(folder, planned, max_shard_bytes=int(settings.prune.max_shard_gib * GIB), on_bytes=lambda num_bytes: advance(num_bytes / GIB))
-    name, removed = context.inputs["teacher"].facts["name"], removed_layers(plan)
+    name, removed = context.inputs[base_stage(settings)].facts["name"], removed_layers(plan)
     card = model_card(f"{name}, pruned to {chosen['id']}", lines=[describe_cut(plan, name), "Not distilled yet."], architecture=student, base=name)
     write_companions(folder, config=family.hf_config(config, student), companions=source_folder, card=card)
     check = _check(family, plan, source, folder, config)

@@ -2,31 +2,36 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minitron.console import Console
+from minitron.pipeline import Lap
 from minitron.plots import draw_plots
 from minitron.report_page import page_html, page_markdown
-from minitron.settings import Settings
-from minitron.store import Result
-from minitron.summary import METRICS_FILE, MODEL_STAGES, build_summary
+from minitron.settings import Settings, Stage
+from minitron.store import Result, locked
+from minitron.summary import METRICS_FILE, MODEL_STAGES, SEARCH_FILES, build_summary
 
 
-def run(settings: Settings, results: Mapping[str, Result], cached: Mapping[str, bool], console: Console) -> None:
+def run(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
     """Writes runs/<run name>/: summary.json, report.md, report.html, plots, metrics.jsonl and links to the checkpoints.
 
-    What is left there of an earlier run and is not of this one goes: nothing in the folder contradicts summary.json.
+    What is left there of an earlier run and is not of this one goes: nothing in the folder contradicts summary.json. A candidate
+    screened by itself leaves the folder alone: it is one row of the search's table, and several are screened at once.
     """
+    if settings.stage is Stage.screen and settings.candidate is not None:
+        return
     folder = Path(settings.runs_folder) / settings.run_name
-    folder.mkdir(parents=True, exist_ok=True)
-    summary = build_summary(settings, results, cached)
-    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    copy_metrics(folder, results.get("distill"))
-    for reason in link_models(folder, summary["models"]):
-        console.say(reason)
-    write_page(folder, summary)
+    with locked(folder, console.say):
+        folder.mkdir(parents=True, exist_ok=True)
+        summary = build_summary(laps)
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        copy_tables(folder, laps[-1].results)
+        for reason in link_models(folder, summary["models"]):
+            console.say(reason)
+        write_page(folder, summary)
     console.headline("report", f"{folder / 'report.html'}")
 
 
@@ -37,13 +42,15 @@ def write_page(folder: Path, summary: Mapping[str, Any]) -> None:
     write_text(folder / "report.html", page_html(markdown, f"Run {summary['run_name']}"))
 
 
-def copy_metrics(folder: Path, distill: Result | None) -> None:
-    """metrics.jsonl of the distillation, beside the report; none where this run has no such file."""
-    source = distill.folder / METRICS_FILE if distill else None
-    if source is not None and source.exists():
-        write_text(folder / METRICS_FILE, source.read_text())
-    else:
-        (folder / METRICS_FILE).unlink(missing_ok=True)
+def copy_tables(folder: Path, results: Mapping[str, Result]) -> None:
+    """The distillation's metrics.jsonl and the search's tables beside the report; none where this run has no such file."""
+    for stage, names in (("distill", (METRICS_FILE,)), ("search", SEARCH_FILES)):
+        for name in names:
+            source = results[stage].folder / name if stage in results else None
+            if source is not None and source.exists():
+                write_text(folder / name, source.read_text())
+            else:
+                (folder / name).unlink(missing_ok=True)
 
 
 def link_models(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 
 from memory_budget.hf_config import read_config
 from memory_budget.units import GIB
+from minitron.derived import base_stage, fewest_layers, layer_rules
 from minitron.evaluation import batches_of, spread_rows
 from minitron.families import family_of
 from minitron.importance.activations import measure_width
@@ -16,13 +17,13 @@ from minitron.importance.layers import Block, RoundSums, SweepLimits, measure_ro
 from minitron.importance.placement import PlacedModel, StreamedModel, WholeModel
 from minitron.importance.removal import Removal, rank_iteratively, rank_once
 from minitron.importance.scores import WidthSums, aggregate, load_sums
-from minitron.pipeline import SCORES_FILE, StageContext, fewest_layers, layer_rules
+from minitron.pipeline import StageContext
 from minitron.processes import rank, sum_over_processes, world_size
 from minitron.runtime import pick_device
 from minitron.settings import Criterion, Placement
-from minitron.stages.models import result_model_folder
+from minitron.stages.models import SCORES_FILE, base_folder
 from minitron.store import write_json
-from minitron.teachers import teacher_architecture
+from minitron.teachers import base_architecture
 
 LAYERS_FILE = "layers.json"
 
@@ -37,7 +38,7 @@ def run(context: StageContext) -> dict:
     order = [removal.layer for removal in removals]
     influence = (width.block_influence / width.num_tokens).tolist()
     how_made = {"criterion": settings.scoring.criterion.name, "normalised": settings.scoring.normalised, "width_tokens": width.num_tokens,
-                "width_samples": width.num_samples, "data": context.inputs["data"].key, "teacher": context.inputs["teacher"].key}  # fmt: skip
+                "width_samples": width.num_samples, "data": context.inputs["data"].key, "model": context.inputs[base_stage(settings)].key}  # fmt: skip
     layers = {"pattern": model.architecture.pattern, "removal_order": order, "rounds": [removal.to_json() for removal in removals]}
     if rank() == 0:
         width.save(context.folder / SCORES_FILE)
@@ -60,9 +61,9 @@ def _width_curves(width: WidthSums) -> dict[str, dict[str, list[float]]]:
 
 def _placed(context: StageContext) -> PlacedModel:
     settings = context.settings
-    folder = result_model_folder(context.inputs["teacher"])
+    folder = base_folder(context)
     config, device = read_config(folder), pick_device(settings)
-    family, architecture = family_of(config), teacher_architecture(settings)
+    family, architecture = family_of(config), base_architecture(settings)
     if settings.scoring.placement is Placement.stream:
         return StreamedModel(family, folder, config, architecture, device)
     return WholeModel(family, family.load(folder, device=str(device)), architecture)

@@ -1,25 +1,110 @@
-"""Opens what screening needs from the inputs of a stage."""
+"""screen: one candidate, cut in memory, distilled briefly from the shared teacher cache and measured.
+
+Every candidate gets the same rows in the same order, so that their losses compare.
+"""
 
 import numpy as np
+import torch
+from torch import nn
 
+from distill.batches import RowBatches, count_tokens, split_padding
+from distill.losses import forward_kl_top_k
+from distill.plan import Phase
+from distill.states import remove_states
+from distill.teacher_cache import TeacherCache
+from distill.trainer import LossFunction, distillation_loss, train_phases
+from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
-from minitron.evaluation import batches_of, screening_rows, spread_rows
+from minitron.evaluation import decode_tokens_per_second, held_out_loss, longest_prompt
 from minitron.families import family_of
-from minitron.pipeline import StageContext, scores_of
+from minitron.pipeline import StageContext
+from minitron.pruning.cut import build_pruned
+from minitron.pruning.plan import make_plan
 from minitron.runtime import pick_device
-from minitron.screening import Screen
-from minitron.stages.models import result_model_folder
-from minitron.teachers import teacher_architecture
+from minitron.stages.models import base_folder, result_model_folder, scores_of
+from minitron.stages.teacher_cache import CACHE_FOLDER, screen_rows
+from minitron.stages.training import tracked_steps, train_plan
+from minitron.stages.zero_shot import screening_batches
+from minitron.teachers import base_architecture
+from minitron.tracking import Tracker, open_candidate
 
 
-def open_screen(context: StageContext) -> Screen:
-    """The teacher, its scores and the held-out batches that every candidate is measured on."""
-    settings = context.settings
-    folder = result_model_folder(context.inputs["teacher"])
+class RowNumbers(RowBatches):
+    """RowBatches whose batches are row numbers [B]: what is learned from a cache is looked up by them."""
+
+    def at(self, step: int) -> torch.Tensor:
+        return torch.from_numpy(self.indices(step).copy())
+
+
+def run(context: StageContext) -> dict:
+    """The candidate's held-out loss after its short distillation and its decode speed here; metrics.jsonl is beside them."""
+    settings, device = context.settings, pick_device(context.settings)
+    entry = candidate_entry(context)
+    student = _cut(context, entry, device)
+    with open_candidate(settings, entry) as tracker:
+        tokens = _distil(context, student, device, tracker)
+        if tokens is None:
+            note = "its short distillation diverged"
+            tracker.summarise({**entry, "note": note})
+            return {"headline": f"{entry['id']}  {note}; never chosen", "id": entry["id"], "short_distill_loss": None, "tokens_per_second": None, "note": note}
+        batches = screening_batches(context, device)
+        loss = held_out_loss(student, batches)
+        prompt = longest_prompt(torch.cat(batches).cpu().numpy(), settings.evaluate.prompt_tokens).to(device)
+        can_decode = "*" in entry["architecture"]["pattern"]  # transformers' cache asks an attention layer how long it is
+        speed = decode_tokens_per_second(student, prompt, settings.screen.new_tokens) if can_decode else None
+        facts = {"id": entry["id"], "short_distill_loss": loss, "short_distill_tokens": tokens, "tokens_per_second": speed}
+        tracker.summarise({**entry, **facts})
+    remove_states(context.folder)
+    return {"headline": f"{entry['id']}  {loss:.3f} nats/token after {tokens:,} tokens", **facts}
+
+
+def candidate_entry(context: StageContext) -> dict:
+    """The shortlist's entry of settings.candidate. Raises ValueError where there is none."""
+    entries = context.inputs["shortlist"].facts["entries"]
+    if context.settings.candidate not in entries:
+        raise ValueError(f"candidate is {context.settings.candidate!r}, which is not on the shortlist; there are: {', '.join(entries)}")
+    return entries[context.settings.candidate]
+
+
+def _cut(context: StageContext, entry: dict, device: torch.device) -> nn.Module:
+    folder = base_folder(context)
     config = read_config(folder)
     family = family_of(config)
-    model = family.load(folder, device=str(pick_device(settings)))
-    rows = np.load(context.inputs["data"].folder / "heldout.npy", mmap_mode="r")
-    batches = batches_of(spread_rows(screening_rows(rows), settings.search.screen_samples), settings.evaluate.batch, next(model.parameters()).device)
-    scores = scores_of(context.inputs["score"], settings)
-    return Screen(family, model, config, teacher_architecture(settings), scores, batches)
+    base = family.load(folder, dtype=torch.float32, device=str(device))
+    plan = make_plan(base_architecture(context.settings), Architecture(**entry["architecture"]), tuple(entry["kept_layers"]),
+                     scores_of(context.inputs["score"], context.settings))  # fmt: skip
+    return build_pruned(family, base, plan, config)
+
+
+def _distil(context: StageContext, student: nn.Module, device: torch.device, tracker: Tracker) -> int | None:
+    """Trains the student in place; returns the tokens it saw, None where the loss stopped being a number."""
+    settings = context.settings
+    plan, rows = train_plan(settings.screen.train), screen_rows(context)
+    if settings.screen.cached:
+        loss, batches = _cached_loss(context, rows, device), RowNumbers(rows, settings.screen.train.batch, settings.seed)
+    else:
+        folder = result_model_folder(context.inputs["teacher"])
+        loss = distillation_loss(family_of(read_config(folder)).load(folder, device=str(device)))
+        batches = RowBatches(rows, settings.screen.train.batch, settings.seed)
+
+    def tokens_of(batch: torch.Tensor) -> int:
+        return count_tokens(rows[batch.cpu()] if settings.screen.cached else batch.cpu().numpy())
+
+    with tracked_steps(context, settings.candidate, plan.tokens, loss_name="KL", tracker=tracker) as on_step:
+        try:
+            return train_phases(student, [Phase(batches, plan)], loss, folder=context.folder, on_step=on_step, tokens_of=tokens_of).tokens
+        except FloatingPointError as error:
+            context.console.say(f"   screen  {settings.candidate}: {error}")
+            return None
+
+
+def _cached_loss(context: StageContext, rows: np.ndarray, device: torch.device) -> LossFunction:
+    """The loss against the teacher's cached outputs, of a model and row numbers [B]."""
+    cache = TeacherCache(context.inputs["teacher_cache"].folder / CACHE_FOLDER, rows_RT=rows)
+
+    def loss(model: nn.Module, numbers_B: torch.Tensor) -> torch.Tensor:
+        numbers = numbers_B.cpu().numpy()
+        ids_BT, mask_BT = split_padding(torch.from_numpy(rows[numbers].astype(np.int64)).to(device))
+        return forward_kl_top_k(model(ids_BT, use_cache=False).logits, cache.rows(numbers).to(device), mask_BT=mask_BT)
+
+    return loss

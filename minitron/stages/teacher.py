@@ -1,26 +1,22 @@
 """teacher: check the given checkpoint, or train the tiny one on the data."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import nn
 
 from distill.batches import RowBatches, split_padding
 from distill.losses import next_token_loss
+from distill.states import remove_states
 from distill.trainer import train
-from memory_budget.hf_config import read_config
 from memory_budget.parameters import count_total_parameters
-from minitron.checkpoints import Checkpoint
-from minitron.families import family_of
 from minitron.families.nemotron_h import FAMILY as NEMOTRON_H
 from minitron.pipeline import StageContext
-from minitron.pruning.cut import check_tensors
 from minitron.publish import check_reload, model_card, write_model
 from minitron.runtime import pick_device
+from minitron.stages.models import given_checkpoint
 from minitron.stages.training import tracked_steps, train_plan
 from minitron.store import write_json
-from minitron.teachers import teacher_architecture, teacher_folder
+from minitron.teachers import TINY_POSITIONS, teacher_architecture, teacher_folder
 
 END_OF_TEXT_ID, PAD_ID = 0, 1  # the first two special tokens of the tokenizer trained in data
 TINY_CONFIG = {
@@ -29,7 +25,7 @@ TINY_CONFIG = {
     "bos_token_id": END_OF_TEXT_ID,
     "eos_token_id": END_OF_TEXT_ID,
     "pad_token_id": PAD_ID,
-    "max_position_embeddings": 131072,
+    "max_position_embeddings": TINY_POSITIONS,
     "chunk_size": 32,
     "layer_norm_epsilon": 1e-5,
     "mlp_hidden_act": "relu2",
@@ -47,18 +43,9 @@ TINY_CONFIG = {
 
 
 def run(context: StageContext) -> dict:
-    return _train_tiny(context) if context.settings.teacher.path is None else _check_given(context)
-
-
-def _check_given(context: StageContext) -> dict:
-    """Hold the checkpoint's headers against its config; no weights are read."""
-    folder = teacher_folder(context.settings)
-    family = family_of(read_config(folder))
-    architecture = teacher_architecture(context.settings)
-    checkpoint = Checkpoint(folder)
-    check_tensors(family, architecture, {family.canonical_name(name): entry.shape for name, entry in checkpoint.entries.items()})
-    headline = f"{context.settings.teacher.path}: {checkpoint.num_parameters:,} parameters, pattern {architecture.pattern}"
-    return {"headline": headline, "path": str(folder), "name": context.settings.teacher.path, "parameters": checkpoint.num_parameters}
+    """A given checkpoint is only held against its config: no weights are read."""
+    teacher = context.settings.teacher.path
+    return _train_tiny(context) if teacher is None else given_checkpoint(teacher_folder(context.settings), teacher)
 
 
 def _loss(model: nn.Module, rows_BT: torch.Tensor) -> torch.Tensor:
@@ -73,7 +60,7 @@ def _train_tiny(context: StageContext) -> dict:
     model = NEMOTRON_H.build(config).to(pick_device(settings))
     rows = np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r")
     plan = train_plan(settings.teacher.train)
-    with tracked_steps(context, "training teacher", plan, loss_name="loss") as on_step:
+    with tracked_steps(context, "training teacher", plan.tokens, loss_name="loss") as on_step:
         batches = RowBatches(rows, settings.teacher.train.batch, settings.seed)
         last = train(model, batches, plan, _loss, folder=context.folder, on_step=on_step)
     folder = context.folder / "checkpoint"
@@ -84,7 +71,7 @@ def _train_tiny(context: StageContext) -> dict:
     write_model(folder, NEMOTRON_H, model, config=config, dtypes=dtypes, companions=tokenizer, card=card, max_shard_bytes=2**32)
     write_json(folder / "generation_config.json", {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID, "pad_token_id": PAD_ID})
     check_reload(folder, NEMOTRON_H, model)
-    Path(context.folder / "state.pt").unlink(missing_ok=True)
+    remove_states(context.folder)
     parameters = count_total_parameters(architecture)
     size = f"{parameters:,} parameters, {architecture.num_layers} layers"
     headline = f"tiny NemotronH, {size}, trained on {last.tokens:,} tokens to {last.recent_loss:.2f} nats/token"

@@ -2,30 +2,35 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from enum import Enum
 
-from distill.trainer import StepRecord, TrainPlan
+from distill.plan import StepRecord, TrainPlan
 from minitron.pipeline import StageContext
 from minitron.settings import TrainSettings
-from minitron.tracking import open_tracker
+from minitron.tracking import Tracker, open_tracker
 
 METRICS_FILE = "metrics.jsonl"
+UNTRACKED = ("loss", "step", "total_steps", "recent_loss", "seconds", "phase")
 
 
 def train_plan(settings: TrainSettings) -> TrainPlan:
+    """The settings as distill knows them."""
     values = {name: getattr(settings, name) for name in TrainPlan.__slots__}
-    return TrainPlan(**{**values, "optimizer": settings.optimizer.value})
+    return TrainPlan(**{name: value.value if isinstance(value, Enum) else value for name, value in values.items()})
 
 
 @contextmanager
-def tracked_steps(context: StageContext, description: str, plan: TrainPlan, *, loss_name: str) -> Iterator[Callable[[StepRecord], None]]:
-    """Yields on_step(record): advances the bar, appends to metrics.jsonl and tells the tracker.
+def tracked_steps(context: StageContext, description: str, tokens: int, *, loss_name: str, tracker: Tracker | None = None
+                  ) -> Iterator[Callable[[StepRecord], None]]:  # fmt: skip
+    """Yields on_step(record): advances the bar, appends to metrics.jsonl and tells the tracker, one of its own unless given.
 
     After a resume, lines of steps that will be done again are dropped first.
     """
     path = context.folder / METRICS_FILE
-    with context.console.track(description, plan.tokens, "tokens") as advance, open_tracker(context, description) as track:
+    own = open_tracker(context.settings, description) if tracker is None else nullcontext(tracker)
+    with context.console.track(description, tokens, "tokens") as advance, own as track:
         file, seen = None, 0
 
         def on_step(record: StepRecord) -> None:
@@ -36,8 +41,9 @@ def tracked_steps(context: StageContext, description: str, plan: TrainPlan, *, l
                 file = path.open("a", buffering=1)
             advance(record.tokens - seen, f"{loss_name} {record.recent_loss:.3f} nats/token")
             seen = record.tokens
-            file.write(json.dumps(asdict(record)) + "\n")
-            track({loss_name: record.loss, "learning_rate": record.learning_rate, "gradient_norm": record.gradient_norm, "tokens": record.tokens})
+            line = {name: value for name, value in asdict(record).items() if name != "watched"} | record.watched
+            file.write(json.dumps(line) + "\n")
+            track({name: value for name, value in line.items() if name not in UNTRACKED} | {loss_name: record.loss})
 
         try:
             yield on_step

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from distill.batches import PADDING, split_padding
-from distill.losses import forward_kl, next_token_loss
+from distill.losses import forward_kl, forward_kl_top_k, hidden_state_loss, next_token_loss
+from distill.top_k import top_k_of_logits
 
 
 @pytest.fixture
@@ -122,3 +123,85 @@ def test_padding_gets_no_gradient(padded):
 def test_a_mask_of_nothing_but_tokens_changes_no_bit(logits):
     student, teacher = logits
     assert torch.equal(forward_kl(student, teacher, mask_BT=torch.ones(2, 5, dtype=torch.bool)), forward_kl(student, teacher))
+
+
+# The teacher's top k.
+
+
+def reference_kl_top_k(student, teacher, k: int) -> float:
+    """Slow: the other tokens merged into one, on both sides."""
+    divergences = []
+    for q, p in zip(student.double().softmax(-1).reshape(-1, 97), teacher.double().softmax(-1).reshape(-1, 97), strict=True):
+        kept = p.topk(k).indices
+        others = [v for v in range(97) if v not in kept]
+        p, q = (torch.cat([value[kept], value[others].sum()[None]]) for value in (p, q))
+        divergences.append((p * (p.log() - q.log())).sum().item())
+    return sum(divergences) / len(divergences)
+
+
+@pytest.mark.parametrize("k", [1, 8, 96])
+def test_forward_kl_of_a_top_k_merges_the_other_tokens(logits, k):
+    student, teacher = logits
+    loss = forward_kl_top_k(student, top_k_of_logits(teacher, k))
+    assert loss.item() == pytest.approx(reference_kl_top_k(student, teacher, k), rel=1e-5)
+    assert loss.item() < reference_kl(student, teacher)
+
+
+def test_forward_kl_of_a_top_k_of_the_whole_vocabulary_is_forward_kl(logits):
+    losses, gradients = [], []
+    for loss_of in (lambda student: forward_kl_top_k(student, top_k_of_logits(logits[1], 97)), lambda student: forward_kl(student, logits[1])):
+        student = logits[0].clone().requires_grad_()
+        losses.append(loss_of(student))
+        losses[-1].backward()
+        gradients.append(student.grad)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-8)
+
+
+def test_forward_kl_of_a_top_k_stands_a_tail_of_nothing_and_a_student_that_is_sure():
+    """A teacher without a tail and a student whose kept tokens take all its mass: the loss and its gradient stay finite."""
+    student = torch.tensor([[[80.0, 60.0, -40.0, -90.0]]], requires_grad=True)
+    loss = forward_kl_top_k(student, top_k_of_logits(torch.tensor([[[200.0, 199.0, -200.0, -200.0]]]), 2))
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(student.grad).all() and loss.item() > 1.0
+
+
+def test_forward_kl_of_a_top_k_leaves_padding_out(padded):
+    student, teacher, rows = padded
+    mask = split_padding(rows)[1]
+    one_by_one = [forward_kl_top_k(student[b : b + 1, :length], top_k_of_logits(teacher[b : b + 1, :length], 8)).item() for b, length in enumerate(LENGTHS)]
+    expected = sum(loss * length for loss, length in zip(one_by_one, LENGTHS, strict=True)) / sum(LENGTHS)
+    assert forward_kl_top_k(student, top_k_of_logits(teacher, 8), mask_BT=mask).item() == pytest.approx(expected, rel=1e-6)
+    assert forward_kl_top_k(student, top_k_of_logits(teacher, 8)).item() != pytest.approx(expected, rel=1e-3)
+
+
+# Hidden states.
+
+
+@pytest.fixture
+def hidden() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(student [2, 5, 6], teacher [2, 5, 8], projection [8, 6], mask)."""
+    random = torch.Generator().manual_seed(3)
+    sizes = ((2, 5, 6), (2, 5, 8), (8, 6))
+    return *(torch.randn(size, generator=random) for size in sizes), torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+
+
+def test_hidden_states_are_held_against_the_teachers_through_the_projection(hidden):
+    student, teacher, projection, mask = hidden
+    expected = F.mse_loss((student.double() @ projection.double().T)[mask], teacher.double()[mask])
+    assert hidden_state_loss(student, teacher, projection, mask_BT=mask).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert hidden_state_loss(student, teacher, projection).item() != pytest.approx(expected.item(), rel=1e-3)
+    assert hidden_state_loss(student, teacher, projection, mask_BT=mask, num_tokens=70).item() == pytest.approx(expected.item() / 10, rel=1e-6)
+
+
+def test_hidden_states_that_project_onto_the_teachers_have_no_loss(hidden):
+    student, _, projection, _ = hidden
+    assert hidden_state_loss(student, student).item() == 0.0 == hidden_state_loss(student, F.linear(student, projection), projection).item()
+    assert hidden_state_loss(student, student + 1).item() == pytest.approx(1.0, rel=1e-6)
+
+
+def test_a_loss_of_hidden_states_moves_student_and_projection_and_not_the_teacher(hidden):
+    values = [value.clone().requires_grad_() for value in hidden[:3]]
+    hidden_state_loss(*values, mask_BT=hidden[3]).backward()
+    student, teacher, projection = (value.grad for value in values)
+    assert teacher is None and projection.any() and student[hidden[3]].all(-1).any() and not student[~hidden[3]].any()

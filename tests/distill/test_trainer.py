@@ -1,17 +1,23 @@
 """The training loop: resuming is exact, and what it refuses."""
 
+import json
 import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from distill.batches import PADDING, RowBatches
+from distill.chunked_loss import LossRecipe
 from distill.losses import next_token_loss
-from distill.trainer import STATE_FILE, TrainPlan, build_optimizers, distill, train
+from distill.optimizers import build_optimizers
+from distill.plan import Phase, TrainPlan
+from distill.states import FACTS_FILE, TENSORS_FILE, newest_state
+from distill.trainer import distill, train, train_phases
 
 PLAN = TrainPlan(tokens=8 * 64, optimizer="adamw", learning_rate=1e-2, final_learning_rate_share=0.1, warmup_share=0.2, weight_decay=0.1, clip_norm=1.0)
 
@@ -80,7 +86,7 @@ def test_a_state_saved_by_time_resumes_to_the_same_bits(batches, uninterrupted, 
 
     with pytest.raises(RuntimeError):
         run(build_model(0), batches, plan, tmp_path, die)
-    assert (tmp_path / STATE_FILE).exists()
+    assert newest_state(tmp_path).facts["record"]["step"] == 4
     steps = []
     weights, _ = run(build_model(5), batches, plan, tmp_path, lambda record: steps.append(record.step))
     assert steps == [5, 6, 7] and same(weights, uninterrupted[optimizer])
@@ -90,9 +96,10 @@ def test_a_resumed_run_without_the_optimizers_state_ends_elsewhere(batches, unin
     """The control: the comparison of bits sees a resume that is nearly right."""
     with pytest.raises(KeyboardInterrupt):
         run(build_model(0), batches, PLAN, tmp_path, interrupt_at(3))
-    state = torch.load(tmp_path / STATE_FILE, weights_only=True)
-    state["optimizers"] = [{**saved, "state": {}} for saved in state["optimizers"]]
-    torch.save(state, tmp_path / STATE_FILE)
+    path = newest_state(tmp_path).folder / TENSORS_FILE
+    tensors = load_file(path)
+    assert len(tensors) == 4 * len(build_model(0).state_dict())  # the weight, two moments and the count of steps
+    save_file({name: tensor for name, tensor in tensors.items() if name.startswith("model.")}, path)
     weights, _ = run(build_model(5), batches, PLAN, tmp_path)
     assert not same(weights, uninterrupted["adamw"])
 
@@ -119,9 +126,9 @@ def test_an_interrupt_in_the_middle_of_an_update_leaves_no_half_step(batches, un
 def test_seconds_of_earlier_sittings_are_counted(batches, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(build_model(0), batches, PLAN, tmp_path, interrupt_at(3))
-    state = torch.load(tmp_path / STATE_FILE, weights_only=True)
-    state["record"]["seconds"] = 1000.0
-    torch.save(state, tmp_path / STATE_FILE)
+    state = newest_state(tmp_path)
+    state.facts["record"]["seconds"] = 1000.0
+    (state.folder / FACTS_FILE).write_text(json.dumps(state.facts))
     _, record = run(build_model(5), batches, PLAN, tmp_path)
     assert 1000 < record.seconds < 1100
 
@@ -133,8 +140,8 @@ def test_a_loss_that_is_not_finite_raises_and_leaves_the_saved_state(batches, tm
     steps = []
     with pytest.raises(FloatingPointError, match="loss is nan at step 4"):
         train(build_model(0), batches, replace(PLAN, save_every_seconds=0.0), poisoned, folder=tmp_path, on_step=lambda record: steps.append(record.step))
-    state = torch.load(tmp_path / STATE_FILE, weights_only=True)
-    assert state["record"]["step"] == 3 and all(torch.isfinite(value).all() for value in state["model"].values())
+    state = newest_state(tmp_path)
+    assert state.facts["record"]["step"] == 3 and all(torch.isfinite(value).all() for value in load_file(state.folder / TENSORS_FILE).values())
 
 
 def test_fewer_tokens_than_a_batch_are_refused(batches, tmp_path):
@@ -147,16 +154,15 @@ def test_distillation_brings_the_student_to_the_teacher(batches, tmp_path):
     teacher, student, losses = build_model(1, hidden=32), build_model(2), []
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     plan = replace(PLAN, tokens=60 * 64, optimizer="muon", weight_decay=0.0)
-    distill(teacher, student, batches, plan, temperature=1.0, folder=tmp_path, on_step=lambda record: losses.append(record.loss))
+    distill(teacher, student, batches, plan, folder=tmp_path, on_step=lambda record: losses.append(record.loss))
     assert losses[-1] < 0.5 * losses[0]
     assert same(before, teacher.state_dict()) and all(parameter.grad is None for parameter in teacher.parameters())
 
 
 def test_distilling_a_model_to_itself_starts_at_zero(batches, tmp_path):
-    losses = []
-    plan = replace(PLAN, tokens=64)
-    distill(build_model(1), build_model(1), batches, plan, temperature=2.0, folder=tmp_path, on_step=lambda record: losses.append(record.loss))
-    assert losses == [0.0]
+    records = []
+    distill(build_model(1), build_model(1), batches, replace(PLAN, tokens=64), recipe=LossRecipe(temperature=2.0), folder=tmp_path, on_step=records.append)
+    assert [record.loss for record in records] == [0.0]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -186,7 +192,7 @@ def test_an_interrupt_in_the_middle_of_an_update_is_heard_after_the_step_was_tol
             run(build_model(0), batches, PLAN, tmp_path, lambda record: steps.append(record.step))
     finally:
         hook.remove()
-    assert steps == [0, 1, 2, 3] and torch.load(tmp_path / STATE_FILE, weights_only=True)["record"]["step"] == 3
+    assert steps == [0, 1, 2, 3] and newest_state(tmp_path).facts["record"]["step"] == 3
 
 
 def padded_batches(width: int, padding: int = PADDING) -> RowBatches:
@@ -203,9 +209,114 @@ def test_how_far_rows_are_padded_changes_no_step_of_a_distillation(tmp_path):
         steps, plan = [], replace(PLAN, tokens=batches.tokens_per_step)
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
-        distill(build_model(1, hidden=32), build_model(2), batches, plan, temperature=1.0, folder=folder, on_step=steps.append)
+        distill(build_model(1, hidden=32), build_model(2), batches, plan, folder=folder, on_step=steps.append)
         return steps[0].loss, steps[0].gradient_norm
 
     narrow, wide, counted = first_step(padded_batches(16)), first_step(padded_batches(29)), first_step(padded_batches(29, padding=0))
     assert wide == pytest.approx(narrow, rel=1e-5)
     assert counted != pytest.approx(narrow, rel=1e-2)  # the control: ids in place of padding are tokens like any other
+
+
+def records_of(batches, plan, folder) -> list:
+    records = []
+    run(build_model(0), batches, plan, folder, records.append)
+    return records
+
+
+@pytest.fixture(scope="module")
+def plain(batches, tmp_path_factory) -> list:
+    return records_of(batches, PLAN, tmp_path_factory.mktemp("plain"))
+
+
+def test_micro_batches_change_a_step_by_rounding_alone(batches, plain, tmp_path):
+    records = records_of(batches, replace(PLAN, micro_batch=1), tmp_path)
+    assert [record.loss for record in records] == pytest.approx([record.loss for record in plain], rel=1e-5)
+    assert [record.gradient_norm for record in records] == pytest.approx([record.gradient_norm for record in plain], rel=1e-4)
+
+
+def test_computing_activations_again_changes_no_bit(batches, uninterrupted, tmp_path):
+    model = build_model(0)
+    weights, _ = run(model, batches, replace(PLAN, gradient_checkpointing=True), tmp_path)
+    assert model.model.layers[0].gradient_checkpointing and same(weights, uninterrupted["adamw"])
+
+
+def test_bf16_computes_otherwise_and_keeps_float32_weights(batches, plain, tmp_path):
+    model, records = build_model(0), []
+    run(model, batches, replace(PLAN, precision="bf16"), tmp_path, records.append)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    losses = [record.loss for record in records]
+    assert losses == pytest.approx([record.loss for record in plain], rel=1e-2) and losses != pytest.approx([record.loss for record in plain], rel=1e-6)
+
+
+def poisoned_at(*steps: int):
+    """A loss that is nan when it is asked for the so many-th time."""
+    calls = []
+
+    def loss(model, ids):
+        calls.append(1)
+        return loss_of(model, ids) * (float("nan") if len(calls) - 1 in steps else 1.0)
+
+    return loss
+
+
+def test_a_stop_names_the_rows_and_the_last_good_state(batches, tmp_path):
+    plan = replace(PLAN, save_every_steps=2)
+    with pytest.raises(FloatingPointError) as stopped:
+        train(build_model(0), batches, plan, poisoned_at(5), folder=tmp_path, on_step=lambda record: None)
+    assert f"step 5, rows {batches.indices(5).tolist()} of phase 0" in str(stopped.value) and "step-000000004" in str(stopped.value)
+
+
+def test_a_step_that_is_not_finite_is_passed_over_where_that_is_allowed(batches, plain, tmp_path):
+    records, plan = [], replace(PLAN, skip_not_finite=1)
+    train(build_model(0), batches, plan, poisoned_at(3), folder=tmp_path / "one", on_step=records.append)
+    assert [record.step for record in records] == [0, 1, 2, 4, 5, 6, 7] and records[2].loss == plain[2].loss
+    assert all(torch.isfinite(value).all() for value in load_file(newest_state(tmp_path / "one").folder / TENSORS_FILE).values())
+    with pytest.raises(FloatingPointError, match="step 4"):
+        train(build_model(0), batches, plan, poisoned_at(3, 4), folder=tmp_path / "two", on_step=lambda record: None)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_moves_a_weight(batches, tmp_path):
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(context, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * float("inf")
+
+    model = build_model(0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="gradient is not finite at step 0"):
+        train(model, batches, PLAN, lambda model, ids: Poison.apply(loss_of(model, ids)), folder=tmp_path, on_step=lambda record: None)
+    assert same(before, model.state_dict())
+
+
+def test_phases_follow_each_other_each_with_its_rows_rate_and_a_fresh_optimiser(tmp_path):
+    """The second phase equals a run of its own that begins with the first one's weights."""
+    short = RowBatches(np.random.default_rng(1).integers(64, size=(8, 12), dtype=np.int32), 2, seed=5)
+    long = RowBatches(np.random.default_rng(2).integers(64, size=(8, 24), dtype=np.int32), 4, seed=6)
+    first, second = replace(PLAN, tokens=3 * 24), replace(PLAN, tokens=4 * 96, learning_rate=3e-3, schedule="wsd")
+    both, alone, model = [], [], build_model(0)
+    train_phases(model, [Phase(short, first), Phase(long, second)], loss_of, folder=tmp_path / "both", on_step=both.append)
+    other, _ = run(build_model(0), short, first, tmp_path / "first")
+    after = build_model(9)
+    after.load_state_dict(other)
+    train(after, long, second, loss_of, folder=tmp_path / "second", on_step=alone.append)
+    assert [record.phase for record in both] == [0, 0, 0, 1, 1, 1, 1] and both[-1].tokens == 3 * 24 + 4 * 96
+    assert [(record.loss, record.gradient_norm, record.learning_rate) for record in both[3:]] == [
+        (record.loss, record.gradient_norm, record.learning_rate) for record in alone
+    ]
+    assert same(model.state_dict(), after.state_dict())
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_a_run_stopped_at_the_end_of_a_phase_or_within_one_ends_in_the_same_bits(stop, batches, tmp_path):
+    phases = [Phase(batches, replace(PLAN, tokens=3 * 64)), Phase(batches, replace(PLAN, tokens=4 * 64, learning_rate=3e-3))]
+    whole, stopped = build_model(0), build_model(0)
+    train_phases(whole, phases, loss_of, folder=tmp_path / "whole", on_step=lambda record: None)
+    with pytest.raises(KeyboardInterrupt):
+        train_phases(stopped, phases, loss_of, folder=tmp_path / "stopped", on_step=interrupt_at(stop))
+    again = build_model(5)
+    train_phases(again, phases, loss_of, folder=tmp_path / "stopped", on_step=lambda record: None)
+    assert same(whole.state_dict(), again.state_dict())

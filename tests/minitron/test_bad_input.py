@@ -37,14 +37,14 @@ def test_a_command_that_is_right_is_not_refused(door, tmp_path, small_settings):
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("stage=bogus", "stage: Invalid value 'bogus', expected one of [data, teacher, score, search, prune, distill, evaluate, report, all]"),
+        ("stage=bogus", "stage: Invalid value 'bogus', expected one of [data, teacher, score, shortlist, teacher_cache, screen, search, prune,"),
         ("foo=1", "foo is no setting"),
         ("distill.train.learning_rat=1", "distill.train.learning_rat is no setting"),
         ("data.vocab=many", "data.vocab: Value 'many'"),
         ("seed=1.5", "seed: Value '1.5'"),
         ("scoring.normalised=perhaps", "scoring.normalised: Value 'perhaps'"),
         ("distill.train.optimizer=sgd", "distill.train.optimizer: Invalid value 'sgd', expected one of [adamw, muon]"),
-        ("experiment=nano3", "experiment/nano3 is not in conf/; there are: nano2, tiny"),
+        ("experiment=nano3", "experiment/nano3 is not in conf/; there are: nano2, nano2-base, nano2-reasoning, tiny"),
         ("scoring.samples=0", "scoring.samples is 0; it must be at least 1"),
         ("workload.context_tokens=0", "context_tokens (0) must be a whole number of at least 1 token"),
         ("workload.batch=0", "batch (0) must be"),
@@ -73,6 +73,21 @@ def test_a_command_that_is_right_is_not_refused(door, tmp_path, small_settings):
         ("distill.train.tokens=255", "distill.train.tokens is 255; it must be at least one batch, 4 rows of data.sequence_length: 256"),
         ("teacher.path=no/such/checkpoint", "teacher.path is 'no/such/checkpoint': no folder is there"),
         ("teacher.path=nowhere", "teacher.path is 'nowhere': no folder is there"),
+        ("throughput={device: abacus, gb_per_second: null, tflops: null}", "throughput.device (abacus) must be one of a10g, l4"),
+        ("throughput.tflops=null", "throughput.gb_per_second and throughput.tflops belong together"),
+        ("search.min_tokens_per_second=5", "it needs throughput.batch"),
+        ("search.select=prettiest", "search.select: Invalid value 'prettiest', expected one of [lowest_loss, loss_within, weighted]"),
+        ("search.weights.speed=1", "search.weights.speed is no setting"),
+        ("search.weights.loss=-1", "search.weights.loss is -1.0; it must be at least 0"),
+        ("search.finalists=-1", "search.finalists is -1; it must be at least 0"),
+        ("search.min_gib=1", "search.min_gib (1.00 GiB) must be at most the budget"),
+        ("search.attention_heads={values: [3]}", "attention heads to keep (3) must be a multiple of the 2 key-value heads; nearest: 2, 4"),
+        ("search.fixed.file=nowhere.json", "search.fixed.file: export_config nowhere.json cannot be read: "),
+        ("screen.top_k=0", "screen.top_k is 0; it must be at least 1"),
+        ("distill.loss.divergence=tv", "distill.loss.divergence: Invalid value 'tv', expected one of [forward_kl, reverse_kl, jsd]"),
+        ("distill.loss.beta=1", "distill.loss.beta is 1.0; it must be above 0"),
+        ("distill.loss.cross_entropy_weight=1.5", "distill.loss.cross_entropy_weight is 1.5; it must be at least 0 and at most 1"),
+        ("base.path=nowhere", "base.path is 'nowhere'; it must be the folder of a checkpoint"),
         ("search.layer_order=nowhere.json", "search.layer_order is 'nowhere.json', which cannot be read: No such file"),
     ],
 )
@@ -91,7 +106,7 @@ def test_a_runs_folder_that_cannot_be_is_refused(door, tmp_path):
 
 def test_a_budget_that_nothing_fits_says_the_smallest_size(refused):
     said = refused("budget.device_gib=0.0001")
-    assert re.search(r"budget of 0.00010+ GiB fits none .* the smallest, L8-H24-F48-M4, needs at least 0.0002\d+ GiB", said)
+    assert re.search(r"budget of 0.00010+ GiB fits none .* the smallest, L8-H24-F48-M4, needs at least 0.0002\d+ GiB; lowering search.\w+ helps most", said)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,8 @@ from minitron.checkpoints import Checkpoint, write_weights
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_CHANNEL, MAMBA_HEAD
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.scores import ImportanceScores
-from minitron.pruning.cut import TensorCut, check_tensors, cut_state, expected_shape, plan_cuts, required_names, row_of
+from minitron.pruning.cut import TensorCut, build_pruned, check_tensors, cut_state, expected_shape, plan_cuts, required_names, row_of
 from minitron.pruning.plan import PruningPlan, check_is_cut, make_plan, subsequence_layers, top, top_per_group
-from minitron.screening import build_pruned
 from minitron.stages.prune import planned_tensors
 from minitron.teachers import CONF_FOLDER
 
@@ -279,7 +278,7 @@ def test_columns_of_every_dtype_are_those_asked_for(dtype):
     assert torch.equal(cut.apply(matrix).float(), expected)
     assert torch.equal(cut.apply(matrix.t().contiguous().t()).float(), expected)  # whatever its strides
     with pytest.raises(AssertionError, match="out of range"):
-        TensorCut("source", "target", (6, 1), (None, torch.tensor([9]))).apply(matrix)
+        TensorCut("source", "target", (6, 2), (None, torch.tensor([9, 0]))).apply(matrix)
 
 
 def test_random_students_run(teacher, tiny, config_of, logits_of):

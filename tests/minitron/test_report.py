@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -16,14 +17,21 @@ from memory_budget.calculator import memory_report
 from memory_budget.parameters import count_total_parameters
 from memory_budget.workload import Workload
 from minitron.console import Console
+from minitron.laps import depth_lap, width_lap
+from minitron.pipeline import Lap
 from minitron.plots import PLOTS, draw_plots
-from minitron.report_page import page_html, page_markdown, pattern_lines, verdict
+from minitron.plots_search import non_dominated
+from minitron.report_page import page_html, page_markdown
+from minitron.report_search import candidates_table, choice_sentences, pattern_lines
+from minitron.report_verdict import verdict
 from minitron.settings import BudgetSettings, Settings, TeacherSettings, TinyTeacherSettings, WorkloadSettings
 from minitron.stages import report
 from minitron.store import Result, finish
-from minitron.summary import MOST_CURVE_POINTS, build_summary, thinned_curve
+from minitron.summary import MOST_CURVE_POINTS, SEARCH_FILES, best_first, build_summary, removed_layers, thinned_curve
 
-STAGES = ("data", "teacher", "score", "search", "prune", "distill", "evaluate")
+STAGES = ("data", "teacher", "score", "shortlist", "teacher_cache", "screen L8-F32", "screen L8-F24", "search", "prune", "distill", "evaluate")
+SECTIONS = ("data", "teacher", "score", "shortlist", "teacher_cache", "screen", "search", "prune", "distill", "evaluate")
+ONE_LAP_PLOTS = ("memory.png", "layer_importance.png", "width_importance.png", "candidates.png", "pareto.png", "distillation.png", "teacher_training.png")
 KEPT = (0, 1, 2, 3, 4, 5, 6, 8)  # of M-M*-M-*-
 FIRST_SCORES = {0: 0.2, 1: 0.01, 2: 0.03, 4: 0.02, 5: 0.04, 6: 0.005, 8: 0.006}  # attention is at its floor
 CONTRACT = {"run_name", "command", "versions", "seed", "budget", "stages", "models", "candidates", "removed_layers", "distillation"}
@@ -42,6 +50,7 @@ class Recorder(Console):
 
 WIDTH_CURVES = {"hidden": {"0": [1.0, 0.5, 0.2]}, "ffn": {"1": [1.0, 0.3, 0.0]}}
 
+
 def small_settings(folder: Path, tiny: Architecture) -> Settings:
     sizes = {field.name: getattr(tiny, field.name) for field in fields(TinyTeacherSettings)}
     made = Settings(runs_folder=str(folder / "runs"), run_name="small", teacher=TeacherSettings(tiny=TinyTeacherSettings(**sizes)))
@@ -52,37 +61,100 @@ def small_settings(folder: Path, tiny: Architecture) -> Settings:
 
 
 def finished_stages(settings: Settings, tiny: Architecture, config_of: Callable) -> dict[str, Result]:
-    """What every stage left: the facts, and the files that the report reads."""
+    """What every stage of one lap left: the facts, and the files that the report reads. FFN layers are cut to 32 or 24 neurons."""
     teacher = replace(tiny, vocab=300)
     student = replace(teacher, pattern="".join(teacher.pattern[layer] for layer in KEPT), ffn=32)
-    candidates = [_candidate("L8-F32", student, 5.1, chosen=True), _candidate("L8-F24", replace(student, ffn=24), 5.4, chosen=False)]
+    shortlist = [_candidate("L8-F32", student, KEPT, (5.1, 5.0), chosen=True), _candidate("L8-F24", replace(student, ffn=24), KEPT, (5.05, 5.2)),
+                 _candidate("L8-F16", replace(student, ffn=16), KEPT, (5.9, None))]  # fmt: skip
+    made = {name: _finished(settings, name, facts) for name, facts in _before_search().items()}
+    made |= _search(settings, shortlist, "0123456789ab") | _cut_and_trained(settings, config_of, student, [7], "0123456789ab")
+    _write(made["teacher"].folder / "checkpoint" / "config.json", json.dumps(config_of(teacher)))
+    _write_metrics(made["teacher"])
+    rounds = [{"layer": 7, "score": 0.005, "scores": FIRST_SCORES}]
+    _write_layers(made["score"], pattern=teacher.pattern, removal_order=[7], rounds=rounds)
+    return made
+
+
+def two_finished_laps(settings: Settings, tiny: Architecture, config_of: Callable) -> list[Lap]:
+    """A first lap that goes from 9 layers to 8 and not to 7, and a second that narrows the FFN layers of those 8."""
+    settings.depth_lap.enabled = True
+    wide = finished_stages(settings, tiny, config_of)
+    teacher = replace(tiny, vocab=300)
+    deep, shallow = ("".join(teacher.pattern[layer] for layer in layers) for layers in (KEPT, KEPT[:-1]))
+    depths = [_candidate("L8", replace(teacher, pattern=deep), KEPT, (5.3, 5.02), chosen=True),
+              _candidate("L7", replace(teacher, pattern=shallow), KEPT[:-1], (5.2, 5.3))]  # fmt: skip
+    shared = {name: wide[name] for name in ("data", "teacher", "score")}
+    first = shared | _search(settings, depths, "1" * 12) | _cut_and_trained(settings, config_of, replace(teacher, pattern=deep), [7], "1" * 12)
+    first.pop("evaluate")
+    student = replace(teacher, pattern=deep, ffn=32)
+    widths = [_candidate("L8-F32", student, range(8), (5.1, 5.0), chosen=True), _candidate("L8-F24", replace(student, ffn=24), range(8), (5.05, 5.2))]
+    score = _finished(settings, "score", {}, "2" * 12)
+    _write_layers(score, pattern=deep, removal_order=[], rounds=[])
+    base = _finished(settings, "base", {"path": str(first["distill"].folder / "checkpoint")})
+    second = {"data": wide["data"], "teacher": wide["teacher"], "base": base, "score": score}
+    second |= _search(settings, widths, "2" * 12) | _cut_and_trained(settings, config_of, student, [], "2" * 12)
+    return [lap_of(depth_lap(settings), first), lap_of(width_lap(settings, first["distill"]), second)]
+
+
+def lap_of(settings: Settings, results: dict[str, Result], cached: bool = False) -> Lap:
+    return Lap(settings, results, dict.fromkeys(results, cached))
+
+
+def _before_search() -> dict[str, dict]:
+    return {"data": {}, "teacher": {"path": "checkpoint", "headline": "small | teacher, pattern M-M*-M-*-"}, "score": {}}
+
+
+def _search(settings: Settings, shortlist: list[dict], key: str) -> dict[str, Result]:
+    """The shortlist, a short distillation for each that has a loss of one, and the choice."""
+    after = ("short_distill_loss", "short_distill_tokens", "tokens_per_second")
+    entries = {one["id"]: {name: value for name, value in one.items() if name not in (*after, "chosen", "on_pareto_front")} for one in shortlist}
+    made = {"shortlist": _finished(settings, "shortlist", {"entries": entries, "best_first": list(entries)}, key)}
+    made["teacher_cache"] = _finished(settings, "teacher_cache", {}, key)
+    for place, one in enumerate(shortlist):
+        if one["short_distill_loss"] is not None:
+            facts = {"id": one["id"], **{name: one[name] for name in after}}
+            made[f"screen {one['id']}"] = _finished(settings, "screen", facts, f"{place}{key[1:]}")
+    chosen = next(one for one in shortlist if one["chosen"])
+    facts = {"num_candidates": 4, "num_fitting": len(shortlist), "reason": "lowest loss", "shortlist": shortlist, "chosen": chosen}
+    made["search"] = _finished(settings, "search", facts, key)
+    for name in SEARCH_FILES:
+        _write(made["search"].folder / name, "a table\n")
+    return made
+
+
+def _cut_and_trained(settings: Settings, config_of: Callable, student: Architecture, removed: list[int], key: str) -> dict[str, Result]:
     losses = {"teacher": (5.0, 0.0), "pruned": (5.5, 0.4), "student": (5.2, 0.1)}
     models = {name: {"loss_nats_per_token": loss, "kl_to_teacher_nats_per_token": kl, "top1_agreement": 0.9, "tokens": 2040,
                      "decode_tokens_per_second": 50.0} for name, (loss, kl) in losses.items()}  # fmt: skip
     facts = {
-        "data": {},
-        "teacher": {"path": "checkpoint", "headline": "small | teacher, pattern M-M*-M-*-"},
-        "score": {},
-        "search": {"num_candidates": 4, "num_fitting": 2, "shortlist": candidates, "chosen": candidates[0]},
-        "prune": {"path": "checkpoint", "removed_layers": [7]},
+        "prune": {"path": "checkpoint", "removed_layers": removed},
         "distill": {"path": "checkpoint", "tokens": 5120, "steps": 20, "seconds": 3.0, "final_kl_nats_per_token": 0.1},
         "evaluate": {"models": models, "lost_nats_per_token": 0.5, "recovered_share": 0.6},
     }
-    made = {name: _finished(settings, name, facts[name]) for name in STAGES}
-    for name, architecture in (("teacher", teacher), ("prune", student), ("distill", student)):
-        _write(made[name].folder / "checkpoint" / "config.json", json.dumps(config_of(architecture)))
-    for name in ("teacher", "distill"):
-        steps = [{"step": step, "tokens": 256 * (step + 1), "loss": 2.0 * 0.9**step} for step in range(20)]
-        _write(made[name].folder / "metrics.jsonl", "".join(json.dumps(step) + "\n" for step in steps))
-    rounds = [{"layer": 7, "score": 0.005, "scores": FIRST_SCORES}]
-    _write(made["score"].folder / "layers.json", json.dumps({"pattern": teacher.pattern, "removal_order": [7], "rounds": rounds, "width_curves": WIDTH_CURVES}))
+    made = {name: _finished(settings, name, facts[name], key) for name in facts}
+    for name in ("prune", "distill"):
+        _write(made[name].folder / "checkpoint" / "config.json", json.dumps(config_of(student)))
+    _write_metrics(made["distill"])
     return made
 
 
-def _candidate(identifier: str, architecture: Architecture, loss: float, *, chosen: bool) -> dict:
+def _write_metrics(result: Result) -> None:
+    steps = [{"step": step, "tokens": 256 * (step + 1), "loss": 2.0 * 0.9**step} for step in range(20)]
+    _write(result.folder / "metrics.jsonl", "".join(json.dumps(step) + "\n" for step in steps))
+
+
+def _write_layers(result: Result, **layers) -> None:
+    _write(result.folder / "layers.json", json.dumps({**layers, "width_curves": WIDTH_CURVES}))
+
+
+def _candidate(identifier: str, architecture: Architecture, kept, losses: tuple[float, float | None], *, chosen: bool = False) -> dict:
+    """An entry of the table; `losses` are zero-shot and after a short distillation."""
     memory = memory_report(architecture, Workload(context_tokens=256)).as_dict()
+    zero_shot, short = losses
     return {"id": identifier, "architecture": asdict(architecture), "parameters": count_total_parameters(architecture), "memory_bytes": memory,
-            "kept_layers": list(KEPT), "zero_shot_loss": loss, "short_distill_loss": None, "tokens_per_second": None, "chosen": chosen}  # fmt: skip
+            "kept_layers": list(kept), "serving_batch": 1, "modelled_tokens_per_second": 1e9 / memory["total"], "zero_shot_loss": zero_shot,
+            "zero_shot_kl": 0.1, "short_distill_loss": short, "short_distill_tokens": None if short is None else 1024,
+            "tokens_per_second": None if short is None else 40.0, "on_pareto_front": short is not None, "chosen": chosen}  # fmt: skip
 
 
 def _finished(settings: Settings, name: str, facts: dict, key: str = "0123456789ab") -> Result:
@@ -111,15 +183,20 @@ def results(settings, tiny, config_of) -> dict[str, Result]:
 @pytest.fixture
 def summary(settings, results) -> dict:
     """The summary of the whole run, to be changed at will."""
-    return json.loads(json.dumps(build_summary(settings, results, dict.fromkeys(results, False))))
+    return json.loads(json.dumps(build_summary([lap_of(settings, results)])))
+
+
+@pytest.fixture
+def two_laps(settings, tiny, config_of) -> dict:
+    """The summary of a run of two laps, to be changed at will."""
+    return json.loads(json.dumps(build_summary(two_finished_laps(settings, tiny, config_of))))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny, config_of) -> tuple[Path, list[str]]:
     """The run folder of a whole run, not to be changed, and what was said."""
     settings, console = small_settings(tmp_path_factory.mktemp("whole"), tiny), Recorder()
-    results = finished_stages(settings, tiny, config_of)
-    report.run(settings, results, dict.fromkeys(results, False), console)
+    report.run(settings, [lap_of(settings, finished_stages(settings, tiny, config_of))], console)
     return Path(settings.runs_folder) / settings.run_name, console.said
 
 
@@ -128,8 +205,8 @@ def make_report(settings, results) -> Callable[..., tuple[Path, dict, list[str]]
     """Makes the report of the stages named (all without any): (run folder, summary, what was said)."""
 
     def make(*stages: str) -> tuple[Path, dict, list[str]]:
-        done, console = {name: results[name] for name in stages or STAGES}, Recorder()
-        report.run(settings, done, {name: name == "data" for name in done}, console)
+        console = Recorder()
+        report.run(settings, [lap_of(settings, {name: results[name] for name in stages or STAGES})], console)
         folder = Path(settings.runs_folder) / settings.run_name
         return folder, json.loads((folder / "summary.json").read_text()), console.said
 
@@ -145,28 +222,29 @@ def test_the_summary_has_every_key_of_the_contract(summary):
 
 def test_a_whole_run_leaves_every_file(whole):
     folder, said = whole
-    pages = {"summary.json", "report.md", "report.html", "metrics.jsonl"}
-    assert {path.name for path in folder.iterdir()} == pages | set(PLOTS) | {"teacher", "pruned", "student"}
+    pages = {"summary.json", "report.md", "report.html", "metrics.jsonl", *SEARCH_FILES}
+    assert {path.name for path in folder.iterdir()} == pages | set(ONE_LAP_PLOTS) | {"teacher", "pruned", "student"}
     assert said == []
 
 
 def test_the_page_is_made_of_summary_json_alone(whole):
     folder, _ = whole
     summary = json.loads((folder / "summary.json").read_text())
-    assert page_markdown(summary, list(PLOTS)) == (folder / "report.md").read_text()
+    assert page_markdown(summary, ONE_LAP_PLOTS) == (folder / "report.md").read_text()
 
 
-@pytest.mark.parametrize("last", range(2, len(STAGES)))
+@pytest.mark.parametrize("last", [2, 3, 4, 7, 8, 9, 10])  # after every stage that adds a plot or a choice
 def test_a_run_cut_short_has_a_page_of_what_is_done(make_report, last):
     folder, summary, _ = make_report(*STAGES[:last])
     page = (folder / "report.md").read_text()
-    assert [name for name in STAGES if f"\n## {name}\n" in page] == list(STAGES[:last])
+    started = {name.split(" ")[0] for name in STAGES[:last]}
+    assert re.findall("\n## (\\w+)\n", page) == [name for name in SECTIONS if name in started]
     assert ("metrics.jsonl" in {path.name for path in folder.iterdir()}) == ("distill" in summary["stages"])
 
 
 def test_a_search_from_config_json_alone_has_a_page(make_report, results):
     for candidate in results["search"].facts["shortlist"]:
-        candidate["zero_shot_loss"] = None
+        candidate.update(zero_shot_loss=None, zero_shot_kl=None, short_distill_loss=None, tokens_per_second=None)
     folder, summary, _ = make_report("search")
     page = (folder / "report.md").read_text()
     assert summary["models"]["teacher"]["path"] is None
@@ -209,13 +287,103 @@ def test_a_link_that_cannot_be_made_is_said_and_the_report_still_written(make_re
 
 
 def test_metrics_are_the_distillations_own(results, tmp_path):
-    report.copy_metrics(tmp_path, results["distill"])
+    report.copy_tables(tmp_path, results)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (results["distill"].folder / "metrics.jsonl").read_bytes()
 
 
 def test_layers_at_their_floor_have_no_importance(summary):
     assert summary["importance"]["first_round_scores"] == [FIRST_SCORES.get(layer) for layer in range(9)]
     assert summary["importance"]["removal_order"] == [7] and summary["importance"]["removal_scores"] == [0.005]
+
+
+def test_the_table_has_the_lowest_loss_of_the_highest_rung_first(summary):
+    rows = [line.split(" | ") for line in candidates_table(summary["candidates"]).splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| 1. **L8-F32**", "| 2. L8-F24", "| 3. L8-F16"]  # by zero-shot loss L8-F24 would lead
+    assert [row[1] for row in rows] == ["5.000", "5.200", "–"]
+    assert [row[-1] for row in rows] == ["**chosen**, front |", "front |", " |"]
+
+
+def test_a_diverged_candidate_stays_in_the_table_with_its_note(summary):
+    summary["candidates"][1].update(short_distill_loss=None, tokens_per_second=None, on_pareto_front=False, note="its short distillation diverged")
+    assert re.search(r"3?\. L8-F24 .*its short distillation diverged \|", candidates_table(summary["candidates"]))
+    page = page_markdown(summary, [])
+    assert "| L8-F24 | diverged |" in page and "| L8-F32 | 5.000 |" in page
+
+
+def test_the_choice_is_told_with_its_rivals(summary):
+    first, rival, zero_shot = choice_sentences(summary)
+    assert first == "**L8-F32** was chosen of 4 architectures (3 fit, 3 came on the shortlist, 2 of them were distilled briefly): lowest loss."
+    assert "L8-F24, is 0.200 nats/token higher" in rival and zero_shot == "By zero-shot loss alone L8-F24 was first."
+    summary["candidates"][1]["zero_shot_loss"] = 5.2
+    assert choice_sentences(summary)[2] == "It was first by zero-shot loss too."
+
+
+def test_before_the_search_the_table_has_what_is_measured_and_nobody_is_chosen(settings, results):
+    summary = build_summary([lap_of(settings, {name: results[name] for name in STAGES[: STAGES.index("screen L8-F24")]})])
+    losses = {one["id"]: one["short_distill_loss"] for one in summary["candidates"]}
+    assert losses == {"L8-F32": 5.0, "L8-F24": None, "L8-F16": None} and not any(one["chosen"] for one in summary["candidates"])
+    assert "| 1. L8-F32 | 5.000 |" in page_markdown(summary, [])
+    assert removed_layers(summary) == []
+
+
+def test_two_laps_have_a_section_each_and_shared_stages_one(two_laps):
+    page = page_markdown(two_laps, list(PLOTS))
+    assert re.findall("\n## (.+)\n", page) == ["data", "teacher", "First lap: depth", "Second lap: widths", "Where and how"]
+    laps = page[page.index("## First lap") :].split("## Second lap")
+    after_score = ["shortlist", "teacher_cache", "screen", "search", "prune", "distill"]
+    assert re.findall("\n### (\\w+)\n", laps[0]) == ["score", *after_score]
+    assert re.findall("\n### (\\w+)\n", laps[1]) == ["base", "score", *after_score, "evaluate"]
+    assert "| L7 | 5.300 |" in laps[0] and "L8-F24" not in laps[0] and "| L8-F24 | 5.200 |" in laps[1] and "L7" not in laps[1]
+
+
+def test_every_plot_of_two_laps_says_of_which_it_is(two_laps):
+    page = page_markdown(two_laps, list(PLOTS))
+    captions = {name: caption for caption, name in re.findall(r"!\[(.*)\]\((.*)\)", page)}
+    first, second = ("depth_lap.png", "layer_importance.png"), ("width_importance.png", "candidates.png", "pareto.png", "distillation.png")
+    assert set(captions) == set(PLOTS)
+    assert all(captions[name].startswith("First lap: ") for name in first) and all(captions[name].startswith("Second lap: ") for name in second)
+    assert not captions["memory.png"].startswith(("First", "Second"))
+
+
+def test_layers_removed_in_the_first_lap_are_the_teachers_while_the_second_is_under_way(two_laps):
+    del two_laps["models"]["pruned"], two_laps["models"]["student"]
+    assert removed_layers(two_laps) == [7]  # the second lap's candidates keep layers 0 to 7, of the first lap's student
+    assert "student  M-M*-M- -" in pattern_lines(two_laps)
+
+
+def test_the_architecture_of_two_laps_is_held_against_the_real_teacher(two_laps):
+    page = page_markdown(two_laps, [])
+    assert "| layers | 9 | 8 | −11.1 % |" in page and "| FFN neurons | 48 | 32 | −33.3 % |" in page
+
+
+def test_a_first_lap_alone_is_not_judged_as_the_whole_run(settings, tiny, config_of):
+    laps = two_finished_laps(settings, tiny, config_of)
+    text = verdict(build_summary(laps[:1]))
+    assert "Only the first lap, depth, is under way" in text and "not distilled yet" not in text
+    assert "Only the first lap" not in verdict(build_summary(laps))
+
+
+def test_a_second_lap_that_has_not_begun_says_so(two_laps):
+    assert "Nothing of it is done yet" not in page_markdown(two_laps, [])
+    two_laps["stages"] = {name: two_laps["stages"][name] for name in ("data", "teacher")}
+    assert "## Second lap: widths\n\nNothing of it is done yet." in page_markdown(two_laps, [])
+
+
+def test_layers_of_a_given_base_are_called_the_bases(summary):
+    summary["base"] = {"architecture": {"pattern": "M-M*-M-*"}}
+    summary["removed_layers"] = [6]
+    assert "base     M-M*-M-*" in pattern_lines(summary) and "teacher" not in pattern_lines(summary)
+
+
+def test_unmeasured_candidates_come_last():
+    zero, short, none = ({"id": name, "zero_shot_loss": a, "short_distill_loss": b} for name, a, b in (("z", 1.0, None), ("s", 9.0, 8.0), ("n", None, None)))
+    assert [one["id"] for one in best_first([none, zero, short])] == ["s", "z", "n"]
+
+
+def test_the_front_of_speed_and_loss_is_what_nothing_beats():
+    points = [(10.0, 5.0), (20.0, 5.5), (15.0, 5.6), (20.0, 5.7), (5.0, 4.9), (10.0, 5.0)]
+    beaten = [a for a in points if any(b != a and b[0] >= a[0] and b[1] <= a[1] for b in points)]
+    assert sorted(non_dominated(points)) == sorted(set(points) - set(beaten))
 
 
 @pytest.mark.parametrize("length", [0, 1, 199, 200, 201, 401, 5000])
@@ -278,21 +446,40 @@ def test_names_and_headlines_are_text_and_no_markup(summary):
 
 def test_the_html_page_has_tables_and_images_beside_it(whole):
     page = (whole[0] / "report.html").read_text()
-    assert page.count("<table>") == 4 and all(f'<img src="{name}"' in page for name in PLOTS)
+    assert page.count("<table>") == 5 and all(f'<img src="{name}"' in page for name in ONE_LAP_PLOTS)
 
 
 def test_a_plot_is_drawn_again_only_when_its_data_changed(summary, tmp_path):
     draw_plots(summary, tmp_path)
-    before, drawn = {name: (tmp_path / name).stat().st_ino for name in PLOTS}, (tmp_path / "memory.png").read_bytes()
+    before, drawn = {name: (tmp_path / name).stat().st_ino for name in ONE_LAP_PLOTS}, (tmp_path / "memory.png").read_bytes()
     draw_plots(summary, tmp_path)
-    assert {name: (tmp_path / name).stat().st_ino for name in PLOTS} == before
+    assert {name: (tmp_path / name).stat().st_ino for name in ONE_LAP_PLOTS} == before
     summary["budget"]["bytes"] += 10_000
     draw_plots(summary, tmp_path)
     assert (tmp_path / "memory.png").read_bytes() != drawn
 
 
+def test_a_plot_of_the_first_lap_is_drawn_again_when_its_losses_change(two_laps, tmp_path, monkeypatch):
+    monkeypatch.setattr("minitron.plots.PLOTS", {"depth_lap.png": PLOTS["depth_lap.png"]})
+    draw_plots(two_laps, tmp_path)
+    drawn = (tmp_path / "depth_lap.png").read_bytes()
+    two_laps["depth_lap"]["stages"]["score"]["cached"] = True
+    draw_plots(two_laps, tmp_path)
+    assert (tmp_path / "depth_lap.png").read_bytes() == drawn
+    two_laps["depth_lap"]["candidates"][1]["short_distill_loss"] = 5.1
+    draw_plots(two_laps, tmp_path)
+    assert (tmp_path / "depth_lap.png").read_bytes() != drawn
+
+
+def test_candidates_without_a_modelled_speed_have_no_pareto_plot(summary):
+    assert PLOTS["pareto.png"](summary) is not None
+    for candidate in summary["candidates"]:
+        candidate["modelled_tokens_per_second"] = None
+    assert PLOTS["pareto.png"](summary) is None
+
+
 def test_every_plot_is_a_png_of_readme_width(whole):
-    for name in PLOTS:
+    for name in ONE_LAP_PLOTS:
         data = (whole[0] / name).read_bytes()
         assert data.startswith(b"\x89PNG\r\n") and int.from_bytes(data[16:20], "big") == 960
 

@@ -27,7 +27,7 @@ def interrupted(walk, start, door, tmp_path_factory):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     stage = next((runs / "store" / "teacher").glob("*/"))
-    state = {"done": (stage / "done.json").exists(), "saved": (stage / "state.pt").exists()}
+    state = {"done": (stage / "done.json").exists(), "saved": any(stage.glob("states/step-*/state.json"))}
     lines = metrics_of(runs)
     again = door(folder, f"runs_folder={runs}", *walk.settings[1:], "stage=teacher")
     return stage, process.returncode, stderr, state, lines, again
@@ -62,4 +62,4 @@ def test_other_training_gives_other_weights(interrupted, walk):
 
 
 def test_the_saved_state_goes_once_the_stage_is_done(interrupted):
-    assert not (interrupted[0] / "state.pt").exists() and (interrupted[0] / "done.json").exists()
+    assert not (interrupted[0] / "states").exists() and (interrupted[0] / "done.json").exists()

@@ -15,8 +15,9 @@ from minitron.families.nemotron_h import FAMILY
 from minitron.importance.activations import measure_width
 from minitron.importance.placement import WholeModel
 from minitron.importance.scores import aggregate
+from minitron.pruning.cut import build_pruned
 from minitron.pruning.plan import make_plan
-from minitron.screening import Screen, build_pruned, retained_importance
+from minitron.screening import retained_importance
 from minitron.stages.prune import planned_tensors
 from nas.candidates import enumerate_candidates
 from nas.space import SearchSpace
@@ -68,12 +69,6 @@ def test_cutting_in_memory_leaves_the_teacher_as_it_was(teacher, build_model, pr
 def test_a_model_cut_in_memory_is_ready_to_be_measured(pruned):
     assert not pruned.training and not any(parameter.is_meta for parameter in (*pruned.parameters(), *pruned.buffers()))
     assert all(block.mixer.time_step_limit == (0.0, float("inf")) for block in pruned.model.layers if hasattr(block.mixer, "A_log"))
-
-
-def test_screening_gives_the_held_out_loss_of_the_candidate(pruned, teacher, tiny, student, scores, batches, config_of):
-    screen = Screen(FAMILY, teacher, config_of(tiny), tiny, scores, batches)
-    assert screen.zero_shot_loss(student, KEPT_LAYERS) == held_out_loss(pruned, batches)
-    assert screen.zero_shot_loss(tiny, tuple(range(9))) == held_out_loss(teacher, batches) != held_out_loss(pruned, batches)
 
 
 # Evaluation.

@@ -3,22 +3,20 @@
 import pytest
 
 from memory_budget.architecture import Architecture
-from minitron.pipeline import axis_of
+from minitron.derived import axis_of
+from minitron.search_settings import AxisSettings, FixedSettings, SearchSettings
+from minitron.setting_rules import key_settings
 from minitron.settings import (
-    AxisSettings,
     DataSettings,
     DistillSettings,
     EvaluateSettings,
-    FixedSettings,
     Optimizer,
     PruneSettings,
     ScoringSettings,
-    SearchSettings,
     Settings,
     Stage,
     TeacherSettings,
     TrainSettings,
-    key_settings,
 )
 
 

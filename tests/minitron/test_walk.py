@@ -16,11 +16,11 @@ from memory_budget.workload import Workload
 from minitron.checkpoints import Checkpoint
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.scores import load_scores
+from minitron.pruning.cut import build_pruned
 from minitron.pruning.plan import make_plan
-from minitron.screening import build_pruned
 
 MODELS = ("teacher", "pruned", "student")
-STAGES = ("data", "teacher", "score", "search", "prune", "distill", "evaluate")
+STAGES = ("data", "teacher", "score", "shortlist", "teacher_cache", "screen", "screen", "search", "prune", "distill", "evaluate")  # two finalists
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ EVALUATION = keys("loss_nats_per_token kl_to_teacher_nats_per_token top1_agreeme
 CONTRACT = {
     **keys("run_name command versions seed removed_layers"),
     "budget": {**keys("name bytes"), "workload": keys("context_tokens batch weights_dtype kv_dtype ssm_dtype")},
-    "stages": dict.fromkeys(STAGES, keys("key path seconds cached peak_rss_bytes")),
+    "stages": dict.fromkeys([stage for stage in STAGES if stage != "screen"], keys("key path seconds cached peak_rss_bytes")),
     "models": dict.fromkeys(MODELS, {**keys("path parameters architecture fits"), "memory_bytes": MEMORY, "evaluation": EVALUATION}),
     "distillation": keys("tokens steps seconds final_kl_nats_per_token"),
 }
@@ -186,12 +186,12 @@ def test_distillation_moved_the_weights_and_lowered_the_kl(walk, summary):
 
 
 def test_nothing_but_finished_results_is_left_in_the_store(walk):
-    assert not list(walk.runs.rglob("*.partial")) and not list(walk.runs.rglob("state.pt"))
+    assert not list(walk.runs.rglob("*.partial")) and not list(walk.runs.rglob("states"))
 
 
 def test_every_stage_says_one_headline(walk):
     lines = walk.finished.stdout.splitlines()
-    assert [sum(line.split()[:1] == [stage] for line in lines) for stage in (*STAGES, "report")] == [1] * 8
+    assert [sum(line.split()[:1] == [stage] for line in lines) for stage in (*STAGES, "report")] == [1] * 5 + [2, 2] + [1] * 5
 
 
 def test_a_second_run_does_no_stage_again(walk, summary, run_process, done_folders, tmp_path):
@@ -214,8 +214,18 @@ def test_a_setting_of_how_reuses_what_is_done(walk, store_copy, door, done_folde
 def test_a_setting_of_what_gives_a_new_folder_from_its_stage_on(walk, store_copy, door, done_folders, tmp_path):
     before = done_folders(store_copy)
     finished = door(tmp_path, *at(store_copy, walk, "distill.temperature=2.0"))
-    assert finished.returncode == 0 and finished.stdout.count("(already done)") == 5
+    assert finished.returncode == 0 and finished.stdout.count("(already done)") == len(STAGES) - 2
     assert sorted(folder.parent.name for folder in done_folders(store_copy) - before) == ["distill", "evaluate"]
+
+
+def test_a_loss_that_is_no_kl_is_not_reported_as_one(walk, store_copy, door, tmp_path):
+    finished = door(tmp_path, *at(store_copy, walk, "distill.loss={divergence: jsd, cross_entropy_weight: 0.25}", "run_name=jsd"))
+    assert finished.returncode == 0 and "loss" in next(line for line in finished.stdout.splitlines() if line.lstrip().startswith("distill "))
+    summary = summary_of(store_copy, "jsd")
+    assert summary["distillation"]["final_kl_nats_per_token"] is None and "distillation" not in summary["curves"]
+    assert walk.summary["distillation"]["final_kl_nats_per_token"] > 0 and "distillation" in walk.summary["curves"]
+    card = (Path(summary["models"]["student"]["path"]) / "README.md").read_text()
+    assert "by JSD(0.5) on logits, mixed with 25% cross-entropy, for" in card and "loss at the end" in card
 
 
 def test_stage_prune_stops_at_prune(walk, store_copy, door, tmp_path):

@@ -54,11 +54,22 @@ def test_a_space_of_possible_students_is_taken():
     assert SPACE.size == 16
 
 
+def test_channels_may_be_any_number_and_attention_heads_go_by_key_value_heads():
+    space = replace(SPACE, mamba_head_dim=(1, 3, 4), num_attention_heads=(2, 4))
+    check_space(space, TEACHER)
+    assert space.size == 16 * 6
+
+
+def test_an_axis_left_open_has_the_teachers_value_alone():
+    assert SPACE.widths(TEACHER) == {"hidden": (24, 32), "ffn": (32, 48), "mamba_num_heads": (4, 8), "mamba_head_dim": (4,), "num_attention_heads": (4,)}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"mamba_num_heads": (4, 6)}, r"mamba heads to keep \(6\) must be a multiple of the 4 groups; nearest: 4, 8"),
-        ({"mamba_num_heads": (2, 8)}, r"mamba heads to keep \(2\) must be a multiple of the 4 groups; nearest: 4, 4"),
+        ({"mamba_num_heads": (2, 8)}, r"mamba heads to keep \(2\) must be a multiple of the 4 groups; nearest: 4$"),
+        ({"num_attention_heads": (3, 4)}, r"attention heads to keep \(3\) must be a multiple of the 2 key-value heads; nearest: 2, 4"),
         ({"floors": {"*": 3}}, "search.floors keeps 3 layers of kind '\\*'; the teacher has 2"),
         ({"num_layers": (4, 9), "floors": {"*": 2, "M": 3}}, "search.layers has the option 4; the floors per kind of layer keep at least 5"),
     ],

@@ -1,0 +1,144 @@
+"""Saved states: a folder `step-<steps done>` each, written beside its place and renamed into it, so never half made.
+
+A state holds whole tensors by name (tensors.safetensors) and what it is (state.json), whatever engine and number of processes
+made it. Tensors are written one at a time. The safetensors format (header length, JSON header, raw bytes) is
+written directly because the library's writer needs all of them in memory at once.
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import safe_open
+
+from distill.engine import Engine, Entry
+
+STATES_FOLDER, TENSORS_FILE, FACTS_FILE = "states", "tensors.safetensors", "state.json"
+BEST = "best"  # the weights with the lowest held-out loss
+CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A saved state on disk; `facts` is its state.json."""
+
+    folder: Path
+    facts: Mapping[str, Any]
+
+
+def newest_state(folder: Path) -> State | None:
+    """The state of the most steps in a run's folder, None where there is none."""
+    names = sorted((folder / STATES_FOLDER).glob("step-*[0-9]"))
+    return _read(names[-1]) if names else None
+
+
+def best_state(folder: Path) -> State | None:
+    """The weights with the lowest held-out loss, None where none was measured."""
+    path = folder / STATES_FOLDER / BEST
+    return _read(path) if path.exists() else None
+
+
+def _read(path: Path) -> State:
+    return State(path, json.loads((path / FACTS_FILE).read_text()))
+
+
+def save_state(folder: Path, engine: Engine, entries: Sequence[Entry], facts: Mapping[str, Any], *, name: str, keep: int | None = None) -> None:
+    """Save entries of the engine as `folder`/states/`name`; only the newest `keep` steps' states stay, None deletes none.
+
+    All processes call it, the first one writes. Raises ValueError in all of them where the disk refuses; what was saved before stays.
+    """
+    place = folder / STATES_FOLDER / name
+    partial = place.with_name(f"{name}.partial")
+    disk = _Disk(at_work=engine.launch.rank == 0)
+    disk.attempt(lambda: shutil.rmtree(partial, ignore_errors=True))
+    disk.attempt(lambda: partial.mkdir(parents=True))
+    file = disk.attempt(lambda: (partial / TENSORS_FILE).open("wb"))
+    disk.attempt(lambda: file.write(_header(entries)))
+    for entry in entries:
+        whole = entry.whole()
+        assert tuple(whole.shape) == entry.shape and whole.dtype == entry.dtype, f"{entry.name} is not as announced"
+        disk.attempt(lambda whole=whole: file.write(whole.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    disk.attempt(lambda: _close(file))
+    disk.attempt(lambda: _write_facts(partial / FACTS_FILE, facts))
+    disk.attempt(lambda: shutil.rmtree(place, ignore_errors=True))  # of an earlier sitting, which this one has overtaken
+    disk.attempt(lambda: partial.rename(place))
+    disk.attempt(lambda: _remove_old(folder / STATES_FOLDER, keep))
+    if engine.sum([float(disk.error is not None)])[0]:
+        shutil.rmtree(partial, ignore_errors=True)
+        before = newest_state(folder)
+        kept = f"the state {before.folder} is as it was" if before else "none was saved before"
+        raise ValueError(f"the state cannot be saved as {place} ({disk.error.strerror if disk.error else 'the first process says why'}); {kept}")
+
+
+class _Disk:
+    """Writes in the first process alone, and nothing more after an error, while all go on gathering: none waits for another for ever."""
+
+    def __init__(self, *, at_work: bool):
+        self.at_work, self.error = at_work, None
+
+    def attempt(self, action: Callable[[], Any]) -> Any:
+        if not self.at_work or self.error:
+            return None
+        try:
+            return action()
+        except OSError as error:
+            self.error = error
+            return None
+
+
+def _close(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def _header(entries: Sequence[Entry]) -> bytes:
+    header, offset = {}, 0
+    for entry in entries:
+        size = torch.Size(entry.shape).numel() * entry.dtype.itemsize
+        header[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _write_facts(path: Path, facts: Mapping[str, Any]) -> None:
+    file = path.open("wb")
+    file.write(json.dumps(facts, indent=2).encode())
+    _close(file)
+
+
+def _remove_old(states: Path, keep: int | None) -> None:
+    for path in states.glob("step-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in sorted(states.glob("step-*[0-9]"))[:-keep] if keep else []:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def restore_state(state: State, engine: Engine) -> None:
+    """Put a saved state into an engine."""
+    with safe_open(state.folder / TENSORS_FILE, framework="pt") as file:
+        engine.restore(dict.fromkeys(file.keys()), file.get_tensor)
+
+
+def remove_states(folder: Path) -> None:
+    """Delete what a finished run needs no more: all states but the best weights."""
+    for path in (folder / STATES_FOLDER).glob("step-*"):
+        shutil.rmtree(path)
+    if (folder / STATES_FOLDER).exists() and not any((folder / STATES_FOLDER).iterdir()):
+        (folder / STATES_FOLDER).rmdir()
+
+
+@torch.no_grad()
+def load_weights(state: State, model: torch.nn.Module) -> None:
+    """Copy a saved state's weights into a whole model."""
+    with safe_open(state.folder / TENSORS_FILE, framework="pt") as file:
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(file.get_tensor(f"model.{name}"))

@@ -1,0 +1,185 @@
+"""DeepSpeed's ZeRO-2 and ZeRO-3 as engines. AdamW only: ZeRO flattens parameters into vectors, Muon needs matrices.
+
+DeepSpeed keeps float32 weights and AdamW's two moments in flat slices. They are read and set through its own
+`safe_get…`/`safe_set…` functions, one parameter at a time.
+"""
+
+import io
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from distill.engine import Caller, Engine, Entry
+from distill.optimizers import build_optimizers
+from distill.plan import TrainPlan
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@cache
+def load_deepspeed() -> ModuleType:
+    """DeepSpeed, started and without its chatter. On CPU its first start on a machine compiles for a minute.
+
+    Raises ValueError where it is not installed.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # it calls functions that torch has renamed
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(f"accelerate's distributed_type is DEEPSPEED, but deepspeed cannot be imported ({error}); pip install deepspeed") from None
+    with redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(verbose=False)
+    return deepspeed
+
+
+class Zero(Engine):
+    """Gradients and optimiser in slices (stage 2), weights too (stage 3)."""
+
+    def _wrap(self, caller: Caller) -> nn.Module:
+        if self.plan.optimizer != "adamw":
+            raise ValueError(f"train.optimizer is {self.plan.optimizer}; under DeepSpeed it must be adamw")
+        (optimizer,) = build_optimizers(caller.model, self.plan)
+        self.deepspeed, *_ = load_deepspeed().initialize(model=caller, optimizer=optimizer, config=_config(self.launch.engine, self.plan))
+        if self.launch.is_sharded:
+            _keep_output_matrix(caller)
+        self.zero = self.deepspeed.optimizer
+        self.optimizers = [self.zero.optimizer]
+        return self.deepspeed
+
+    def measure(self, function: Callable[..., Any], rows_BT: torch.Tensor) -> Any:
+        return self.wrapped(function, rows_BT.to(self.device))  # its own config says the precision
+
+    @contextmanager
+    def micro_step(self, *, last: bool) -> Iterator[None]:
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        yield
+        if not last:
+            self.deepspeed.step()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.deepspeed.backward(loss * self.launch.world_size, scale_wrt_gas=False)
+
+    def update(self, rate: float) -> float:
+        """As every engine's, but DeepSpeed tells the norm afterwards: where that is not finite, the weights are spoilt."""
+        for group in self.zero.param_groups:
+            group["lr"] = rate
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm())
+
+    def drop_gradients(self) -> None:
+        self.deepspeed.zero_grad()
+        self.zero.zero_grad()
+
+    def start_phase(self, plan: TrainPlan) -> None:
+        self.plan = plan
+        for state in self.zero.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
+    def weights(self) -> list[Entry]:
+        stored, utils = set(self.model.state_dict()), load_deepspeed().utils
+        buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in stored}
+        return [
+            Entry(f"model.{name}", _shape(parameter), torch.float32, lambda parameter=parameter: utils.safe_get_full_fp32_param(parameter).cpu())
+            for name, parameter in self.parameters.items()
+        ] + [Entry(f"model.{name}", tuple(buffer.shape), buffer.dtype, lambda buffer=buffer: buffer.cpu()) for name, buffer in buffers.items()]
+
+    def optimizer_state(self) -> list[Entry]:
+        if not self.zero.optimizer.state:
+            return []
+        self._link_moments()
+        steps = torch.tensor(float(next(iter(self.zero.optimizer.state.values()))["step"]))
+        entries, utils = [], load_deepspeed().utils
+        for name, parameter in self.parameters.items():
+            entries.append(Entry(f"optimizer.{name}.step", (), torch.float32, lambda: steps))
+            for key in MOMENTS:
+                gather = lambda parameter=parameter, key=key: utils.safe_get_full_optimizer_state(parameter, key).cpu()  # noqa: E731
+                entries.append(Entry(f"optimizer.{name}.{key}", _shape(parameter), torch.float32, gather))
+        return entries
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Any], read: Callable[[str], torch.Tensor]) -> None:
+        name = next(iter(self.parameters))
+        self._make_moments(read(f"optimizer.{name}.step") if f"optimizer.{name}.step" in tensors else torch.tensor(0.0))
+        for name, parameter in self.parameters.items():
+            whole = read(f"model.{name}").float()
+            self._set(parameter, whole, None)
+            with load_deepspeed().zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
+                if parameter.numel():
+                    parameter.data.copy_(whole)
+            for key in MOMENTS:
+                if f"optimizer.{name}.{key}" in tensors:
+                    self._set(parameter, read(f"optimizer.{name}.{key}"), key)
+        for name, buffer in self.model.named_buffers():
+            if f"model.{name}" in tensors:
+                buffer.copy_(read(f"model.{name}"))
+
+    def _make_moments(self, steps: torch.Tensor) -> None:
+        """AdamW's state as its first step would make it, which DeepSpeed has not taken yet."""
+        flats = self.zero.fp32_partitioned_groups_flat if self.launch.is_sharded else self.zero.single_partition_of_fp32_groups
+        fused = self.zero.optimizer.defaults.get("fused")
+        for flat in flats:
+            step = steps.clone().to(flat.device if fused else "cpu")
+            self.zero.optimizer.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Lets `safe_…_optimizer_state` see the moments; DeepSpeed does so once, which can be before they are there."""
+        if not self.launch.is_sharded:
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    def _set(self, parameter: nn.Parameter, whole: torch.Tensor, key: str | None) -> None:
+        """Set a parameter's float32 weights, or with a key that moment, to a whole tensor."""
+        whole, utils = whole.to(self.device), load_deepspeed().utils
+        if self.launch.is_sharded:
+            # DeepSpeed's own setter of a whole tensor fails where the number of processes does not divide its length.
+            length = parameter.ds_tensor.numel()
+            padded = F.pad(whole.flatten(), (0, length * self.launch.world_size - whole.numel()))
+            whole = padded[length * self.launch.rank : length * (self.launch.rank + 1)]
+        part = "local" if self.launch.is_sharded else "full"
+        if key is None:
+            getattr(utils, f"safe_set_{part}_fp32_param")(parameter, whole)
+        else:
+            getattr(utils, f"safe_set_{part}_optimizer_state")(parameter, whole, key)
+
+
+def place_in_slices(caller: Caller) -> nn.Module:
+    """A frozen model under ZeRO-3: a layer is whole only while it runs."""
+    bf16 = next(caller.parameters()).dtype == torch.bfloat16
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": bf16}, "steps_per_print": 2**31}
+    placed, *_ = load_deepspeed().initialize(model=caller, config=config)
+    _keep_output_matrix(caller)
+    return placed
+
+
+def _keep_output_matrix(caller: Caller) -> None:
+    """Have the output matrix whole throughout the caller's forward and backward: losses use it without its module."""
+    load_deepspeed().zero.register_external_parameter(caller, caller.model.get_output_embeddings().weight)
+
+
+def _config(engine: str, plan: TrainPlan) -> dict:
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # rows are shared out by the trainer, which marks the boundaries of accumulation itself
+        "gradient_clipping": plan.clip_norm,
+        "zero_optimization": {"stage": int(engine[-1]), "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": plan.precision == "bf16"},
+        "steps_per_print": 2**31,
+    }
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,0 +1,182 @@
+"""Candidates as prefix views of a teacher whose units were sorted once: no weight is copied per candidate.
+
+Sorting changes no logit. Hidden channels and FFN neurons go by descending score, Mamba and attention heads by descending
+score inside their group. A candidate is then a prefix of every axis, and of the layers some. Tensors that *read* a grouped
+axis (`out_proj`, `o_proj`) keep their columns with a group's best heads side by side (rank first, then group), so that
+they too are cut to a prefix; the activation is brought into that order on its way in. Tensors that *write* one
+(Mamba's fused in-projection, its convolution, `q_proj`) must be group by group; where heads are cut they are copied,
+once for every number of heads.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from memory_budget.architecture import Architecture
+from memory_budget.parameters import count_total_parameters
+from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_CHANNEL, MAMBA_HEAD, Family
+from minitron.importance.scores import ImportanceScores
+from minitron.pruning.cut import TensorCut, is_run, plan_cuts, row_of
+from minitron.pruning.plan import Indices, PruningPlan, top, top_per_group
+
+GROUPED = (MAMBA_HEAD, ATTENTION_HEAD)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A candidate as a model. `copied_bytes` are of tensors that are no views, Mamba's in-projection and convolution
+    aside: theirs are `mamba_copied_bytes`. `digest` names what the model is made of."""
+
+    model: nn.Module
+    copied_bytes: int
+    mamba_copied_bytes: int
+    digest: str
+
+
+class SortedTeacher:
+    """A teacher with its units in order of importance; `model` gives the same logits as before."""
+
+    def __init__(self, family: Family, model: nn.Module, config: dict, architecture: Architecture, scores: ImportanceScores, head_dim: int | None = None):
+        """Sorts the model's weights in place, one tensor at a time. `head_dim` is how many channels of a Mamba head
+        candidates keep (None: all), since the ranking of the heads goes by the channels that stay."""
+        self.family, self.config, self.architecture = family, config, architecture
+        everything = tuple(range(architecture.num_layers))
+        orders = _orders(architecture, scores, head_dim or architecture.mamba_head_dim)
+        plan = PruningPlan(architecture, architecture, everything, orders)
+        self.state = {family.canonical_name(name): parameter for name, parameter in model.state_dict().items()}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
+        for cut in self._cuts(plan):
+            self.state[cut.target].copy_(cut.apply(self.state[cut.source]))
+        self._regroup_inputs(model, architecture, everything)
+        self._storages = {tensor.untyped_storage().data_ptr() for tensor in self.state.values()}
+        self._copies: dict[tuple, torch.Tensor] = {}
+        self.model = model.eval()
+
+    def view(self, student: Architecture, kept_layers: Indices) -> View:
+        """The candidate of these sizes and layers. Raises RuntimeError where its parameters are not the planned number."""
+        teacher = self.architecture
+        units: dict[str, dict[int, Indices]] = {HIDDEN: {-1: _prefix(student.hidden)}}
+        for axis, number, groups in ((FFN, student.ffn, 1), (MAMBA_CHANNEL, student.mamba_head_dim, 1),
+                                     (MAMBA_HEAD, student.mamba_num_heads, teacher.mamba_num_groups),
+                                     (ATTENTION_HEAD, student.num_attention_heads, teacher.num_key_value_heads)):  # fmt: skip
+            size = {FFN: teacher.ffn, MAMBA_CHANNEL: teacher.mamba_head_dim, MAMBA_HEAD: teacher.mamba_num_heads}.get(axis, teacher.num_attention_heads)
+            if number < size:
+                kept = _prefix(number) if groups == 1 else top_per_group(-np.arange(size), groups, number)
+                units[axis] = dict.fromkeys(range(teacher.num_layers), kept)
+        tensors = {cut.target: self._cut(cut) for cut in self._cuts(PruningPlan(teacher, student, kept_layers, units))}
+        model = _empty_model(self.family, self.family.hf_config(self.config, student))
+        names = {self.family.canonical_name(name): name for name in model.state_dict()}
+        model.load_state_dict({names[name]: tensor for name, tensor in tensors.items()}, assign=True)
+        self._regroup_inputs(model, student, kept_layers)
+        self._check(tensors, student)
+        copied = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items() if tensor.untyped_storage().data_ptr() not in self._storages}
+        mamba = sum(size for name, size in copied.items() if _is_fused_mamba(name))
+        return View(model.eval(), sum(copied.values()) - mamba, mamba, _digest(tensors))
+
+    def _cuts(self, plan: PruningPlan) -> list[TensorCut]:
+        """The plan's cuts, those of columns that read a grouped axis in the order of the columns: rank first, then group."""
+        columns = replace(plan, units={axis: {layer: self._by_rank(axis, kept) for layer, kept in layers.items()} if axis in GROUPED else layers
+                                       for axis, layers in plan.units.items()})  # fmt: skip
+        by_group, by_rank = (plan_cuts(self.family, one, self._shapes) for one in (plan, columns))
+        return [
+            replace(cut, keep=(cut.keep[0], ranked.keep[1])) if self._reads_groups(cut.source) else cut
+            for cut, ranked in zip(by_group, by_rank, strict=True)
+        ]
+
+    def _by_rank(self, axis: str, kept: Indices) -> Indices:
+        """Kept heads, given group by group, as columns: the sorted teacher's own order, or for a candidate a prefix."""
+        groups = self.architecture.mamba_num_groups if axis == MAMBA_HEAD else self.architecture.num_key_value_heads
+        heads = self.architecture.mamba_num_heads if axis == MAMBA_HEAD else self.architecture.num_attention_heads
+        if len(kept) < heads:
+            return _prefix(len(kept))
+        return tuple(np.array(kept).reshape(groups, -1).T.reshape(-1).tolist())
+
+    def _reads_groups(self, name: str) -> bool:
+        """Whether the columns of a matrix are heads in groups."""
+        dimensions = row_of(self.family, self.architecture, name).dimensions
+        return len(dimensions) == 2 and dimensions[1][0][0] in GROUPED
+
+    def _cut(self, cut: TensorCut) -> torch.Tensor:
+        """A view of the sorted tensor; a copy, shared by all candidates, only of what is no run along its first dimension."""
+        tensor = self.state[cut.source]
+        rows = cut.keep[0]
+        if rows is not None and not is_run(rows):
+            key = (cut.source, len(rows))
+            if key not in self._copies:
+                self._copies[key] = tensor.index_select(0, rows.to(tensor.device))
+            tensor = self._copies[key]
+            cut = replace(cut, keep=(None, *cut.keep[1:]))
+        return cut.apply(tensor)
+
+    def _regroup_inputs(self, model: nn.Module, architecture: Architecture, kept_layers: Indices) -> None:
+        """Modules that read heads get them rank first, then group, as their columns are."""
+        for layer, block in zip(kept_layers, self.family.parts(model).layers, strict=True):
+            for name in self._shapes:
+                if name.startswith(f"layers.{layer}.") and self._reads_groups(name):
+                    is_mamba = row_of(self.family, self.architecture, name).dimensions[1][0][0] == MAMBA_HEAD
+                    groups = architecture.mamba_num_groups if is_mamba else architecture.num_key_value_heads
+                    heads = architecture.mamba_num_heads if is_mamba else architecture.num_attention_heads
+                    block.get_submodule(name.split(".", 2)[2].removesuffix(".weight")).register_forward_pre_hook(_by_rank_hook(groups, heads // groups))
+
+    def _check(self, tensors: Mapping[str, torch.Tensor], student: Architecture) -> None:
+        planned, effective = count_total_parameters(student), sum(tensor.numel() for tensor in tensors.values())
+        if planned != effective:
+            raise RuntimeError(f"the view of a candidate has {effective:,} parameters, its plan {planned:,}")
+
+
+def _by_rank_hook(groups: int, per_group: int):
+    def regroup(_module, args):
+        activation = args[0]  # [..., G·R·P], heads group by group
+        split = activation.unflatten(-1, (groups, per_group, -1))
+        return (split.transpose(-3, -2).flatten(-3),)
+
+    return regroup
+
+
+def _orders(architecture: Architecture, scores: ImportanceScores, head_dim: int) -> dict[str, dict[int, Indices]]:
+    """Every unit of every axis in descending order of its score, grouped ones inside their group."""
+    orders: dict[str, dict[int, Indices]] = {HIDDEN: {-1: _descending(scores.hidden())}}
+    for layer, kind in enumerate(architecture.pattern):
+        if kind == "-":
+            orders.setdefault(FFN, {})[layer] = _descending(scores.ffn(layer))
+        elif kind == "M":
+            channels = scores.mamba_channels(layer)
+            kept = top(channels, head_dim) if head_dim < architecture.mamba_head_dim else None
+            orders.setdefault(MAMBA_CHANNEL, {})[layer] = _descending(channels)
+            orders.setdefault(MAMBA_HEAD, {})[layer] = _descending(scores.mamba_heads(layer, kept), architecture.mamba_num_groups)
+        elif kind == "*":
+            orders.setdefault(ATTENTION_HEAD, {})[layer] = _descending(scores.attention_heads(layer), architecture.num_key_value_heads)
+    return orders
+
+
+def _descending(scores: np.ndarray, groups: int = 1) -> Indices:
+    """Indices by descending score inside each of `groups` equal runs; ties go to the lower index, as in pruning.plan.top."""
+    by_group = np.argsort(-scores.reshape(groups, -1), axis=1, kind="stable")
+    return tuple((by_group + np.arange(groups)[:, None] * by_group.shape[1]).reshape(-1).tolist())
+
+
+def _prefix(number: int) -> Indices:
+    return tuple(range(number))
+
+
+def _is_fused_mamba(name: str) -> bool:
+    return ".in_proj." in name or ".conv1d." in name
+
+
+def _empty_model(family: Family, config: dict) -> nn.Module:
+    """The modules of a config on the meta device: no weight is made or initialised."""
+    with torch.device("meta"):
+        return family.build(config)
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """12 hex digits of names, shapes and every tensor's first and last row: differs where candidates do."""
+    text = hashlib.sha256()
+    for name, tensor in tensors.items():
+        ends = torch.stack([tensor[0].reshape(-1), tensor[-1].reshape(-1)]).float().cpu()
+        text.update(f"{name} {tuple(tensor.shape)}".encode() + ends.contiguous().numpy().tobytes())
+    return text.hexdigest()[:12]

@@ -1,0 +1,57 @@
+"""How the report writes numbers, names, tables and images, in Markdown."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Summary = Mapping[str, Any]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; every column but the first is right-aligned."""
+    lines = [head, ("---", *("---:" for _ in head[1:])), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def image(plots: Sequence[str], name: str, caption: str) -> str:
+    """The plot and, under it, what it shows; nothing where it was not drawn."""
+    return f"![{caption}]({name})\n*{caption}.*" if name in plots else ""
+
+
+def nats(value: float) -> str:
+    """A loss or KL with three decimals, four or an exponent where it is small."""
+    if value == 0 or abs(value) >= 0.01:
+        return f"{value:.3f}"
+    return f"{value:.4f}" if abs(value) >= 0.0001 else f"{value:.0e}"
+
+
+def signed(value: float) -> str:
+    return ("+" if value >= 0 else "−") + nats(abs(value))
+
+
+def change(before: int, after: int) -> str:
+    """The change in per cent of what was before, or "same"."""
+    return "same" if before == after else f"{'+' if after > before else '−'}{100 * abs(after - before) / before:.1f} %"
+
+
+def speed(tokens_per_second: float) -> str:
+    """Tokens per second, with a decimal below 1,000."""
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 1000 else f"{tokens_per_second:.1f}"
+
+
+def duration(seconds: float) -> str:
+    """27 s, 3 min 5 s, 2 h 10 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def escaped(text: str) -> str:
+    """Text whose characters are no Markdown."""
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", text)
+
+
+def sentence(text: str) -> str:
+    """Plain text as a sentence: a capital first, a full stop last."""
+    return escaped(text[:1].upper() + text[1:]) + "."

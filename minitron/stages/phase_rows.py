@@ -1,0 +1,39 @@
+"""phase_rows: the rows of distillation's phases that are of another length or from other sources than the data stage's."""
+
+import numpy as np
+
+from distill.batches import count_tokens
+from minitron.blends import rows_to_make
+from minitron.documents import source_title
+from minitron.pipeline import StageContext
+from minitron.rows import SplitRows
+from minitron.stages.data import tokenise
+from minitron.teachers import teacher_folder
+
+
+def run(context: StageContext) -> dict:
+    """Writes <name>.npy for every name of rows_to_make, int32 [rows, T] with -1 as padding. Held-out documents are left out."""
+    from transformers import AutoTokenizer
+
+    settings = context.settings
+    own = settings.teacher.path is None
+    tokenizer = AutoTokenizer.from_pretrained(context.inputs["data"].folder / "tokenizer" if own else teacher_folder(settings))
+    facts = {}
+    for name, data in rows_to_make(settings).items():
+        path = context.folder / f"{name}.npy"
+        if not path.exists():  # else of an interrupted run
+            rows = _rows(context, data, tokenizer)
+            np.save(path.with_suffix(".partial.npy"), rows)
+            path.with_suffix(".partial.npy").rename(path)
+        rows = np.load(path, mmap_mode="r")
+        facts[name] = {"source": source_title(data), "sequence_length": data.sequence_length, "rows": len(rows), "tokens": count_tokens(rows)}
+    parts = [f"{fact['tokens']:,} tokens of {fact['source']} in rows of {fact['sequence_length']:,}" for fact in facts.values()]
+    return {"headline": "; ".join(parts), "rows": facts}
+
+
+def _rows(context: StageContext, data, tokenizer) -> np.ndarray:
+    train, held_out = SplitRows("train", data), SplitRows("heldout", data)
+    held_out.limit = 0  # none is wanted
+    with context.console.track(f"rows of {data.sequence_length:,}", data.max_documents, "documents") as advance:
+        tokenise(data, tokenizer, train, held_out, advance)
+    return train.rows()

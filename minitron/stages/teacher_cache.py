@@ -1,0 +1,54 @@
+"""teacher_cache: the teacher's likeliest tokens at every position of some train rows, once for all who learn from them."""
+
+import math
+
+import numpy as np
+import torch
+
+from distill.batches import split_padding
+from distill.teacher_cache import write_teacher_cache
+from distill.top_k import TopK, top_k_of_hidden
+from memory_budget.hf_config import read_config
+from memory_budget.units import format_gib
+from minitron.evaluation import spread_rows
+from minitron.families import family_of
+from minitron.pipeline import StageContext
+from minitron.runtime import pick_device
+from minitron.stages.models import result_model_folder
+
+CACHE_FOLDER = "cache"
+
+
+def screen_rows(context: StageContext) -> np.ndarray:
+    """The rows that every finalist learns from, [R, T]: as many train rows, evenly spread, as screen.train.tokens reads once."""
+    train = np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r")
+    return np.ascontiguousarray(spread_rows(train, max(1, math.ceil(context.settings.screen.train.tokens / train.shape[1]))))
+
+
+def run(context: StageContext) -> dict:
+    """Writes cache/ (distill.teacher_cache) of screen_rows."""
+    settings, device = context.settings, pick_device(context.settings)
+    folder = result_model_folder(context.inputs["teacher"])
+    teacher = family_of(read_config(folder)).load(folder, device=str(device)).requires_grad_(False)
+    rows = screen_rows(context)
+    head = teacher.get_output_embeddings().weight
+    k = min(settings.screen.top_k, len(head))
+
+    @torch.no_grad()
+    def top_k_of_rows(rows_BT: torch.Tensor) -> TopK:
+        ids_BT, _ = split_padding(rows_BT.to(device))
+        return top_k_of_hidden(teacher.base_model(ids_BT, use_cache=False).last_hidden_state, head, k).to("cpu")
+
+    with context.console.track("teacher outputs", len(rows), "rows") as advance:
+        seen = 0
+
+        def on_block(written: int, _total: int) -> None:
+            nonlocal seen
+            advance(written - seen)
+            seen = written
+
+        write_teacher_cache(context.folder / CACHE_FOLDER, rows, teacher=context.inputs["teacher"].key, vocabulary=len(head), k=k,
+                            top_k_of_rows=top_k_of_rows, block_rows=settings.screen.cache_batch, on_block=on_block)  # fmt: skip
+    size = (context.folder / CACHE_FOLDER / "codes.bin").stat().st_size
+    headline = f"top {k} of {len(head):,} tokens at {rows.size:,} positions, {format_gib(size)}, {size / rows.size:.0f} bytes a position"
+    return {"headline": headline, "rows": len(rows), "k": k, "bytes": size}

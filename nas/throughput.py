@@ -1,0 +1,205 @@
+"""A roofline model of serving: seconds from a device's memory bandwidth and its matrix FLOP/s, nothing else.
+
+A step takes the longer of two times, moving its bytes and doing its matrix products (Williams, Waterman and Patterson,
+"Roofline", CACM 2009). Launches, elementwise work, sampling and scheduling cost nothing here, so the throughput is an
+upper bound: it ranks architectures, it promises nothing. The published student (N2: 8,192 tokens in, 16,384 out, batch 8,
+A10G, bf16) was measured at 156.42 tokens/s, 70 % of the 222.3 given here.
+
+Bytes come from memory_budget's formulas and pass numpy arrays through as those do: a column of sizes gives a column of seconds.
+Letters: D hidden · V vocabulary · Q query heads, H head dim · M Mamba heads, P head dim, G groups, N state.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from memory_budget.architecture import LAYER_KINDS, Architecture
+from memory_budget.calculator import SCAN_CHUNK_TOKENS, MemoryReport, max_batch, memory_report
+from memory_budget.parameters import count_parameters, layer_parameters
+from memory_budget.workload import BYTES_PER_NUMBER, Workload
+
+Number = int | float | np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Memory bandwidth in bytes/s and dense bf16 matrix FLOP/s (float32 accumulation, no sparsity). Raises ValueError unless both are above 0."""
+
+    name: str
+    bytes_per_second: float
+    flops_per_second: float
+
+    def __post_init__(self) -> None:
+        for what in ("bytes_per_second", "flops_per_second"):
+            if not 0 < getattr(self, what) < math.inf:
+                raise ValueError(f"{what} ({getattr(self, what)}) of device {self.name} must be a number above 0")
+
+
+# Vendor's GB/s and TFLOP/s (powers of ten): NVIDIA A10G (the cloud's A10 variant; AWS G5 figures) · NVIDIA L4 datasheet, sparse
+# 242 halved · Ada GPU architecture whitepaper, RTX 4090 · A100 40GB and 80GB SXM datasheets · H100 SXM datasheet, sparse 1,979 halved.
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("a10g", 600e9, 70e12),
+        Device("l4", 300e9, 121e12),
+        Device("rtx4090", 1008e9, 165.2e12),
+        Device("a100-40", 1555e9, 312e12),
+        Device("a100-80", 2039e9, 312e12),
+        Device("h100-80", 3350e9, 989e12),
+    )
+}
+
+
+def device_of(name: str, *, bytes_per_second: float | None = None, flops_per_second: float | None = None) -> Device:
+    """A device by its name, with numbers of one's own in place of the table's; with both numbers any name will do.
+
+    Raises ValueError listing the table for an unknown name without both numbers.
+    """
+    given = {"bytes_per_second": bytes_per_second, "flops_per_second": flops_per_second}
+    given = {what: value for what, value in given.items() if value is not None}
+    if len(given) == 2:
+        return Device(name, **given)
+    if name.lower() not in DEVICES:
+        raise ValueError(f"device ({name}) must be one of {', '.join(DEVICES)}, or come with both its bytes and its FLOPs per second")
+    return replace(DEVICES[name.lower()], **given)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """Who is served by what: `batch` sequences at once, each of input_tokens in and output_tokens out.
+
+    prefill_chunk_tokens: tokens of the batch's prompts that share one pass over the weights.
+    Raises ValueError for a number below 1.
+    """
+
+    device: Device
+    input_tokens: int = 8192
+    output_tokens: int = 16384
+    batch: int = 8
+    prefill_chunk_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        for what in ("input_tokens", "output_tokens", "batch", "prefill_chunk_tokens"):
+            if getattr(self, what) < 1:
+                raise ValueError(f"{what} ({getattr(self, what)}) must be at least 1")
+
+
+def layer_flops_per_token(architecture: Architecture) -> Number:
+    """2 FLOPs per parameter of a matrix that a token passes through in the layers; the head apart, see `head_flops`."""
+    flops = 0
+    for letter in LAYER_KINDS:
+        for copies, outputs, inputs in layer_parameters(architecture, letter, active_only=True).matrices:
+            flops = flops + 2 * architecture.num_layers_of(letter) * copies * outputs * inputs
+    return flops
+
+
+def head_flops(architecture: Architecture) -> Number:
+    """One token's logits: 2·V·D FLOPs. In prefill only a sequence's last token needs them."""
+    return 2 * architecture.vocab * architecture.hidden
+
+
+def attention_flops(architecture: Architecture, context_tokens: Number) -> Number:
+    """One token over that many keys and values, itself included: 2·Q·H each for the scores and for their sum of values, every layer."""
+    return 4 * architecture.num_layers_of("*") * architecture.num_attention_heads * architecture.attention_head_dim * context_tokens
+
+
+def scan_flops(architecture: Architecture, *, prefill: bool) -> Number:
+    """One token through every Mamba layer's scan (SSD, section 6).
+
+    Into the state and out of it, 2·M·P·N each. Prefill in chunks of T = 128 adds C·Bᵀ, 2·T·G·N, and its product with x, 2·T·M·P.
+    """
+    inner, group_states = architecture.mamba_inner, architecture.mamba_num_groups * architecture.mamba_state_size
+    within_chunk = 2 * SCAN_CHUNK_TOKENS * (group_states + inner) if prefill else 0
+    return architecture.num_layers_of("M") * (4 * inner * architecture.mamba_state_size + within_chunk)
+
+
+def flops_per_token(architecture: Architecture, context_tokens: Number) -> Number:
+    """FLOPs of decoding one token of one sequence whose keys and values, its own included, are context_tokens."""
+    products = layer_flops_per_token(architecture) + head_flops(architecture) + scan_flops(architecture, prefill=False)
+    return products + attention_flops(architecture, context_tokens)
+
+
+def weight_bytes_per_pass(architecture: Architecture, workload: Workload) -> Number:
+    """Bytes of the weights that one pass reads: all but an untied embedding, of which only a row per token is.
+
+    All experts count, as if the batch's tokens reach every one.
+    """
+    embedding = 0 if architecture.tied_embeddings else count_parameters(architecture)["embedding"]
+    return _one_token(architecture, workload).weights - embedding * BYTES_PER_NUMBER[workload.compute_dtype]
+
+
+def decode_step_bytes(architecture: Architecture, workload: Workload, *, context_tokens: Number, batch: Number) -> Number:
+    """Bytes moved to decode one token of each sequence: the weights once; per sequence the keys and values of
+    context_tokens (its own written, the others read), and the SSM and convolution states read and written.
+    """
+    one = _one_token(architecture, workload)
+    return weight_bytes_per_pass(architecture, workload) + batch * (one.kv_cache * context_tokens + 2 * (one.ssm_state + one.conv_state))
+
+
+def prefill_seconds(architecture: Architecture, workload: Workload, serving: Serving, *, batch: Number | None = None) -> Number:
+    """All prompts of the batch, in chunks taken as alike, each the longer of its products and one reading of the weights."""
+    batch = serving.batch if batch is None else batch
+    tokens = serving.input_tokens
+    per_token = layer_flops_per_token(architecture) + scan_flops(architecture, prefill=True) + attention_flops(architecture, (tokens + 1) / 2)
+    flops = batch * (tokens * per_token + head_flops(architecture))
+    num_chunks = -(-batch * tokens // serving.prefill_chunk_tokens)
+    moved = num_chunks * weight_bytes_per_pass(architecture, workload)
+    return np.maximum(flops / serving.device.flops_per_second, moved / serving.device.bytes_per_second)
+
+
+def decode_seconds(architecture: Architecture, workload: Workload, serving: Serving, *, batch: Number | None = None) -> Number:
+    """All output tokens but the first, which the prefill gives: step s = 1 … output − 1 sees input + s tokens.
+
+    Bytes and FLOPs of a step are straight lines in s, so the sum of the larger is closed.
+    """
+    batch = serving.batch if batch is None else batch
+    one, device = _one_token(architecture, workload), serving.device
+    at_input = {"context_tokens": serving.input_tokens, "batch": batch}
+    moving = decode_step_bytes(architecture, workload, **at_input) / device.bytes_per_second
+    computing = batch * flops_per_token(architecture, serving.input_tokens) / device.flops_per_second
+    return _sum_of_larger(
+        (moving, batch * one.kv_cache / device.bytes_per_second),
+        (computing, batch * attention_flops(architecture, 1) / device.flops_per_second),
+        serving.output_tokens - 1,
+    )
+
+
+def tokens_per_second(architecture: Architecture, workload: Workload, serving: Serving, *, batch: Number | None = None) -> Number:
+    """Output tokens of the whole batch per second, prefill included: batch · output / (prefill + decode).
+
+    Of the workload only the number formats count; `batch` goes before serving.batch and may be a column (of `largest_batch`, say),
+    0 giving 0. An upper bound, see the module.
+    """
+    batch = serving.batch if batch is None else batch
+    served = np.maximum(batch, 1)
+    seconds = prefill_seconds(architecture, workload, serving, batch=served) + decode_seconds(architecture, workload, serving, batch=served)
+    return batch * serving.output_tokens / seconds
+
+
+def largest_batch(architecture: Architecture, workload: Workload, serving: Serving, budget_bytes: int) -> int | np.ndarray | None:
+    """The most sequences of input + output tokens that fit the budget at once; 0 if none does, None without any cache (`max_batch`)."""
+    return max_batch(architecture, replace(workload, context_tokens=serving.input_tokens + serving.output_tokens), budget_bytes)
+
+
+def _one_token(architecture: Architecture, workload: Workload) -> MemoryReport:
+    """The memory report of one sequence of one token: its kv_cache is the bytes per token."""
+    return memory_report(architecture, replace(workload, context_tokens=1, batch=1, activation_tokens=0))
+
+
+def _sum_of_larger(first: tuple[Number, Number], second: tuple[Number, Number], num_steps: int) -> Number:
+    """Σ over s = 1 … num_steps of max(a + b·s, c + d·s), first being (a, b) and second (c, d).
+
+    It is Σ (c + d·s) + Σ max(0, gap), where gap is a straight line too: on either side of the step where it turns, its sign is one.
+    """
+    offset, slope = first[0] - second[0], first[1] - second[1]
+    steady = slope == 0
+    turn = np.where(steady, 0, np.clip(np.floor(-offset / np.where(steady, 1, slope)), 0, num_steps))
+    before = _sum_of_line(offset, slope, turn)
+    after = _sum_of_line(offset, slope, num_steps) - before
+    return _sum_of_line(*second, num_steps) + np.maximum(before, 0) + np.maximum(after, 0)
+
+
+def _sum_of_line(offset: Number, slope: Number, num_steps: Number) -> Number:
+    """Σ over s = 1 … num_steps of offset + slope·s."""
+    return offset * num_steps + slope * num_steps * (num_steps + 1) / 2

@@ -1,0 +1,134 @@
+"""Several processes train as one: the same losses, whichever engine, and states that every engine goes on from."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from safetensors.torch import load_file
+
+from distill.launch import Launch, read_launch
+from distill.sharing import check_sharing
+from distill.states import TENSORS_FILE, newest_state
+
+ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
+
+
+@pytest.fixture(scope="module")
+def alone(worker, tmp_path_factory):
+    """(folder, records) of the uninterrupted run in one process, all states kept."""
+    folder, records = tmp_path_factory.mktemp("alone"), []
+    worker.run(folder, {"save_every_steps": 1, "keep_states": 99}, on_step=records.append)
+    return folder, records
+
+
+def launched_steps(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+
+
+def from_step(alone: Path, folder: Path, steps: int) -> Path:
+    """A run's folder with the state after so many steps of the run alone."""
+    name = f"states/step-{steps:09d}"
+    shutil.copytree(alone / name, folder / name)
+    return folder
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(newest_state(folder).folder / TENSORS_FILE)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_go_on_from_one_and_one_from_two_along_the_same_curve(engine, alone, worker, launch, tmp_path):
+    """Steps 0 and 1 alone, 2 to 4 in two processes with accumulation, the rest alone again."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    folder, expected = from_step(alone[0], tmp_path, 2), alone[1]
+    codes, printed = launch(engine, folder, plan={"micro_batch": 1}, stop_at=3)
+    assert codes == [130, 130], printed  # the first was told to stop, and both did after the same step
+    steps = launched_steps(folder)
+    assert [step["step"] for step in steps] == [2, 3, 4]
+    rest = []
+    worker.run(folder, {}, seed=9, on_step=rest.append)
+    losses = [step["loss"] for step in steps] + [record.loss for record in rest]
+    norms = [step["norm"] for step in steps] + [record.gradient_norm for record in rest]
+    assert losses == pytest.approx([record.loss for record in expected[2:]], rel=1e-5)
+    assert norms == pytest.approx([record.gradient_norm for record in expected[2:]], rel=1e-5)
+    last, reference = weights_of(folder), weights_of(alone[0])
+    assert last.keys() == reference.keys()
+    assert all(torch.allclose(last[name], reference[name], rtol=1e-4, atol=1e-5) for name in reference)
+
+
+def test_a_mean_per_process_would_leave_the_curve(alone, worker, tmp_path):
+    """The control: the curve's comparison sees a loss that is normalised by a process's own tokens."""
+    from distill import trainer
+
+    batch = torch.from_numpy(worker.padded_rows()[:4]).long()
+    halves = [trainer.real_tokens(rows) for rows in trainer.micro_batches(batch, 2, 0, 1)]
+    assert abs(halves[0] - halves[1]) / sum(halves) > 0.01
+    records = []
+    phases = [trainer.Phase(trainer.RowBatches(worker.padded_rows(), 4, seed=1), trainer.TrainPlan(**worker.PLAN, micro_batch=2))]
+    loss = trainer.distillation_loss(worker.build_teacher())
+    trainer.train_phases(worker.build_model(2), phases, loss, folder=tmp_path, on_step=records.append, tokens_of=len)
+    assert [record.loss for record in records] != pytest.approx([record.loss for record in alone[1]], rel=1e-5)
+
+
+def test_two_processes_killed_and_launched_again_end_in_the_same_bits(launch, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    assert launch("ddp", whole)[0] == [0, 0]
+    codes, _ = launch("ddp", killed, plan={"save_every_steps": 2}, kill_at=5)
+    assert codes[0] == -signal.SIGKILL and codes[1] != 0
+    assert newest_state(killed).folder.name == "step-000000004"
+    assert launch("ddp", killed)[0] == [0, 0]
+    first, second = weights_of(whole), weights_of(killed)
+    assert all(torch.equal(first[name], second[name]) for name in first) and len(first) > 40
+
+
+@pytest.mark.parametrize("name", [f"{engine}{device}" for engine in ENGINES for device in ("", "_cpu")])
+def test_accelerate_tells_its_processes_of_the_engine_that_the_config_names(name, repository):
+    arguments = launch_command_parser().parse_args(["--config_file", str(repository / "conf" / "accelerate" / f"{name}.yaml"), "script.py"])
+    arguments, *_ = _validate_launch_command(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = ""  # set by its launch_command, of no interest here
+    told = prepare_deepspeed_cmd_env(arguments)[1] if name.startswith("zero") else prepare_multi_gpu_env(arguments)
+    assert arguments.multi_gpu or arguments.use_fsdp or arguments.use_deepspeed  # else it starts one process
+    assert read_launch(told | {"RANK": "1", "WORLD_SIZE": "2"}) == Launch(name.removesuffix("_cpu"), 1, 2)
+
+
+FSDP = {"ACCELERATE_MIXED_PRECISION": "no", "RANK": "1", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO = {"ACCELERATE_MIXED_PRECISION": "no", "RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+
+
+def test_a_launch_is_what_the_environment_says():
+    assert read_launch({}) == Launch("single", 0, 1)
+    assert read_launch({"RANK": "3", "WORLD_SIZE": "4"}) == Launch("ddp", 3, 4)
+    assert read_launch({"RANK": "0", "WORLD_SIZE": "1"}) == Launch("single", 0, 1)
+    assert read_launch(FSDP) == Launch("fsdp2", 1, 2) and read_launch(ZERO) == Launch("zero3", 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "asked for several processes and started one"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "asked for several processes and started one"),
+        (FSDP | {"FSDP_VERSION": "1"}, "fsdp_version is 1; it must be 2"),
+        (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params is true; it must be false"),
+        (FSDP | {"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision is 'bf16'; it must be 'no'"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "zero_stage 1; it must be 2 or 3"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "offload_optimizer_device is cpu; it must be none"),
+    ],
+)
+def test_a_launch_that_would_train_something_else_is_refused(environment, says):
+    with pytest.raises(ValueError, match=says):
+        read_launch(environment)
+
+
+@pytest.mark.parametrize(("batch", "micro_batch", "processes", "nearest"), [(6, None, 4, 8), (6, 4, 1, 8), (20, 3, 2, 18), (1, None, 8, 8)])
+def test_a_batch_that_cannot_be_shared_evenly_is_refused_with_the_nearest(batch, micro_batch, processes, nearest):
+    with pytest.raises(ValueError, match=f"train.batch is {batch}; .* nearest: {nearest}"):
+        check_sharing(batch, micro_batch, processes)
+    check_sharing(nearest, micro_batch, processes)

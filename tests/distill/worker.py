@@ -1,0 +1,106 @@
+"""A tiny distillation, in this process or in those of `accelerate launch tests/distill/worker.py '{…}'`.
+
+The rows end in padding of different lengths, so processes and micro-batches have different numbers of tokens.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import NemotronHConfig, NemotronHForCausalLM
+
+from distill.batches import PADDING, RowBatches
+from distill.launch import Launch, read_launch
+from distill.plan import Phase, StepRecord, TrainPlan
+from distill.trainer import distillation_loss, train_phases
+
+PLAN = {"tokens": 8 * 54, "optimizer": "adamw", "learning_rate": 1e-2, "final_learning_rate_share": 0.1, "warmup_share": 0.2, "weight_decay": 0.1,
+        "clip_norm": 0.5}  # fmt: skip
+
+
+def build_model(seed: int, hidden: int = 16) -> NemotronHForCausalLM:
+    """A NemotronH of three layers; 7 heads of 3 channels make lengths that two processes cannot halve."""
+    torch.manual_seed(seed)
+    config = NemotronHConfig(
+        vocab_size=65, hidden_size=hidden, layers_block_type=["linear_attention", "mlp", "full_attention"], intermediate_size=23,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, mamba_num_heads=7, mamba_head_dim=3, n_groups=1, ssm_state_size=8, chunk_size=8,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return NemotronHForCausalLM(config).float()
+
+
+def build_teacher() -> NemotronHForCausalLM:
+    """A model that is sure of itself: a KL near zero would be a difference of rounding errors."""
+    teacher = build_model(1, hidden=32)
+    teacher.lm_head.weight.data.mul_(20)
+    return teacher
+
+
+def padded_rows() -> np.ndarray:
+    """12 rows of 16 ids, the last of which are padding in most."""
+    random = np.random.default_rng(0)
+    rows = random.integers(65, size=(12, 16), dtype=np.int32)
+    for row, length in zip(rows, random.integers(4, 17, size=12), strict=True):
+        row[length:] = PADDING
+    return rows
+
+
+def run(folder: Path, plan: dict, *, seed: int = 2, launch: Launch | None = None, on_step: Callable[[StepRecord], None] = lambda record: None) -> StepRecord:
+    """Distils build_model(seed) from a fixed teacher in `folder`, as part of a launch or alone."""
+    launch = launch or Launch()
+    phases = [Phase(RowBatches(padded_rows(), 4, seed=1), TrainPlan(**PLAN | plan))]
+    loss = distillation_loss(build_teacher(), launch=launch)
+    return train_phases(build_model(seed), phases, loss, folder=folder, on_step=on_step, launch=launch)
+
+
+def kill_later(folder: Path, states: int, seconds: float) -> None:
+    """kill −9 of this process so many seconds after it has saved so many states."""
+
+    def saved() -> int:
+        return max((int(path.name.removeprefix("step-")) for path in folder.glob("states/step-*") if path.name[5:].isdigit()), default=0)
+
+    before = saved()
+    while saved() < before + states:
+        time.sleep(0.001)
+    time.sleep(seconds)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(folder: str, plan: dict, stop_at: int | None = None, kill_at: int | None = None, kill_after: tuple[int, float] | None = None,
+         full_at: int | None = None) -> None:  # fmt: skip
+    """Every record goes to folder/steps.jsonl. A SIGTERM comes to the first process in step `stop_at`, a SIGKILL in step `kill_at`, or
+    `kill_after` so many states and seconds; from step `full_at` on no file may grow beyond 20,000 bytes, as on a disk that is nearly full.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as minitron.run does
+
+    if kill_after is not None:
+        threading.Thread(target=kill_later, args=(Path(folder), *kill_after), daemon=True).start()
+
+    def on_step(record: StepRecord) -> None:
+        if record.step == full_at:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        with (Path(folder) / "steps.jsonl").open("a") as file:
+            file.write(json.dumps({"step": record.step, "loss": record.loss, "norm": record.gradient_norm}) + "\n")
+        if record.step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if record.step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        run(Path(folder), plan, seed=7, launch=read_launch(), on_step=on_step)  # another seed than alone: weights must come from the state
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        os._exit(130)
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))

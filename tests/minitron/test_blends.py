@@ -1,0 +1,126 @@
+"""Blends: the shares of the sources, rows that any step can be asked for, conversations and truncated reasoning."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from distill.batches import BlendBatches
+from minitron.blends import DATA_ROWS, phase_parts, rows_to_make
+from minitron.documents import read_documents
+from minitron.reasoning import truncate_reasoning
+from minitron.settings import DataSettings, DistillSettings, PhaseSettings, Settings, SourceSettings
+from minitron.text import Document
+
+
+def source(number: int, rows: int) -> np.ndarray:
+    """Rows whose first id names the source and the row."""
+    return (np.full((rows, 4), number * 1000, dtype=np.int32).T + np.arange(rows, dtype=np.int32)).T
+
+
+def blend(batch=10, tokens=400 * 4, seed=3) -> BlendBatches:
+    return BlendBatches([source(1, 300), source(2, 40)], [70, 30], tokens=tokens, batch=batch, seed=seed)
+
+
+def drawn(batches: BlendBatches, steps) -> list[int]:
+    return [first for step in steps for first in batches.at(step)[:, 0].tolist()]
+
+
+def test_every_beginning_of_a_run_has_the_shares_to_within_a_row():
+    ids = np.array(drawn(blend(), range(40)))
+    for number in range(1, 401):
+        assert abs((ids[:number] >= 2000).sum() - 0.3 * number) <= 1
+
+
+def test_every_row_of_a_source_comes_once_before_any_comes_again():
+    second = [row for row in drawn(blend(), range(40)) if row >= 2000]
+    assert len(second) == 120
+    rounds = [second[start : start + 40] for start in (0, 40, 80)]
+    assert all(sorted(part) == list(range(2000, 2040)) for part in rounds) and rounds[0] != rounds[1] != rounds[2]
+
+
+def test_a_step_of_a_blend_asked_for_directly_is_the_one_walked_to():
+    walked = blend()
+    batches = [walked.at(step).tolist() for step in range(40)]
+    for step in (39, 0, 17, 16):
+        assert blend().at(step).tolist() == batches[step] == walked.at(step).tolist()
+    assert blend(seed=4).at(0).tolist() != batches[0]
+
+
+TRACE = Document(name="chat/1", text="user: hi\n<think>one two three four five six</think>The answer.")
+
+
+def test_truncated_reasoning_is_closed_and_the_answer_stays():
+    short = truncate_reasoning(TRACE, 1.0)
+    begin, _, rest = short.text.partition("<think>")
+    thought, _, answer = rest.partition("</think>")
+    assert (begin, answer) == ("user: hi\n", "The answer.") and "one two three four five six".startswith(thought) and len(thought) < 27
+    assert truncate_reasoning(TRACE, 0.0) is TRACE and truncate_reasoning(TRACE, 1.0) == short
+
+
+def test_the_share_of_documents_is_cut_and_always_the_same_ones():
+    documents = [replace(TRACE, name=f"chat/{number}") for number in range(2000)]
+    cut = [document.name for document in documents if truncate_reasoning(document, 0.05) is not document]
+    assert 70 < len(cut) < 130 and cut == [document.name for document in documents if truncate_reasoning(document, 0.05) is not document]
+
+
+def test_conversations_are_written_out_by_the_chat_template(tmp_path):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<think>a b</think>ho"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    data = DataSettings(files=[str(tmp_path / "chat.jsonl")], messages_field="messages")
+    read = list(read_documents(data, lambda messages: "|".join(f"{m['role']}={m['content']}" for m in messages)))
+    assert [document.text for document in read] == ["user=hi|assistant=<think>a b</think>ho"]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": "hi"}) + "\n")
+    with pytest.raises(ValueError, match="data.messages_field is 'messages'; it must hold a list of {role, content}"):
+        list(read_documents(data, str))
+
+
+def settings(*phases: PhaseSettings) -> Settings:
+    return Settings(distill=DistillSettings(phases=list(phases)))
+
+
+def test_only_rows_that_the_data_stage_has_not_are_made(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    files = SourceSettings(weight=7, files=[str(tmp_path / "a.txt")])
+    parts = phase_parts(settings(PhaseSettings(tokens=999), PhaseSettings(tokens=1000, sequence_length=128), PhaseSettings(tokens=1000, blend=[files, files])))
+    assert [[part.name == DATA_ROWS for part in phase] for phase in parts] == [[True], [False], [False, False]]
+    assert parts[1][0].data.sequence_length == 128 and [part.weight for part in parts[2]] == [0.5, 0.5]
+    assert rows_to_make(Settings()) == {} and phase_parts(Settings())[0][0].name == DATA_ROWS
+
+
+def test_the_rows_are_named_by_contents_and_not_by_where_the_files_lie(tmp_path):
+    names = []
+    for folder, text in (("one", "a"), ("two", "a"), ("three", "b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(text)
+        phase = PhaseSettings(tokens=1000, blend=[SourceSettings(files=[str(tmp_path / folder / "a.txt")])])
+        names.append(phase_parts(settings(phase))[0][0].name)
+    assert names[0] == names[1] != names[2]
+
+
+@pytest.mark.parametrize(
+    ("phase", "says"),
+    [
+        ({"blend": [SourceSettings(weight=0, files=["a.txt"])]}, r"distill.phases\[0\].blend has a source of weight 0; it must be above 0"),
+        ({"blend": [SourceSettings()]}, "exactly one of them must be given"),
+        ({"blend": [SourceSettings(files=["a.txt"], truncated_share=1.5)]}, "truncated_share is 1.5; it must be at least 0 and at most 1"),
+        ({"tokens": 0}, r"distill.phases\[0\].tokens is 0; it must be at least 1"),
+        ({"batch": 0}, r"distill.phases\[0\].batch is 0; it must be at least 1"),
+    ],
+)
+def test_phases_that_cannot_be_are_refused(phase, says):
+    with pytest.raises(ValueError, match=says):
+        DistillSettings(phases=[PhaseSettings(**{"tokens": 1000, **phase})])
+
+
+def test_what_a_phase_leaves_out_is_that_of_train():
+    trains = DistillSettings(phases=[PhaseSettings(tokens=5, learning_rate=0.5), PhaseSettings(tokens=6, batch=2)]).trains()
+    assert [(train.tokens, train.learning_rate, train.batch) for train in trains] == [(5, 0.5, 8), (6, 1e-3, 2)]
+    assert DistillSettings().trains() == [DistillSettings().train]
+
+
+def test_a_phase_longer_than_the_models_positions_is_refused_before_any_work(door, tmp_path):
+    finished = door(tmp_path, "stage=distill", "distill.phases=[{tokens: 1000000, sequence_length: 131073, batch: 1}]")
+    assert finished.returncode == 2 and finished.stderr.startswith("error: distill.phases[0].sequence_length is 131073; it must be at most 131072")
+    assert len(finished.stderr.splitlines()) == 1 and not list(tmp_path.glob("runs/store/*"))

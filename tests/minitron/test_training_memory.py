@@ -1,0 +1,128 @@
+"""The memory plan against what is really held."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from distill.engine import open_engine
+from distill.launch import Launch
+from memory_budget.units import GIB
+from minitron.families import ssd
+from minitron.settings import Optimizer, TrainSettings
+from minitron.stages.training import train_plan
+from minitron.training_memory import FLOAT32, activation_bytes_per_token, check_fits, loss_bytes, training_memory
+
+LENGTH = 64
+
+
+def plan(tiny, launch=Launch(), **settings):  # noqa: B008
+    train = TrainSettings(**{"batch": 4, **settings})
+    return training_memory(tiny, tiny, train, launch, sequence_length=LENGTH, teacher_bytes_per_number=2, on_gpu=False)
+
+
+def num_bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("optimizer", list(Optimizer))
+def test_weights_gradients_and_optimiser_are_counted_to_the_byte(optimizer, tiny, build_model, token_ids):
+    model = build_model()
+    engine = open_engine(Launch(), model, train_plan(TrainSettings(optimizer=optimizer)))
+    model(token_ids(), use_cache=False).logits.mean().backward()
+    gradients = num_bytes(parameter.grad for parameter in model.parameters())
+    engine.update(1e-3)
+    moments = num_bytes(value for item in engine.optimizers for state in item.state.values() for key, value in state.items() if key != "step")
+    planned = plan(tiny, optimizer=optimizer)
+    assert (planned.weights, planned.gradients, planned.optimizer) == (num_bytes(model.parameters()), gradients, moments)
+    assert planned.teacher * 2 == planned.weights
+
+
+@pytest.fixture
+def own_scan(monkeypatch):
+    """Training's own scan and convolution on CPU, for one test: transformers' keep [L × L] tensors."""
+    from transformers.models.nemotron_h import modeling_nemotron_h as modeling
+
+    for name, value in list(vars(modeling).items()):
+        monkeypatch.setattr(modeling, name, value)
+    ssd.install()
+
+
+@pytest.mark.parametrize("pattern", ["M-M*-M-*-", "MMMM", "----", "**"])
+def test_activations_are_estimated_within_a_third(pattern, own_scan, tiny, build_model, token_ids):
+    """Against every tensor that autograd keeps, each storage once, without the parameters."""
+    model = build_model(pattern=pattern, vocab=97)
+    held, own = {}, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.base_model(token_ids(4, LENGTH), use_cache=False).last_hidden_state
+    estimate = activation_bytes_per_token(replace(tiny, pattern=pattern), TrainSettings()) * 4 * LENGTH
+    assert output.requires_grad and 2 / 3 < sum(held.values()) / estimate < 3 / 2
+
+
+@pytest.mark.parametrize("tokens", [1024, 1500])
+def test_the_loss_holds_what_is_planned_and_not_the_logits_of_all_tokens(tokens, tiny, environment):
+    """In a process of its own: the largest resident set above what it held with its inputs built. 1,500 tokens take two chunks.
+
+    Read as VmHWM: ru_maxrss begins with what the process that started it held.
+    """
+    vocabulary, student, teacher = 32768, replace(tiny, vocab=32768, hidden=64), replace(tiny, vocab=32768, hidden=96)
+    code = f"""
+import re, torch
+from pathlib import Path
+from distill.chunked_loss import Head, chunked_loss
+torch.set_num_threads(1)
+student, teacher = (Head(torch.randn({tokens}, width), torch.randn({vocabulary}, width)) for width in (64, 96))
+student.hidden_BTD.requires_grad_(), student.weight_VD.requires_grad_()
+student.weight_VD.grad = torch.zeros({vocabulary}, 64)
+labels, mask = torch.zeros({tokens}, dtype=torch.long), torch.ones({tokens}, dtype=torch.bool)
+chunked_loss(Head(*(value[:8].detach() for value in (student.hidden_BTD, student.weight_VD))), Head(teacher.hidden_BTD[:8], teacher.weight_VD[:8]))
+peak_kib = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = peak_kib()
+chunked_loss(student, teacher, mask_BT=mask, labels_BT=labels, count_agreement=True).loss.backward()
+print(1024 * (peak_kib() - before))
+"""
+    held = int(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout)
+    planned = loss_bytes(student, teacher, tokens, on_gpu=False)
+    assert 2 / 3 < held / planned < 3 / 2
+    assert planned < loss_bytes(student, teacher, 1024, on_gpu=False) * 1.01 < 5 * FLOAT32 * 1024 * vocabulary  # five is what whole logits took
+
+
+def test_slices_divide_what_the_engine_slices(tiny):
+    alone = plan(tiny)
+    for engine, divided in (("ddp", ()), ("zero2", ("gradients", "optimizer")), ("fsdp2", ("weights", "gradients", "optimizer", "teacher"))):
+        shared = plan(tiny, Launch(engine, 0, 2))
+        assert all(getattr(shared, name) == getattr(alone, name) // (2 if name in divided else 1) for name in ("gradients", "optimizer", "teacher")), engine
+        assert shared.activations == alone.activations // 2  # half of the rows
+        assert (shared.gathered > 0) == (engine == "fsdp2")
+    assert plan(tiny, Launch("zero3", 0, 4), micro_batch=1).activations == alone.activations // 4
+
+
+def test_what_cannot_fit_is_refused_with_what_to_do(tiny):
+    memory = plan(tiny)
+    check_fits(memory, memory.total, "a GPU")
+    with pytest.raises(ValueError, match=r"distill: each process will hold about 0\.00.* GiB: weights .*; a GPU has .* GiB. Lower distill.train.micro_batch"):
+        check_fits(memory, memory.total - 1, "a GPU")
+
+
+def test_the_published_student_needs_slices(tiny):
+    """9B float32 with AdamW and a 12B teacher in bf16: 165 GiB in one process, about an eighth of it in eight."""
+    from memory_budget.hf_config import architecture_from_config, read_config
+    from minitron.teachers import CONF_FOLDER
+
+    teacher = architecture_from_config(read_config(CONF_FOLDER / "architectures" / "nemotron-nano-12b-v2-base.json"))
+    student = replace(teacher, pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", hidden=4480, ffn=15680)
+    train = TrainSettings(batch=8, gradient_checkpointing=True)
+    one, eight = (training_memory(student, teacher, train, launch, sequence_length=8192, teacher_bytes_per_number=2, on_gpu=True)
+                  for launch in (Launch(), Launch("fsdp2", 0, 8)))  # fmt: skip
+    held = one.weights + one.gradients + one.optimizer + one.teacher
+    assert held == 16 * 8_888_227_328 + 2 * 12_310_001_152 and round(held / GIB, 1) == 155.4
+    assert eight.weights + eight.gradients + eight.optimizer + eight.teacher == pytest.approx(held / 8, rel=1e-6)
