@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from memory_budget.architecture import Architecture  # noqa: E402
 from memory_budget.parameters import count_parameters  # noqa: E402
-from minitron.families import mixer  # noqa: E402
+from minitron.families import mixer, ssd  # noqa: E402
 from minitron.families.nemotron_h import FAMILY  # noqa: E402
 from minitron.stages.teacher import TINY_CONFIG  # noqa: E402
 
@@ -76,7 +76,7 @@ def measure_model(repeats: int) -> dict[str, float]:
         with torch.autocast("cpu", torch.bfloat16):
             return work()
 
-    sides = {"transformers": (put_back, lambda work: work()), "minitron": (mixer.install, lambda work: work()), "minitron bf16": (mixer.install, in_bf16)}
+    sides = {"transformers": (put_back, lambda work: work()), "minitron": (ssd.install, lambda work: work()), "minitron bf16": (ssd.install, in_bf16)}
     times: dict[str, list[float]] = {}
     losses = {}
     for name, (choose, under) in sides.items():  # once unmeasured: threads, caches and libraries come up

@@ -12,11 +12,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 CORE_NUMBERS = 2**17  # float32 numbers of a block for every core: half a MiB, so that the few in use stay near it
+GPU_NUMBERS = 2**27
 
 
-def block_numbers() -> int:
-    """How large a block is, in float32 numbers."""
-    return CORE_NUMBERS * torch.get_num_threads()
+def block_numbers(device: torch.device) -> int:
+    """How large a block is, in float32 numbers. On a GPU without Mamba's kernels few large blocks are best: every operation costs a launch."""
+    return CORE_NUMBERS * torch.get_num_threads() if device.type == "cpu" else GPU_NUMBERS
 
 
 class Buffers:
@@ -32,8 +33,9 @@ class Buffers:
         return self.tensors[name, shape]
 
 
-def _blocks(tokens: int, width: int) -> Iterator[slice]:
-    step = max(1, block_numbers() // width)
+def _blocks(rows_TW: torch.Tensor) -> Iterator[slice]:
+    tokens, width = rows_TW.shape
+    step = max(1, block_numbers(rows_TW.device) // width)
     return (slice(first, min(first + step, tokens)) for first in range(0, tokens, step))
 
 
@@ -105,7 +107,7 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TW, weight_W, epsilon):
         output, scale_T1, buffers = torch.empty_like(x_TW), x_TW.new_empty(len(x_TW), 1), Buffers(x_TW.device)
-        for block in _blocks(*x_TW.shape):
+        for block in _blocks(x_TW):
             normalise(x_TW[block], None, weight_W, epsilon, output[block], scale_T1[block], buffers)
         ctx.save_for_backward(x_TW, weight_W, scale_T1)
         return output
@@ -115,7 +117,7 @@ class Norm(torch.autograd.Function):
     def backward(ctx, gradient):
         x_TW, weight_W, scale_T1 = ctx.saved_tensors
         gx, g_weight, buffers = torch.empty_like(x_TW), torch.zeros_like(weight_W), Buffers(x_TW.device)
-        for block in _blocks(*x_TW.shape):
+        for block in _blocks(x_TW):
             normalise_back(gradient[block], x_TW[block], None, weight_W, scale_T1[block], gx[block], None, g_weight, buffers)
         return gx, g_weight, None
 
@@ -127,7 +129,7 @@ class SquaredRelu(torch.autograd.Function):
     def forward(ctx, x_TW):
         ctx.save_for_backward(x_TW)
         output = torch.empty_like(x_TW)
-        for block in _blocks(*x_TW.shape):
+        for block in _blocks(x_TW):
             positive = torch.clamp_min(x_TW[block], 0, out=output[block])
             positive *= positive
         return output
@@ -137,7 +139,7 @@ class SquaredRelu(torch.autograd.Function):
     def backward(ctx, gradient):
         (x_TW,) = ctx.saved_tensors
         gx, zero = torch.empty_like(x_TW), x_TW.new_zeros(())
-        for block in _blocks(*x_TW.shape):
+        for block in _blocks(x_TW):
             positive = torch.clamp_min(x_TW[block], 0, out=gx[block])
             torch.addcmul(zero, positive, gradient[block], value=2, out=positive)
         return gx

@@ -1,4 +1,4 @@
-"""NemotronH on a CPU without Mamba's kernels: what takes transformers' place, and `install`, which puts it there.
+"""NemotronH on a CPU without Mamba's kernels: what takes transformers' place once `ssd.install` puts it there.
 
 The heart of a Mamba-2 mixer (convolution, scan, gated norm) goes a chunk of tokens at a time from the input projection's
 output to the output projection's input, so that what lies between is made once, in memory that is used again.
@@ -32,8 +32,8 @@ class _Sizes:
     def inner(self) -> int:
         return self.heads * self.head_dim
 
-    def parts(self, batch: int) -> Iterator[Part]:
-        return ssd.parts(batch, self.heads, self.head_dim, self.groups, self.state)
+    def parts(self, projected) -> Iterator[Part]:
+        return ssd.parts(len(projected), self.heads, self.head_dim, self.groups, self.state, projected.device)
 
     def time_steps(self, projected, dt_bias):
         """dt before softplus, [B, T, M]."""
@@ -49,7 +49,7 @@ class _Heart(torch.autograd.Function):
         y, normed = (torch.empty(*projected.shape[:2], sizes.inner, device=projected.device) for _ in range(2))
         scale, saved = torch.empty(*projected.shape[:2], sizes.groups, device=projected.device), []
         dt = F.softplus(sizes.time_steps(projected, dt_bias))
-        for part in sizes.parts(len(projected)):
+        for part in sizes.parts(projected):
             walk = _Walk(sizes, part, projected, dt, A, D, conv_weight, conv_bias)
             states, blocks = state_blocks(walk.zero_state(), len(walk.chunks), needs_gradient)
             weight, y_part, normed_part, scale_part = norm_weight[walk.inner], *walk.own(y, normed), scale[part.rows, :, part.groups]
@@ -73,7 +73,7 @@ class _Heart(torch.autograd.Function):
         before_softplus = sizes.time_steps(projected, dt_bias)
         dt, g_dt, g_projected = F.softplus(before_softplus), torch.empty_like(before_softplus), torch.empty(projected.shape, device=projected.device)
         gA, gD, g_norm, g_conv, g_bias = (torch.zeros_like(tensor) for tensor in (A, D, norm_weight, conv_weight, conv_bias))
-        for part, states in zip(sizes.parts(len(projected)), saved, strict=True):
+        for part, states in zip(sizes.parts(projected), saved, strict=True):
             walk = _Walk(sizes, part, projected, dt, A, D, conv_weight, conv_bias)
             weight, g_weight, scale_part = norm_weight[walk.inner], g_norm[walk.inner], scale[part.rows, :, part.groups]
             y_part, gradient_part, g_gate = walk.own(y, gradient, g_projected)
@@ -97,8 +97,8 @@ class _Heart(torch.autograd.Function):
                 torch.ops.aten.silu_backward.grad_input(g_total, total, grad_input=g_total)
                 g_bias_part += g_total.sum((0, 1))
                 walk.put_back(g_projected, tokens, convolve_back(g_total, raw, walk.taps, g_taps, walk.buffers))
-            part.per_head(gA).copy_(gA_part)
-            part.per_head(gD).copy_(gD_part)
+            part.per_head(gA).add_(gA_part)
+            part.per_head(gD).add_(gD_part)
             for columns, own in walk.columns:
                 g_conv[columns] += g_taps[:, :, own].sum(1).t()
                 g_bias[columns] += g_bias_part[own]
@@ -119,11 +119,12 @@ class _Walk:
         self.inner = slice(first * width, (first + some) * width)  # the part's channels of z, x and y
         (self.gate,) = (tensor.float() for tensor in self.own(projected))
         # The part's channels of x, B and C among the convolution's, with where they lie side by side; all together where no group is missing.
-        self.widths, starts = (some * width, some * sizes.state, some * sizes.state), (first * width, *(sizes.inner + n * sizes.state for n in (first, sizes.groups + first)))
-        ends = (0, self.widths[0], self.widths[0] + self.widths[1], sum(self.widths))
-        self.columns = [(slice(start, start + size), slice(end, end + size)) for start, size, end in zip(starts, self.widths, ends, strict=False)]
+        self.widths = (some * width, some * sizes.state, some * sizes.state)
+        starts = (first * width, sizes.inner + first * sizes.state, sizes.inner + (sizes.groups + first) * sizes.state)
+        places = (0, self.widths[0], self.widths[0] + self.widths[1])
+        self.columns = [(slice(start, start + size), slice(place, place + size)) for start, place, size in zip(starts, places, self.widths, strict=True)]
         if some == sizes.groups:
-            self.columns = [(slice(0, ends[-1]), slice(0, ends[-1]))]
+            self.columns = [(slice(0, sum(self.widths)),) * 2]
         self.convolved = projected[part.rows, :, sizes.inner : sizes.inner + conv_weight.shape[0]]
         self.taps = torch.cat([conv_weight.t()[:, columns] for columns, _ in self.columns], dim=1).contiguous()
         self.bias = torch.cat([conv_bias[columns] for columns, _ in self.columns])
@@ -179,9 +180,10 @@ def _mixer(module, hidden_states, *, theirs: Callable, cache_params=None, attent
     if cache_params is not None or attention_mask is not None or module.time_step_limit != (0.0, float("inf")) or module.activation != "silu":
         return theirs(module, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
     sizes = _Sizes(module.num_heads, module.head_dim, module.n_groups, module.ssm_state_size)
-    convolution = module.conv1d.weight.squeeze(1).float(), module.D.new_zeros(module.conv_dim).float() if module.conv1d.bias is None else module.conv1d.bias.float()
-    vectors = (module.dt_bias.float(), -torch.exp(module.A_log.float()), module.D.float(), *convolution)
-    normed = _Heart.apply(*keeping(module.in_proj(hidden_states), *vectors, module.norm.weight.float(), sizes, module.norm.variance_epsilon))
+    bias = module.D.new_zeros(module.conv_dim) if module.conv1d.bias is None else module.conv1d.bias
+    weights = (module.dt_bias, -torch.exp(module.A_log.float()), module.D, module.conv1d.weight.squeeze(1), bias, module.norm.weight)
+    weights = (weight.float() for weight in weights)
+    normed = _Heart.apply(*keeping(module.in_proj(hidden_states), *weights, sizes, module.norm.variance_epsilon))
     return module.out_proj(normed.to(hidden_states.dtype))
 
 
@@ -223,9 +225,3 @@ def _method(ours: Callable, theirs: Callable) -> Callable:
         return ours(module, *args, theirs=theirs, **kwargs)
 
     return forward
-
-
-def install() -> None:
-    """Use these functions in transformers' NemotronH, in this process from here on."""
-    for owner, name, function in replacements():
-        setattr(owner, name, function)

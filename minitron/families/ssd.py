@@ -87,10 +87,10 @@ def heads_first(tensor):
     return tensor.permute(3, 0, 2, 1, *range(4, tensor.ndim))
 
 
-def parts(batch: int, heads: int, head_dim: int, groups: int, state: int) -> Iterator[Part]:
+def parts(batch: int, heads: int, head_dim: int, groups: int, state: int, device: torch.device) -> Iterator[Part]:
     """A batch as parts: several rows of all groups, or, where a row is too much, some groups of one row."""
     length = chunk_tokens(head_dim, state)
-    fitting = max(1, block_numbers() * groups // (heads * length * max(head_dim, length)))  # groups of single rows
+    fitting = max(1, block_numbers(device) * groups // (heads * length * max(head_dim, length)))  # groups of single rows
     rows, some = (fitting // groups, groups) if fitting >= groups else (1, fitting)
     for row in range(0, batch, rows):
         for group in range(0, groups, some):
@@ -228,7 +228,7 @@ class _Scan(torch.autograd.Function):
     @without_autocast
     def forward(ctx, x, dt, A, B, C, D, start, needs_gradient):
         y, final, saved = torch.empty(x.shape, device=x.device), torch.empty(start.shape, device=x.device), []
-        for part in parts(len(x), *x.shape[2:], *B.shape[2:]):
+        for part in parts(len(x), *x.shape[2:], *B.shape[2:], x.device):
             sequence = Sequence(part.heads(dt), part.per_head(A), chunk_tokens(x.shape[3], B.shape[3]))
             states, blocks = state_blocks(part.state(start), len(sequence.chunks()), needs_gradient)
             for number, tokens in enumerate(sequence.chunks()):
@@ -247,7 +247,7 @@ class _Scan(torch.autograd.Function):
         x, dt, A, B, C, D, y, *saved = ctx.saved_tensors
         gx, g_dt, gB, gC, g_start = (torch.empty(tensor.shape, device=x.device) for tensor in (x, dt, B, C, g_final))
         gA, gD = torch.zeros_like(A), torch.zeros_like(D)
-        for part, states in zip(parts(len(x), *x.shape[2:], *B.shape[2:]), saved, strict=True):
+        for part, states in zip(parts(len(x), *x.shape[2:], *B.shape[2:], x.device), saved, strict=True):
             sequence = Sequence(part.heads(dt), part.per_head(A), chunk_tokens(x.shape[3], B.shape[3]))
             g_state = Block(part.state(g_final).contiguous())
             for number, tokens in reversed(list(enumerate(sequence.chunks()))):
@@ -269,3 +269,11 @@ class _Scan(torch.autograd.Function):
 def _matrices(tensor):
     """[B, G, L, N] → [B·G, L, N] in float32."""
     return tensor.float().contiguous().flatten(0, 1)
+
+
+def install() -> None:
+    """Put our functions for a CPU in the place of transformers' NemotronH's, in this process from here on: the one place where that happens."""
+    from minitron.families.mixer import replacements  # which is built of this module
+
+    for owner, name, function in replacements():
+        setattr(owner, name, function)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.nemotron_h import modeling_nemotron_h as modeling
 
-from minitron.families import ssd, mixer
+from minitron.families import blockwise, mixer, ssd
 
 # Taken at import, before any test can have put ours in their place.
 TRANSFORMERS_OWN = [(owner, name, getattr(owner, name)) for owner, name, _ in mixer.replacements()]
@@ -191,48 +191,32 @@ def test_later_tokens_do_not_reach_earlier_outputs():
     assert torch.equal(one[:, :50], other[:, :50]) and not torch.equal(one[:, 50], other[:, 50])
 
 
+@pytest.mark.parametrize(("core_numbers", "num_parts"), [(2**20, 1), (5000, 5), (1, 10)], ids=["one part", "a part per row", "a part per group"])
+def test_parts_of_any_size_give_the_same_scan_and_gradients(core_numbers, num_parts, monkeypatch):
+    tensors = draw(70, 2, batch=5)
+    weights = output_weights(tensors)
+    expected = gradients(sequential, in_float64(tensors), NAMES, weights)
+    monkeypatch.setattr(blockwise, "CORE_NUMBERS", core_numbers)
+    assert len(list(ssd.parts(5, 4, 3, 2, 5, torch.device("cpu")))) == num_parts
+    ours = gradients(ssd.scan, tensors, NAMES, weights)
+    assert max(relative(ours[name], expected[name]) for name in NAMES) <= 1e-5
+
+
+def test_autocast_leaves_the_scan_and_its_gradients_in_float32():
+    tensors = draw(70, 2)
+    weights = output_weights(tensors)
+    expected = gradients(ssd.scan, tensors, NAMES, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gradients(ssd.scan, tensors, NAMES, weights)
+        assert (tensors["x"].flatten(0, 2) @ torch.eye(3)).dtype == torch.bfloat16  # the control: autocast is on
+    assert all(torch.equal(ours[name], expected[name]) for name in NAMES)
+
+
 def test_bfloat16_inputs_are_computed_in_float32():
     tensors = {name: tensor if name in ("A", "dt") else tensor.bfloat16() for name, tensor in draw(40, 2).items()}
     y, final = call(ssd.scan, tensors, NAMES)
     assert y.dtype == final.dtype == torch.float32
     assert relative(y, call(sequential, in_float64(tensors), NAMES)[0]) <= 1e-5
-
-
-# The convolution.
-
-
-def draw_conv(tokens: int, kernel: int = 4, channels: int = 6, *, has_bias: bool = True):
-    random = torch.Generator().manual_seed(0)
-    shapes = [(2, channels, tokens), (channels, kernel)] + ([(channels,)] if has_bias else [])
-    return [torch.randn(shape, generator=random) for shape in shapes]
-
-
-def reference_conv(x_BET, weight_EK, bias_E=None):
-    channels, kernel = weight_EK.shape
-    return F.silu(F.conv1d(F.pad(x_BET, (kernel - 1, 0)), weight_EK[:, None], bias_E, groups=channels))
-
-
-@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize(("tokens", "kernel"), [(1, 4), (3, 4), (20, 4), (20, 2), (20, 1)])
-def test_the_convolution_and_its_gradients_are_those_of_conv1d_and_silu(tokens, kernel, has_bias):
-    inputs = [tensor.requires_grad_() for tensor in draw_conv(tokens, kernel, has_bias=has_bias)]
-    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    ours, expected = ssd._causal_conv(*inputs, activation="silu"), reference_conv(*exact)
-    assert (ours - expected).abs().max() <= 1e-6
-    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    own_gradients = torch.autograd.grad((ours * weights).sum(), inputs)
-    for own, right in zip(own_gradients, torch.autograd.grad((expected * weights.double()).sum(), exact), strict=True):
-        assert own.shape == right.shape and relative(own, right) <= 1e-6
-
-
-def test_the_reference_convolution_notices_a_shifted_kernel():
-    x, weight, bias = draw_conv(20)
-    assert (ssd._causal_conv(x, weight, bias, activation="silu") - reference_conv(x, weight.flip(1), bias)).abs().max() > 0.1
-
-
-def test_the_convolution_keeps_the_inputs_dtype():
-    x, weight, bias = draw_conv(20)
-    assert ssd._causal_conv(x.bfloat16(), weight, bias, activation="silu").dtype == torch.bfloat16
 
 
 # In transformers' place.
@@ -249,17 +233,19 @@ def flat(gradients) -> torch.Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
-def test_install_puts_both_functions_in_transformers_place(transformers_own):
-    assert modeling.mamba2_chunk_scan is not ssd._chunk_scan
-    mixer.install()
-    assert modeling.mamba2_chunk_scan is ssd._chunk_scan and modeling.causal_conv1d_fn is ssd._causal_conv
+def test_install_puts_our_functions_in_transformers_place(transformers_own):
+    assert not any(getattr(owner, name) is function for owner, name, function in mixer.replacements())
+    ssd.install()
+    assert len(mixer.replacements()) == 4 and all(getattr(owner, name) is function for owner, name, function in mixer.replacements())
 
 
+@pytest.mark.parametrize("core_numbers", [2**20, 1500, 100], ids=["one part", "a part per row", "a part per group"])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_logits_and_gradients_of_a_model_are_those_of_transformers_own_path(groups, transformers_own, build_model, token_ids):
+def test_logits_and_gradients_of_a_model_are_those_of_transformers_own_path(groups, core_numbers, transformers_own, monkeypatch, build_model, token_ids):
+    monkeypatch.setattr(blockwise, "CORE_NUMBERS", core_numbers)
     model, ids = build_model(mamba_num_groups=groups), token_ids(2, 75)
     expected, expected_gradients = logits_and_gradients(model, ids)
-    mixer.install()
+    ssd.install()
     ours, own_gradients = logits_and_gradients(model, ids)
     assert relative(ours, expected) <= 1e-5
     assert relative(flat(own_gradients), flat(expected_gradients)) <= 1e-5
@@ -271,13 +257,61 @@ def test_logits_and_gradients_of_a_model_are_those_of_transformers_own_path(grou
 def test_a_wrong_decay_moves_logits_and_gradients(transformers_own, monkeypatch, build_model, token_ids):
     model, ids = build_model(), token_ids(2, 75)
     expected, expected_gradients = logits_and_gradients(model, ids)
-    mixer.install()
+    ssd.install()
     decay = ssd._decay
     monkeypatch.setattr(ssd, "_decay", lambda cum, out: decay(1.01 * cum, out))
     ours, own_gradients = logits_and_gradients(model, ids)
     assert relative(ours, expected) > 1e-4 and relative(flat(own_gradients), flat(expected_gradients)) > 1e-4
     name = "model.layers.0.mixer.A_log"
     assert relative(own_gradients[name], expected_gradients[name]) > 1e-3
+
+
+@pytest.mark.parametrize("has", [False, True], ids=["no biases", "all biases"])
+def test_biases_are_as_in_transformers_own_path(has, transformers_own, build_model, token_ids):
+    model, ids = build_model(mamba_conv_bias=has, mamba_projection_bias=has, ffn_bias=has), token_ids(2, 40)
+    expected, expected_gradients = logits_and_gradients(model, ids)
+    ssd.install()
+    ours, own_gradients = logits_and_gradients(model, ids)
+    assert relative(ours, expected) <= 1e-5 and relative(flat(own_gradients), flat(expected_gradients)) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_bfloat16_model_is_no_farther_from_its_float32_self_than_transformers_own(transformers_own, build_model, token_ids):
+    model, ids = build_model().bfloat16(), token_ids(2, 75)
+    exact = model.float()(ids, use_cache=False).logits
+    theirs = relative(model.bfloat16()(ids, use_cache=False).logits, exact)
+    ssd.install()
+    assert relative(model(ids, use_cache=False).logits, exact) <= theirs < 0.1
+
+
+def test_the_mixer_keeps_less_than_a_third_of_what_transformers_keeps_for_the_backward_pass(transformers_own, build_model, token_ids):
+    model, ids = build_model(pattern="M"), token_ids(4, 64)
+
+    def kept() -> int:
+        found = {}
+
+        def keep(tensor):
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.base_model(ids, use_cache=False)
+        return sum(found.values())
+
+    theirs = kept()
+    ssd.install()
+    assert kept() < theirs / 3
+
+
+@torch.no_grad()
+def test_left_padding_with_its_mask_leaves_the_logits(transformers_own, teacher, token_ids):
+    ssd.install()
+    ids, mask = token_ids(2, 40), torch.ones(2, 50, dtype=torch.long)
+    padded = torch.cat([torch.zeros(2, 10, dtype=torch.long), ids], dim=1)
+    mask[:, :10] = 0
+    expected = teacher(ids, use_cache=False).logits
+    assert relative(teacher(padded, attention_mask=mask, use_cache=False).logits[:, 10:], expected) <= 1e-5
+    assert relative(teacher(padded, use_cache=False).logits[:, 10:], expected) > 1e-3  # the control: the state runs through the padding
 
 
 # Decoding.
@@ -310,12 +344,12 @@ def slow_model(build_model):
 @pytest.mark.parametrize("prompt", [1, 33])
 def test_decoding_token_by_token_equals_reading_at_once(prompt, installed, transformers_own, slow_model, token_ids):
     if installed:
-        mixer.install()
+        ssd.install()
     assert decode_error(slow_model, token_ids(2, 45), prompt) <= 1e-5
 
 
 def test_with_the_time_step_clamped_from_below_decoding_differs(transformers_own, slow_model, token_ids):
-    mixer.install()
+    ssd.install()
     for block in slow_model.model.layers:
         if hasattr(block.mixer, "time_step_limit"):
             block.mixer.time_step_limit = (0.001, math.inf)  # transformers' own
@@ -323,13 +357,13 @@ def test_with_the_time_step_clamped_from_below_decoding_differs(transformers_own
 
 
 def test_a_prompt_shorter_than_the_convolution_is_decoded_right(transformers_own, teacher, token_ids):
-    mixer.install()
+    ssd.install()
     assert decode_error(teacher, token_ids(2, 12), 2) <= 1e-5
 
 
 @torch.no_grad()
 def test_right_padding_leaves_the_logits_before_it(transformers_own, teacher, token_ids):
-    mixer.install()
+    ssd.install()
     ids = token_ids(2, 50)
     padded = torch.cat([ids[:, :40], torch.zeros(2, 10, dtype=torch.long)], dim=1)
     before, after = teacher(ids, use_cache=False).logits[:, :40], teacher(padded, use_cache=False).logits
