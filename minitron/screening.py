@@ -19,27 +19,32 @@ from distill.batches import split_padding
 from minitron.importance.scores import ImportanceScores
 from nas.candidates import Candidates
 
+CACHED_LOGITS, LEAST_CHUNK_TOKENS = 2**18, 64  # one MiB of float32
+
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """Sums over predicted tokens, of nats and of agreements with the teacher's first choice; they add up over batches."""
+    """Sums of nats over predicted tokens; they add up over batches."""
 
     loss: float = 0.0
     kl: float = 0.0
-    agreements: float = 0.0
     tokens: int = 0
 
     def __add__(self, other: "Distance") -> "Distance":
         return Distance(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def means(self) -> dict[str, float]:
-        """Nats per token and the share of agreements."""
-        return {name: value / self.tokens for name, value in (("loss", self.loss), ("kl", self.kl), ("top1_agreement", self.agreements))}
+        """Nats per token."""
+        return {"loss": self.loss / self.tokens, "kl": self.kl / self.tokens}
 
 
 @torch.no_grad()
-def measure_batch(teacher: nn.Module, candidates: Mapping[str, nn.Module], rows_BT: torch.Tensor, *, chunk_tokens: int = 256) -> dict[str, Distance]:
-    """Every candidate's distance to the data and to the teacher over one batch of rows (padding −1)."""
+def measure_batch(teacher: nn.Module, candidates: Mapping[str, nn.Module], rows_BT: torch.Tensor, *, chunk_tokens: int | None = None) -> dict[str, Distance]:
+    """Every candidate's distance to the data and to the teacher over one batch of rows (padding −1).
+
+    `chunk_tokens` None takes as many as keep a chunk's logits in a processor's cache, but enough for a matrix product.
+    """
+    chunk_tokens = chunk_tokens or max(LEAST_CHUNK_TOKENS, CACHED_LOGITS // teacher.get_output_embeddings().weight.shape[0])
     ids_BT, mask_BT = split_padding(rows_BT)
     predicted = mask_BT[:, 1:].reshape(-1)
     targets_N = ids_BT[:, 1:].reshape(-1)[predicted]
@@ -50,7 +55,7 @@ def measure_batch(teacher: nn.Module, candidates: Mapping[str, nn.Module], rows_
 
     teacher_ND = states(teacher)
     states_ND = {name: states(model) for name, model in candidates.items()}
-    sums = {name: torch.zeros(3, dtype=torch.float64) for name in candidates}
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in candidates}
     for start in range(0, len(targets_N), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
         reference = _Reference(teacher.get_output_embeddings()(teacher_ND[chunk]).float())
@@ -65,17 +70,16 @@ class _Reference:
 
     def __init__(self, logits_NV: torch.Tensor):
         log_p_NV = torch.log_softmax(logits_NV, dim=-1)
-        self.first_N = logits_NV.argmax(-1)
         self.p_NV = log_p_NV.exp()
         self.negative_entropy_N = torch.linalg.vecdot(self.p_NV, log_p_NV)
 
     def distances(self, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        """[loss, KL(teacher ‖ candidate), agreements], float64 sums: with log q = logits − logsumexp, no softmax is formed."""
-        normaliser_N = logits_NV.logsumexp(-1)
-        loss_N = normaliser_N - logits_NV.gather(-1, targets_N[:, None])[:, 0]
-        kl_N = self.negative_entropy_N + normaliser_N - torch.bmm(self.p_NV[:, None], logits_NV[:, :, None])[:, 0, 0]
-        agree_N = logits_NV.argmax(-1) == self.first_N
-        return torch.stack([loss_N, kl_N, agree_N.float()]).sum(1, dtype=torch.float64).cpu()
+        """[loss, KL(teacher ‖ candidate)], float64 sums. log q = logits − logsumexp, so no softmax is formed; the logits are used up."""
+        own_N = logits_NV.gather(-1, targets_N[:, None])[:, 0]
+        expected_N = torch.bmm(self.p_NV[:, None], logits_NV[:, :, None])[:, 0, 0]
+        highest_N = logits_NV.amax(-1)
+        normaliser_N = logits_NV.sub_(highest_N[:, None]).exp_().sum(-1).log_() + highest_N
+        return torch.stack([normaliser_N - own_N, self.negative_entropy_N + normaliser_N - expected_N]).sum(1, dtype=torch.float64).cpu()
 
 
 def best_first(losses: Mapping[str, float]) -> list[str]:

@@ -105,7 +105,7 @@ STAGES: Mapping[str, StageSpec] = {
     "base": StageSpec(1, lambda s: ("teacher",), _what_base),
     "score": StageSpec(3, lambda s: ("data", base_stage(s)), _what_score, parallel=True),
     # A given layer order makes the search plain arithmetic on config.json: no weights, no scores.
-    "shortlist": StageSpec(1, lambda s: () if s.search.layer_order else ("data", base_stage(s), "teacher", "score"), _what_shortlist),
+    "shortlist": StageSpec(2, lambda s: () if s.search.layer_order else ("data", base_stage(s), "teacher", "score"), _what_shortlist),
     "teacher_cache": StageSpec(1, lambda s: ("data", "teacher"), _what_cache),
     # Once for every finalist, or for settings.candidate alone.
     "screen": StageSpec(1, lambda s: ("data", base_stage(s), "teacher_cache" if s.screen.cached else "teacher", "score", "shortlist"), _what_screen),

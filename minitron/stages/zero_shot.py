@@ -79,7 +79,7 @@ def _measured(context: StageContext, entries: Mapping[str, dict], head_dim: int,
     views = {name: sorted_base.view(Architecture(**entries[name]["architecture"]), tuple(entries[name]["kept_layers"])) for name in names}
     for index, some in missing.items():
         models = {name: views[name].model for name in some}
-        for name, distance in measure_batch(teacher, models, batches[index], chunk_tokens=context.settings.scoring.logits_tokens).items():
+        for name, distance in measure_batch(teacher, models, batches[index]).items():
             yield index, name, distance, _view_facts(views[name])
 
 
@@ -87,7 +87,7 @@ def _zero_shot_facts(mean: Mapping[str, float]) -> dict:
     """What the table says; a candidate whose loss is no number stays in it, marked."""
     if not math.isfinite(mean["loss"]):
         return {"zero_shot_loss": None, "zero_shot_kl": None, "note": "its zero-shot loss is not a number"}
-    return {"zero_shot_loss": mean["loss"], "zero_shot_kl": mean["kl"], "zero_shot_top1_agreement": mean["top1_agreement"]}
+    return {"zero_shot_loss": mean["loss"], "zero_shot_kl": mean["kl"]}
 
 
 def _load(context: StageContext, stage: str, device: torch.device):

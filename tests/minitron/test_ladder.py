@@ -88,7 +88,7 @@ def test_zero_shot_measurements_of_an_interrupted_run_are_kept(walk, door, tmp_p
     (folder / "done.json").unlink()
     marked = walk.summary["candidates"][0]["id"]
     facts = {"copied_bytes": 0, "copied_mamba_bytes": 0, "view_digest": "of the first run"}
-    (folder / "zero_shot.partial.jsonl").write_text(json.dumps([marked, 0, [1e6, 1.0, 1.0, 1], facts]) + '\n["half a li')
+    (folder / "zero_shot.partial.jsonl").write_text(json.dumps([marked, 0, [1e6, 1.0, 1], facts]) + '\n["half a li')
     losses = {entry["id"]: entry["zero_shot_loss"] for entry in searched(door, tmp_path, *copied, "search.finalists=0")["candidates"]}
     before = {entry["id"]: entry["zero_shot_loss"] for entry in walk.summary["candidates"]}
     assert before.pop(marked) + 100 < losses.pop(marked)
