@@ -4,11 +4,14 @@ Per batch the teacher runs once, and so does every candidate, each up to its las
 a chunk of tokens at a time, the teacher's log-probabilities made once per chunk for all. Logits of [tokens × vocabulary]
 never exist for more than a chunk.
 
+With logits h·Wᵀ the teacher's expectation of a candidate's logit is h·(p·W), and candidates that are views of one model share W:
+p·W is one product for all of them, and what is left for each is its log-sum-exp.
+
 Letters: N tokens, V vocabulary, D hidden.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -19,7 +22,7 @@ from distill.batches import split_padding
 from minitron.importance.scores import ImportanceScores
 from nas.candidates import Candidates
 
-CACHED_LOGITS, LEAST_CHUNK_TOKENS = 2**18, 64  # one MiB of float32
+CACHED_LOGITS, LEAST_CHUNK_TOKENS = 2**19, 64  # two MiB of float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class Distance:
         return {"loss": self.loss / self.tokens, "kl": self.kl / self.tokens}
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def measure_batch(teacher: nn.Module, candidates: Mapping[str, nn.Module], rows_BT: torch.Tensor, *, chunk_tokens: int | None = None) -> dict[str, Distance]:
     """Every candidate's distance to the data and to the teacher over one batch of rows (padding −1).
 
@@ -53,33 +56,50 @@ def measure_batch(teacher: nn.Module, candidates: Mapping[str, nn.Module], rows_
         hidden_BTD = model.base_model(ids_BT, use_cache=False).last_hidden_state
         return hidden_BTD[:, :-1].flatten(0, 1)[predicted]
 
-    teacher_ND = states(teacher)
+    teacher_ND, teacher_VD = states(teacher), _head(teacher)
     states_ND = {name: states(model) for name, model in candidates.items()}
+    heads_VD = {name: _head(model) for name, model in candidates.items()}
+    widest_VD = _widest(heads_VD.values())
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in candidates}
     for start in range(0, len(targets_N), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
-        reference = _Reference(teacher.get_output_embeddings()(teacher_ND[chunk]).float())
-        for name, model in candidates.items():
-            logits_NV = model.get_output_embeddings()(states_ND[name][chunk]).float()
-            sums[name] += reference.distances(logits_NV, targets_N[chunk])
+        log_p_NV = torch.log_softmax((teacher_ND[chunk] @ teacher_VD.t()).float(), dim=-1)
+        p_NV = log_p_NV.exp()
+        negative_entropy_N = torch.linalg.vecdot(p_NV, log_p_NV)
+        expected_ND = {_storage(head_VD): p_NV @ head_VD for head_VD in widest_VD}
+        for name, head_VD in heads_VD.items():
+            logits_NV = (states_ND[name][chunk] @ head_VD.t()).float()
+            if _storage(head_VD) in expected_ND:
+                expected_N = torch.linalg.vecdot(states_ND[name][chunk], expected_ND[_storage(head_VD)][:, : head_VD.shape[1]])
+            else:
+                expected_N = torch.linalg.vecdot(p_NV, logits_NV)
+            own_N = logits_NV.gather(-1, targets_N[chunk][:, None])[:, 0]
+            normaliser_N = _log_sum_exp(logits_NV, own_N)
+            distances = torch.stack([normaliser_N - own_N, negative_entropy_N + normaliser_N - expected_N])
+            sums[name] += distances.sum(1, dtype=torch.float64).cpu()
     return {name: Distance(*values.tolist(), tokens=len(targets_N)) for name, values in sums.items()}
 
 
-class _Reference:
-    """The teacher's distribution over a chunk, against which logits are held."""
+def _head(model: nn.Module) -> torch.Tensor:
+    return model.get_output_embeddings().weight
 
-    def __init__(self, logits_NV: torch.Tensor):
-        log_p_NV = torch.log_softmax(logits_NV, dim=-1)
-        self.p_NV = log_p_NV.exp()
-        self.negative_entropy_N = torch.linalg.vecdot(self.p_NV, log_p_NV)
 
-    def distances(self, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        """[loss, KL(teacher ‖ candidate)], float64 sums. log q = logits − logsumexp, so no softmax is formed; the logits are used up."""
-        own_N = logits_NV.gather(-1, targets_N[:, None])[:, 0]
-        expected_N = torch.bmm(self.p_NV[:, None], logits_NV[:, :, None])[:, 0, 0]
-        highest_N = logits_NV.amax(-1)
-        normaliser_N = logits_NV.sub_(highest_N[:, None]).exp_().sum(-1).log_() + highest_N
-        return torch.stack([normaliser_N - own_N, self.negative_entropy_N + normaliser_N - expected_N]).sum(1, dtype=torch.float64).cpu()
+def _storage(head_VD: torch.Tensor) -> int:
+    """The same number for prefixes of one matrix."""
+    return head_VD.data_ptr()
+
+
+def _widest(heads_VD: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Of every float32 matrix that output heads are prefixes of, the widest one there is; in bf16 p·W would not be exact enough."""
+    by_width = sorted(heads_VD, key=lambda head_VD: head_VD.shape[1])
+    return list({_storage(head_VD): head_VD for head_VD in by_width if head_VD.dtype == torch.float32}.values())
+
+
+def _log_sum_exp(logits_NV: torch.Tensor, own_N: torch.Tensor) -> torch.Tensor:
+    """log Σ exp of every row, [N]. One logit of each row stands in for the highest: the sum is at least 1, and only where it overflows
+    is the highest looked for."""
+    sums_N = torch.sub(logits_NV, own_N[:, None]).exp_().sum(-1)
+    return sums_N.log_() + own_N if torch.isfinite(sums_N).all() else torch.logsumexp(logits_NV, dim=-1)
 
 
 def best_first(losses: Mapping[str, float]) -> list[str]:

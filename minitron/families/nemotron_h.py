@@ -7,6 +7,7 @@ lose that prefix ("canonical").
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -159,10 +160,12 @@ def load(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu")
 
 
 def build(config: dict) -> nn.Module:
-    """A freshly initialised float32 model of a config.json dict."""
+    """A freshly initialised float32 model of a config.json dict; on the meta device there is nothing to initialise."""
     from transformers import AutoModelForCausalLM, NemotronHConfig
+    from transformers.initialization import no_init_weights
 
-    return _without_step_clamp(AutoModelForCausalLM.from_config(NemotronHConfig(**config), dtype=torch.float32))
+    with no_init_weights() if torch.get_default_device().type == "meta" else nullcontext():
+        return _without_step_clamp(AutoModelForCausalLM.from_config(NemotronHConfig(**config), dtype=torch.float32))
 
 
 def build_layer(config: dict, layer: int) -> nn.Module:

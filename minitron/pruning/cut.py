@@ -73,19 +73,23 @@ def plan_cuts(family: Family, plan: PruningPlan, shapes: Mapping[str, tuple[int,
     Raises ValueError for a tensor of the wrong shape, one matched by no row or by two, or one missing.
     """
     check_tensors(family, plan.teacher, shapes)
-    sizes = family.axis_sizes(plan.teacher)
     new_position = {layer: position for position, layer in enumerate(plan.kept_layers)}
     cuts = []
     for name, shape in shapes.items():
         layer, suffix = split_layer(name)
         if layer is not None and layer not in new_position:
             continue
-        row = row_of(family, plan.teacher, name)
-        keep = tuple(_kept_of_dimension(dimension, sizes, lambda axis, layer=layer: plan.kept(axis, layer)) for dimension in row.dimensions)
+        keep = kept_indices(family, plan, name)
         new_shape = tuple(size if indices is None else len(indices) for size, indices in zip(shape, keep, strict=True))
         target = name if layer is None else f"layers.{new_position[layer]}.{suffix}"
         cuts.append(TensorCut(source=name, target=target, shape=new_shape, keep=keep))
     return cuts
+
+
+def kept_indices(family: Family, plan: PruningPlan, name: str) -> tuple[torch.Tensor | None, ...]:
+    """What a plan keeps of each dimension of the tensor of this canonical name; None where all stays."""
+    sizes, (layer, _) = family.axis_sizes(plan.teacher), split_layer(name)
+    return tuple(_kept_of_dimension(dimension, sizes, lambda axis: plan.kept(axis, layer)) for dimension in row_of(family, plan.teacher, name).dimensions)
 
 
 def split_layer(name: str) -> tuple[int | None, str]:
@@ -143,17 +147,18 @@ def _has(architecture: Architecture, row: TensorAxes) -> bool:
 
 def _kept_of_dimension(dimension: Dimension, sizes: Mapping[str, int], kept: Callable[[str], tuple[int, ...] | None]) -> torch.Tensor | None:
     """Indices that stay of a dimension of fused segments; None where all stay."""
-    pieces, offset, is_cut = [], 0, False
+    chosen = {axis: kept(axis) for segment in dimension for axis in segment}
+    if all(indices is None for indices in chosen.values()):
+        return None
+    pieces, offset = [], 0
     for segment in dimension:
-        indices = torch.zeros(1, dtype=torch.long)
+        indices = np.zeros(1, np.int64)
         for axis in segment:  # slowest first: index = (i·size of next + j)·…
-            chosen = kept(axis)
-            is_cut |= chosen is not None
-            axis_indices = torch.arange(sizes[axis]) if chosen is None else torch.tensor(chosen)
-            indices = (indices[:, None] * sizes[axis] + axis_indices[None, :]).reshape(-1)
+            of_axis = np.arange(sizes[axis]) if chosen[axis] is None else np.array(chosen[axis])
+            indices = (indices[:, None] * sizes[axis] + of_axis).reshape(-1)
         pieces.append(indices + offset)
         offset += prod(sizes[axis] for axis in segment)
-    return torch.cat(pieces) if is_cut else None
+    return torch.from_numpy(np.concatenate(pieces))
 
 
 def build_pruned(family: Family, teacher: nn.Module, plan: PruningPlan, teacher_config: dict) -> nn.Module:

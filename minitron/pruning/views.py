@@ -20,7 +20,7 @@ from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_total_parameters
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_CHANNEL, MAMBA_HEAD, Family
 from minitron.importance.scores import ImportanceScores
-from minitron.pruning.cut import TensorCut, is_run, plan_cuts, row_of
+from minitron.pruning.cut import TensorCut, is_run, kept_indices, plan_cuts, row_of
 from minitron.pruning.plan import Indices, PruningPlan, top, top_per_group
 
 GROUPED = (MAMBA_HEAD, ATTENTION_HEAD)
@@ -81,10 +81,9 @@ class SortedTeacher:
         """The plan's cuts, those of columns that read a grouped axis in the order of the columns: rank first, then group."""
         columns = replace(plan, units={axis: {layer: self._by_rank(axis, kept) for layer, kept in layers.items()} if axis in GROUPED else layers
                                        for axis, layers in plan.units.items()})  # fmt: skip
-        by_group, by_rank = (plan_cuts(self.family, one, self._shapes) for one in (plan, columns))
         return [
-            replace(cut, keep=(cut.keep[0], ranked.keep[1])) if self._reads_groups(cut.source) else cut
-            for cut, ranked in zip(by_group, by_rank, strict=True)
+            replace(cut, keep=(cut.keep[0], kept_indices(self.family, columns, cut.source)[1])) if self._reads_groups(cut.source) else cut
+            for cut in plan_cuts(self.family, plan, self._shapes)
         ]
 
     def _by_rank(self, axis: str, kept: Indices) -> Indices:

@@ -155,5 +155,28 @@ def test_zero_shot_kl_is_that_of_float64(views, sorted_teacher, rows):
     assert measure_batch(sorted_teacher.model, {"one": model}, rows)["one"].means()["kl"] == pytest.approx(kl, rel=1e-5)
 
 
+def test_zero_shot_survives_logits_that_overflow(sorted_teacher, rows):
+    """The target's logit is no safe stand-in for the highest: exp(140) is more than float32 holds."""
+    model = deepcopy(sorted_teacher.model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(400)
+        logits = model(rows.where(rows != -1, 0), use_cache=False).logits[:, :-1].double()
+    targets, predicted = rows[:, 1:], (rows != -1)[:, 1:]
+    own = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    assert (logits.amax(-1) - own)[predicted].max() > 89, "the control: exp of it is infinite in float32"
+    loss = (logits.logsumexp(-1) - own)[predicted].mean().item()
+    assert measure_batch(sorted_teacher.model, {"one": model}, rows)["one"].means()["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_shot_kl_of_a_model_to_itself_is_nothing_in_any_type(teacher, rows, dtype):
+    model = deepcopy(teacher).to(dtype)
+    sharpened = deepcopy(model)
+    sharpened.requires_grad_(False).lm_head.weight.mul_(2)
+    measured = measure_batch(model, {"same": model, "sharpened": sharpened}, rows)
+    assert measured["same"].means()["kl"] == pytest.approx(0, abs=1e-6)
+    assert measured["sharpened"].means()["kl"] > 1e-3
+
+
 def test_the_order_leaves_out_what_is_no_number():
     assert best_first({"a": 2.0, "b": float("nan"), "c": 1.0, "d": float("inf")}) == ["c", "a"]
