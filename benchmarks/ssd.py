@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # Waiting threads sleep: on a machine that others use too, spinning ones slow both sides by turns.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.get("X")
 
 import torch
 

@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers.models.nemotron_h import modeling_nemotron_h as modeling
 
 from minitron.families import blockwise, mixer, ssd
 
