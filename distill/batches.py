@@ -2,6 +2,7 @@
 
 A row shorter than the others is padded on the right with PADDING. What is causal never looks there, so the
 real tokens' results are those of the row alone; only what sums over positions must leave padding out.
+A packed row holds several documents one after another: the first id of each but the first is stored as `mark_start` of it.
 """
 
 from collections.abc import Sequence
@@ -12,10 +13,22 @@ import torch
 PADDING = -1  # no token's id, so never mistaken for one
 
 
+def mark_start(ids):
+    """An id as the first of a further document in its row: a number below PADDING, and back again. Of ints, arrays and tensors."""
+    return -2 - ids
+
+
 def split_padding(rows_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids that a model takes (0 in place of padding) and the mask of real tokens, bool, both [B, T]."""
     mask_BT = rows_BT != PADDING
-    return rows_BT.where(mask_BT, 0), mask_BT
+    ids_BT = rows_BT.where(rows_BT >= PADDING, mark_start(rows_BT))
+    return ids_BT.where(mask_BT, 0), mask_BT
+
+
+def document_numbers(rows_BT: torch.Tensor) -> torch.Tensor | None:
+    """Which document of its row each token belongs to, int32 [B, T], padding to the last; None where every row is of one document."""
+    starts_BT = rows_BT < PADDING
+    return starts_BT.cumsum(1, dtype=torch.int32) if starts_BT.any() else None
 
 
 def count_tokens(rows_RT: np.ndarray) -> int:
@@ -56,6 +69,13 @@ class RowBatches:
     def at(self, step: int) -> torch.Tensor:
         """The batch of one step, int64 [B, T], padding included: see split_padding."""
         return torch.from_numpy(self.rows_RT[self.indices(step)].astype(np.int64))
+
+
+class RowNumbers(RowBatches):
+    """RowBatches whose batches are row numbers [B]: what is learned from a cache is looked up by them."""
+
+    def at(self, step: int) -> torch.Tensor:
+        return torch.from_numpy(self.indices(step).copy())
 
 
 class BlendBatches:

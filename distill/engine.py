@@ -30,6 +30,15 @@ class Entry:
     whole: Callable[[], torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A model on the meta device and a function that gives a tensor of it by name: under FSDP2 no process ever holds it whole."""
+
+    model: nn.Module
+    read: Callable[[str], torch.Tensor]
+    device: torch.device
+
+
 class Caller(nn.Module):
     """Runs a function of the model within one forward call: only there do the engines' hooks hold sharded weights whole."""
 
@@ -165,19 +174,33 @@ class DataParallel(Engine):
 class Sharded(Engine):
     """FSDP2: every process keeps its slice of each tensor; a layer is whole only while it runs."""
 
+    def __init__(self, launch: Launch, model: nn.Module | Unread, plan: TrainPlan):
+        self.unread = model if isinstance(model, Unread) else None
+        super().__init__(launch, self.unread.model if self.unread else model, plan)
+
     def _wrap(self, caller: Caller) -> nn.Module:
-        shard(caller, self.device, bf16=self.plan.precision == "bf16")
+        if self.unread:
+            self.device = self.unread.device
+        shard(caller, self.device, bf16=self.plan.precision == "bf16", unread=self.unread)
         self.optimizers = build_optimizers(caller.model, self.plan)
         return caller
 
 
-def shard(caller: Caller, device: torch.device, *, bf16: bool) -> None:
-    """FSDP2 over all processes, layer by layer. With bf16 the layers compute in it, and gradients are summed in float32."""
+def shard(caller: Caller, device: torch.device, *, bf16: bool, unread: Unread | None = None) -> None:
+    """FSDP2 over all processes, layer by layer. With bf16 the layers compute in it, and gradients are summed in float32.
+
+    What is `unread` is read now, a tensor at a time, of which every process keeps its slice.
+    """
     mesh = torch.distributed.init_device_mesh(device.type, (distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     for layer in layers_of(caller.model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(caller, mesh=mesh, mp_policy=policy)
+    if unread:
+        caller.to_empty(device=device)
+        with torch.no_grad():
+            for name, tensor in [*caller.model.named_parameters(), *caller.model.named_buffers()]:
+                tensor.copy_(_like(unread.read(name), tensor))
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -185,7 +208,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return list(max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len))
 
 
-def open_engine(launch: Launch, model: nn.Module, plan: TrainPlan) -> Engine:
+def open_engine(launch: Launch, model: nn.Module | Unread, plan: TrainPlan) -> Engine:
     """The engine of a launch around a model. Raises ValueError for what it cannot do."""
     if launch.engine == "single":
         return Engine(launch, model, plan)
@@ -199,12 +222,13 @@ def open_engine(launch: Launch, model: nn.Module, plan: TrainPlan) -> Engine:
     return Zero(launch, model, plan)
 
 
-def place_teacher(launch: Launch, teacher: nn.Module) -> nn.Module:
+def place_teacher(launch: Launch, teacher: nn.Module | Unread) -> nn.Module:
     """The frozen teacher, called as `placed(function, *arguments)`; in slices where the student is."""
-    caller = Caller(teacher.eval().requires_grad_(False))
+    unread = teacher if isinstance(teacher, Unread) else None
+    caller = Caller((unread.model if unread else teacher).eval().requires_grad_(False))
     if launch.engine == "fsdp2":
         join_processes()
-        shard(caller, next(teacher.parameters()).device, bf16=False)
+        shard(caller, unread.device if unread else next(teacher.parameters()).device, bf16=False, unread=unread)
     if launch.engine == "zero3":
         join_processes()
         from distill.zero import place_in_slices

@@ -26,8 +26,8 @@ def next_token_loss(logits_BTV: torch.Tensor, rows_BT: torch.Tensor) -> torch.Te
 
 
 def next_token_labels(rows_BT: torch.Tensor) -> torch.Tensor:
-    """What each position should predict, int64 [B, T]: the following id; PADDING where there is none."""
-    return F.pad(rows_BT[:, 1:], (0, 1), value=PADDING).long()
+    """What each position should predict, int64 [B, T]: the following id; PADDING where there is none in its document."""
+    return F.pad(rows_BT[:, 1:].clamp(min=PADDING), (0, 1), value=PADDING).long()
 
 
 def hidden_state_loss(

@@ -5,21 +5,23 @@ R rows, B batch, T tokens, V vocabulary, D hidden.
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 
-from distill.batches import split_padding
+from distill.batches import document_numbers, split_padding
 from distill.chunked_loss import Head, LossRecipe, chunked_loss
-from distill.engine import place_teacher
+from distill.engine import Unread, place_teacher
 from distill.launch import Launch
 from distill.losses import next_token_labels
+from distill.teacher_cache import TeacherCache
 from distill.top_k import TopK
 
 # Of a model and rows [B, T] that may end in padding: the mean loss per token, alone or as "loss" among further means to watch.
 LossFunction = Callable[[nn.Module, torch.Tensor], torch.Tensor | dict[str, torch.Tensor]]
 
 
-def distillation_loss(teacher: nn.Module, recipe: LossRecipe | None = None, *, launch: Launch = Launch()) -> LossFunction:  # noqa: B008
+def distillation_loss(teacher: nn.Module | Unread, recipe: LossRecipe | None = None, *, launch: Launch = Launch()) -> LossFunction:  # noqa: B008
     """The recipe's loss against a frozen teacher (forward KL alone when None), and beside it what _means says.
 
     Logits exist for one chunk of tokens at a time. Raises ValueError on the first batch where the vocabularies differ.
@@ -27,28 +29,55 @@ def distillation_loss(teacher: nn.Module, recipe: LossRecipe | None = None, *, l
     placed, recipe = place_teacher(launch, teacher), recipe or LossRecipe()
 
     def loss(model: nn.Module, rows_BT: torch.Tensor) -> dict[str, torch.Tensor]:
-        ids_BT, _ = split_padding(rows_BT)
         with torch.no_grad():
-            target = Head(*placed(_frozen_head, ids_BT))
-        return _means(head_of(model, ids_BT), target, recipe, rows_BT)
+            target = Head(*placed(_frozen_head, rows_BT))
+        return _means(head_of(model, rows_BT), target, recipe, rows_BT)
 
     return loss
 
 
-def head_of(model: nn.Module, ids_BT: torch.Tensor) -> Head:
-    """The model's logits not yet multiplied out: its last hidden states [B, T, D] and its output matrix [V, D]."""
+def cached_loss(cache: TeacherCache, rows_RT: np.ndarray, recipe: LossRecipe | None = None) -> LossFunction:
+    """The same from a teacher's cached outputs, without the teacher: of a model and numbers [B] of rows, `rows_RT` being all that the cache holds.
+
+    Raises ValueError for a recipe that needs more than the cache has.
+    """
+    recipe = recipe or LossRecipe()
+
+    def loss(model: nn.Module, numbers_B: torch.Tensor) -> dict[str, torch.Tensor]:
+        numbers = numbers_B.cpu().numpy()
+        rows_BT = torch.from_numpy(rows_RT[numbers].astype(np.int64)).to(numbers_B.device)
+        return _means(head_of(model, rows_BT), cache.rows(numbers).to(numbers_B.device), recipe, rows_BT)
+
+    return loss
+
+
+def head_of(model: nn.Module, rows_BT: torch.Tensor) -> Head:
+    """The model's logits of rows not yet multiplied out: its last hidden states [B, T, D] and its output matrix [V, D].
+
+    Documents of a packed row know nothing of each other: attention goes by their positions, Mamba layers by their numbers.
+    """
     output = model.get_output_embeddings()
     assert output.bias is None, "a Head has no bias"
-    hidden_BTD = model.base_model(ids_BT, use_cache=False).last_hidden_state
+    ids_BT, _ = split_padding(rows_BT)
+    documents_BT = document_numbers(rows_BT)
+    packed = {} if documents_BT is None else {"position_ids": _positions(documents_BT), "seq_idx": documents_BT}
+    hidden_BTD = model.base_model(ids_BT, use_cache=False, **packed).last_hidden_state
     device = hidden_BTD.device.type
     if torch.is_autocast_enabled(device):  # as autocast would do for the output layer
         hidden_BTD = hidden_BTD.to(torch.get_autocast_dtype(device))
     return Head(hidden_BTD, output.weight)
 
 
-def _frozen_head(teacher: nn.Module, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _positions(documents_BT: torch.Tensor) -> torch.Tensor:
+    """Each token's place in its document, int64 [B, T], from 0 on."""
+    places_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    is_first_BT = documents_BT.diff(dim=1, prepend=documents_BT[:, :1] - 1) > 0
+    return places_T - torch.where(is_first_BT, places_T, 0).cummax(dim=1).values
+
+
+def _frozen_head(teacher: nn.Module, rows_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A Head's two, to be used after the teacher's forward call: ZeRO-3 then takes the data from the parameter, but not from who shares it."""
-    head = head_of(teacher, ids_BT)
+    head = head_of(teacher, rows_BT)
     return head.hidden_BTD, head.weight_VD.detach()
 
 

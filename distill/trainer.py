@@ -16,7 +16,7 @@ from torch import nn
 
 from distill.batches import RowBatches, split_padding
 from distill.chunked_loss import LossRecipe
-from distill.engine import Engine, open_engine
+from distill.engine import Engine, Unread, open_engine
 from distill.launch import Launch
 from distill.objectives import LossFunction, distillation_loss
 from distill.plan import HOW, Phase, StepRecord, TrainPlan
@@ -52,7 +52,7 @@ def train(model: nn.Module, batches: RowBatches, plan: TrainPlan, loss_function:
     return train_phases(model, [Phase(batches, plan)], loss_function, folder=folder, on_step=on_step)
 
 
-def train_phases(model: nn.Module, phases: Sequence[Phase], loss_function: LossFunction, *, folder: Path, on_step: Callable[[StepRecord], None],
+def train_phases(model: nn.Module | Unread, phases: Sequence[Phase], loss_function: LossFunction, *, folder: Path, on_step: Callable[[StepRecord], None],
                  launch: Launch = SINGLE, tokens_of: Callable[[torch.Tensor], int] = real_tokens, held_out: HeldOut | None = None) -> StepRecord:  # fmt: skip
     """Run the phases to their end, from the newest state saved in `folder` if there is one. Returns the last step's record.
 
@@ -68,7 +68,7 @@ def train_phases(model: nn.Module, phases: Sequence[Phase], loss_function: LossF
 class _Run:
     """One sitting of train_phases."""
 
-    def __init__(self, model: nn.Module, phases: Sequence[Phase], loss_function: LossFunction, *, folder: Path, on_step: Callable[[StepRecord], None],
+    def __init__(self, model: nn.Module | Unread, phases: Sequence[Phase], loss_function: LossFunction, *, folder: Path, on_step: Callable[[StepRecord], None],
                  launch: Launch, tokens_of: Callable[[torch.Tensor], int], held_out: HeldOut | None):  # fmt: skip
         self.phases, self.loss_function, self.folder, self.on_step = phases, loss_function, folder, on_step
         self.launch, self.tokens_of, self.held_out = launch, tokens_of, held_out

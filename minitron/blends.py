@@ -37,13 +37,13 @@ def rows_to_make(settings: Settings) -> Mapping[str, DataSettings]:
 
 
 def _parts(data: DataSettings, phase: PhaseSettings) -> list[Part]:
-    length = phase.sequence_length or data.sequence_length
+    length, rows = phase.sequence_length or data.sequence_length, phase.rows or data.rows
     if not phase.blend:
-        if length == data.sequence_length:
+        if (length, rows) == (data.sequence_length, data.rows):
             return [Part(DATA_ROWS, data, 1.0)]
-        return [_part(replace(data, sequence_length=length, max_train_tokens=None, max_heldout_tokens=None), phase, 1.0)]
+        return [_part(replace(data, rows=rows, sequence_length=length, max_train_tokens=None, max_heldout_tokens=None), phase, 1.0)]
     total = sum(source.weight for source in phase.blend)
-    return [_part(_data_of(source, data, length), phase, source.weight / total) for source in phase.blend]
+    return [_part(replace(_data_of(source, data, length), rows=rows), phase, source.weight / total) for source in phase.blend]
 
 
 def _part(data: DataSettings, phase: PhaseSettings, share: float) -> Part:

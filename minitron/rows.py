@@ -1,4 +1,5 @@
-"""Rows of token ids, int32 [rows, T], cut from tokenised documents. No row spans two documents, so no state leaks between them.
+"""Rows of token ids, int32 [rows, T], cut from tokenised documents. No state leaks between documents: a row is of one alone, or is packed
+and marks where the next one starts.
 
 Rows stay in the order of their documents. A row shorter than T is padded on the right with PADDING, which is no
 token's id: `distill.batches.split_padding` takes it apart again.
@@ -6,7 +7,7 @@ token's id: `distill.batches.split_padding` takes it apart again.
 
 import numpy as np
 
-from distill.batches import PADDING, count_tokens
+from distill.batches import PADDING, count_tokens, mark_start
 from minitron.settings import DataSettings, Rows
 
 
@@ -32,6 +33,50 @@ def document_rows(documents: list[list[int]], sequence_length: int) -> np.ndarra
     return rows
 
 
+class Packer:
+    """Rows of several documents each, distill.batches.mark_start on the first id of each but the first. Documents longer than a row are cut.
+
+    A document goes to the open row that it fills best; where none has room, the fullest one is closed.
+    """
+
+    NUM_OPEN = 16
+
+    def __init__(self, sequence_length: int):
+        self.sequence_length, self._open = sequence_length, []
+
+    def add(self, documents: list[list[int]]) -> np.ndarray:
+        """The rows closed by these documents."""
+        closed = []
+        for document in documents:
+            for start in range(0, len(document), self.sequence_length):
+                if len(piece := document[start : start + self.sequence_length]) > 1:  # else nothing in it is predicted
+                    closed += self._place(piece)
+        return self._padded(closed)
+
+    def rest(self) -> np.ndarray:
+        """The rows still open, which are closed by this."""
+        closed, self._open = self._open, []
+        return self._padded(closed)
+
+    def _place(self, piece: list[int]) -> list[list[int]]:
+        with_room = [row for row in self._open if len(row) + len(piece) <= self.sequence_length]
+        if with_room:
+            max(with_room, key=len).extend([mark_start(piece[0]), *piece[1:]])
+        else:
+            self._open.append(list(piece))
+        full = max(self._open, key=len)
+        if len(full) < self.sequence_length - 1 and len(self._open) <= self.NUM_OPEN:
+            return []
+        self._open = [row for row in self._open if row is not full]
+        return [full]
+
+    def _padded(self, closed: list[list[int]]) -> np.ndarray:
+        rows = np.full((len(closed), self.sequence_length), PADDING, dtype=np.int32)
+        for row, ids in zip(rows, closed, strict=True):
+            row[: len(ids)] = ids
+        return rows
+
+
 class SplitRows:
     """The rows of one split, gathered document by document up to the split's limit of tokens."""
 
@@ -42,11 +87,12 @@ class SplitRows:
         self.num_documents = self.num_tokens = self.longest = 0  # of the documents; tokens of the longest
         self._parts: list[np.ndarray] = []
         self._row_tokens = 0
+        self._packer = Packer(data.sequence_length)
 
     def add(self, documents: list[list[int]]) -> None:
         """Cut further tokenised documents into rows."""
-        cut = windows if self.data.rows is Rows.windows else document_rows
-        part = cut(documents, self.data.sequence_length)
+        cut = {Rows.windows: windows, Rows.documents: document_rows}.get(self.data.rows)
+        part = cut(documents, self.data.sequence_length) if cut else self._packer.add(documents)
         self._parts.append(part)
         self._row_tokens += count_tokens(part)
         self.num_documents += len(documents)
@@ -60,6 +106,7 @@ class SplitRows:
 
     def rows(self) -> np.ndarray:
         """int32 [rows, T], as many of the first as the limit allows. Raises ValueError where there is none."""
+        self._parts.append(self._packer.rest())
         rows = np.concatenate([np.empty((0, self.data.sequence_length), dtype=np.int32), *self._parts])
         if len(rows) == 0:
             least = self.data.sequence_length if self.data.rows is Rows.windows else 2

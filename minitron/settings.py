@@ -21,6 +21,7 @@ class Stage(Enum):
     search = "search"
     prune = "prune"
     phase_rows = "phase_rows"
+    distill_cache = "distill_cache"
     distill = "distill"
     evaluate = "evaluate"
     report = "report"
@@ -30,6 +31,7 @@ class Stage(Enum):
 class Rows(Enum):
     windows = "windows"
     documents = "documents"
+    packed = "packed"
 
 
 class Optimizer(Enum):
@@ -265,6 +267,7 @@ class PhaseSettings:
 
     tokens: int = 0
     sequence_length: int | None = None
+    rows: Rows | None = None
     batch: int | None = None
     learning_rate: float | None = None
     final_learning_rate_share: float | None = None
@@ -292,16 +295,19 @@ class LossSettings:
 @dataclass(kw_only=True, slots=True)
 class DistillSettings:
     temperature: float = 1.0
+    cached: bool = False
     loss: LossSettings = field(default_factory=LossSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     phases: list[PhaseSettings] = field(default_factory=list)
     max_positions: int | None = how(None)
+    max_hours: float | None = how(48.0)
     held_out_every: int | None = how(None)
     held_out_samples: int = how(32)
 
     def __post_init__(self) -> None:
         self.train.check("distill.train")
         at_least(self, "distill", 1, "max_positions", "held_out_every", "held_out_samples")
+        at_least(self, "distill", 0, "max_hours")
         for number, phase in enumerate(self.phases):
             name = f"distill.phases[{number}]"
             at_least(phase, name, 2, "sequence_length")
@@ -315,10 +321,22 @@ class DistillSettings:
             train.check(f"distill.phases[{number}]")
         if self.temperature <= 0:
             raise ValueError(f"distill.temperature is {self.temperature}; it must be above 0")
+        if self.cached:
+            self._check_cached()
+
+    def _check_cached(self) -> None:
+        """Refuse what the teacher's likeliest tokens at temperature 1 on the data stage's rows do not serve."""
+        wanted = {"temperature": 1.0, "loss.divergence": Divergence.forward_kl, "phases": [], "held_out_every": None}
+        given = {"temperature": self.temperature, "loss.divergence": self.loss.divergence, "phases": self.phases, "held_out_every": self.held_out_every}
+        for name, value in wanted.items():
+            if given[name] != value:
+                shown, must = (item.value if isinstance(item, Enum) else "null" if item is None else item for item in (given[name], value))
+                shown = "given" if name == "phases" else shown
+                raise ValueError(f"distill.{name} is {shown}, but distill.cached is true: the teacher cache serves only {name} {must}")
 
     def trains(self) -> list[TrainSettings]:
         """The training settings of every phase; without phases those of the one there is."""
-        names = [f.name for f in fields(PhaseSettings) if f.name not in ("sequence_length", "blend")]
+        names = [f.name for f in fields(PhaseSettings) if f.name not in ("sequence_length", "rows", "blend")]
         given = [{name: getattr(phase, name) for name in names if getattr(phase, name) is not None} for phase in self.phases]
         return [replace(self.train, **values) for values in given] or [self.train]
 
@@ -360,5 +378,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.run_name or "/" in self.run_name or self.run_name.startswith(".") or self.run_name == "store":
             raise ValueError(f"run_name is {self.run_name!r}; it must be one folder name, not starting with a dot, and not 'store'")
+        if self.data.rows is Rows.packed:
+            raise ValueError("data.rows is packed; it must be windows or documents (distill.phases[].rows may be packed)")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device is {self.device!r}; it must be auto, cpu or cuda")

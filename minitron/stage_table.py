@@ -88,6 +88,10 @@ def _what_cache(settings: Settings) -> Any:
     return {"top_k": settings.screen.top_k, "tokens": settings.screen.train.tokens}
 
 
+def _what_distill_cache(settings: Settings) -> Any:
+    return {"top_k": settings.screen.top_k, "tokens": settings.distill.train.tokens}
+
+
 def _what_screen(settings: Settings) -> Any:
     return {"candidate": settings.candidate, "seed": settings.seed, **key_settings(settings.screen)}
 
@@ -98,6 +102,11 @@ def _what_distill(settings: Settings) -> Any:
             "rows": [[(part.name, part.weight) for part in parts] for parts in phase_parts(settings)], "seed": settings.seed}  # fmt: skip
 
 
+def _needs_of_distill(settings: Settings) -> tuple[str, ...]:
+    rows = ("phase_rows",) if rows_to_make(settings) else ()
+    return ("data", "teacher", "prune", *rows, *(("distill_cache",) if settings.distill.cached else ()))
+
+
 STAGES: Mapping[str, StageSpec] = {
     # The tiny teacher is trained on the data; a given one brings the tokenizer that the data needs.
     "data": StageSpec(1, lambda s: () if s.teacher.path is None else ("teacher",), _what_data),
@@ -106,13 +115,15 @@ STAGES: Mapping[str, StageSpec] = {
     "score": StageSpec(3, lambda s: ("data", base_stage(s)), _what_score, parallel=True),
     # A given layer order makes the search plain arithmetic on config.json: no weights, no scores.
     "shortlist": StageSpec(2, lambda s: () if s.search.layer_order else ("data", base_stage(s), "teacher", "score"), _what_shortlist),
-    "teacher_cache": StageSpec(1, lambda s: ("data", "teacher"), _what_cache),
+    "teacher_cache": StageSpec(2, lambda s: ("data", "teacher"), _what_cache),
     # Once for every finalist, or for settings.candidate alone.
-    "screen": StageSpec(1, lambda s: ("data", base_stage(s), "teacher_cache" if s.screen.cached else "teacher", "score", "shortlist"), _what_screen),
+    "screen": StageSpec(2, lambda s: ("data", base_stage(s), "teacher_cache" if s.screen.cached else "teacher", "score", "shortlist"), _what_screen),
     "search": StageSpec(3, lambda s: ("shortlist", "screen") if has_ladder(s) else ("shortlist",), _what_search),
     "prune": StageSpec(3, lambda s: (base_stage(s), "score", "search"), lambda s: {}),
+    # Only where the student learns from a cache.
+    "distill_cache": StageSpec(1, lambda s: ("data", "teacher"), _what_distill_cache),
     # Only where a phase of distillation wants other rows than the data stage's.
     "phase_rows": StageSpec(1, lambda s: ("data", "teacher"), _what_phase_rows),
-    "distill": StageSpec(3, lambda s: ("data", "teacher", "prune", *(("phase_rows",) if rows_to_make(s) else ())), _what_distill, parallel=True),
+    "distill": StageSpec(3, _needs_of_distill, _what_distill, parallel=True),
     "evaluate": StageSpec(1, lambda s: ("data", "teacher", "prune", "distill"), lambda s: key_settings(s.evaluate)),
 }

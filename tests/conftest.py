@@ -39,7 +39,7 @@ import json, os, sys, traceback
 sys.argv = ["run.py"]
 import minitron.run
 from minitron import pipeline
-from minitron.stages import data, distill, evaluate, prune, report, score, screen, search, shortlist, teacher, teacher_cache, zero_shot
+from minitron.stages import data, distill, distill_cache, evaluate, prune, report, score, screen, search, shortlist, teacher, teacher_cache, zero_shot
 from transformers.models.nemotron_h import modeling_nemotron_h
 for line in sys.stdin:
     command = json.loads(line)

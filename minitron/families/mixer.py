@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from minitron.families import ssd
 from minitron.families.blockwise import Buffers, Norm, SquaredRelu, convolve, convolve_back, normalise, normalise_back
+from minitron.families.packed import by_document
 from minitron.families.ssd import Block, Chunk, Part, Sequence, chunk_gradients, chunk_outputs, heads_first, keeping, state_blocks, without_autocast
 
 
@@ -175,15 +176,23 @@ class _Walk:
             g_convolved[:, :, columns] = g_raw[:, before:, own]
 
 
-def _mixer(module, hidden_states, *, theirs: Callable, cache_params=None, attention_mask=None, **kwargs):
-    """NemotronHMamba2Mixer.forward; transformers' own where there is a cache, a mask or a limit to the time step."""
+def _mixer(module, hidden_states, *, theirs: Callable, cache_params=None, attention_mask=None, seq_idx=None, **kwargs):
+    """NemotronHMamba2Mixer.forward; transformers' own where there is a cache, a mask or a limit to the time step.
+
+    `seq_idx` [B, T] numbers the documents of packed rows.
+    """
     if cache_params is not None or attention_mask is not None or module.time_step_limit != (0.0, float("inf")) or module.activation != "silu":
-        return theirs(module, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+        return theirs(module, hidden_states, cache_params=cache_params, attention_mask=attention_mask, seq_idx=seq_idx, **kwargs)
     sizes = _Sizes(module.num_heads, module.head_dim, module.n_groups, module.ssm_state_size)
     bias = module.D.new_zeros(module.conv_dim) if module.conv1d.bias is None else module.conv1d.bias
     weights = (module.dt_bias, -torch.exp(module.A_log.float()), module.D, module.conv1d.weight.squeeze(1), bias, module.norm.weight)
-    weights = (weight.float() for weight in weights)
-    normed = _Heart.apply(*keeping(module.in_proj(hidden_states), *weights, sizes, module.norm.variance_epsilon))
+    weights = [weight.float() for weight in weights]
+
+    def heart(projected):
+        return _Heart.apply(*keeping(projected, *weights, sizes, module.norm.variance_epsilon))
+
+    projected = module.in_proj(hidden_states)
+    normed = heart(projected) if seq_idx is None else by_document(heart, seq_idx, projected)
     return module.out_proj(normed.to(hidden_states.dtype))
 
 

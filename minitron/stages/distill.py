@@ -1,15 +1,20 @@
 """distill: train the pruned student to the teacher's distribution, in one process or in several."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import torch
+from torch import nn
 
-from distill.batches import BlendBatches, RowBatches
+from distill.batches import BlendBatches, RowBatches, RowNumbers, count_tokens
 from distill.chunked_loss import LossRecipe
+from distill.engine import Unread
 from distill.launch import Launch, read_launch
-from distill.objectives import distillation_loss
+from distill.objectives import LossFunction, cached_loss, distillation_loss
 from distill.plan import Phase, StepRecord
 from distill.states import load_weights, newest_state, remove_states
-from distill.trainer import HeldOut, train_phases
+from distill.trainer import HeldOut, real_tokens, train_phases
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
@@ -23,26 +28,30 @@ from minitron.publish import check_reload, model_card, write_model
 from minitron.runtime import pick_device, process_memory_bytes
 from minitron.settings import DistillSettings
 from minitron.stages.models import result_model_folder
+from minitron.stages.teacher_cache import cached_rows, open_cache
 from minitron.stages.training import tracked_steps, train_plan
 from minitron.teachers import teacher_architecture
 from minitron.training_memory import check_fits, training_memory
+from minitron.training_time import check_time, training_flops
 
 
 def run(context: StageContext) -> dict:
     """Writes checkpoint/ (the student, in the pruned checkpoint's dtypes) and metrics.jsonl; read back before done."""
     settings, launch = context.settings, read_launch()
     torch.manual_seed(settings.seed)
-    teacher_folder, pruned_folder = (result_model_folder(context.inputs[name]) for name in ("teacher", "prune"))
+    pruned_folder = result_model_folder(context.inputs["prune"])
     config = read_config(pruned_folder)
-    family, device = family_of(config), str(pick_device(settings))
+    family = family_of(config)
     phases = _phases(context)
     _check_memory(context, config, launch)
+    _check_time(context, config, launch)
     recipe = loss_recipe(settings.distill)
-    loss = distillation_loss(family.load(teacher_folder, device=device), recipe, launch=launch)
-    student = family.load(pruned_folder, dtype=torch.float32, device=device)
+    loss, tokens_of = _loss(context, family, recipe, launch)
+    student = load_for_training(family, pruned_folder, launch=launch, device=pick_device(settings), dtype=torch.float32)
     tokens = sum(phase.num_steps * phase.batches.tokens_per_step for phase in phases)
     with tracked_steps(context, "distilling", tokens, loss_name=_loss_name(recipe)) as on_step:
-        last = train_phases(student, phases, loss, folder=context.folder, on_step=on_step, launch=launch, held_out=_held_out(context))
+        last = train_phases(student, phases, loss, folder=context.folder, on_step=on_step, launch=launch, tokens_of=tokens_of,
+                            held_out=_held_out(context))  # fmt: skip
     if launch.rank > 0:
         return {}
     _write_student(context, family, config, last)
@@ -51,6 +60,28 @@ def run(context: StageContext) -> dict:
     kl = last.recent_loss if _loss_name(recipe) == "KL" else None
     facts = {"tokens": last.tokens, "steps": last.step + 1, "seconds": round(last.seconds, 3), "final_kl_nats_per_token": kl}
     return {"headline": headline, "path": "checkpoint", "name": _name(context), **facts}
+
+
+def _loss(context: StageContext, family: Family, recipe: LossRecipe, launch: Launch) -> tuple[LossFunction, Callable[[torch.Tensor], int]]:
+    """The loss against the teacher, or against what a cache has of it; and how many tokens a batch holds."""
+    if context.settings.distill.cached:
+        rows = cached_rows(context, context.settings.distill.train.tokens)
+        return cached_loss(open_cache(context.inputs["distill_cache"], rows), rows, recipe), lambda numbers_B: count_tokens(rows[numbers_B.cpu()])
+    folder = result_model_folder(context.inputs["teacher"])
+    teacher = load_for_training(family, folder, launch=launch, device=pick_device(context.settings))
+    return distillation_loss(teacher, recipe, launch=launch), real_tokens
+
+
+def load_for_training(family: Family, folder: Path, *, launch: Launch, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module | Unread:
+    """A checkpoint's model for an engine; where that is FSDP2, not read yet. dtype None keeps the stored one."""
+    if launch.engine != "fsdp2":
+        return family.load(folder, dtype=dtype, device=str(device))
+    checkpoint = Checkpoint(folder)
+    names = {family.canonical_name(name): name for name in checkpoint.entries}
+    dtypes = {DTYPES[entry.dtype] for entry in checkpoint.entries.values()}
+    with torch.device("meta"):
+        model = family.build(read_config(folder)).to(dtype or min(dtypes, key=lambda one: one.itemsize)).eval()
+    return Unread(model, lambda name: checkpoint.read(names[family.canonical_name(name)]), device)
 
 
 def _name(context: StageContext) -> str:
@@ -70,9 +101,10 @@ def _loss_name(recipe: LossRecipe) -> str:
 
 def _check_memory(context: StageContext, config: dict, launch: Launch) -> None:
     """Print and check the plan of the phase that needs most."""
-    settings, teacher = context.settings, teacher_architecture(context.settings)
-    stored = Checkpoint(result_model_folder(context.inputs["teacher"])).entries.values()
-    width = max(DTYPES[entry.dtype].itemsize for entry in stored)
+    settings, teacher, width = context.settings, teacher_architecture(context.settings), 0
+    if not settings.distill.cached:
+        stored = Checkpoint(result_model_folder(context.inputs["teacher"])).entries.values()
+        width = max(DTYPES[entry.dtype].itemsize for entry in stored)
     lengths = [parts[0].data.sequence_length for parts in phase_parts(settings)]
     on_gpu = pick_device(settings).type == "cuda"
     plans = [training_memory(architecture_from_config(config), teacher, train, launch, sequence_length=length, teacher_bytes_per_number=width, on_gpu=on_gpu)
@@ -83,8 +115,23 @@ def _check_memory(context: StageContext, config: dict, launch: Launch) -> None:
     check_fits(largest, *process_memory_bytes(pick_device(settings)))
 
 
+def _check_time(context: StageContext, config: dict, launch: Launch) -> None:
+    """Say how long the phases must take where fused kernels are missing, and check it."""
+    settings = context.settings
+    lengths = [parts[0].data.sequence_length for parts in phase_parts(settings)]
+    trains = settings.distill.trains()
+    teacher = teacher_architecture(settings)
+    flops = training_flops(architecture_from_config(config), None if settings.distill.cached else teacher, list(zip(trains, lengths, strict=True)))
+    told = check_time(flops, pick_device(settings), trains[0].precision, processes=launch.world_size, max_hours=settings.distill.max_hours)
+    if told:
+        context.console.say(f"  distill  {told}")
+
+
 def _phases(context: StageContext) -> list[Phase]:
     settings, phases = context.settings, []
+    if settings.distill.cached:
+        train = settings.distill.train
+        return [Phase(RowNumbers(cached_rows(context, train.tokens), train.batch, settings.seed + 1), train_plan(train))]
     for number, (train, parts) in enumerate(zip(settings.distill.trains(), phase_parts(settings), strict=True)):
         rows = [np.load(context.inputs["data" if part.name == DATA_ROWS else "phase_rows"].folder / f"{part.name}.npy", mmap_mode="r") for part in parts]
         seed = settings.seed + 1 + number  # another order than the teacher's own training, where that was here

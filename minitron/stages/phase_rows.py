@@ -27,8 +27,12 @@ def run(context: StageContext) -> dict:
             path.with_suffix(".partial.npy").rename(path)
         rows = np.load(path, mmap_mode="r")
         facts[name] = {"source": source_title(data), "sequence_length": data.sequence_length, "rows": len(rows), "tokens": count_tokens(rows)}
-    parts = [f"{fact['tokens']:,} tokens of {fact['source']} in rows of {fact['sequence_length']:,}" for fact in facts.values()]
-    return {"headline": "; ".join(parts), "rows": facts}
+        facts[name]["filled_share"] = round(facts[name]["tokens"] / rows.size, 4)
+    return {"headline": "; ".join(map(_described, facts.values())), "rows": facts}
+
+
+def _described(fact: dict) -> str:
+    return f"{fact['tokens']:,} tokens of {fact['source']} in rows of {fact['sequence_length']:,}, {fact['filled_share']:.0%} full"
 
 
 def _rows(context: StageContext, data, tokenizer) -> np.ndarray:

@@ -3,16 +3,14 @@
 Every candidate gets the same rows in the same order, so that their losses compare.
 """
 
-import numpy as np
 import torch
 from torch import nn
 
-from distill.batches import RowBatches, count_tokens, split_padding
-from distill.losses import forward_kl_top_k
+from distill.batches import RowBatches, RowNumbers, count_tokens
+from distill.objectives import cached_loss, distillation_loss
 from distill.plan import Phase
 from distill.states import remove_states
-from distill.teacher_cache import TeacherCache
-from distill.trainer import LossFunction, distillation_loss, train_phases
+from distill.trainer import train_phases
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
 from minitron.evaluation import decode_tokens_per_second, held_out_loss, longest_prompt
@@ -22,18 +20,11 @@ from minitron.pruning.cut import build_pruned
 from minitron.pruning.plan import make_plan
 from minitron.runtime import pick_device
 from minitron.stages.models import base_folder, result_model_folder, scores_of
-from minitron.stages.teacher_cache import CACHE_FOLDER, screen_rows
+from minitron.stages.teacher_cache import cached_rows, open_cache
 from minitron.stages.training import tracked_steps, train_plan
 from minitron.stages.zero_shot import screening_batches
 from minitron.teachers import base_architecture
 from minitron.tracking import Tracker, open_candidate
-
-
-class RowNumbers(RowBatches):
-    """RowBatches whose batches are row numbers [B]: what is learned from a cache is looked up by them."""
-
-    def at(self, step: int) -> torch.Tensor:
-        return torch.from_numpy(self.indices(step).copy())
 
 
 def run(context: StageContext) -> dict:
@@ -79,9 +70,10 @@ def _cut(context: StageContext, entry: dict, device: torch.device) -> nn.Module:
 def _distil(context: StageContext, student: nn.Module, device: torch.device, tracker: Tracker) -> int | None:
     """Trains the student in place; returns the tokens it saw, None where the loss stopped being a number."""
     settings = context.settings
-    plan, rows = train_plan(settings.screen.train), screen_rows(context)
+    plan, rows = train_plan(settings.screen.train), cached_rows(context, settings.screen.train.tokens)
     if settings.screen.cached:
-        loss, batches = _cached_loss(context, rows, device), RowNumbers(rows, settings.screen.train.batch, settings.seed)
+        loss = cached_loss(open_cache(context.inputs["teacher_cache"], rows), rows)
+        batches = RowNumbers(rows, settings.screen.train.batch, settings.seed)
     else:
         folder = result_model_folder(context.inputs["teacher"])
         loss = distillation_loss(family_of(read_config(folder)).load(folder, device=str(device)))
@@ -96,15 +88,3 @@ def _distil(context: StageContext, student: nn.Module, device: torch.device, tra
         except FloatingPointError as error:
             context.console.say(f"   screen  {settings.candidate}: {error}")
             return None
-
-
-def _cached_loss(context: StageContext, rows: np.ndarray, device: torch.device) -> LossFunction:
-    """The loss against the teacher's cached outputs, of a model and row numbers [B]."""
-    cache = TeacherCache(context.inputs["teacher_cache"].folder / CACHE_FOLDER, rows_RT=rows)
-
-    def loss(model: nn.Module, numbers_B: torch.Tensor) -> torch.Tensor:
-        numbers = numbers_B.cpu().numpy()
-        ids_BT, mask_BT = split_padding(torch.from_numpy(rows[numbers].astype(np.int64)).to(device))
-        return forward_kl_top_k(model(ids_BT, use_cache=False).logits, cache.rows(numbers).to(device), mask_BT=mask_BT)
-
-    return loss

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import torch
 
-from distill.batches import split_padding
-from distill.teacher_cache import write_teacher_cache
+from distill.batches import count_tokens, split_padding
+from distill.teacher_cache import TeacherCache, write_teacher_cache
 from distill.top_k import TopK, top_k_of_hidden
 from memory_budget.hf_config import read_config
 from memory_budget.units import format_gib
@@ -15,22 +15,32 @@ from minitron.families import family_of
 from minitron.pipeline import StageContext
 from minitron.runtime import pick_device
 from minitron.stages.models import result_model_folder
+from minitron.store import Result
 
 CACHE_FOLDER = "cache"
 
 
-def screen_rows(context: StageContext) -> np.ndarray:
-    """The rows that every finalist learns from, [R, T]: as many train rows, evenly spread, as screen.train.tokens reads once."""
+def cached_rows(context: StageContext, tokens: int) -> np.ndarray:
+    """The rows of a cache, [R, T]: train rows, evenly spread, as many as hold `tokens` tokens."""
     train = np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r")
-    return np.ascontiguousarray(spread_rows(train, max(1, math.ceil(context.settings.screen.train.tokens / train.shape[1]))))
+    return np.ascontiguousarray(spread_rows(train, max(1, math.ceil(tokens * len(train) / count_tokens(train)))))
+
+
+def open_cache(result: Result, rows_RT: np.ndarray) -> TeacherCache:
+    """A finished stage's cache of these rows."""
+    return TeacherCache(result.folder / CACHE_FOLDER, rows_RT=rows_RT)
 
 
 def run(context: StageContext) -> dict:
-    """Writes cache/ (distill.teacher_cache) of screen_rows."""
+    """Writes cache/ (distill.teacher_cache) of the rows that every finalist of a search learns from."""
+    return write_cache(context, cached_rows(context, context.settings.screen.train.tokens))
+
+
+def write_cache(context: StageContext, rows: np.ndarray) -> dict:
+    """Writes cache/ of rows [R, T]; returns the stage's facts."""
     settings, device = context.settings, pick_device(context.settings)
     folder = result_model_folder(context.inputs["teacher"])
     teacher = family_of(read_config(folder)).load(folder, device=str(device)).requires_grad_(False)
-    rows = screen_rows(context)
     head = teacher.get_output_embeddings().weight
     k = min(settings.screen.top_k, len(head))
 

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
 OWN = ("distill.train.optimizer=adamw", "distill.train.tokens=1536", "stage=distill")
-NEEDS = ("data", "teacher", "score", "search", "prune")
+NEEDS = ("data", "teacher", "score", "shortlist", "teacher_cache", "screen", "search", "prune")
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +81,71 @@ def test_every_line_of_the_metrics_tells_what_a_watcher_needs(alone):
     line = json.loads((stage_folder(alone) / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"step", "loss", "cross_entropy", "top1_agreement", "gradient_norm", "learning_rate", "tokens_per_second", "memory_gib", "seconds_left"} <= set(line)
     assert 0 < line["top1_agreement"] < 1 and line["memory_gib"] > 0.1 and line["seconds_left"] == 0 and line["tokens_per_second"] > 1
+
+
+PACKED = "distill.phases=[{tokens: 1200, rows: packed, sequence_length: 96, batch: 4}, {tokens: 700, rows: packed, blend: [{files: [notes.jsonl]}]}]"
+
+
+def test_two_processes_learn_from_packed_rows_as_one_does(prepared, accelerated, door, tmp_path):
+    notes = "".join(json.dumps({"text": f"Note {number}: " + "the wind turns and the rain stays. " * (number % 5)}) + "\n" for number in range(300))
+    (tmp_path / "notes.jsonl").write_text(notes)
+    packed = PACKED.replace("notes.jsonl", str(tmp_path / "notes.jsonl"))
+    own, arguments = prepared()
+    finished = door(own, *arguments, packed)
+    assert finished.returncode == 0, finished.stderr
+    rows = [np.load(path) for path in (own / "runs" / "store" / "phase_rows").glob("*/*.npy")]
+    assert sorted(some.shape[1] for some in rows) == [64, 96] and any((some < -1).sum() > 4 for some in rows)
+    folder, finished = accelerated("fsdp2", packed, "distill.train.micro_batch=1")
+    assert finished.returncode == 0, finished.stderr
+    assert losses_of(folder) == pytest.approx(losses_of(own), rel=1e-5) and len(losses_of(own)) >= 4
+
+
+# From the teacher cache.
+
+@pytest.fixture(scope="module")
+def whole_cache(prepared, door) -> tuple[Path, tuple[str, ...], list[float]]:
+    """A cache of the whole vocabulary on all train rows, and then no teacher's weights; the losses are those beside the teacher, before."""
+    folder, arguments = prepared()
+    arguments = (*arguments, "distill.train.tokens=60000", "screen.top_k=512")
+    for stage in ("distill", "distill_cache"):
+        finished = door(folder, *arguments, f"stage={stage}")
+        assert finished.returncode == 0, finished.stderr
+    losses = losses_of(folder)
+    shutil.rmtree(folder / "runs" / "store" / "distill")
+    (weights,) = (folder / "runs" / "store" / "teacher").glob("*/checkpoint/*.safetensors")
+    weights.unlink()
+    return folder, arguments, losses
+
+
+def test_a_student_learns_from_the_cache_of_a_teacher_that_is_gone(whole_cache, door):
+    folder, arguments, losses = whole_cache
+    assert door(folder, *arguments).returncode != 0, "the control: this wants the teacher itself"
+    shutil.rmtree(folder / "runs" / "store" / "distill")
+    finished = door(folder, *arguments, "distill.cached=true")
+    assert finished.returncode == 0, finished.stderr
+    assert losses_of(folder) == pytest.approx(losses, rel=2e-3) and len(losses) > 200  # float16 log-probabilities
+
+
+def test_two_processes_learn_from_the_cache_as_one_does(whole_cache, environment, repository):
+    folder, arguments, losses = whole_cache
+    config = repository / "conf" / "accelerate" / "fsdp2_cpu.yaml"
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(config), "--main_process_port", "0", "-m", "minitron.run"]
+    runs = tuple(setting for setting in arguments if not setting.startswith("runs_folder"))
+    second = folder / "second"
+    shutil.copytree(folder / "runs", second, ignore=shutil.ignore_patterns("distill"))
+    command += [f"runs_folder={second}", *runs, "distill.cached=true"]
+    finished = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=240)
+    assert finished.returncode == 0, finished.stderr
+    (metrics,) = (second / "store" / "distill").glob("*/metrics.jsonl")
+    assert [json.loads(line)["loss"] for line in metrics.read_text().splitlines()] == pytest.approx(losses, rel=2e-3)
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ("distill.temperature=2", "distill.temperature is 2.0, but distill.cached is true: the teacher cache serves only temperature 1.0"),
+    ("distill.loss.divergence=jsd", "distill.loss.divergence is jsd, but distill.cached is true: the teacher cache serves only loss.divergence forward_kl"),
+    ("distill.held_out_every=2", "distill.held_out_every is 2, but distill.cached is true: the teacher cache serves only held_out_every null"),
+    ("distill.phases=[{tokens: 2000}]", "distill.phases is given, but distill.cached is true: the teacher cache serves only phases []"),
+])  # fmt: skip
+def test_what_the_cache_does_not_serve_is_refused(door, tmp_path, setting, message):
+    finished = door(tmp_path, "distill.cached=true", setting)
+    assert finished.returncode == 2 and finished.stderr.strip() == f"error: {message}"

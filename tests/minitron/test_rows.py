@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from minitron.rows import SplitRows, document_rows, windows
+from distill.batches import count_tokens
+from minitron.rows import Packer, SplitRows, document_rows, windows
 from minitron.settings import DataSettings, Rows
 
 
@@ -39,6 +40,22 @@ def test_a_documents_row_is_its_beginning_padded_on_the_right():
     assert rows.dtype == np.int32
 
 
+def test_packed_rows_hold_every_document_and_mark_where_the_next_begins():
+    rows = Packer(12)
+    packed = np.concatenate([rows.add(TOKENISED[:2]), rows.add([*TOKENISED[2:], [500]]), rows.rest()])
+    assert packed.tolist() == [[*TOKENISED[1], -302, 301, -1], [*TOKENISED[0], -402, 401, 402, 403, -1]]  # -2 - 300, -2 - 400; [500] predicts nothing
+    assert Packer(4).add([list(range(10))]).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]], "a document longer than a row is cut"
+
+
+def test_packed_rows_of_documents_of_all_lengths_are_nearly_full():
+    lengths = np.random.default_rng(0).geometric(1 / 60, 500).clip(2, 256)
+    documents = [list(range(1, length + 1)) for length in lengths]
+    split, padded = (SplitRows("train", DataSettings(sequence_length=256, rows=rows)) for rows in (Rows.packed, Rows.documents))
+    split.add(documents), padded.add(documents)
+    assert count_tokens(split.rows()) == lengths.sum() == count_tokens(padded.rows())
+    assert count_tokens(split.rows()) / split.rows().size > 0.93 > 0.3 > count_tokens(padded.rows()) / padded.rows().size
+
+
 @pytest.mark.parametrize("rows", Rows)
 def test_rows_do_not_depend_on_how_the_documents_are_handed_over(rows):
     settings = DataSettings(sequence_length=4, rows=rows)
@@ -46,7 +63,7 @@ def test_rows_do_not_depend_on_how_the_documents_are_handed_over(rows):
     at_once.add(TOKENISED)
     for document in TOKENISED:
         one_by_one.add([document])
-    assert np.array_equal(at_once.rows(), one_by_one.rows()) and len(at_once.rows()) == 4
+    assert np.array_equal(at_once.rows(), one_by_one.rows()) and len(at_once.rows()) == (6 if rows is Rows.packed else 4)
     assert (at_once.num_documents, at_once.num_tokens, at_once.longest) == (4, 22, 9)
 
 

@@ -1,0 +1,9 @@
+"""distill_cache: the teacher's likeliest tokens at every position that the student learns from, so that it can learn without the teacher."""
+
+from minitron.pipeline import StageContext
+from minitron.stages.teacher_cache import cached_rows, write_cache
+
+
+def run(context: StageContext) -> dict:
+    """Writes cache/ of as many train rows as distill.train.tokens reads once."""
+    return write_cache(context, cached_rows(context, context.settings.distill.train.tokens))

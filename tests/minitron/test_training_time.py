@@ -1,0 +1,41 @@
+"""How long distillation must take without fused kernels, and where that is refused."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from minitron.settings import Precision, TrainSettings
+from minitron.training_time import check_time, missing_kernels, training_flops
+
+CPU = torch.device("cpu")
+
+
+def test_flops_are_those_that_torch_counts(teacher, tiny, token_ids):
+    """Forward and backward of the student and forward of the teacher; torch counts attention over the whole sequence, and the scan's products."""
+    ids = token_ids(rows=2, tokens=64, seed=1)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        teacher(ids, use_cache=False)
+    linear = 2 * sum(module.weight.numel() for module in teacher.modules() if isinstance(module, torch.nn.Linear)) * ids.numel()
+    told = training_flops(tiny, None, [(TrainSettings(tokens=ids.numel()), 64)]) / 3
+    assert linear < told < forward.get_total_flops() and told / linear < 1.25
+    both = training_flops(tiny, tiny, [(TrainSettings(tokens=ids.numel()), 64)])
+    assert both == pytest.approx(4 * told)
+
+
+def test_a_long_run_is_refused_with_what_it_would_take_and_forced_by_no_limit():
+    with pytest.raises(ValueError, match=r"distill.max_hours is 2; without fused Mamba-2 kernels \(mamba-ssm, causal-conv1d\) on cpu this run takes at least"):
+        check_time(10**20, CPU, Precision.float32, processes=1, max_hours=2)
+    assert "years" in check_time(10**23, CPU, Precision.float32, processes=1, max_hours=None)
+
+
+def test_a_short_run_is_not_spoken_of():
+    assert check_time(10**9, CPU, Precision.float32, processes=1, max_hours=2) is None
+
+
+def test_what_is_missing_on_a_cpu_is_every_kernel():
+    assert missing_kernels(CPU) == ["mamba-ssm", "causal-conv1d"]
+
+
+def test_it_is_refused_at_the_door_in_one_line(door, tmp_path, small_settings):
+    finished = door(tmp_path, "stage=distill", *small_settings, "distill.max_hours=0")
+    assert finished.returncode == 2 and "distill.max_hours is 0; without fused Mamba-2 kernels" in finished.stderr and len(finished.stderr.splitlines()) == 1
