@@ -7,15 +7,11 @@ Run: .venv/bin/python benchmarks/ssd.py [--repeats N]
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-# Waiting threads sleep: on a machine that others use too, spinning ones slow both sides by turns.
-os.environ.get("X")
 
 import torch
 
