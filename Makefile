@@ -31,7 +31,7 @@ test: $(VENV)/installed-test
 # Compiled against the torch that is there, hence without isolation; not where there is no GPU to run them.
 $(VENV)/installed-cuda: $(VENV)/installed-test
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: torch sees no CUDA device; make gpu-check needs one")'
-	$(PIP) install --quiet wheel ninja packaging
+	$(PIP) install --quiet "setuptools>=77" wheel ninja packaging
 	$(PIP) install --quiet --no-build-isolation --constraint constraints.txt --editable '.[cuda]'
 	touch $@
 
