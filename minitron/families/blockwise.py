@@ -51,17 +51,16 @@ def convolve(x_BtE: torch.Tensor, taps_KE: torch.Tensor, bias_E: torch.Tensor, b
     return total
 
 
-def convolve_back(g_BtE: torch.Tensor, x_BtE: torch.Tensor, taps_KE: torch.Tensor, g_taps_KtE: torch.Tensor, buffers: Buffers) -> torch.Tensor:
-    """Gradient of convolve's inputs from that of its outputs. Adds to the taps', which are still to be summed over t."""
+def convolve_back(g_BtE: torch.Tensor, x_BtE: torch.Tensor, taps_KE: torch.Tensor, g_taps_KE: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+    """Gradient of convolve's inputs from that of its outputs. Adds to the taps'."""
     before, tokens = len(taps_KE) - 1, g_BtE.shape[1]
     gx = buffers("g convolved", *x_BtE.shape)
     gx[:, :before] = 0
     torch.mul(g_BtE, taps_KE[-1], out=gx[:, before:])
     for k in range(before):
         gx[:, k : k + tokens].addcmul_(g_BtE, taps_KE[k])
-    for g_row, x_row in zip(g_BtE, x_BtE, strict=True):  # row by row, so that the sums stay in the cache
-        for k, g_tap in enumerate(g_taps_KtE[:, :tokens]):
-            g_tap.addcmul_(g_row, x_row[k : k + tokens])
+    for k, g_tap_E in enumerate(g_taps_KE):
+        g_tap_E += torch.mul(g_BtE, x_BtE[:, k : k + tokens], out=buffers("g tap", *g_BtE.shape)).sum((0, 1))
     return gx
 
 
@@ -70,12 +69,12 @@ def convolve_back(g_BtE: torch.Tensor, x_BtE: torch.Tensor, taps_KE: torch.Tenso
 
 def normalise(x_tW, gate_tW, weight_W, epsilon: float, out_tW, scale_tG, buffers: Buffers) -> None:
     """out = weight · u · scale with u = x·silu(gate), or x without a gate, and scale = 1/√(mean of u² over a group + ε), which is filled too."""
-    u, _ = _gated(x_tW, gate_tW, buffers)
-    split = (scale_tG.shape[-1], -1)
-    norms = torch.linalg.vector_norm(u.unflatten(-1, split), dim=-1)
-    torch.rsqrt(norms.square_().div_(x_tW.shape[-1] // scale_tG.shape[-1]).add_(epsilon), out=scale_tG)
-    torch.mul(u.unflatten(-1, split), scale_tG[..., None], out=out_tW.unflatten(-1, split))
-    out_tW *= weight_W
+    u_tW = x_tW if gate_tW is None else torch.ops.aten.silu.out(gate_tW, out=buffers("gated", *gate_tW.shape)).mul_(x_tW)
+    u_tGw = u_tW.unflatten(-1, (scale_tG.shape[-1], -1))
+    norms = torch.linalg.vector_norm(u_tGw, dim=-1)
+    torch.rsqrt(norms.square_().div_(u_tGw.shape[-1]).add_(epsilon), out=scale_tG)
+    scaled_tGw = torch.mul(u_tGw, scale_tG[..., None], out=buffers("scaled", *u_tGw.shape) if gate_tW is None else u_tGw)
+    torch.mul(scaled_tGw.flatten(-2), weight_W, out=out_tW)
 
 
 def normalise_back(g_tW, x_tW, gate_tW, weight_W, scale_tG, gx_tW, g_gate_tW, g_weight_W, buffers: Buffers) -> None:

@@ -47,18 +47,20 @@ class _Heart(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, projected, dt_bias, A, D, conv_weight, conv_bias, norm_weight, sizes, epsilon, needs_gradient):
-        y, normed = (torch.empty(*projected.shape[:2], sizes.inner, device=projected.device) for _ in range(2))
+        normed = torch.empty(*projected.shape[:2], sizes.inner, device=projected.device)
+        y = torch.empty_like(normed) if needs_gradient else None
         scale, saved = torch.empty(*projected.shape[:2], sizes.groups, device=projected.device), []
         dt = F.softplus(sizes.time_steps(projected, dt_bias))
         for part in sizes.parts(projected):
             walk = _Walk(sizes, part, projected, dt, A, D, conv_weight, conv_bias)
             states, blocks = state_blocks(walk.zero_state(), len(walk.chunks), needs_gradient)
-            weight, y_part, normed_part, scale_part = norm_weight[walk.inner], *walk.own(y, normed), scale[part.rows, :, part.groups]
+            weight, (normed_part,), scale_part = norm_weight[walk.inner], walk.own(normed), scale[part.rows, :, part.groups]
             for number, tokens in enumerate(walk.chunks):
-                chunk, _, _ = walk.chunk(number)
-                y_rows = y_part[:, tokens]
+                chunk, _, _ = walk.chunk(number, keep_total=False)
+                gate = walk.gate[:, tokens]
+                y_rows = walk.buffers("y", *gate.shape) if y is None else walk.own(y)[0][:, tokens]
                 chunk_outputs(chunk, walk.D, blocks[number], blocks[number + 1], walk.by_head(y_rows))
-                normalise(y_rows, walk.gate[:, tokens], weight, epsilon, normed_part[:, tokens], scale_part[:, tokens], walk.buffers)
+                normalise(y_rows, gate, weight, epsilon, normed_part[:, tokens], scale_part[:, tokens], walk.buffers)
             saved.append(states)
         if needs_gradient:
             ctx.sizes = sizes
@@ -79,9 +81,9 @@ class _Heart(torch.autograd.Function):
             weight, g_weight, scale_part = norm_weight[walk.inner], g_norm[walk.inner], scale[part.rows, :, part.groups]
             y_part, gradient_part, g_gate = walk.own(y, gradient, g_projected)
             g_state, gA_part, gD_part = Block(torch.zeros_like(states[0])), torch.zeros_like(walk.A), torch.zeros_like(walk.D)
-            g_taps, g_bias_part = walk.taps.new_zeros(len(walk.taps), walk.sequence.length, walk.taps.shape[1]), torch.zeros_like(walk.bias)
+            g_taps, g_bias_part = torch.zeros_like(walk.taps), torch.zeros_like(walk.bias)
             for number, tokens in reversed(list(enumerate(walk.chunks))):
-                chunk, total, raw = walk.chunk(number)
+                chunk, total, raw = walk.chunk(number, keep_total=True)
                 y_rows, g_total = y_part[:, tokens], walk.buffers("g total", *total.shape)
                 gy_rows = walk.buffers("gy", *y_rows.shape)
                 normalise_back(gradient_part[:, tokens], y_rows, walk.gate[:, tokens], weight, scale_part[:, tokens], gy_rows, g_gate[:, tokens], g_weight,
@@ -101,7 +103,7 @@ class _Heart(torch.autograd.Function):
             part.per_head(gA).add_(gA_part)
             part.per_head(gD).add_(gD_part)
             for columns, own in walk.columns:
-                g_conv[columns] += g_taps[:, :, own].sum(1).t()
+                g_conv[columns] += g_taps[:, own].t()
                 g_bias[columns] += g_bias_part[own]
         g_dt *= torch.sigmoid(before_softplus)
         g_projected[..., -sizes.heads :] = g_dt
@@ -137,10 +139,10 @@ class _Walk:
 
     def zero_state(self):
         """[R, B, G, N, P]."""
-        return self.A.new_zeros(*self.sequence.cum.shape[:3], self.sizes.state, self.sizes.head_dim)
+        return self.A.new_zeros(*self.sequence.shape, self.sizes.state, self.sizes.head_dim)
 
-    def chunk(self, number: int) -> tuple[Chunk, torch.Tensor, torch.Tensor]:
-        """The chunk for the scan, the convolution's outputs before silu, and its inputs with the K − 1 tokens before."""
+    def chunk(self, number: int, *, keep_total: bool) -> tuple[Chunk, torch.Tensor, torch.Tensor]:
+        """The chunk for the scan, the convolution's outputs before silu (where they are to be kept), and its inputs with the K − 1 tokens before."""
         tokens, before = self.chunks[number], len(self.taps) - 1
         missing = max(0, before - tokens.start)
         inputs = self.convolved[:, tokens.start - before + missing : tokens.stop]
@@ -152,7 +154,7 @@ class _Walk:
         else:
             raw = inputs
         total = convolve(raw, self.taps, self.bias, self.buffers)
-        x, B, C = self.split(torch.ops.aten.silu.out(total, out=self.buffers("xBC", *total.shape)))
+        x, B, C = self.split(torch.ops.aten.silu.out(total, out=self.buffers("xBC", *total.shape) if keep_total else total))
         matrices = (self.buffers(name, *view.shape).copy_(view).view(-1, *view.shape[2:]) for name, view in (("B", B), ("C", C)))
         return Chunk(self.sequence, number, x, *matrices), total, raw
 

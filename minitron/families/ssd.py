@@ -110,11 +110,13 @@ class Sequence:
     """A part on its way through the chunks: what both passes need of dt and A, and the buffers of one chunk."""
 
     def __init__(self, dt_RBGT, A_R1G11, length: int):
-        self.tokens, self.length = dt_RBGT.shape[3], length
+        self.tokens, self.length, self.shape = dt_RBGT.shape[3], length, dt_RBGT.shape[:3]
         padded = F.pad(dt_RBGT, (0, -self.tokens % length)).unflatten(-1, (-1, length))  # no step, no decay
-        self.dt = padded[..., None]  # [R, B, G, Z, L, 1]
-        self.cum = torch.cumsum(padded * A_R1G11, dim=-1)
-        self.from_start, self.to_end = (_exp(log)[..., None] for log in (self.cum.clone(), self.cum[..., -1:] - self.cum))
+        cum = torch.cumsum(padded * A_R1G11, dim=-1)
+        from_start, to_end = (_exp(log)[..., None] for log in (cum.clone(), cum[..., -1:] - cum))
+        # Of every chunk: [R, B, G, L, 1], the cumulative log decay [R, B, G, L], and the decay of a state over it [R, B, G, 1, 1].
+        self.dt, self.from_start, self.to_end, self.cum = (each.unbind(3) for each in (padded[..., None], from_start, to_end, cum))
+        self.whole = from_start[..., -1:, :].unbind(3)
         self.earlier = torch.ones(length, length, device=dt_RBGT.device).tril_()  # 1 where s ≤ l
         self.blocks: dict[tuple, Block] = {}
 
@@ -125,7 +127,7 @@ class Sequence:
     def buffer(self, name: str, *shape: int) -> Block:
         """Memory [R, B, G, *shape], the same for the same name and shape."""
         if (name, shape) not in self.blocks:
-            self.blocks[name, shape] = Block(torch.empty(*self.cum.shape[:3], *shape, device=self.cum.device))
+            self.blocks[name, shape] = Block(torch.empty(*self.shape, *shape, device=self.earlier.device))
         return self.blocks[name, shape]
 
 
@@ -135,12 +137,15 @@ class Chunk:
     def __init__(self, sequence: Sequence, number: int, x, B, C):
         length = x.shape[3]
         self.sequence, self.x, self.B, self.C, self.shape = sequence, x, B, C, x.shape[3:]
-        self.dt, self.from_start, self.to_end = (each[:, :, :, number, :length] for each in (sequence.dt, sequence.from_start, sequence.to_end))
-        self.whole = sequence.from_start[:, :, :, number, -1:]  # [R, B, G, 1, 1], the decay of a state over the chunk
+        parts = [each[number] for each in (sequence.dt, sequence.from_start, sequence.to_end, sequence.cum)]
+        if length < sequence.length:
+            parts = [part[:, :, :, :length] for part in parts]
+        self.dt, self.from_start, self.to_end, cum = parts
+        self.whole = sequence.whole[number]
         self.earlier = sequence.earlier[:length, :length]
         self.xd, self.decay = sequence.buffer("xd", *self.shape), sequence.buffer("decay", length, length)
         torch.mul(x, self.dt, out=self.xd.all)
-        _decay(sequence.cum[:, :, :, number, :length], self.decay.all)
+        _decay(cum, self.decay.all)
         self.products = torch.bmm(C, B.transpose(1, 2)).mul_(self.earlier)
 
     def weights(self) -> Block:
@@ -216,11 +221,11 @@ def chunk_gradients(chunk: Chunk, A, D, y, gy, state: Block, after, g_state: Blo
 
 
 def state_blocks(start, num_chunks: int, needs_gradient: bool) -> tuple[torch.Tensor, list[Block]]:
-    """Room for the state before every chunk and after the last, the first filled; without gradients two serve in turns."""
-    states = torch.empty((num_chunks + 1 if needs_gradient else 2, *start.shape), device=start.device)
+    """Room for the state before every chunk and after the last, the first filled; without gradients one place serves for all."""
+    states = torch.empty((num_chunks + 1 if needs_gradient else 1, *start.shape), device=start.device)
     states[0] = start
     blocks = [Block(state) for state in states]
-    return states, blocks if needs_gradient else [blocks[number % 2] for number in range(num_chunks + 1)]
+    return states, blocks if needs_gradient else blocks * (num_chunks + 1)
 
 
 class _Scan(torch.autograd.Function):
