@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from minitron.families import ssd
 from minitron.families.blockwise import Buffers, Norm, SquaredRelu, convolve, convolve_back, normalise, normalise_back
 from minitron.families.packed import by_document
-from minitron.families.ssd import Block, Chunk, Part, Sequence, chunk_gradients, chunk_outputs, heads_first, keeping, state_blocks, without_autocast
+from minitron.families.ssd import Block, Chunk, Part, Sequence, chunk_gradients, chunk_outputs, heads_first, keeping, own_precision, state_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class _Heart(torch.autograd.Function):
     """From in_proj's output [B, T, …] to the normed [B, T, I], from a state of zeros."""
 
     @staticmethod
-    @without_autocast
+    @own_precision
     def forward(ctx, projected, dt_bias, A, D, conv_weight, conv_bias, norm_weight, sizes, epsilon, needs_gradient):
         normed = torch.empty(*projected.shape[:2], sizes.inner, device=projected.device)
         y = torch.empty_like(normed) if needs_gradient else None
@@ -69,7 +69,7 @@ class _Heart(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @without_autocast
+    @own_precision
     def backward(ctx, gradient):
         projected, dt_bias, A, D, conv_weight, conv_bias, norm_weight, y, scale, *saved = ctx.saved_tensors
         sizes = ctx.sizes

@@ -11,6 +11,7 @@ Source: SSD (arXiv 2405.21060, §6, block decomposition); the backward pass is d
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,15 +46,32 @@ def keeping(*inputs) -> tuple:
     return *inputs, torch.is_grad_enabled() and any(isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in inputs)
 
 
-def without_autocast(function: Callable) -> Callable:
-    """For a Function's passes: autocast would round the factors of products to bf16."""
+def own_precision(function: Callable) -> Callable:
+    """For a Function's passes, the forward one given its input first: autocast, which would round results to bf16 too, is off.
+
+    Where the input was bf16 and the CPU has AMX, factors of products are rounded to bf16, sums stay float32. The backward pass goes as the
+    forward pass went.
+    """
 
     @functools.wraps(function)
     def run(ctx, first, *others):
-        with torch.autocast(first.device.type, enabled=False):
+        ctx.is_bf16 = getattr(ctx, "is_bf16", first.dtype == torch.bfloat16)
+        with torch.autocast(first.device.type, enabled=False), _bf16_products(ctx.is_bf16 and first.device.type == "cpu"):
             return function(ctx, first, *others)
 
     return run
+
+
+@contextmanager
+def _bf16_products(wanted: bool) -> Iterator[None]:
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    if wanted and torch.cpu._is_amx_tile_supported():
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +248,7 @@ def state_blocks(start, num_chunks: int, needs_gradient: bool) -> tuple[torch.Te
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    @without_autocast
+    @own_precision
     def forward(ctx, x, dt, A, B, C, D, start, needs_gradient):
         y, final, saved = torch.empty(x.shape, device=x.device), torch.empty(start.shape, device=x.device), []
         for part in parts(len(x), *x.shape[2:], *B.shape[2:], x.device):
@@ -247,7 +265,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @without_autocast
+    @own_precision
     def backward(ctx, gy, g_final):
         x, dt, A, B, C, D, y, *saved = ctx.saved_tensors
         gx, g_dt, gB, gC, g_start = (torch.empty(tensor.shape, device=x.device) for tensor in (x, dt, B, C, g_final))

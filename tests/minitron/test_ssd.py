@@ -211,11 +211,35 @@ def test_autocast_leaves_the_scan_and_its_gradients_in_float32():
     assert all(torch.equal(ours[name], expected[name]) for name in NAMES)
 
 
-def test_bfloat16_inputs_are_computed_in_float32():
+def test_bfloat16_inputs_are_computed_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     tensors = {name: tensor if name in ("A", "dt") else tensor.bfloat16() for name, tensor in draw(40, 2).items()}
     y, final = call(ssd.scan, tensors, NAMES)
     assert y.dtype == final.dtype == torch.float32
     assert relative(y, call(sequential, in_float64(tensors), NAMES)[0]) <= 1e-5
+
+
+@pytest.mark.parametrize(("has_amx", "dtype", "expected"), [(True, torch.bfloat16, "bf16"), (True, torch.float32, None), (False, torch.bfloat16, None)])
+def test_products_are_in_bf16_only_where_inputs_are_and_the_cpu_has_amx(has_amx, dtype, expected, monkeypatch):
+    """What is computed with: torch's own setting, seen from inside both passes, and as it was after them."""
+    before, seen, exp = torch.backends.mkldnn.matmul.fp32_precision, [], ssd._exp
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(ssd, "_exp", lambda log: (seen.append(torch.backends.mkldnn.matmul.fp32_precision), exp(log))[1])
+    tensors = draw(40, 2)
+    x = tensors["x"].to(dtype).requires_grad_()
+    y, _ = ssd.scan(x, tensors["dt"], tensors["A"], tensors["B"], tensors["C"])
+    forward = len(seen)
+    y.sum().backward()
+    assert len(seen) > forward > 0 and set(seen) == {expected or before}
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="no AMX")
+def test_products_in_bf16_stay_within_their_rounding():
+    tensors = {name: tensor if name in ("A", "dt") else tensor.bfloat16() for name, tensor in draw(70, 2, head_dim=32, state=64).items()}
+    y, final = call(ssd.scan, tensors, NAMES)
+    expected = call(sequential, in_float64(tensors), NAMES)
+    assert y.dtype == torch.float32 and max(relative(y, expected[0]), relative(final, expected[1])) <= 5e-3
 
 
 # In transformers' place.
