@@ -1,10 +1,10 @@
-# make demo | make test | make install. Each target sets up .venv first if pyproject.toml or constraints.txt changed.
+# make demo | make test | make install | make gpu-check. Each target sets up .venv first if pyproject.toml or constraints.txt changed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install demo test test-slow clean
+.PHONY: install demo test test-slow gpu-check clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -31,6 +31,18 @@ test: $(VENV)/installed-test
 # Minutes: what only long runs show.
 test-slow: $(VENV)/installed-test
 	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s -m slow $(PYTEST_ARGS)
+
+# Compiled against the torch that is there, hence without isolation; not where there is no GPU to run them.
+$(VENV)/installed-cuda: $(VENV)/installed-test
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: torch sees no CUDA device; make gpu-check needs one")'
+	$(PIP) install --quiet "setuptools>=77" wheel ninja packaging
+	$(PIP) install --quiet --no-build-isolation --constraint constraints.txt --editable '.[cuda]'
+	touch $@
+
+# The tests that need a GPU and the table of benchmarks/gpu.py: under 9 minutes on an H100.
+gpu-check: $(VENV)/installed-cuda
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) runs/store build *.egg-info

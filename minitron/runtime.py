@@ -5,20 +5,23 @@ import os
 import torch
 
 from minitron.families import ssd
+from minitron.families.kernels import check_bf16
 from minitron.settings import Settings
 
 
 def pick_device(settings: Settings) -> torch.device:
     """The device of the settings; auto takes CUDA where there is one. On CPU the scan in plain torch is put in.
 
-    Raises ValueError where cuda is asked for and there is none.
+    Raises ValueError where cuda is asked for and there is none, and for a GPU without bf16.
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but torch sees no CUDA device; use cpu or auto")
     if settings.device == "cpu" or not torch.cuda.is_available():
         ssd.install()
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    check_bf16(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    return device
 
 
 def process_memory_bytes(device: torch.device) -> tuple[int, str]:

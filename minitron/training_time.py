@@ -3,7 +3,6 @@
 A lower bound: the matrix products of student and teacher at the rate that the device reaches here. Scan, norms and waiting come on top.
 """
 
-import importlib.util
 import time
 from collections.abc import Sequence
 
@@ -11,15 +10,21 @@ import torch
 
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_parameters, count_total_parameters
+from minitron.families.kernels import check_kernels
 from minitron.training_settings import Precision, TrainSettings
 
-KERNELS = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
 MEASURED_SIZE = 1024  # of the square matrices whose product is timed
 
 
-def missing_kernels(device: torch.device) -> list[str]:
-    """The packages without which a model's Mamba layers run in plain torch on this device."""
-    return list(KERNELS.values()) if device.type != "cuda" else [name for module, name in KERNELS.items() if importlib.util.find_spec(module) is None]
+def without_kernels(device: torch.device) -> str | None:
+    """Why a model's Mamba layers run in plain torch on this device; None where the fused kernels are there and give the right numbers."""
+    if device.type != "cuda":
+        return f"there are none for {device.type}"
+    try:
+        check_kernels(device)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def training_flops(student: Architecture, teacher: Architecture | None, phases: Sequence[tuple[TrainSettings, int]]) -> int:
@@ -51,12 +56,12 @@ def check_time(flops: int, device: torch.device, precision: Precision, *, proces
 
     Raises ValueError where that is more than `max_hours` (None: no limit).
     """
-    missing = missing_kernels(device)
-    if not missing:
+    reason = without_kernels(device)
+    if reason is None:
         return None
     rate = product_flops_per_second(device, precision)
     hours = flops / rate / processes / 3600
-    told = f"without fused Mamba-2 kernels ({', '.join(missing)}) on {device.type} this run takes at least {_duration(hours)} "
+    told = f"without fused Mamba-2 kernels ({reason}) this run takes at least {_duration(hours)} "
     told += f"({flops:.1e} FLOP of matrix products at {rate / 1e12:.2f} TFLOP/s in each of {processes} processes)"
     if max_hours is not None and hours > max_hours:
         raise ValueError(f"distill.max_hours is {max_hours:g}; {told}; raise it (null: no limit), train on fewer tokens, or where the kernels are")

@@ -8,20 +8,19 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers.models.nemotron_h import modeling_nemotron_h as modeling
 
-from minitron.families import ssd
+from minitron.families import blockwise, mixer, ssd
 
 # Taken at import, before any test can have put ours in their place.
-TRANSFORMERS_OWN = {name: getattr(modeling, name) for name in ("mamba2_chunk_scan", "causal_conv1d_fn")}
+TRANSFORMERS_OWN = [(owner, name, getattr(owner, name)) for owner, name, _ in mixer.replacements()]
 NAMES = ("x", "dt", "A", "B", "C", "start", "D")
 
 
 @pytest.fixture
 def transformers_own(monkeypatch) -> None:
     """transformers' functions for this test, and afterwards whatever was there."""
-    for name, function in TRANSFORMERS_OWN.items():
-        monkeypatch.setattr(modeling, name, function)
+    for owner, name, function in TRANSFORMERS_OWN:
+        monkeypatch.setattr(owner, name, function)
 
 
 def draw(tokens: int, groups: int, *, batch: int = 2, heads: int = 4, head_dim: int = 3, state: int = 5, decay: float = 1.0, seed: int = 0):
@@ -68,7 +67,7 @@ def relative(left: torch.Tensor, right: torch.Tensor) -> float:
     return ((left.double() - right.double()).abs().max() / right.double().abs().max()).item()
 
 
-LENGTHS = [1, 2, ssd.CHUNK_TOKENS - 1, ssd.CHUNK_TOKENS, ssd.CHUNK_TOKENS + 1, 3 * ssd.CHUNK_TOKENS - 5]
+LENGTHS = [1, 2, 32 - 1, 32, 32 + 1, 3 * 32 - 5]
 
 
 @pytest.mark.parametrize("names", [NAMES, NAMES[:5]], ids=["with state and D", "from zeros"])
@@ -112,7 +111,7 @@ def output_weights(tensors, seed=1):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("tokens", [1, ssd.CHUNK_TOKENS, 2 * ssd.CHUNK_TOKENS + 7])
+@pytest.mark.parametrize("tokens", [1, 32, 2 * 32 + 7])
 def test_every_gradient_is_that_of_the_sequential_recurrence(tokens, groups):
     tensors = draw(tokens, groups)
     weights = output_weights(tensors)
@@ -158,7 +157,7 @@ def test_long_and_short_steps_in_one_chunk_lose_no_more_than_the_rounding_of_the
     for long_step in (1.0, 10.0, 100.0):
         tensors["dt"] = torch.full_like(tensors["dt"], 1e-3)
         tensors["dt"][:, ::8] = long_step
-        log_decay = 4 * long_step * ssd.CHUNK_TOKENS / 8
+        log_decay = 4 * long_step * 32 / 8
         error = relative(call(ssd.scan, tensors, NAMES)[0], call(sequential, in_float64(tensors), NAMES)[0])
         assert error <= 1e-6 + log_decay * torch.finfo(torch.float32).eps
 
@@ -191,48 +190,56 @@ def test_later_tokens_do_not_reach_earlier_outputs():
     assert torch.equal(one[:, :50], other[:, :50]) and not torch.equal(one[:, 50], other[:, 50])
 
 
-def test_bfloat16_inputs_are_computed_in_float32():
+@pytest.mark.parametrize(("core_numbers", "num_parts"), [(2**20, 1), (5000, 5), (1, 10)], ids=["one part", "a part per row", "a part per group"])
+def test_parts_of_any_size_give_the_same_scan_and_gradients(core_numbers, num_parts, monkeypatch):
+    tensors = draw(70, 2, batch=5)
+    weights = output_weights(tensors)
+    expected = gradients(sequential, in_float64(tensors), NAMES, weights)
+    monkeypatch.setattr(blockwise, "CORE_NUMBERS", core_numbers)
+    assert len(list(ssd.parts(5, 4, 3, 2, 5, torch.device("cpu")))) == num_parts
+    ours = gradients(ssd.scan, tensors, NAMES, weights)
+    assert max(relative(ours[name], expected[name]) for name in NAMES) <= 1e-5
+
+
+def test_autocast_leaves_the_scan_and_its_gradients_in_float32():
+    tensors = draw(70, 2)
+    weights = output_weights(tensors)
+    expected = gradients(ssd.scan, tensors, NAMES, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gradients(ssd.scan, tensors, NAMES, weights)
+        assert (tensors["x"].flatten(0, 2) @ torch.eye(3)).dtype == torch.bfloat16  # the control: autocast is on
+    assert all(torch.equal(ours[name], expected[name]) for name in NAMES)
+
+
+def test_bfloat16_inputs_are_computed_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     tensors = {name: tensor if name in ("A", "dt") else tensor.bfloat16() for name, tensor in draw(40, 2).items()}
     y, final = call(ssd.scan, tensors, NAMES)
     assert y.dtype == final.dtype == torch.float32
     assert relative(y, call(sequential, in_float64(tensors), NAMES)[0]) <= 1e-5
 
 
-# The convolution.
+@pytest.mark.parametrize(("has_amx", "dtype", "expected"), [(True, torch.bfloat16, "bf16"), (True, torch.float32, None), (False, torch.bfloat16, None)])
+def test_products_are_in_bf16_only_where_inputs_are_and_the_cpu_has_amx(has_amx, dtype, expected, monkeypatch):
+    """What is computed with: torch's own setting, seen from inside both passes, and as it was after them."""
+    before, seen, exp = torch.backends.mkldnn.matmul.fp32_precision, [], ssd._exp
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(ssd, "_exp", lambda log: (seen.append(torch.backends.mkldnn.matmul.fp32_precision), exp(log))[1])
+    tensors = draw(40, 2)
+    x = tensors["x"].to(dtype).requires_grad_()
+    y, _ = ssd.scan(x, tensors["dt"], tensors["A"], tensors["B"], tensors["C"])
+    forward = len(seen)
+    y.sum().backward()
+    assert len(seen) > forward > 0 and set(seen) == {expected or before}
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
-def draw_conv(tokens: int, kernel: int = 4, channels: int = 6, *, has_bias: bool = True):
-    random = torch.Generator().manual_seed(0)
-    shapes = [(2, channels, tokens), (channels, kernel)] + ([(channels,)] if has_bias else [])
-    return [torch.randn(shape, generator=random) for shape in shapes]
-
-
-def reference_conv(x_BET, weight_EK, bias_E=None):
-    channels, kernel = weight_EK.shape
-    return F.silu(F.conv1d(F.pad(x_BET, (kernel - 1, 0)), weight_EK[:, None], bias_E, groups=channels))
-
-
-@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize(("tokens", "kernel"), [(1, 4), (3, 4), (20, 4), (20, 2), (20, 1)])
-def test_the_convolution_and_its_gradients_are_those_of_conv1d_and_silu(tokens, kernel, has_bias):
-    inputs = [tensor.requires_grad_() for tensor in draw_conv(tokens, kernel, has_bias=has_bias)]
-    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    ours, expected = ssd._causal_conv(*inputs, activation="silu"), reference_conv(*exact)
-    assert (ours - expected).abs().max() <= 1e-6
-    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    own_gradients = torch.autograd.grad((ours * weights).sum(), inputs)
-    for own, right in zip(own_gradients, torch.autograd.grad((expected * weights.double()).sum(), exact), strict=True):
-        assert own.shape == right.shape and relative(own, right) <= 1e-6
-
-
-def test_the_reference_convolution_notices_a_shifted_kernel():
-    x, weight, bias = draw_conv(20)
-    assert (ssd._causal_conv(x, weight, bias, activation="silu") - reference_conv(x, weight.flip(1), bias)).abs().max() > 0.1
-
-
-def test_the_convolution_keeps_the_inputs_dtype():
-    x, weight, bias = draw_conv(20)
-    assert ssd._causal_conv(x.bfloat16(), weight, bias, activation="silu").dtype == torch.bfloat16
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="no AMX")
+def test_products_in_bf16_stay_within_their_rounding():
+    tensors = {name: tensor if name in ("A", "dt") else tensor.bfloat16() for name, tensor in draw(70, 2, head_dim=32, state=64).items()}
+    y, final = call(ssd.scan, tensors, NAMES)
+    expected = call(sequential, in_float64(tensors), NAMES)
+    assert y.dtype == torch.float32 and max(relative(y, expected[0]), relative(final, expected[1])) <= 5e-3
 
 
 # In transformers' place.
@@ -249,14 +256,16 @@ def flat(gradients) -> torch.Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
-def test_install_puts_both_functions_in_transformers_place(transformers_own):
-    assert modeling.mamba2_chunk_scan is not ssd._chunk_scan
+def test_install_puts_our_functions_in_transformers_place(transformers_own):
+    assert not any(getattr(owner, name) is function for owner, name, function in mixer.replacements())
     ssd.install()
-    assert modeling.mamba2_chunk_scan is ssd._chunk_scan and modeling.causal_conv1d_fn is ssd._causal_conv
+    assert len(mixer.replacements()) == 4 and all(getattr(owner, name) is function for owner, name, function in mixer.replacements())
 
 
+@pytest.mark.parametrize("core_numbers", [2**20, 1500, 100], ids=["one part", "a part per row", "a part per group"])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_logits_and_gradients_of_a_model_are_those_of_transformers_own_path(groups, transformers_own, build_model, token_ids):
+def test_logits_and_gradients_of_a_model_are_those_of_transformers_own_path(groups, core_numbers, transformers_own, monkeypatch, build_model, token_ids):
+    monkeypatch.setattr(blockwise, "CORE_NUMBERS", core_numbers)
     model, ids = build_model(mamba_num_groups=groups), token_ids(2, 75)
     expected, expected_gradients = logits_and_gradients(model, ids)
     ssd.install()
@@ -273,11 +282,59 @@ def test_a_wrong_decay_moves_logits_and_gradients(transformers_own, monkeypatch,
     expected, expected_gradients = logits_and_gradients(model, ids)
     ssd.install()
     decay = ssd._decay
-    monkeypatch.setattr(ssd, "_decay", lambda cum: decay(1.01 * cum))
+    monkeypatch.setattr(ssd, "_decay", lambda cum, out: decay(1.01 * cum, out))
     ours, own_gradients = logits_and_gradients(model, ids)
     assert relative(ours, expected) > 1e-4 and relative(flat(own_gradients), flat(expected_gradients)) > 1e-4
     name = "model.layers.0.mixer.A_log"
     assert relative(own_gradients[name], expected_gradients[name]) > 1e-3
+
+
+@pytest.mark.parametrize("has", [False, True], ids=["no biases", "all biases"])
+def test_biases_are_as_in_transformers_own_path(has, transformers_own, build_model, token_ids):
+    model, ids = build_model(mamba_conv_bias=has, mamba_projection_bias=has, ffn_bias=has), token_ids(2, 40)
+    expected, expected_gradients = logits_and_gradients(model, ids)
+    ssd.install()
+    ours, own_gradients = logits_and_gradients(model, ids)
+    assert relative(ours, expected) <= 1e-5 and relative(flat(own_gradients), flat(expected_gradients)) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_bfloat16_model_is_no_farther_from_its_float32_self_than_transformers_own(transformers_own, build_model, token_ids):
+    model, ids = build_model().bfloat16(), token_ids(2, 75)
+    exact = model.float()(ids, use_cache=False).logits
+    theirs = relative(model.bfloat16()(ids, use_cache=False).logits, exact)
+    ssd.install()
+    assert relative(model(ids, use_cache=False).logits, exact) <= theirs < 0.1
+
+
+def test_the_mixer_keeps_less_than_a_third_of_what_transformers_keeps_for_the_backward_pass(transformers_own, build_model, token_ids):
+    model, ids = build_model(pattern="M"), token_ids(4, 64)
+
+    def kept() -> int:
+        found = {}
+
+        def keep(tensor):
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.base_model(ids, use_cache=False)
+        return sum(found.values())
+
+    theirs = kept()
+    ssd.install()
+    assert kept() < theirs / 3
+
+
+@torch.no_grad()
+def test_left_padding_with_its_mask_leaves_the_logits(transformers_own, teacher, token_ids):
+    ssd.install()
+    ids, mask = token_ids(2, 40), torch.ones(2, 50, dtype=torch.long)
+    padded = torch.cat([torch.zeros(2, 10, dtype=torch.long), ids], dim=1)
+    mask[:, :10] = 0
+    expected = teacher(ids, use_cache=False).logits
+    assert relative(teacher(padded, attention_mask=mask, use_cache=False).logits[:, 10:], expected) <= 1e-5
+    assert relative(teacher(padded, use_cache=False).logits[:, 10:], expected) > 1e-3  # the control: the state runs through the padding
 
 
 # Decoding.

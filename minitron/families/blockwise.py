@@ -1,0 +1,144 @@
+"""NemotronH's convolution, norms and activation on a CPU, forward and backward, a block of tokens at a time.
+
+autograd would make and read a dozen tensors of the whole batch for each; here a block passes through all of them while it
+lies in the processor's cache, and what the backward pass needs is computed again rather than kept. float32 throughout.
+
+Letters: B batch, T tokens, t tokens of a block, E channels, K convolution kernel, W width, G groups of the gated norm.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch.autograd.function import once_differentiable
+
+CORE_NUMBERS = 2**17  # float32 numbers of a block for every core: half a MiB, so that the few in use stay near it
+GPU_NUMBERS = 2**27
+
+
+def block_numbers(device: torch.device) -> int:
+    """How large a block is, in float32 numbers. On a GPU without Mamba's kernels few large blocks are best: every operation costs a launch."""
+    return CORE_NUMBERS * torch.get_num_threads() if device.type == "cpu" else GPU_NUMBERS
+
+
+class Buffers:
+    """Float32 tensors by name and shape; a name gives the same memory again, with what was left in it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.tensors: dict[tuple, torch.Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> torch.Tensor:
+        if (name, shape) not in self.tensors:
+            self.tensors[name, shape] = torch.empty(shape, device=self.device)
+        return self.tensors[name, shape]
+
+
+def _blocks(rows_TW: torch.Tensor) -> Iterator[slice]:
+    tokens, width = rows_TW.shape
+    step = max(1, block_numbers(rows_TW.device) // width)
+    return (slice(first, min(first + step, tokens)) for first in range(0, tokens, step))
+
+
+# The depthwise causal convolution, as K shifted multiply-adds.
+
+
+def convolve(x_BtE: torch.Tensor, taps_KE: torch.Tensor, bias_E: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+    """Outputs [B, t, E] for inputs [B, t + K − 1, E], of which the first K − 1 are the tokens before."""
+    tokens = x_BtE.shape[1] - len(taps_KE) + 1
+    total = torch.addcmul(bias_E, x_BtE[:, :tokens], taps_KE[0], out=buffers("convolved", len(x_BtE), tokens, x_BtE.shape[2]))
+    for k in range(1, len(taps_KE)):
+        total.addcmul_(x_BtE[:, k : k + tokens], taps_KE[k])
+    return total
+
+
+def convolve_back(g_BtE: torch.Tensor, x_BtE: torch.Tensor, taps_KE: torch.Tensor, g_taps_KE: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+    """Gradient of convolve's inputs from that of its outputs. Adds to the taps'."""
+    before, tokens = len(taps_KE) - 1, g_BtE.shape[1]
+    gx = buffers("g convolved", *x_BtE.shape)
+    gx[:, :before] = 0
+    torch.mul(g_BtE, taps_KE[-1], out=gx[:, before:])
+    for k in range(before):
+        gx[:, k : k + tokens].addcmul_(g_BtE, taps_KE[k])
+    for k, g_tap_E in enumerate(g_taps_KE):
+        g_tap_E += torch.mul(g_BtE, x_BtE[:, k : k + tokens], out=buffers("g tap", *g_BtE.shape)).sum((0, 1))
+    return gx
+
+
+# RMSNorm of x · silu(gate), in groups of channels.
+
+
+def normalise(x_tW, gate_tW, weight_W, epsilon: float, out_tW, scale_tG, buffers: Buffers) -> None:
+    """out = weight · u · scale with u = x·silu(gate), or x without a gate, and scale = 1/√(mean of u² over a group + ε), which is filled too."""
+    u_tW = x_tW if gate_tW is None else torch.ops.aten.silu.out(gate_tW, out=buffers("gated", *gate_tW.shape)).mul_(x_tW)
+    u_tGw = u_tW.unflatten(-1, (scale_tG.shape[-1], -1))
+    norms = torch.linalg.vector_norm(u_tGw, dim=-1)
+    torch.rsqrt(norms.square_().div_(u_tGw.shape[-1]).add_(epsilon), out=scale_tG)
+    scaled_tGw = torch.mul(u_tGw, scale_tG[..., None], out=buffers("scaled", *u_tGw.shape) if gate_tW is None else u_tGw)
+    torch.mul(scaled_tGw.flatten(-2), weight_W, out=out_tW)
+
+
+def normalise_back(g_tW, x_tW, gate_tW, weight_W, scale_tG, gx_tW, g_gate_tW, g_weight_W, buffers: Buffers) -> None:
+    """Fills the gradients of x and the gate, and adds to that of the weight: g_u = s·(g·w) − u·s³·mean(g·w·u)."""
+    u, silu = _gated(x_tW, gate_tW, buffers)
+    split, scale = (scale_tG.shape[-1], -1), scale_tG[..., None]
+    # Sums over channels and over tokens as products of matrices, [G, T, W/G] each.
+    dots = torch.mul(g_tW, u, out=buffers("dots", *u.shape)).view(-1, scale_tG.shape[-1], u.shape[-1] // scale_tG.shape[-1]).transpose(0, 1)
+    mean = torch.bmm(dots, weight_W.view(len(dots), -1, 1)).div_(dots.shape[-1]).transpose(0, 1).reshape(scale.shape)
+    g_weight_W += torch.bmm(scale_tG.reshape(-1, 1, len(dots)).transpose(0, 2), dots).flatten()
+    g_u = torch.mul(g_tW, weight_W, out=gx_tW if gate_tW is None else buffers("g u", *u.shape)).unflatten(-1, split)
+    g_u.mul_(scale).addcmul_(u.unflatten(-1, split), mean.mul_(scale**3), value=-1)
+    if gate_tW is not None:
+        g_u = g_u.flatten(-2)
+        torch.mul(g_u, silu, out=gx_tW)
+        torch.ops.aten.silu_backward.grad_input(g_u.mul_(x_tW), gate_tW, grad_input=g_gate_tW)
+
+
+def _gated(x, gate, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if gate is None:
+        return x, None
+    silu = torch.ops.aten.silu.out(gate, out=buffers("silu", *gate.shape))
+    return torch.mul(x, silu, out=buffers("gated", *x.shape)), silu
+
+
+class Norm(torch.autograd.Function):
+    """weight · RMSNorm(x) of rows [T, W]."""
+
+    @staticmethod
+    def forward(ctx, x_TW, weight_W, epsilon):
+        output, scale_T1, buffers = torch.empty_like(x_TW), x_TW.new_empty(len(x_TW), 1), Buffers(x_TW.device)
+        for block in _blocks(x_TW):
+            normalise(x_TW[block], None, weight_W, epsilon, output[block], scale_T1[block], buffers)
+        ctx.save_for_backward(x_TW, weight_W, scale_T1)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x_TW, weight_W, scale_T1 = ctx.saved_tensors
+        gx, g_weight, buffers = torch.empty_like(x_TW), torch.zeros_like(weight_W), Buffers(x_TW.device)
+        for block in _blocks(x_TW):
+            normalise_back(gradient[block], x_TW[block], None, weight_W, scale_T1[block], gx[block], None, g_weight, buffers)
+        return gx, g_weight, None
+
+
+class SquaredRelu(torch.autograd.Function):
+    """max(x, 0)² of rows [T, W]."""
+
+    @staticmethod
+    def forward(ctx, x_TW):
+        ctx.save_for_backward(x_TW)
+        output = torch.empty_like(x_TW)
+        for block in _blocks(x_TW):
+            positive = torch.clamp_min(x_TW[block], 0, out=output[block])
+            positive *= positive
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (x_TW,) = ctx.saved_tensors
+        gx, zero = torch.empty_like(x_TW), x_TW.new_zeros(())
+        for block in _blocks(x_TW):
+            positive = torch.clamp_min(x_TW[block], 0, out=gx[block])
+            torch.addcmul(zero, positive, gradient[block], value=2, out=positive)
+        return gx
