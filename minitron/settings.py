@@ -68,6 +68,11 @@ class Placement(Enum):
     stream = "stream"
 
 
+class PruneMethod(Enum):
+    slice = "slice"
+    compensated = "compensated"
+
+
 class Tracking(Enum):
     disabled = "disabled"
     offline = "offline"
@@ -237,9 +242,20 @@ class DepthLapSettings:
 
 @dataclass(kw_only=True, slots=True)
 class PruneSettings:
+    """The cut; what stands between method and max_shard_gib is of the compensated one."""
+
+    method: PruneMethod = PruneMethod.slice
+    samples: int = 64
+    rotate: bool = True
+    refit_reading: bool = True
+    refit_writing: bool = True
+    ridge: float = 1e-3
+    batch: int = how(8)
     max_shard_gib: float = how(4.5)
 
     def __post_init__(self) -> None:
+        at_least(self, "prune", 1, "samples", "batch")
+        at_least(self, "prune", 0, "ridge")
         if self.max_shard_gib <= 0:
             raise ValueError(f"prune.max_shard_gib is {self.max_shard_gib}; it must be above 0")
 
