@@ -187,7 +187,7 @@ class _LockStep:
             cut, role = self.cuts[name], self.roles[name]
             kept = cut.apply(tensor).float()
             if role == READ:
-                kept = (kept * reading.weight_D) @ reading.matrix_DK
+                kept = kept @ (reading.weight_D[:, None] * reading.matrix_DK)
             elif role in (WRITE, WRITE_BIAS):
                 kept = self.basis_DK.T @ kept
             elif role == EMBED:

@@ -23,15 +23,15 @@ class NormalEquations:
     def solve(self, start_OI: torch.Tensor, ridge: float, *, place: str) -> torch.Tensor:
         """The matrix M [O, I], float32, of the least Σ|M a − t|² + λ|M − start|², with λ = ridge_for(…) · mean over inputs of Σ a².
 
-        Raises ValueError naming the place where the sums are not finite or, with a ridge of 0, singular.
+        Uses the sums up: it can be asked once. Raises ValueError naming the place where the sums are not finite or, with a ridge of 0, singular.
         """
         if not (torch.isfinite(self.gram_II).all() and torch.isfinite(self.cross_OI).all()):
             raise ValueError(f"prune: the activations of {place} are not finite")
         start_OI, num_inputs = start_OI.double(), len(self.gram_II)
         left_OI = self.cross_OI - start_OI @ self.gram_II
-        damped_II = self.gram_II.clone()
-        damped_II.diagonal().add_(ridge_for(ridge, num_inputs, self.num_tokens) * self.gram_II.diagonal().mean())
-        factor_II, failed = torch.linalg.cholesky_ex(damped_II)
+        diagonal_I = self.gram_II.diagonal()
+        diagonal_I += ridge_for(ridge, num_inputs, self.num_tokens) * diagonal_I.mean()  # in place: at 15,680 inputs a copy takes 1.8 GiB
+        factor_II, failed = torch.linalg.cholesky_ex(self.gram_II)
         if failed:
             raise ValueError(f"prune.ridge is {ridge}, with which the Gram matrix of {place} ({num_inputs} inputs) is singular; it must be larger")
         return (start_OI + torch.cholesky_solve(left_OI.T, factor_II).T).float()
