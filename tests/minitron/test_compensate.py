@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from memory_budget.hf_config import read_config
+from memory_budget.hf_config import architecture_from_config, read_config
 from minitron.families.base import FFN, HIDDEN, MAMBA_HEAD
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.placement import StreamedModel, WholeModel
@@ -70,6 +70,18 @@ def test_with_nothing_cut_a_random_rotation_changes_no_logit(recipe, teacher, ke
 def test_a_basis_that_is_not_orthogonal_does(teacher, keep_all, compensate, difference):
     skewed = random_basis(32) @ torch.diag(torch.linspace(0.7, 1.3, 32))
     assert difference(compensate(teacher, keep_all(), RECIPES[0], skewed), teacher) > 1e-2
+
+
+@torch.no_grad()
+def test_with_nothing_cut_a_rotation_turns_biases_too(config_of, tiny, keep_all, rows, difference):
+    config = config_of(tiny) | {"use_bias": True, "mamba_proj_bias": True, "mlp_bias": True}
+    biased, model = architecture_from_config(config), FAMILY.build(config).eval()
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith(("out_proj.bias", "down_proj.bias"))]
+    assert len(biases) == 7  # three Mamba layers and four FFN layers
+    for number, bias in enumerate(biases):
+        bias.copy_(torch.randn(32, generator=torch.Generator().manual_seed(number)))
+    base = WholeModel(FAMILY, model, biased)
+    assert difference(build_compensated(base, keep_all(biased), rows, EVERY_PART, config=config, basis_DK=random_basis(32)), model) < 1e-4
 
 
 def test_with_nothing_cut_the_principal_basis_changes_no_logit(teacher, tiny, keep_all, compensate, difference, rows):
