@@ -55,6 +55,11 @@ class Placement(Enum):
     stream = "stream"
 
 
+class PruneMethod(Enum):
+    slice = "slice"
+    compensated = "compensated"
+
+
 class Tracking(Enum):
     disabled = "disabled"
     offline = "offline"
@@ -191,9 +196,20 @@ class DepthLapSettings:
 
 @dataclass(kw_only=True, slots=True)
 class PruneSettings:
+    """The cut; what stands between method and max_shard_gib is of the compensated one."""
+
+    method: PruneMethod = PruneMethod.slice
+    samples: int = 64
+    rotate: bool = True
+    refit_reading: bool = True
+    refit_writing: bool = True
+    ridge: float = 1e-3
+    batch: int = how(8)
     max_shard_gib: float = how(4.5)
 
     def __post_init__(self) -> None:
+        at_least(self, "prune", 1, "samples", "batch")
+        at_least(self, "prune", 0, "ridge")
         if self.max_shard_gib <= 0:
             raise ValueError(f"prune.max_shard_gib is {self.max_shard_gib}; it must be above 0")
 
@@ -260,6 +276,9 @@ class Settings:
             raise ValueError(f"run_name is {self.run_name!r}; it must be one folder name, not starting with a dot, and not 'store'")
         if self.data.rows is Rows.packed:
             raise ValueError("data.rows is packed; it must be windows or documents (distill.phases[].rows may be packed)")
+        if self.distill.loss.hidden_weight and self.prune.method is PruneMethod.compensated and self.prune.rotate:
+            raise ValueError(f"distill.loss.hidden_weight is {self.distill.loss.hidden_weight:g}, but prune.rotate turns hidden states into another basis; "
+                             "one of them must be off (0, false)")  # fmt: skip
         if self.thinking_budget is not None and self.thinking_budget < 0:
             raise ValueError(f"thinking_budget is {self.thinking_budget}; it must be at least 0 (null: no limit)")
         if self.device not in ("auto", "cpu", "cuda"):

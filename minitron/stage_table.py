@@ -10,7 +10,7 @@ from minitron.blends import phase_parts, rows_identity, rows_to_make
 from minitron.derived import base_stage, fewest_layers, floors, has_ladder
 from minitron.hand_over_settings import MERGEABLE
 from minitron.setting_rules import key_settings
-from minitron.settings import Settings
+from minitron.settings import PruneMethod, Settings
 from minitron.teachers import teacher_folder, teacher_identity
 
 
@@ -97,6 +97,12 @@ def _what_screen(settings: Settings) -> Any:
     return {"candidate": settings.candidate, "seed": settings.seed, **key_settings(settings.screen)}
 
 
+def _what_prune(settings: Settings) -> Any:
+    if settings.prune.method is PruneMethod.slice:
+        return {}  # nothing else to choose
+    return {**key_settings(settings.prune), "held_out": settings.search.screen_samples}
+
+
 def _what_distill(settings: Settings) -> Any:
     # The phases in full: what one leaves out is distill.train's.
     return {**key_settings(settings.distill), "train": None, "phases": key_settings(settings.distill.trains()),
@@ -129,7 +135,7 @@ STAGES: Mapping[str, StageSpec] = {
     # Once for every finalist, or for settings.candidate alone.
     "screen": StageSpec(2, lambda s: ("data", base_stage(s), "teacher_cache" if s.screen.cached else "teacher", "score", "shortlist"), _what_screen),
     "search": StageSpec(3, lambda s: ("shortlist", "screen") if has_ladder(s) else ("shortlist",), _what_search),
-    "prune": StageSpec(3, lambda s: (base_stage(s), "score", "search"), lambda s: {}),
+    "prune": StageSpec(3, lambda s: (base_stage(s), "score", "search", *(("data",) if s.prune.method is PruneMethod.compensated else ())), _what_prune),
     # Only where the student learns from a cache.
     "distill_cache": StageSpec(1, lambda s: ("data", "teacher"), _what_distill_cache),
     # Only where a phase of distillation wants other rows than the data stage's.

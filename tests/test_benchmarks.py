@@ -72,3 +72,10 @@ def test_prune_12b_cuts_the_published_student(repository, twelve, published_patt
     student = load_script(repository, "prune_12b").published_student(twelve, 0).student
     assert (student.pattern, student.hidden, student.ffn, student.mamba_num_heads) == (published_patterns[1], 4480, 15680, 128)
     check_is_cut(twelve, student, load_script(repository, "prune_12b").published_student(twelve, 0).kept_layers)
+
+
+def test_the_tokens_ratio_is_the_median_of_the_smallest_shares_that_reach_the_slice(repository):
+    ratio = load_script(repository, "compensated").tokens_ratio
+    slices = {1.0: [2.0, 2.0, 2.0]}
+    assert ratio({"slice": slices, "compensated": {0.1: [2.1, 2.0, 2.3], 0.3: [1.9, 1.9, 2.2], 1.0: [1.8, 1.8, 1.9]}}) == 0.3
+    assert ratio({"slice": slices, "compensated": {0.3: [2.1, 2.1, 1.0], 1.0: [2.1, 1.9, 1.9]}}) is None

@@ -69,7 +69,8 @@ class Family:
     """The duties of one family. `axis_sizes` gives the length of every axis named in the table.
 
     `build_layer` and `build_outside` give one module alone ("embed", "norm" or "head" outside the layers), for models
-    that are never whole in memory; `outside_names` gives those modules' prefixes of canonical tensor names.
+    that are never whole in memory; `outside_names` gives those modules' prefixes of canonical tensor names. `rms_epsilon`
+    gives, from config.json, the epsilon of the norms that layers and head read the residual stream through; None where they are no RMSNorm.
     """
 
     model_type: str
@@ -85,3 +86,4 @@ class Family:
     build_layer: Callable[[dict, int], nn.Module]
     build_outside: Callable[[dict, str], nn.Module]
     outside_names: Mapping[str, str]
+    rms_epsilon: Callable[[dict], float] | None

@@ -189,6 +189,10 @@ def build_outside(config: dict, part: str) -> nn.Module:
     return nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
 
 
+def rms_epsilon(config: dict) -> float:
+    return _transformers_config(config).layer_norm_epsilon
+
+
 def _transformers_config(config: dict):
     from transformers import NemotronHConfig
 
@@ -227,4 +231,5 @@ FAMILY = Family(
     build_layer=build_layer,
     build_outside=build_outside,
     outside_names={"embed": "embeddings.", "norm": "norm_f.", "head": "lm_head."},
+    rms_epsilon=rms_epsilon,
 )

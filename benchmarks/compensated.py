@@ -1,0 +1,188 @@
+"""The compensated cut against the plain slice, on the tiny experiment's own cut: the loss that each adds, and the tokens that win it back.
+
+The tiny experiment is walked up to its pruned student first, once per --runs folder. The same plan is then cut by every method from the
+same base, and the losses are those of held-out rows that chose nothing. A second, harder cut of the same base stands beside it.
+Both sides are then distilled with the experiment's own optimiser, each at its best learning rate of one grid, found with the
+first seed. tokens_ratio is the smallest share of the tokens, each share with a schedule of its own, after which the compensated
+student is no worse than the slice after all of them: median over the seeds, null where no share below 1 was enough.
+Run: .venv/bin/python benchmarks/compensated.py --runs DIR [--seeds 3] [--tokens 80000] [--rates 0.01 0.005 0.002 0.001]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from distill.batches import RowBatches  # noqa: E402
+from distill.plan import TrainPlan  # noqa: E402
+from distill.trainer import distill  # noqa: E402
+from memory_budget.architecture import Architecture  # noqa: E402
+from memory_budget.hf_config import architecture_from_config, read_config  # noqa: E402
+from minitron.evaluation import batches_of, evaluation_rows, held_out_loss, spread_rows  # noqa: E402
+from minitron.families import ssd  # noqa: E402
+from minitron.families.nemotron_h import FAMILY  # noqa: E402
+from minitron.importance.placement import WholeModel  # noqa: E402
+from minitron.importance.scores import load_scores  # noqa: E402
+from minitron.pruning.compensate import Recipe, build_compensated  # noqa: E402
+from minitron.pruning.cut import build_pruned  # noqa: E402
+from minitron.pruning.plan import PruningPlan, make_plan  # noqa: E402
+
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.5)
+RECIPES = {
+    "rotation": Recipe(refit_reading=False, refit_writing=False),
+    "rotation, reading": Recipe(refit_writing=False),
+    "rotation, writing": Recipe(refit_reading=False),
+    "reading, writing": Recipe(rotate=False),
+    "compensated": Recipe(),
+}
+CALIBRATION_ROWS, BATCH, HELD_OUT_ROWS = 64, 4, 96
+
+
+@dataclass(frozen=True, slots=True)
+class Walked:
+    """What the tiny experiment left: folders of the base, of the teacher, of the data and of the scores, and the chosen cut."""
+
+    base: Path
+    teacher: Path
+    data: Path
+    scores: Path
+    architecture: Architecture
+    kept_layers: tuple[int, ...]
+
+
+def walk(runs: Path) -> Walked:
+    """`stage=prune` of the tiny experiment, in this folder's store."""
+    command = [sys.executable, "-m", "minitron.run", f"runs_folder={runs}", "run_name=compensated", "stage=prune", "prune.method=slice"]
+    if subprocess.run(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.DEVNULL).returncode != 0:
+        sys.exit(f"error: {' '.join(command)} failed")
+    summary = json.loads((runs / "compensated" / "summary.json").read_text())
+    folder = Path(summary["stages"]["prune"]["path"])
+    inputs = json.loads((folder / "done.json").read_text())["inputs"]
+    store = folder.parent.parent
+    plan = json.loads((folder / "plan.json").read_text())
+    base = store / "distill" / summary["depth_lap"]["stages"]["distill"]["key"]
+    return Walked(base / "checkpoint", Path(summary["models"]["teacher"]["path"]), Path(summary["stages"]["data"]["path"]),
+                  store / "score" / inputs["score"] / "scores.safetensors", Architecture(**plan["student"]), tuple(plan["kept_layers"]))  # fmt: skip
+
+
+class Sides:
+    """The base and everything that is cut from it."""
+
+    def __init__(self, walked: Walked):
+        self.config = read_config(walked.base)
+        self.architecture = architecture_from_config(self.config)
+        self.model, self.teacher = (FAMILY.load(folder, dtype=torch.float32) for folder in (walked.base, walked.teacher))
+        self.scores = load_scores(walked.scores, tokens="mean", samples="l2")
+        self.rows = np.load(walked.data / "train.npy")
+        self.calibration = batches_of(spread_rows(self.rows, CALIBRATION_ROWS), 8, "cpu")
+        self.held_out = batches_of(spread_rows(evaluation_rows(np.load(walked.data / "heldout.npy")), HELD_OUT_ROWS), 8, "cpu")
+
+    def plan(self, student: Architecture, kept_layers: tuple[int, ...]) -> PruningPlan:
+        return make_plan(self.architecture, student, kept_layers, self.scores)
+
+    def sliced(self, plan: PruningPlan) -> nn.Module:
+        return build_pruned(FAMILY, self.model, plan, self.config)
+
+    def compensated(self, plan: PruningPlan, recipe: Recipe) -> nn.Module:
+        return build_compensated(WholeModel(FAMILY, self.model, self.architecture), plan, self.calibration, recipe, config=self.config)
+
+    def loss(self, model: nn.Module) -> float:
+        return held_out_loss(model, self.held_out)
+
+    def distilled(self, student: nn.Module, tokens: int, rate: float, seed: int) -> float:
+        """The held-out loss after so many tokens, by the tiny experiment's own settings but for the rate."""
+        if tokens >= BATCH * self.rows.shape[1]:
+            plan = TrainPlan(tokens=tokens, optimizer="muon", learning_rate=rate, final_learning_rate_share=0.05, warmup_share=0.05, weight_decay=0.0,
+                             clip_norm=1.0, save_every_seconds=float("inf"))  # fmt: skip
+            with tempfile.TemporaryDirectory() as folder:
+                distill(self.teacher, student, RowBatches(self.rows, BATCH, seed), plan, folder=Path(folder), on_step=lambda _: None)
+        return self.loss(student)
+
+
+def harder(student: Architecture) -> Architecture:
+    """Two thirds of the hidden width again, and half of the neurons."""
+    return replace(student, hidden=student.hidden * 2 // 3, ffn=student.ffn // 2)
+
+
+def measure_damage(sides: Sides, plan: PruningPlan) -> dict[str, float]:
+    """Nats per token that each method adds to the base's held-out loss."""
+    base = sides.loss(sides.model)
+    added = {"slice": sides.loss(sides.sliced(plan)) - base}
+    print(f"\n{plan.student.hidden} of {plan.teacher.hidden} hidden, {plan.student.ffn} of {plan.teacher.ffn} neurons, {plan.student.mamba_num_heads} of "
+          f"{plan.teacher.mamba_num_heads} Mamba heads; base {base:.3f} nats/token", flush=True)  # fmt: skip
+    for name, recipe in RECIPES.items():
+        added[name] = sides.loss(sides.compensated(plan, recipe)) - base
+    for name, value in added.items():
+        print(f"  {name:20}{value:+8.4f} nats/token {value / added['slice']:8.3f} of the slice's", flush=True)
+    return added
+
+
+def best_rate(losses: dict[float, float]) -> float:
+    return min(losses, key=losses.get)
+
+
+def measure_tokens(sides: Sides, plan: PruningPlan, options) -> dict:
+    """Held-out losses of both sides after every share of the tokens, per seed, each at its best rate."""
+    makers: dict[str, Callable[[], nn.Module]] = {"slice": lambda: sides.sliced(plan), "compensated": lambda: sides.compensated(plan, Recipe())}
+    results: dict[str, dict[float, list[float]]] = {"slice": {}, "compensated": {}}
+    rates: dict[str, dict[float, float]] = {"slice": {}, "compensated": {}}
+    for name, share in [("slice", 1.0), *(("compensated", share) for share in (*SHARES, 1.0))]:
+        made, tokens = makers[name](), int(options.tokens * share)
+        state = {key: value.clone() for key, value in made.state_dict().items()}
+
+        def after(rate: float, seed: int, made=made, state=state, tokens=tokens) -> float:
+            made.load_state_dict(state)
+            return sides.distilled(made, tokens, rate, seed)
+
+        found = {rate: after(rate, 0) for rate in (options.rates if share else options.rates[:1])}
+        rate = rates[name][share] = best_rate(found)
+        losses = results[name][share] = [found[rate], *(after(rate, seed) for seed in range(1, options.seeds))]
+        tried = ", ".join(f"{key:g}: {value:.4f}" for key, value in found.items())
+        print(f"  {name:14}{tokens:>9,} tokens  rate {rate:<7g}{' '.join(f'{loss:.4f}' for loss in losses)}   (first seed at {tried})", flush=True)
+    return {"results": results, "rates": rates}
+
+
+def tokens_ratio(results: dict[str, dict[float, list[float]]]) -> float | None:
+    """The median over seeds of the smallest share whose loss is at most the slice's after all tokens."""
+    shares = [min((share for share, losses in results["compensated"].items() if losses[seed] <= wanted), default=float("inf"))
+              for seed, wanted in enumerate(results["slice"][1.0])]  # fmt: skip
+    middle = statistics.median(shares)
+    return middle if middle < 1 else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, required=True, help="folder for the walk's store; goes on where it was")
+    parser.add_argument("--seeds", type=int, default=3, help="orders of the training rows")
+    parser.add_argument("--tokens", type=int, default=80_000, help="of the slice's distillation; the tiny experiment has 260,000")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.005, 0.002, 0.001], help="the grid of learning rates, the same for both sides")
+    options = parser.parse_args()
+    walked = walk(options.runs)
+    ssd.install()
+    sides = Sides(walked)
+    plan = sides.plan(walked.architecture, walked.kept_layers)
+    damage = measure_damage(sides, plan)
+    harder_damage = measure_damage(sides, sides.plan(harder(walked.architecture), walked.kept_layers))
+    print(f"\nheld-out nats/token after distillation, {options.seeds} seeds")
+    measured = measure_tokens(sides, plan, options)
+    results = measured["results"]
+    difference = statistics.mean(results["compensated"][1.0]) - statistics.mean(results["slice"][1.0])
+    ratios = {"damage_ratio": damage["compensated"] / damage["slice"], "tokens_ratio": tokens_ratio(results), "final_loss_difference": difference}
+    print(json.dumps({"benchmark": "compensated", "ratios": ratios, "damage": damage, "harder_damage": harder_damage, "tokens": options.tokens, **measured}))
+
+
+if __name__ == "__main__":
+    main()

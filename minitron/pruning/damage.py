@@ -1,0 +1,24 @@
+"""What a cut costs before any training, measured on a model that need not be whole in memory."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from distill.batches import PADDING, split_padding
+from minitron.importance.placement import PlacedModel
+
+
+@torch.no_grad()
+def walked_loss(model: PlacedModel, batches: Sequence[torch.Tensor]) -> float:
+    """Next-token loss over batches of rows [B, T], nats per token, padding not counted; the logits of one row exist at a time."""
+    residuals = model.embed([split_padding(rows_BT)[0] for rows_BT in batches])
+    for _, block in model.visit(range(model.architecture.num_layers)):
+        residuals = [block(residual_BTD) for residual_BTD in residuals]
+    total, tokens = 0.0, 0
+    with model.open_head() as head:
+        for residual_BTD, rows_BT in zip(residuals, batches, strict=True):
+            for residual_TD, row_T in zip(residual_BTD, rows_BT, strict=True):
+                total += F.cross_entropy(head.logits(residual_TD[:-1]), row_T[1:], reduction="sum", ignore_index=PADDING).item()
+                tokens += int((row_T[1:] != PADDING).sum())
+    return total / tokens

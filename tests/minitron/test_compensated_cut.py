@@ -1,0 +1,100 @@
+"""The prune stage with prune.method=compensated, by the real command."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from minitron.pruning.compensate import Recipe
+from minitron.settings import PruneMethod, PruneSettings, Settings
+from minitron.stage_table import STAGES
+from minitron.stages.compensated_cut import few_tokens_note
+
+COMPENSATED = ("stage=prune", "prune.method=compensated")
+
+
+@pytest.fixture(scope="module")
+def runs(walk, door, tmp_path_factory) -> Path:
+    """A runs folder with everything of the walk up to the search and a compensated cut."""
+    folder = tmp_path_factory.mktemp("compensated") / "runs"
+    for stage in ("data", "teacher", "score", "shortlist", "teacher_cache", "screen", "search"):
+        shutil.copytree(walk.runs / "store" / stage, folder / "store" / stage)
+    finished = door(folder.parent, f"runs_folder={folder}", *walk.settings[1:], *COMPENSATED)
+    assert finished.returncode == 0, finished.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage(runs) -> Path:
+    (folder,) = [done.parent for done in runs.glob("store/prune/*/done.json")]
+    return folder
+
+
+def test_the_student_has_the_slices_tensors_and_other_values(walk, stage):
+    one, other = (load_file(folder / "checkpoint" / "model.safetensors") for folder in (stage, walk.stage_folder("prune")))
+    assert list(one) == list(other)
+    assert all(one[name].shape == other[name].shape and one[name].dtype == other[name].dtype for name in one)
+    assert sum(torch.equal(one[name], other[name]) for name in one) < len(one) / 2
+    configs = [json.loads((folder / "checkpoint" / "config.json").read_text()) for folder in (stage, walk.stage_folder("prune"))]
+    assert configs[0] == configs[1]
+
+
+def test_it_loads_in_transformers_and_only_the_checkpoint_stays(stage):
+    assert AutoModelForCausalLM.from_pretrained(stage / "checkpoint")(torch.arange(20)[None], use_cache=False).logits.isfinite().all()
+    assert not (stage / "made").exists()
+
+
+def test_the_result_says_what_it_cost_beside_the_slice(stage):
+    losses = json.loads((stage / "done.json").read_text())["facts"]["held_out_losses"]
+    assert set(losses) == {"base", "slice", "compensated"}
+    assert losses["compensated"] - losses["base"] < 0.5 * (losses["slice"] - losses["base"])
+
+
+def test_what_an_interrupted_run_left_is_made_anew(walk, runs, stage, door):
+    path = stage / "checkpoint" / "model.safetensors"
+    whole = path.read_bytes()
+    tensors = load_file(path)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    (stage / "made").mkdir()
+    (stage / "made" / "lm_head.weight.safetensors").write_bytes(b"half")
+    (stage / "done.json").unlink()
+    finished = door(runs.parent, f"runs_folder={runs}", *walk.settings[1:], *COMPENSATED)
+    assert finished.returncode == 0, finished.stderr
+    assert path.read_bytes() == whole
+
+
+def test_only_a_compensated_cut_has_its_settings_in_the_key():
+    def key(**values) -> dict:
+        return STAGES["prune"].what(Settings(prune=PruneSettings(**values)))
+
+    assert key(ridge=0.1) == key(rotate=False) == {}
+    compensated = {"method": PruneMethod.compensated}
+    assert key(**compensated) != key(**compensated, ridge=0.1) != key(**compensated, rotate=False)
+    assert key(**compensated) == key(**compensated, batch=3, max_shard_gib=1)
+
+
+def test_too_few_calibration_tokens_are_said_with_what_would_do(tiny, keep_all):
+    rows = np.zeros((2, 10), dtype=np.int32)
+    said = few_tokens_note(keep_all(replace(tiny, ffn=64)), Recipe(ridge=0.01), rows)
+    assert said == "20 calibration tokens are fewer than the 64 inputs solved for: prune.ridge goes from 0.01 up to 0.032; prune.samples=7 would do"
+    assert few_tokens_note(keep_all(), Recipe(refit_reading=False, refit_writing=False), rows) is None
+    assert few_tokens_note(keep_all(replace(tiny, ffn=64)), Recipe(), np.zeros((7, 10), dtype=np.int32)) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("prune.method=cut", "expected one of [slice, compensated]"),
+        ("prune.ridge=-1", "prune.ridge is -1.0; it must be at least 0"),
+        ("prune.samples=0", "prune.samples is 0; it must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused_in_one_line(override, said, door, tmp_path):
+    finished = door(tmp_path, override)
+    assert finished.returncode == 2 and said in finished.stderr and len(finished.error_lines) == 1
