@@ -51,16 +51,17 @@ def convolve(x_BtE: torch.Tensor, taps_KE: torch.Tensor, bias_E: torch.Tensor, b
     return total
 
 
-def convolve_back(g_BtE: torch.Tensor, x_BtE: torch.Tensor, taps_KE: torch.Tensor, g_taps_KE: torch.Tensor, buffers: Buffers) -> torch.Tensor:
-    """Gradient of convolve's inputs from that of its outputs. Adds to the taps'."""
+def convolve_back(g_BtE: torch.Tensor, x_BtE: torch.Tensor, taps_KE: torch.Tensor, g_taps_KtE: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+    """Gradient of convolve's inputs from that of its outputs. Adds to the taps', which are still to be summed over t."""
     before, tokens = len(taps_KE) - 1, g_BtE.shape[1]
     gx = buffers("g convolved", *x_BtE.shape)
     gx[:, :before] = 0
     torch.mul(g_BtE, taps_KE[-1], out=gx[:, before:])
     for k in range(before):
         gx[:, k : k + tokens].addcmul_(g_BtE, taps_KE[k])
-    for k, g_tap_E in enumerate(g_taps_KE):
-        g_tap_E += torch.mul(g_BtE, x_BtE[:, k : k + tokens], out=buffers("g tap", *g_BtE.shape)).sum((0, 1))
+    for g_row, x_row in zip(g_BtE, x_BtE, strict=True):  # row by row, so that the sums stay in the cache
+        for k, g_tap in enumerate(g_taps_KtE[:, :tokens]):
+            g_tap.addcmul_(g_row, x_row[k : k + tokens])
     return gx
 
 

@@ -81,7 +81,7 @@ class _Heart(torch.autograd.Function):
             weight, g_weight, scale_part = norm_weight[walk.inner], g_norm[walk.inner], scale[part.rows, :, part.groups]
             y_part, gradient_part, g_gate = walk.own(y, gradient, g_projected)
             g_state, gA_part, gD_part = Block(torch.zeros_like(states[0])), torch.zeros_like(walk.A), torch.zeros_like(walk.D)
-            g_taps, g_bias_part = torch.zeros_like(walk.taps), torch.zeros_like(walk.bias)
+            g_taps, g_bias_part = walk.taps.new_zeros(len(walk.taps), walk.sequence.length, walk.taps.shape[1]), torch.zeros_like(walk.bias)
             for number, tokens in reversed(list(enumerate(walk.chunks))):
                 chunk, total, raw = walk.chunk(number, keep_total=True)
                 y_rows, g_total = y_part[:, tokens], walk.buffers("g total", *total.shape)
@@ -103,7 +103,7 @@ class _Heart(torch.autograd.Function):
             part.per_head(gA).add_(gA_part)
             part.per_head(gD).add_(gD_part)
             for columns, own in walk.columns:
-                g_conv[columns] += g_taps[:, own].t()
+                g_conv[columns] += g_taps[:, :, own].sum(1).t()
                 g_bias[columns] += g_bias_part[own]
         g_dt *= torch.sigmoid(before_softplus)
         g_projected[..., -sizes.heads :] = g_dt
