@@ -106,8 +106,8 @@ def loss_bytes(student: Architecture, teacher: Architecture, tokens: int, *, on_
 
 def _layer_activations(model: Architecture, letter: str) -> int:
     """Numbers a token that one layer keeps: its norm's input and output, and its mixer's own."""
-    if letter == "M":  # in_proj's output; the convolution's before and after silu; the scan's x, x·dt, y and skip; the gated norm's two
-        mixer = 2 * model.mamba_inner + 3 * model.mamba_conv_channels + model.mamba_num_heads + 5 * model.mamba_inner
+    if letter == "M":  # in_proj's output, the scan's, the gated norm's
+        mixer = model.mamba_inner + model.mamba_conv_channels + model.mamba_num_heads + 2 * model.mamba_inner
     elif letter == "*":  # queries, keys, values, their weighted sum
         mixer = 2 * (model.num_attention_heads + model.num_key_value_heads) * model.attention_head_dim
     else:  # up's output, its relu, the square

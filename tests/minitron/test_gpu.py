@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -64,9 +64,10 @@ def test_a_gpu_without_bf16_is_refused_by_name_and_the_first_with_it_is_not():
 
 
 @pytest.fixture
-def installed(tmp_path, monkeypatch) -> Callable[..., None]:
-    """Puts packages of these names, versions and contents where Python finds them first."""
+def installed(tmp_path, monkeypatch) -> Iterator[Callable[..., None]]:
+    """Puts packages of these names, versions and contents where Python finds them first, for one test."""
     monkeypatch.syspath_prepend(tmp_path)
+    before = dict(sys.modules)
 
     def install(package: str, version: str, module: str, text: str) -> None:
         information = tmp_path / f"{package.replace('-', '_')}-{version}.dist-info"
@@ -78,7 +79,10 @@ def installed(tmp_path, monkeypatch) -> Callable[..., None]:
         for name in [name for name in sys.modules if name.split(".")[0] == module.split(".")[0]]:
             monkeypatch.delitem(sys.modules, name)
 
-    return install
+    yield install
+    for name in set(sys.modules) - set(before):  # else whatever is imported later would find them
+        if name.split(".")[0] in {module.split(".")[0] for _, module, _ in KERNELS}:
+            del sys.modules[name]
 
 
 def test_a_missing_kernel_package_is_named():
