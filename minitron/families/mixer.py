@@ -231,8 +231,11 @@ def replacements() -> tuple[tuple[object, str, Callable], ...]:
 
 
 def _method(ours: Callable, theirs: Callable) -> Callable:
+    theirs = getattr(theirs, "in_place_of", theirs)  # where ours stands already, not a layer upon it
+
     @functools.wraps(theirs)
     def forward(module, *args, **kwargs):
         return ours(module, *args, theirs=theirs, **kwargs)
 
+    forward.in_place_of = theirs
     return forward
