@@ -15,6 +15,8 @@ from distill.divergences import DIVERGENCES, Divergence, cross_entropy_rows, div
 from distill.top_k import TopK
 
 CHUNK_VALUES = 2**25  # logits of a chunk: 256 tokens of a vocabulary of 131,072, 128 MiB for the student and as many for the teacher
+CPU_CHUNK_VALUES = 2**20  # on a CPU, where small chunks stay near the processor; but never fewer tokens than a product of matrices is quick with
+CPU_CHUNK_TOKENS = 256
 CPU_BLOCK_VALUES = 2**19  # logits passed over at once on a CPU: 2 MiB of each kind, so that the passes run in its cache
 
 
@@ -91,7 +93,7 @@ def chunked_loss(
     mask_N = None if mask_BT is None else mask_BT.flatten()
     hidden_ND = _chosen(student.hidden_BTD, mask_N, 1)
     labels_N = None if labels_BT is None else _chosen(labels_BT, mask_N, 0)
-    chunk = min(chunk_tokens or max(1, CHUNK_VALUES // len(student.weight_VD)), max(1, len(hidden_ND)))
+    chunk = min(chunk_tokens, max(1, len(hidden_ND))) if chunk_tokens else _chunk_tokens(hidden_ND, student.weight_VD)
     if isinstance(teacher, Head):
         source = _HeadTeacher(_chosen(teacher.hidden_BTD, mask_N, 1), teacher.weight_VD, recipe, chunk)
     else:
@@ -100,6 +102,21 @@ def chunked_loss(
     loss, sums = _Sweep.apply(hidden_ND, student.weight_VD, task)
     counts = torch.tensor(len(hidden_ND)), torch.tensor(0) if labels_N is None else (labels_N >= 0).sum()
     return LossSums(loss / (max(len(hidden_ND), 1) if num_tokens is None else num_tokens), *sums.unbind(), *counts)
+
+
+def chunked_cross_entropy(head: Head, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the positions of `labels_BT` (int64; PADDING where there is none), nats per token, a float32 scalar; as chunked_loss otherwise."""
+    labels_N, hidden_ND = labels_BT.flatten(), _chosen(head.hidden_BTD, None, 1)
+    task = _Task(None, labels_N, LossRecipe(cross_entropy_weight=1.0), False, _chunk_tokens(hidden_ND, head.weight_VD), torch.is_grad_enabled())
+    return _Sweep.apply(hidden_ND, head.weight_VD, task)[0] / (labels_N >= 0).sum().clamp(min=1)
+
+
+def _chunk_tokens(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> int:
+    """Tokens whose logits exist at once."""
+    fitting = CHUNK_VALUES // len(weight_VD)
+    if hidden_ND.device.type == "cpu":
+        fitting = min(fitting, max(CPU_CHUNK_TOKENS, CPU_CHUNK_VALUES // len(weight_VD)))
+    return min(max(1, fitting), max(1, len(hidden_ND)))
 
 
 def _check(student: Head, teacher: Head | TopK, recipe: LossRecipe, labels_BT: torch.Tensor | None) -> None:
@@ -166,7 +183,7 @@ class _TopKTeacher:
 class _Task:
     """What a sweep is given besides what it differentiates."""
 
-    teacher: _HeadTeacher | _TopKTeacher
+    teacher: _HeadTeacher | _TopKTeacher | None  # none: cross-entropy alone
     labels_N: torch.Tensor | None
     recipe: LossRecipe
     count_agreement: bool
@@ -212,7 +229,8 @@ def _sweep(hidden_ND, weight_VD, task: _Task, needs_hidden: bool, needs_weight: 
         end = min(first + task.chunk_tokens, num_tokens)
         chunk_CD, chunk_CV = hidden_ND[first:end], logits_CV[: end - first]
         _multiply(chunk_CD, weight_VD.T, chunk_CV)
-        task.teacher.start(first, end)
+        if task.teacher:
+            task.teacher.start(first, end)
         for row in range(0, end - first, block):
             rows = slice(row, min(row + block, end - first))
             sums += _row_losses(chunk_CV[rows], rows, first, task, scratch_RV[: rows.stop - row]).sum(-1, dtype=torch.float64)
@@ -227,6 +245,9 @@ def _sweep(hidden_ND, weight_VD, task: _Task, needs_hidden: bool, needs_weight: 
 def _row_losses(student_RV: torch.Tensor, rows: slice, first: int, task: _Task, scratch_RV: torch.Tensor) -> torch.Tensor:
     """[divergence, cross-entropy, agrees] of each row, float32 [3, R]; the student's logits become the loss's gradient."""
     recipe, zeros_R = task.recipe, student_RV.new_zeros(len(student_RV))
+    if task.teacher is None:
+        labels_R = task.labels_N[first + rows.start : first + rows.stop]
+        return torch.stack([zeros_R, cross_entropy_rows(student_RV, labels_R, with_gradient=task.gradients_wanted), zeros_R])
     agrees_R = (student_RV.argmax(-1) == task.teacher.likeliest(rows)).float() if task.count_agreement else zeros_R
     cross_entropy_R, weight = zeros_R, recipe.cross_entropy_weight
     if task.labels_N is not None:

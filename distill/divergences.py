@@ -70,15 +70,16 @@ def top_k_rows(student_RV: torch.Tensor, ids_RK: torch.Tensor, log_probabilities
     return loss_R1[:, 0]
 
 
-def cross_entropy_rows(student_RV: torch.Tensor, labels_R: torch.Tensor) -> torch.Tensor:
-    """−log q(label); gradient q − onehot(label). A row whose label is negative counts zero, and so does its gradient."""
+def cross_entropy_rows(student_RV: torch.Tensor, labels_R: torch.Tensor, *, with_gradient: bool = True) -> torch.Tensor:
+    """−log q(label); gradient q − onehot(label), else the logits' place holds nothing of use. A row whose label is negative counts zero, and so does its
+    gradient."""
     at_label_R1 = student_RV.gather(-1, labels_R.clamp(min=0)[:, None])
     shift_R1 = student_RV.amax(-1, keepdim=True)
     sum_R1 = student_RV.sub_(shift_R1).exp_().sum(-1, keepdim=True)
     has_label_R = labels_R >= 0
-    student_RV.div_(sum_R1)
-    student_RV.scatter_add_(-1, labels_R.clamp(min=0)[:, None], torch.full_like(sum_R1, -1.0))
-    student_RV.mul_(has_label_R[:, None])
+    if with_gradient:
+        student_RV.mul_(has_label_R[:, None] / sum_R1)
+        student_RV.scatter_add_(-1, labels_R.clamp(min=0)[:, None], -has_label_R[:, None].to(sum_R1.dtype))
     return (sum_R1.log() + shift_R1 - at_label_R1)[:, 0] * has_label_R
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from distill.batches import document_numbers, split_padding
-from distill.chunked_loss import Head, LossRecipe, chunked_loss
+from distill.chunked_loss import Head, LossRecipe, chunked_cross_entropy, chunked_loss
 from distill.engine import Unread, place_teacher
 from distill.launch import Launch
 from distill.losses import hidden_state_loss, next_token_labels
@@ -66,6 +66,11 @@ def cached_loss(cache: TeacherCache, rows_RT: np.ndarray, recipe: LossRecipe | N
         return _means(head_of(model, rows_BT), cache.rows(numbers).to(numbers_B.device), recipe, rows_BT)
 
     return loss
+
+
+def next_token_objective(model: nn.Module, rows_BT: torch.Tensor) -> torch.Tensor:
+    """A LossFunction of the text alone: mean cross-entropy of every next token, nats per token."""
+    return chunked_cross_entropy(head_of(model, rows_BT), next_token_labels(rows_BT))
 
 
 def head_of(model: nn.Module, rows_BT: torch.Tensor) -> Head:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from minitron.families import ssd
 from minitron.families.blockwise import Buffers, Norm, SquaredRelu, convolve, convolve_back, normalise, normalise_back
 from minitron.families.packed import by_document
-from minitron.families.ssd import Block, Chunk, Part, Sequence, chunk_gradients, chunk_outputs, heads_first, keeping, own_precision, state_blocks
+from minitron.families.ssd import Block, Chunk, Part, Sequence, chunk_gradients, chunk_outputs, keeping, own_precision, state_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +52,13 @@ class _Heart(torch.autograd.Function):
         scale, saved = torch.empty(*projected.shape[:2], sizes.groups, device=projected.device), []
         dt = F.softplus(sizes.time_steps(projected, dt_bias))
         for part in sizes.parts(projected):
-            walk = _Walk(sizes, part, projected, dt, A, D, conv_weight, conv_bias)
+            walk = _Walk(sizes, part, projected, dt, A, D, conv_weight, conv_bias, keep_totals=False)
             states, blocks = state_blocks(walk.zero_state(), len(walk.chunks), needs_gradient)
             weight, (normed_part,), scale_part = norm_weight[walk.inner], walk.own(normed), scale[part.rows, :, part.groups]
             for number, tokens in enumerate(walk.chunks):
-                chunk, _, _ = walk.chunk(number, keep_total=False)
                 gate = walk.gate[:, tokens]
                 y_rows = walk.buffers("y", *gate.shape) if y is None else walk.own(y)[0][:, tokens]
-                chunk_outputs(chunk, walk.D, blocks[number], blocks[number + 1], walk.by_head(y_rows))
+                chunk_outputs(walk.chunk(number), walk.D, blocks[number], blocks[number + 1], walk.by_head(y_rows))
                 normalise(y_rows, gate, weight, epsilon, normed_part[:, tokens], scale_part[:, tokens], walk.buffers)
             saved.append(states)
         if needs_gradient:
@@ -77,105 +76,89 @@ class _Heart(torch.autograd.Function):
         dt, g_dt, g_projected = F.softplus(before_softplus), torch.empty_like(before_softplus), torch.empty(projected.shape, device=projected.device)
         gA, gD, g_norm, g_conv, g_bias = (torch.zeros_like(tensor) for tensor in (A, D, norm_weight, conv_weight, conv_bias))
         for part, states in zip(sizes.parts(projected), saved, strict=True):
-            walk = _Walk(sizes, part, projected, dt, A, D, conv_weight, conv_bias)
+            walk = _Walk(sizes, part, projected, dt, A, D, conv_weight, conv_bias, keep_totals=True)
             weight, g_weight, scale_part = norm_weight[walk.inner], g_norm[walk.inner], scale[part.rows, :, part.groups]
             y_part, gradient_part, g_gate = walk.own(y, gradient, g_projected)
             g_state, gA_part, gD_part = Block(torch.zeros_like(states[0])), torch.zeros_like(walk.A), torch.zeros_like(walk.D)
-            g_taps, g_bias_part = walk.taps.new_zeros(len(walk.taps), walk.sequence.length, walk.taps.shape[1]), torch.zeros_like(walk.bias)
+            g_x, g_B, g_C = (torch.empty_like(tensor) for tensor in (walk.x, walk.B, walk.C))
             for number, tokens in reversed(list(enumerate(walk.chunks))):
-                chunk, total, raw = walk.chunk(number, keep_total=True)
-                y_rows, g_total = y_part[:, tokens], walk.buffers("g total", *total.shape)
+                y_rows = y_part[:, tokens]
                 gy_rows = walk.buffers("gy", *y_rows.shape)
                 normalise_back(gradient_part[:, tokens], y_rows, walk.gate[:, tokens], weight, scale_part[:, tokens], gy_rows, g_gate[:, tokens], g_weight,
                                walk.buffers)  # fmt: skip
-                g_x, g_B, g_C = walk.split(g_total)
-                gA_chunk, gD_chunk, *g_matrices = chunk_gradients(
-                    chunk, walk.A, walk.D, walk.by_head(y_rows), walk.by_head(gy_rows), Block(states[number]), states[number + 1], g_state, g_x,
-                    part.heads(g_dt, tokens)[..., None],
+                gA_chunk, gD_chunk, g_B[:, tokens], g_C[:, tokens] = chunk_gradients(
+                    walk.chunk(number), walk.A, walk.D, walk.by_head(y_rows), walk.by_head(gy_rows), states[number], states[number + 1], g_state,
+                    walk.by_head(g_x[:, tokens]), part.heads(g_dt, tokens)[..., None],
                 )  # fmt: skip
                 gA_part += gA_chunk
                 gD_part += gD_chunk
-                for view, own in zip((g_B, g_C), g_matrices, strict=True):
-                    view.copy_(own.view(view.shape))
-                torch.ops.aten.silu_backward.grad_input(g_total, total, grad_input=g_total)
-                g_bias_part += g_total.sum((0, 1))
-                walk.put_back(g_projected, tokens, convolve_back(g_total, raw, walk.taps, g_taps, walk.buffers))
             part.per_head(gA).add_(gA_part)
             part.per_head(gD).add_(gD_part)
-            for columns, own in walk.columns:
-                g_conv[columns] += g_taps[:, :, own].sum(1).t()
-                g_bias[columns] += g_bias_part[own]
+            for stream, g_after in zip(walk.streams, (walk.by_group(g_x), walk.by_group(g_B), walk.by_group(g_C)), strict=True):
+                g_total = walk.buffers("g total", *stream.total.shape)
+                torch.ops.aten.silu_backward.grad_input(g_after, stream.total.view(g_after.shape), grad_input=g_total.view(g_after.shape))
+                g_projected[part.rows, :, stream.projected], g_taps, g_bias_part = convolve_back(g_total, stream.raw, conv_weight[stream.convolved])
+                g_conv[stream.convolved] += g_taps
+                g_bias[stream.convolved] += g_bias_part
         g_dt *= torch.sigmoid(before_softplus)
         g_projected[..., -sizes.heads :] = g_dt
         return g_projected.to(projected.dtype), g_dt.sum((0, 1)), gA, gD, g_conv, g_bias, g_norm, None, None, None
 
 
+class _Stream:
+    """x, B or C of a part on its way through the convolution."""
+
+    def __init__(self, part: Part, first: int, width: int, sizes: _Sizes, projected, conv_weight, conv_bias):
+        self.convolved = slice(first, first + width)  # its channels among the convolution's
+        self.projected = slice(sizes.inner + first, sizes.inner + first + width)  # and among in_proj's
+        self.raw = projected[part.rows, :, self.projected].float()
+        self.total = convolve(self.raw, conv_weight[self.convolved], conv_bias[self.convolved])  # before silu
+
+
 class _Walk:
     """A part of the batch on its way through the mixer, and the ways to its tensors (views)."""
 
-    def __init__(self, sizes: _Sizes, part: Part, projected, dt, A, D, conv_weight, conv_bias):
+    def __init__(self, sizes: _Sizes, part: Part, projected, dt, A, D, conv_weight, conv_bias, *, keep_totals: bool):
         first, some, width = part.groups.start, part.groups.stop - part.groups.start, sizes.inner // sizes.groups
         self.sizes, self.part, self.num_groups, self.buffers = sizes, part, some, Buffers(projected.device)
         self.A, self.D = (part.per_head(vector).contiguous() for vector in (A, D))
-        self.sequence = Sequence(part.heads(dt), self.A, ssd.chunk_tokens(sizes.head_dim, sizes.state))
+        self.sequence = Sequence(part.heads(dt), self.A, ssd.CHUNK_TOKENS)
         self.chunks = self.sequence.chunks()
         self.inner = slice(first * width, (first + some) * width)  # the part's channels of z, x and y
         (self.gate,) = (tensor.float() for tensor in self.own(projected))
-        # The part's channels of x, B and C among the convolution's, with where they lie side by side; all together where no group is missing.
-        self.widths = (some * width, some * sizes.state, some * sizes.state)
-        starts = (first * width, sizes.inner + first * sizes.state, sizes.inner + (sizes.groups + first) * sizes.state)
-        places = (0, self.widths[0], self.widths[0] + self.widths[1])
-        self.columns = [(slice(start, start + size), slice(place, place + size)) for start, place, size in zip(starts, places, self.widths, strict=True)]
-        if some == sizes.groups:
-            self.columns = [(slice(0, sum(self.widths)),) * 2]
-        self.convolved = projected[part.rows, :, sizes.inner : sizes.inner + conv_weight.shape[0]]
-        self.taps = torch.cat([conv_weight.t()[:, columns] for columns, _ in self.columns], dim=1).contiguous()
-        self.bias = torch.cat([conv_bias[columns] for columns, _ in self.columns])
-        self.carry = None
+        places = ((0, width), (sizes.inner, sizes.state), (sizes.inner + sizes.groups * sizes.state, sizes.state))  # of x, B and C: where, how much a group
+        self.streams = [_Stream(part, start + first * each, some * each, sizes, projected, conv_weight, conv_bias) for start, each in places]
+        x, *matrices = (stream.total for stream in self.streams)
+        self.x = torch.ops.aten.silu.out(x, out=self.buffers("x", *x.shape) if keep_totals else x)
+        # As one batch of matrices, [B·G, T, N].
+        self.B, self.C = (self.silu_by_group(name, total) for name, total in zip("BC", matrices, strict=True))
 
     def own(self, *tensors):
         """The part's rows and channels of tensors [B, T, I, …]."""
         return tuple(tensor[self.part.rows, :, self.inner] for tensor in tensors)
 
     def zero_state(self):
-        """[R, B, G, N, P]."""
-        return self.A.new_zeros(*self.sequence.shape, self.sizes.state, self.sizes.head_dim)
+        """[B, G, N, R, P]."""
+        return self.A.new_zeros(*self.sequence.shape, self.sizes.state, self.A.shape[3], self.sizes.head_dim)
 
-    def chunk(self, number: int, *, keep_total: bool) -> tuple[Chunk, torch.Tensor, torch.Tensor]:
-        """The chunk for the scan, the convolution's outputs before silu (where they are to be kept), and its inputs with the K − 1 tokens before."""
-        tokens, before = self.chunks[number], len(self.taps) - 1
-        missing = max(0, before - tokens.start)
-        inputs = self.convolved[:, tokens.start - before + missing : tokens.stop]
-        if missing or len(self.columns) > 1:
-            raw = self.buffers("raw", len(inputs), tokens.stop - tokens.start + before, sum(self.widths))
-            raw[:, :missing] = 0
-            for columns, own in self.columns:
-                raw[:, missing:, own] = inputs[:, :, columns]
-        else:
-            raw = inputs
-        total = convolve(raw, self.taps, self.bias, self.buffers)
-        x, B, C = self.split(torch.ops.aten.silu.out(total, out=self.buffers("xBC", *total.shape) if keep_total else total))
-        matrices = (self.buffers(name, *view.shape).copy_(view).view(-1, *view.shape[2:]) for name, view in (("B", B), ("C", C)))
-        return Chunk(self.sequence, number, x, *matrices), total, raw
+    def chunk(self, number: int) -> Chunk:
+        tokens = self.chunks[number]
+        return Chunk(self.sequence, number, self.by_head(self.x[:, tokens]), self.B[:, tokens], self.C[:, tokens])
 
-    def split(self, rows):
-        """Of [B, L, the part's channels]: x [R, B, G, L, P], B and C [B, G, L, N]."""
-        x, B, C = torch.split(rows, self.widths, dim=2)
-        return self.by_head(x), *(each.view(*each.shape[:2], self.num_groups, self.sizes.state).transpose(1, 2) for each in (B, C))
+    def silu_by_group(self, name: str, total):
+        """[B, T, G·N] → [B·G, T, N]."""
+        grouped = self.by_group(total).transpose(1, 2)
+        return torch.ops.aten.silu.out(grouped, out=self.buffers(name, *grouped.shape)).flatten(0, 1)
 
     def by_head(self, rows):
-        """[B, L, G·R·P] → [R, B, G, L, P]."""
-        return heads_first(rows.view(*rows.shape[:2], self.num_groups, -1, self.sizes.head_dim))
+        """[B, L, G·R·P] → [B, G, L, R, P]."""
+        return rows.view(*rows.shape[:2], self.num_groups, -1, self.sizes.head_dim).transpose(1, 2)
 
-    def put_back(self, g_projected, tokens: slice, g_raw) -> None:
-        """Fills the gradient of the convolution's inputs. It reaches K − 1 tokens back: those wait for the chunk before, which comes next."""
-        before = len(self.taps) - 1
-        if self.carry is not None:
-            g_raw[:, g_raw.shape[1] - before :] += self.carry
-        self.carry = g_raw[:, :before].clone()
-        g_convolved = g_projected[self.part.rows, tokens, self.sizes.inner :]
-        for columns, own in self.columns:
-            g_convolved[:, :, columns] = g_raw[:, before:, own]
+    def by_group(self, tensor):
+        """[B, T, G·N] or [B·G, T, N] → [B, T, G, N]."""
+        if len(tensor) == len(self.streams[0].raw):
+            return tensor.unflatten(2, (self.num_groups, -1))
+        return tensor.unflatten(0, (-1, self.num_groups)).transpose(1, 2)
 
 
 def _mixer(module, hidden_states, *, theirs: Callable, cache_params=None, attention_mask=None, seq_idx=None, **kwargs):

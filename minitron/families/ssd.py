@@ -4,8 +4,8 @@ transformers' reference repeats B and C for every head, forms every intermediate
 leaves the backward pass to autograd. Here heads of a group share B and C, both passes are written out, and work goes a
 chunk at a time through the same few buffers: on a CPU fresh memory, and the way to it, cost more than the arithmetic.
 
-Letters: B batch, T tokens, L chunk length, Z chunks, M heads, G groups, R heads per group (M/G: head m is number m mod R
-of group m // R), P head dim, N state. Blocks lie as [R, B, G, …]: B and C of a group then serve R products without a copy.
+Letters: B batch, T tokens, L chunk length, Z chunks, M heads, G groups, R heads per group (M/G: head m is of rank m mod R
+in group m // R), P head dim, N state. Blocks lie as [B, G, ·, R, P]: the heads of a group are then one matrix for its B and C.
 Source: SSD (arXiv 2405.21060, §6, block decomposition); the backward pass is derived in `chunk_gradients`.
 """
 
@@ -21,11 +21,10 @@ from torch.autograd.function import once_differentiable
 from minitron.families.blockwise import block_numbers
 
 LOWEST_LOG = -80.0
+STEEPEST_LOG = 60.0  # of a decay to divide by: e**60 times anything usual is far from float32's largest, e**88
 
 
-def chunk_tokens(head_dim: int, state: int) -> int:
-    """Tokens per chunk. Work inside a chunk grows with its length; states, of P·N numbers a head, get fewer."""
-    return 32 if head_dim * state < 4096 else 64
+CHUNK_TOKENS = 32  # more means more work inside chunks and steeper decays over them, fewer more states between them
 
 
 def scan(x_BTMP, dt_BTM, A_M, B_BTGN, C_BTGN, D_M=None, initial_state=None):
@@ -83,32 +82,25 @@ class Part:
     num_groups: int
 
     def heads(self, tensor, tokens=slice(None)):
-        """[B, T, M] or [B, T, M, P] → [R, B, G, T] or [R, B, G, T, P]."""
-        block = tensor[self.rows, tokens]
-        return heads_first(block.view(*block.shape[:2], self.num_groups, -1, *block.shape[3:])[:, :, self.groups])
+        """[B, T, M] or [B, T, M, P] → [B, G, T, R] or [B, G, T, R, P]."""
+        return tensor[self.rows, tokens].unflatten(2, (self.num_groups, -1))[:, :, self.groups].transpose(1, 2)
 
     def grouped(self, tensor, tokens):
         """[B, T, G, N] → [B, G, T, N]."""
         return tensor[self.rows, tokens, self.groups].transpose(1, 2)
 
     def state(self, tensor):
-        """[B, M, P, N] → [R, B, G, N, P]."""
-        return tensor[self.rows].unflatten(1, (self.num_groups, -1))[:, self.groups].permute(2, 0, 1, 4, 3)
+        """[B, M, P, N] → [B, G, N, R, P]."""
+        return tensor[self.rows].unflatten(1, (self.num_groups, -1))[:, self.groups].permute(0, 1, 4, 2, 3)
 
     def per_head(self, vector):
-        """[M] → [R, 1, G, 1, 1]."""
-        return vector.unflatten(0, (self.num_groups, -1))[self.groups].t()[:, None, :, None, None]
-
-
-def heads_first(tensor):
-    """[B, T, G, R] or [B, T, G, R, P] → [R, B, G, T] or [R, B, G, T, P]."""
-    return tensor.permute(3, 0, 2, 1, *range(4, tensor.ndim))
+        """[M] → [1, G, 1, R, 1]."""
+        return vector.unflatten(0, (self.num_groups, -1))[self.groups][None, :, None, :, None]
 
 
 def parts(batch: int, heads: int, head_dim: int, groups: int, state: int, device: torch.device) -> Iterator[Part]:
     """A batch as parts: several rows of all groups, or, where a row is too much, some groups of one row."""
-    length = chunk_tokens(head_dim, state)
-    fitting = max(1, block_numbers(device) * groups // (heads * length * max(head_dim, length)))  # groups of single rows
+    fitting = max(1, block_numbers(device) * groups // (heads * CHUNK_TOKENS * head_dim))  # groups of single rows
     rows, some = (fitting // groups, groups) if fitting >= groups else (1, fitting)
     for row in range(0, batch, rows):
         for group in range(0, groups, some):
@@ -116,26 +108,29 @@ def parts(batch: int, heads: int, head_dim: int, groups: int, state: int, device
 
 
 class Block:
-    """A tensor [R, B, G, ·, ·], the same as one batch of matrices [R·B·G, ·, ·], and as R batches [B·G, ·, ·] for products with B and C."""
+    """A tensor [B, G, ·, R, P], and the same as one batch of matrices for products with B and C: [B·G, ·, R·P]."""
 
     def __init__(self, tensor):
-        heads, batch, groups, *matrix = tensor.shape
-        self.all, self.flat = tensor, tensor.view(heads * batch * groups, *matrix)
-        self.each = tensor.view(heads, batch * groups, *matrix).unbind(0)
+        self.all, self.flat = tensor, tensor.view(tensor.shape[0] * tensor.shape[1], tensor.shape[2], -1)
 
 
 class Sequence:
     """A part on its way through the chunks: what both passes need of dt and A, and the buffers of one chunk."""
 
-    def __init__(self, dt_RBGT, A_R1G11, length: int):
-        self.tokens, self.length, self.shape = dt_RBGT.shape[3], length, dt_RBGT.shape[:3]
-        padded = F.pad(dt_RBGT, (0, -self.tokens % length)).unflatten(-1, (-1, length))  # no step, no decay
-        cum = torch.cumsum(padded * A_R1G11, dim=-1)
-        from_start, to_end = (_exp(log)[..., None] for log in (cum.clone(), cum[..., -1:] - cum))
-        # Of every chunk: [R, B, G, L, 1], the cumulative log decay [R, B, G, L], and the decay of a state over it [R, B, G, 1, 1].
-        self.dt, self.from_start, self.to_end, self.cum = (each.unbind(3) for each in (padded[..., None], from_start, to_end, cum))
-        self.whole = from_start[..., -1:, :].unbind(3)
-        self.earlier = torch.ones(length, length, device=dt_RBGT.device).tril_()  # 1 where s ≤ l
+    def __init__(self, dt_BGTR, A_1G1R1, length: int):
+        self.tokens, self.length, self.shape = dt_BGTR.shape[2], length, dt_BGTR.shape[:2]
+        padded = F.pad(dt_BGTR, (0, 0, 0, -self.tokens % length)).unflatten(2, (-1, length))  # no step, no decay
+        cum = torch.cumsum(padded * A_1G1R1.transpose(3, 4), dim=3)
+        end = cum[:, :, :, -1:]
+        to_end, steep = _exp(end - cum), (end < -STEEPEST_LOG).flatten(0, 1).any(0)[:, 0]
+        from_end = torch.exp((cum - end).clamp_(max=STEEPEST_LOG)).masked_fill_(steep[:, None], 0.0)
+        # Of every chunk: the cumulative log decay [B, G, L, R]; [B, G, L, R, 1] each: the step, the same with the decay from there to the end, that
+        # decay alone, and its inverse; the decay of a state over the chunk [B, G, 1, R, 1]; and which ranks are too steep to divide by it.
+        self.cum, tokenwise = cum.unbind(2), (padded, padded * to_end, to_end, from_end)
+        self.dt, self.dt_to_end, self.to_end, self.from_end = (each[..., None].unbind(2) for each in tokenwise)
+        self.whole = _exp(end.clone())[..., None].unbind(2)
+        self.steep = [[rank for rank, is_steep in enumerate(ranks) if is_steep] for ranks in steep.tolist()]
+        self.earlier = torch.ones(length, length, device=dt_BGTR.device).tril_()  # 1 where s ≤ l
         self.blocks: dict[tuple, Block] = {}
 
     def chunks(self) -> list[slice]:
@@ -143,38 +138,38 @@ class Sequence:
         return [slice(first, min(first + self.length, self.tokens)) for first in range(0, self.tokens, self.length)]
 
     def buffer(self, name: str, *shape: int) -> Block:
-        """Memory [R, B, G, *shape], the same for the same name and shape."""
+        """Memory [B, G, *shape], the same for the same name and shape."""
         if (name, shape) not in self.blocks:
             self.blocks[name, shape] = Block(torch.empty(*self.shape, *shape, device=self.earlier.device))
         return self.blocks[name, shape]
 
 
 class Chunk:
-    """Chunk `number` of a sequence: x [R, B, G, L, P] (any strides), B and C [B·G, L, N], and what both passes make of them."""
+    """Chunk `number` of a sequence: x [B, G, L, R, P] (any strides), B and C [B·G, L, N], and what both passes make of them."""
 
     def __init__(self, sequence: Sequence, number: int, x, B, C):
-        length = x.shape[3]
-        self.sequence, self.x, self.B, self.C, self.shape = sequence, x, B, C, x.shape[3:]
-        parts = [each[number] for each in (sequence.dt, sequence.from_start, sequence.to_end, sequence.cum)]
+        length = x.shape[2]
+        self.sequence, self.x, self.B, self.C, self.shape = sequence, x, B, C, x.shape[2:]
+        parts = [each[number] for each in (sequence.cum, sequence.dt, sequence.dt_to_end, sequence.to_end, sequence.from_end)]
         if length < sequence.length:
-            parts = [part[:, :, :, :length] for part in parts]
-        self.dt, self.from_start, self.to_end, cum = parts
-        self.whole = sequence.whole[number]
+            parts = [part[:, :, :length] for part in parts]
+        self.cum, self.dt, self.dt_to_end, self.to_end, self.from_end = parts
+        self.whole, self.steep = sequence.whole[number], sequence.steep[number]
         self.earlier = sequence.earlier[:length, :length]
-        self.xd, self.decay = sequence.buffer("xd", *self.shape), sequence.buffer("decay", length, length)
-        torch.mul(x, self.dt, out=self.xd.all)
-        _decay(cum, self.decay.all)
+        self.u = sequence.buffer("u", *self.shape)
+        torch.mul(x, self.dt_to_end, out=self.u.all)
         self.products = torch.bmm(C, B.transpose(1, 2)).mul_(self.earlier)
 
-    def weights(self) -> Block:
-        """W with y = W·xd inside the chunk; it takes the decay's place."""
-        self.decay.all.mul_(self.products.view(self.decay.all.shape[1:]))
-        return self.decay
+    def steep_rank(self, rank: int):
+        """Of the heads of a rank, as batches of matrices: x·dt [B·G, L, P], the decay from s to l [B·G, L, L] (1 above the diagonal), that from the
+        start [B·G, L, 1]."""
+        cum = self.cum[..., rank].flatten(0, 1)
+        return (self.x[..., rank, :] * self.dt[..., rank, :]).flatten(0, 1), _decay(cum), _exp(cum.clone())[..., None]
 
 
-def _decay(cum, out):
-    """exp(c_l − c_s) for s ≤ l, and 1 above the diagonal, which the products mask: [R, B, G, L, L]."""
-    return _exp(torch.sub(cum[..., :, None], cum[..., None, :], out=out))
+def _decay(cum):
+    """exp(c_l − c_s) for s ≤ l, and 1 above the diagonal, which the products mask: [·, L, L]."""
+    return _exp(cum[..., :, None] - cum[..., None, :])
 
 
 def _exp(log):
@@ -183,59 +178,81 @@ def _exp(log):
 
 
 def chunk_outputs(chunk: Chunk, D, state: Block, after: Block, y) -> None:
-    """Fills y [R, B, G, L, P] and the state `after` the chunk from the one before it; D [R, 1, G, 1, 1]."""
-    inside, carried = (chunk.sequence.buffer(name, *chunk.shape) for name in ("inside", "carried"))
-    torch.bmm(chunk.weights().flat, chunk.xd.flat, out=inside.flat)
-    for h, out in zip(state.each, carried.each, strict=True):
-        torch.bmm(chunk.C, h, out=out)
-    inside.all.addcmul_(carried.all, chunk.from_start)
-    torch.addcmul(inside.all, chunk.x, D, out=y)
-    chunk.xd.all.mul_(chunk.to_end)
+    """Fills y [B, G, L, R, P] and the state `after` the chunk from the one before it (the same memory, perhaps); D [1, G, 1, R, 1].
+
+    With e_l the decay from token l to the chunk's end, u = x·dt·e and h the state before it, decayed to its end: y_l = (C_l·h + Σ_{s ≤ l} C_l·B_s u_s) / e_l
+    + D·x_l, and the state after it is h + Σ B_s u_s. The heads of a group thus share their products. Steep heads, whose e is too
+    small to divide by, take the decay of every pair of tokens.
+    """
+    steep = {rank: _steep_outputs(chunk, rank, state) for rank in chunk.steep}
+    inside = chunk.sequence.buffer("inside", *chunk.shape)
     torch.mul(state.all, chunk.whole, out=after.all)
-    for xd, out in zip(chunk.xd.each, after.each, strict=True):
-        out.baddbmm_(chunk.B.transpose(1, 2), xd)
+    torch.bmm(chunk.C, after.flat, out=inside.flat)
+    inside.flat.baddbmm_(chunk.products, chunk.u.flat)
+    inside.all.mul_(chunk.from_end)
+    for rank, own in steep.items():
+        inside.all[..., rank, :] += own.view_as(inside.all[..., rank, :])
+    torch.addcmul(inside.all, chunk.x, D, out=y)
+    after.flat.baddbmm_(chunk.B.transpose(1, 2), chunk.u.flat)
 
 
-def chunk_gradients(chunk: Chunk, A, D, y, gy, state: Block, after, g_state: Block, gx, g_dt):
-    """Fills gx and g_dt [R, B, G, L, P or 1] and turns the gradient of the state after the chunk into that before it.
+def _steep_outputs(chunk: Chunk, rank: int, state: Block):
+    """y without D of the heads of a rank, [B·G, L, P]."""
+    xd, decay, from_start = chunk.steep_rank(rank)
+    carried = torch.bmm(chunk.C, state.all[..., rank, :].flatten(0, 1)).mul_(from_start)
+    return carried.baddbmm_(decay.mul_(chunk.products), xd)
 
-    Returns the gradients of A and D [R, 1, G, 1, 1] and of B and C [B·G, L, N].
+
+def chunk_gradients(chunk: Chunk, A, D, y, gy, state, after, g_state: Block, gx, g_dt):
+    """Fills gx and g_dt [B, G, L, R, P or 1] and turns the gradient of the state after the chunk into that before it.
+
+    Returns the gradients of A and D [1, G, 1, R, 1] and of B and C [B·G, L, N]. `state` and `after` are the states before and after the chunk.
 
     With c the cumulative log decay: every path through exp(c_l) is y_l (without D) or the state at the chunk's end, and
     every path through exp(−c_s) is x_s·dt_s. So the gradient of c needs only Σ_p gy·y, Σ_p g(x·dt)·x·dt and, at the
     end, Σ g(state)·state.
     """
-    gy_block, gxd, scratch = (chunk.sequence.buffer(name, *chunk.shape) for name in ("inside", "gxd", "carried"))
-    gy_x = torch.mul(gy, chunk.x, out=scratch.all).sum(-1, keepdim=True)  # [R, B, G, L, 1], as the next two
+    g_out, g_u, scratch = (chunk.sequence.buffer(name, *chunk.shape) for name in ("inside", "g_u", "scratch"))
+    gy_x = torch.mul(gy, chunk.x, out=scratch.all).sum(-1, keepdim=True)  # [B, G, L, R, 1], as the next two
     gy_y = torch.mul(gy, y, out=scratch.all).sum(-1, keepdim=True)
-    gy_block.all.copy_(gy)
+    torch.mul(gy, chunk.from_end, out=g_out.all)  # 0 of steep heads
 
-    # Inside the chunk: y = W·xd with W = products ∘ decay.
-    g_weights = chunk.sequence.buffer("g_weights", *chunk.decay.all.shape[3:])
-    torch.bmm(gy_block.flat, chunk.xd.flat.transpose(1, 2), out=g_weights.flat)
-    g_products = g_weights.all.mul_(chunk.decay.all).sum(0).flatten(0, 1).mul_(chunk.earlier)
-    torch.bmm(chunk.weights().flat.transpose(1, 2), gy_block.flat, out=gxd.flat)
-    gB, gC = torch.bmm(g_products.transpose(1, 2), chunk.C), torch.bmm(g_products, chunk.B)
-
-    # Through the states at the chunk's start (y = exp(c)·C·h) and at its end (h ← exp(c_end)·h + Bᵀ·xd·exp(c_end − c)).
-    gy_block.all.mul_(chunk.from_start)
-    for g, out in zip(g_state.each, scratch.each, strict=True):
-        torch.bmm(chunk.B, g, out=out)
-    gxd.all.addcmul_(scratch.all, chunk.to_end)
-    chunk.xd.all.mul_(chunk.to_end)
-    for gy_r, xd_r, h, g in zip(gy_block.each, chunk.xd.each, state.each, g_state.each, strict=True):
-        gC.baddbmm_(gy_r, h.transpose(1, 2))
-        gB.baddbmm_(xd_r, g.transpose(1, 2))
-    g_end = torch.mul(g_state.all, after, out=chunk.sequence.buffer("states", *after.shape[3:]).all).sum((3, 4), keepdim=True)
+    decayed = chunk.sequence.buffer("decayed", *after.shape[2:])
+    g_end = torch.mul(g_state.all, after, out=decayed.all).sum((2, 4), keepdim=True)
+    torch.mul(state, chunk.whole, out=decayed.all)
+    g_products = torch.bmm(g_out.flat, chunk.u.flat.transpose(1, 2))
+    steep = {rank: _steep_gradients(chunk, rank, state, gy, g_products) for rank in chunk.steep}
+    g_products.mul_(chunk.earlier)
+    gC = torch.bmm(g_products, chunk.B).baddbmm_(g_out.flat, decayed.flat.transpose(1, 2))
+    gB = torch.bmm(g_products.transpose(1, 2), chunk.C).baddbmm_(chunk.u.flat, g_state.flat.transpose(1, 2))
+    torch.bmm(chunk.products.transpose(1, 2), g_out.flat, out=g_u.flat)
+    g_u.flat.baddbmm_(chunk.B, g_state.flat)
+    g_state.flat.baddbmm_(chunk.C.transpose(1, 2), g_out.flat)
     g_state.all.mul_(chunk.whole)
-    for gy_r, g in zip(gy_block.each, g_state.each, strict=True):
-        g.baddbmm_(chunk.C.transpose(1, 2), gy_r)
 
-    gxd_x = torch.mul(gxd.all, chunk.x, out=scratch.all).sum(-1, keepdim=True)
-    g_log = (gy_y - D * gy_x - gxd_x * chunk.dt).flip(3).cumsum(3).flip(3) + g_end
+    gxd_x = torch.mul(g_u.all, chunk.x, out=scratch.all).sum(-1, keepdim=True).mul_(chunk.to_end)
+    g_u.all.mul_(chunk.dt_to_end)
+    for rank, (gxd, gC_rank, g_state_rank) in steep.items():
+        gxd, x = gxd.view_as(g_u.all[..., rank, :]), chunk.x[..., rank, :]
+        g_u.all[..., rank, :] += gxd * chunk.dt[..., rank, :]
+        gxd_x[..., rank, :] += (gxd * x).sum(-1, keepdim=True)
+        gC += gC_rank
+        g_state.all[..., rank, :] += g_state_rank.view_as(g_state.all[..., rank, :])
+    g_log = (gy_y - D * gy_x - gxd_x * chunk.dt).flip(2).cumsum(2).flip(2) + g_end
     torch.addcmul(gxd_x, g_log, A, out=g_dt)
-    torch.addcmul(gxd.all.mul_(chunk.dt), gy, D, out=gx)
-    return (g_log * chunk.dt).sum((1, 3), keepdim=True), gy_x.sum((1, 3), keepdim=True), gB, gC
+    torch.addcmul(g_u.all, gy, D, out=gx)
+    return (g_log * chunk.dt).sum((0, 2), keepdim=True), gy_x.sum((0, 2), keepdim=True), gB, gC
+
+
+def _steep_gradients(chunk: Chunk, rank: int, state, gy, g_products):
+    """Of the heads of a rank, through _steep_outputs: adds to g_products [B·G, L, L] and returns the gradients of x·dt [B·G, L, P], C [B·G, L, N] and
+    the state [B·G, N, P]."""
+    xd, decay, from_start = chunk.steep_rank(rank)
+    gy_rank, state_rank = gy[..., rank, :].flatten(0, 1), state[..., rank, :].flatten(0, 1)
+    g_products += torch.bmm(gy_rank, xd.transpose(1, 2)).mul_(decay)
+    gxd = torch.bmm(decay.mul_(chunk.products).transpose(1, 2), gy_rank)
+    g_carried = gy_rank * from_start
+    return gxd, torch.bmm(g_carried, state_rank.transpose(1, 2)), torch.bmm(chunk.C.transpose(1, 2), g_carried)
 
 
 def state_blocks(start, num_chunks: int, needs_gradient: bool) -> tuple[torch.Tensor, list[Block]]:
@@ -252,7 +269,7 @@ class _Scan(torch.autograd.Function):
     def forward(ctx, x, dt, A, B, C, D, start, needs_gradient):
         y, final, saved = torch.empty(x.shape, device=x.device), torch.empty(start.shape, device=x.device), []
         for part in parts(len(x), *x.shape[2:], *B.shape[2:], x.device):
-            sequence = Sequence(part.heads(dt), part.per_head(A), chunk_tokens(x.shape[3], B.shape[3]))
+            sequence = Sequence(part.heads(dt), part.per_head(A), CHUNK_TOKENS)
             states, blocks = state_blocks(part.state(start), len(sequence.chunks()), needs_gradient)
             for number, tokens in enumerate(sequence.chunks()):
                 chunk = Chunk(sequence, number, part.heads(x, tokens), *(_matrices(part.grouped(tensor, tokens)) for tensor in (B, C)))
@@ -271,14 +288,14 @@ class _Scan(torch.autograd.Function):
         gx, g_dt, gB, gC, g_start = (torch.empty(tensor.shape, device=x.device) for tensor in (x, dt, B, C, g_final))
         gA, gD = torch.zeros_like(A), torch.zeros_like(D)
         for part, states in zip(parts(len(x), *x.shape[2:], *B.shape[2:], x.device), saved, strict=True):
-            sequence = Sequence(part.heads(dt), part.per_head(A), chunk_tokens(x.shape[3], B.shape[3]))
+            sequence = Sequence(part.heads(dt), part.per_head(A), CHUNK_TOKENS)
             g_state = Block(part.state(g_final).contiguous())
             for number, tokens in reversed(list(enumerate(sequence.chunks()))):
                 chunk = Chunk(sequence, number, part.heads(x, tokens), *(_matrices(part.grouped(tensor, tokens)) for tensor in (B, C)))
                 views = (part.heads(tensor, tokens) for tensor in (y, gy))
                 out = part.heads(gx, tokens), part.heads(g_dt, tokens)[..., None]
                 gA_part, gD_part, *g_matrices = chunk_gradients(
-                    chunk, part.per_head(A), part.per_head(D), *views, Block(states[number]), states[number + 1], g_state, *out
+                    chunk, part.per_head(A), part.per_head(D), *views, states[number], states[number + 1], g_state, *out
                 )
                 part.per_head(gA).add_(gA_part)
                 part.per_head(gD).add_(gD_part)

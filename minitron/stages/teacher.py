@@ -2,10 +2,9 @@
 
 import numpy as np
 import torch
-from torch import nn
 
-from distill.batches import RowBatches, split_padding
-from distill.losses import next_token_loss
+from distill.batches import RowBatches
+from distill.objectives import next_token_objective
 from distill.states import remove_states
 from distill.trainer import train
 from memory_budget.parameters import count_total_parameters
@@ -48,10 +47,6 @@ def run(context: StageContext) -> dict:
     return _train_tiny(context) if teacher is None else given_checkpoint(teacher_folder(context.settings), teacher)
 
 
-def _loss(model: nn.Module, rows_BT: torch.Tensor) -> torch.Tensor:
-    return next_token_loss(model(split_padding(rows_BT)[0], use_cache=False).logits, rows_BT)
-
-
 def _train_tiny(context: StageContext) -> dict:
     settings = context.settings
     architecture = teacher_architecture(settings)
@@ -62,7 +57,7 @@ def _train_tiny(context: StageContext) -> dict:
     plan = train_plan(settings.teacher.train)
     with tracked_steps(context, "training teacher", plan.tokens, loss_name="loss") as on_step:
         batches = RowBatches(rows, settings.teacher.train.batch, settings.seed)
-        last = train(model, batches, plan, _loss, folder=context.folder, on_step=on_step)
+        last = train(model, batches, plan, next_token_objective, folder=context.folder, on_step=on_step)
     folder = context.folder / "checkpoint"
     tokenizer = context.inputs["data"].folder / "tokenizer"
     card = model_card("Tiny NemotronH teacher", lines=[f"Trained on {last.tokens:,} tokens of {context.inputs['data'].facts['source']}."],

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from distill import chunked_loss as chunked_losses
 from distill.batches import PADDING
-from distill.chunked_loss import Head, LossRecipe, LossSums, chunked_loss
+from distill.chunked_loss import Head, LossRecipe, LossSums, chunked_cross_entropy, chunked_loss
 from distill.losses import forward_kl_top_k, next_token_labels
 from distill.top_k import top_k_of_logits
 
@@ -345,3 +346,21 @@ def test_a_setting_out_of_range_is_named(settings, message):
 def test_another_vocabulary_is_refused(heads):
     with pytest.raises(ValueError, match="the student's vocabulary has 301 tokens, the teacher's 300; they must be the same"):
         chunked(heads[0], replace(heads[1], weight_VD=heads[1].weight_VD[:300]))
+
+
+def test_cross_entropy_alone_is_that_of_whole_logits_in_float64(heads, rows, monkeypatch):
+    labels = next_token_labels(rows)
+    double = learnable(in_double(heads[0]))
+    expected = F.cross_entropy(logits_of(double).flatten(0, 1), labels.flatten(), ignore_index=PADDING)
+    expected.backward()
+    for chunk_tokens in (4, 256):
+        monkeypatch.setattr(chunked_losses, "CPU_CHUNK_TOKENS", chunk_tokens)
+        monkeypatch.setattr(chunked_losses, "CPU_CHUNK_VALUES", 1)
+        student = learnable(heads[0])
+        loss = chunked_cross_entropy(student, labels)
+        loss.backward()
+        pairs = ((loss, expected), (student.hidden_BTD.grad, double.hidden_BTD.grad), (student.weight_VD.grad, double.weight_VD.grad))
+        assert all(relative(value, other.detach()) < 1e-6 for value, other in pairs)
+        with torch.no_grad():
+            assert relative(chunked_cross_entropy(heads[0], labels), expected.detach()) < 1e-6
+    assert relative(chunked_cross_entropy(heads[0], labels.clamp(min=0)), expected.detach()) > 1e-2  # padding taken for tokens
