@@ -1,11 +1,13 @@
 """Where a run computes."""
 
+import functools
 import os
+import sys
 
 import torch
 
 from minitron.families import ssd
-from minitron.families.kernels import check_bf16
+from minitron.families.kernels import check_bf16, unusable_kernel
 from minitron.settings import Settings
 
 
@@ -21,7 +23,15 @@ def pick_device(settings: Settings) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     check_bf16(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    _say_once(unusable_kernel())
     return device
+
+
+@functools.cache
+def _say_once(wrong: str | None) -> None:
+    """Mamba-2 then runs transformers' reference on the GPU: right, slow, and without a word of its own."""
+    if wrong:
+        print(f"note: {wrong}; going on without it, much slower", file=sys.stderr)
 
 
 def process_memory_bytes(device: torch.device) -> tuple[int, str]:

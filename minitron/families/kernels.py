@@ -33,16 +33,23 @@ def check_bf16(name: str, capability: tuple[int, int]) -> None:
 
 def check_kernels(device: torch.device) -> None:
     """Import every kernel and compare the two that a model calls with the scan in plain torch. Raises ValueError naming package and version."""
+    if told := unusable_kernel():
+        raise ValueError(told)
+    check_numbers(device, {package: importlib.metadata.version(package) for package, _, _ in KERNELS})
+
+
+def unusable_kernel() -> str | None:
+    """What is wrong with the first kernel package that is missing or cannot be imported, with its version; None where all can."""
     for package, module, function in KERNELS:
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            raise ValueError(f"{package} is not installed; a GPU needs it: pip install --no-build-isolation 'minitron[cuda]'") from None
+            return f"{package} is not installed; a GPU needs it: pip install --no-build-isolation 'minitron[cuda]'"
         try:
             getattr(importlib.import_module(module), function)
         except Exception as error:  # compiled for another torch, a transformers it does not know: anything can come
-            raise ValueError(f"{package} {version} cannot be used: {_line(error)}") from None
-    check_numbers(device, {package: importlib.metadata.version(package) for package, _, _ in KERNELS})
+            return f"{package} {version} cannot be used: {_line(error)}"
+    return None
 
 
 def check_numbers(device: torch.device, versions: dict[str, str]) -> None:

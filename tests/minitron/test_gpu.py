@@ -16,6 +16,7 @@ from memory_budget.calculator import memory_report
 from memory_budget.workload import Workload
 from minitron.families.kernels import KERNELS, check_bf16, check_gpu, check_kernels, check_numbers
 from minitron.families.nemotron_h import FAMILY
+from minitron.runtime import _say_once
 from minitron.stages.teacher import TINY_CONFIG
 
 CPU, VERSIONS = torch.device("cpu"), {"mamba-ssm": "2.3.2", "causal-conv1d": "1.7.0"}
@@ -98,6 +99,13 @@ def test_a_kernel_package_that_cannot_be_used_is_named_with_its_version(text, in
     with pytest.raises(ValueError, match=r"^mamba-ssm 2\.9\.1 cannot be used: (ImportError: undefined symbol|AttributeError: )") as raised:
         check_kernels(CPU)
     assert "\n" not in str(raised.value)
+
+
+def test_a_process_says_once_that_kernels_are_missing(capsys):
+    for _ in range(2):
+        _say_once("mamba-ssm 2.9.1 cannot be used: ImportError: no symbol")
+        _say_once(None)
+    assert capsys.readouterr().err == "note: mamba-ssm 2.9.1 cannot be used: ImportError: no symbol; going on without it, much slower\n"
 
 
 def test_whole_kernel_packages_are_taken(installed):
