@@ -1,7 +1,8 @@
-"""A small NemotronH on CPU with minitron's functions against transformers' own, and the scan alone at the 12B's shape.
+"""A small NemotronH on CPU, from tokens to loss and gradients, by minitron's way against transformers' own, and the scan alone at the 12B's shape.
 
-transformers' path is as it comes: float32, chunks of 128. Both sides run the same model on the same tokens in turns;
-medians. The floor of a step is its matrix products at the rate measured in this run.
+transformers' way is as it comes: float32, chunks of 128, its loss of whole logits. minitron's is what trains the tiny teacher: its functions
+in transformers' place, and the cross-entropy a few tokens at a time. Both sides run the same model on the same tokens in turns; medians. The
+floor of a step is its matrix products at the rate measured in this run.
 Run: .venv/bin/python benchmarks/ssd.py [--repeats N]
 """
 
@@ -17,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from distill.objectives import next_token_objective  # noqa: E402
 from memory_budget.architecture import Architecture  # noqa: E402
 from memory_budget.parameters import count_parameters  # noqa: E402
 from minitron.families import mixer, ssd  # noqa: E402
@@ -57,33 +59,36 @@ def measure_model(repeats: int) -> dict[str, float]:
     model = FAMILY.build(FAMILY.hf_config(TINY_CONFIG, ARCHITECTURE) | {"chunk_size": CHUNK}).eval()
     ids = torch.randint(ARCHITECTURE.vocab, (ROWS, TOKENS))
 
-    def loss() -> torch.Tensor:
+    def their_loss() -> torch.Tensor:
         return model(ids, labels=ids, use_cache=False).loss
 
-    def forward() -> float:
+    def own_loss() -> torch.Tensor:
+        return next_token_objective(model, ids)
+
+    def own_loss_in_bf16() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return own_loss()
+
+    def forward(loss: Callable[[], torch.Tensor]) -> float:
         with torch.no_grad():
             return loss().item()
 
-    def forward_backward() -> None:
+    def forward_backward(loss: Callable[[], torch.Tensor]) -> None:
         model.zero_grad(set_to_none=True)
         loss().backward()
 
-    def in_bf16(work: Callable[[], object]) -> object:
-        with torch.autocast("cpu", torch.bfloat16):
-            return work()
-
-    sides = {"transformers": (put_back, lambda work: work()), "minitron": (ssd.install, lambda work: work()), "minitron bf16": (ssd.install, in_bf16)}
+    sides = {"transformers": (put_back, their_loss), "minitron": (ssd.install, own_loss), "minitron bf16": (ssd.install, own_loss_in_bf16)}
     times: dict[str, list[float]] = {}
     losses = {}
-    for name, (choose, under) in sides.items():  # once unmeasured: threads, caches and libraries come up
+    for name, (choose, loss) in sides.items():  # once unmeasured: threads, caches and libraries come up
         choose()
-        losses[name] = under(forward)
-        under(forward_backward)
+        losses[name] = forward(loss)
+        forward_backward(loss)
     for _ in range(repeats):
-        for name, (choose, under) in sides.items():
+        for name, (choose, loss) in sides.items():
             choose()
             for what, work in (("forward", forward), ("forward + backward", forward_backward)):
-                times.setdefault(f"{name}: {what}", []).append(timed(lambda under=under, work=work: under(work)))
+                times.setdefault(f"{name}: {what}", []).append(timed(lambda loss=loss, work=work: work(loss)))
     return {name: statistics.median(values) for name, values in times.items()} | {f"loss {name}": value for name, value in losses.items()}
 
 
