@@ -34,9 +34,8 @@ class Buffers:
         return self.tensors[name, shape]
 
 
-def _blocks(rows_TW: torch.Tensor) -> Iterator[slice]:
-    tokens, width = rows_TW.shape
-    step = max(1, block_numbers(rows_TW.device) // width)
+def _blocks(tokens: int, width: int) -> Iterator[slice]:
+    step = max(1, 2 * CORE_NUMBERS * torch.get_num_threads() // width)
     return (slice(first, min(first + step, tokens)) for first in range(0, tokens, step))
 
 
@@ -108,7 +107,7 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TW, weight_W, epsilon):
         output, scale_T1, buffers = torch.empty_like(x_TW), x_TW.new_empty(len(x_TW), 1), Buffers(x_TW.device)
-        for block in _blocks(x_TW):
+        for block in _blocks(*x_TW.shape):
             normalise(x_TW[block], None, weight_W, epsilon, output[block], scale_T1[block], buffers)
         ctx.save_for_backward(x_TW, weight_W, scale_T1)
         return output
@@ -118,28 +117,38 @@ class Norm(torch.autograd.Function):
     def backward(ctx, gradient):
         x_TW, weight_W, scale_T1 = ctx.saved_tensors
         gx, g_weight, buffers = torch.empty_like(x_TW), torch.zeros_like(weight_W), Buffers(x_TW.device)
-        for block in _blocks(x_TW):
+        for block in _blocks(*x_TW.shape):
             normalise_back(gradient[block], x_TW[block], None, weight_W, scale_T1[block], gx[block], None, g_weight, buffers)
         return gx, g_weight, None
 
 
-class SquaredRelu(torch.autograd.Function):
-    """max(x, 0)² of rows [T, W]."""
+class FeedForward(torch.autograd.Function):
+    """down · max(up · x, 0)² of rows [T, D], weights up [F, D] and down [D, F]; of what lies between, only that before the activation is kept."""
 
     @staticmethod
-    def forward(ctx, x_TW):
-        ctx.save_for_backward(x_TW)
-        output = torch.empty_like(x_TW)
-        for block in _blocks(x_TW):
-            positive = torch.clamp_min(x_TW[block], 0, out=output[block])
-            positive *= positive
+    def forward(ctx, x_TD, up_FD, down_DF, needs_gradient):
+        output, neurons, buffers = x_TD.new_empty(len(x_TD), len(down_DF)), len(up_FD), Buffers(x_TD.device)
+        before_TF = x_TD.new_empty(len(x_TD), neurons) if needs_gradient else None
+        for block in _blocks(len(x_TD), neurons):
+            x = x_TD[block]
+            before = torch.mm(x, up_FD.t(), out=before_TF[block] if needs_gradient else buffers("active", len(x), neurons))
+            active = torch.clamp_min(before, 0, out=buffers("active", len(x), neurons))
+            torch.mm(active.mul_(active), down_DF.t(), out=output[block])
+        if needs_gradient:
+            ctx.save_for_backward(x_TD, up_FD, down_DF, before_TF)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        (x_TW,) = ctx.saved_tensors
-        gx = torch.empty_like(x_TW)
-        for block in _blocks(x_TW):
-            torch.clamp_min(x_TW[block], 0, out=gx[block]).mul_(2).mul_(gradient[block])
-        return gx
+        x_TD, up_FD, down_DF, before_TF = ctx.saved_tensors
+        gx, g_up, g_down, buffers = torch.empty_like(x_TD), torch.zeros_like(up_FD), torch.zeros_like(down_DF), Buffers(x_TD.device)
+        for block in _blocks(*before_TF.shape):
+            x, g, before = x_TD[block], gradient[block], before_TF[block]
+            positive = torch.clamp_min(before, 0, out=buffers("positive", *before.shape))
+            active = torch.mul(positive, positive, out=buffers("active", *before.shape))
+            g_down.addmm_(g.t(), active)
+            g_before = torch.mm(g, down_DF, out=active).mul_(positive.mul_(2))
+            g_up.addmm_(g_before.t(), x)
+            torch.mm(g_before, up_FD, out=gx[block])
+        return gx, g_up, g_down, None

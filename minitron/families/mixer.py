@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 from minitron.families import ssd
-from minitron.families.blockwise import Buffers, Norm, SquaredRelu, convolve, convolve_back, normalise, normalise_back
+from minitron.families.blockwise import Buffers, FeedForward, Norm, convolve, convolve_back, normalise, normalise_back
 from minitron.families.packed import by_document
 from minitron.families.ssd import Block, Chunk, Part, Sequence, chunk_gradients, chunk_outputs, keeping, own_precision, state_blocks
 
@@ -198,18 +199,22 @@ def _norm(module, hidden_states, *, theirs: Callable):
     return Norm.apply(rows, module.weight.float(), module.variance_epsilon).view(hidden_states.shape)
 
 
-def _squared_relu(module, x, *, theirs: Callable):
-    """ReLUSquaredActivation.forward."""
-    return SquaredRelu.apply(x.reshape(-1, x.shape[-1])).view(x.shape) if x.dtype == torch.float32 else theirs(module, x)
+def _feed_forward(module, x, *, theirs: Callable):
+    """NemotronHMLP.forward; transformers' own where something listens to what lies between (hooks), and for anything but float32 without biases."""
+    up, activation, down = module.up_proj, module.act_fn, module.down_proj
+    listened = any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks for part in (up, activation, down))
+    plain = type(up) is type(down) is nn.Linear and up.bias is None and down.bias is None and module.config.mlp_hidden_act == "relu2"
+    if listened or not plain or {x.dtype, up.weight.dtype} != {torch.float32} or torch.is_autocast_enabled(x.device.type):
+        return theirs(module, x)
+    return FeedForward.apply(*keeping(x.reshape(-1, x.shape[-1]), up.weight, down.weight)).view(*x.shape[:-1], -1)
 
 
 @functools.cache
 def replacements() -> tuple[tuple[object, str, Callable], ...]:
     """What `install` changes, as (owner, name, new function)."""
-    from transformers.activations import ReLUSquaredActivation
     from transformers.models.nemotron_h import modeling_nemotron_h as modeling
 
-    modules = ((modeling.NemotronHMamba2Mixer, _mixer), (modeling.NemotronHRMSNorm, _norm), (ReLUSquaredActivation, _squared_relu))
+    modules = ((modeling.NemotronHMamba2Mixer, _mixer), (modeling.NemotronHRMSNorm, _norm), (modeling.NemotronHMLP, _feed_forward))
     return (modeling, "mamba2_chunk_scan", _chunk_scan), *((owner, "forward", _method(ours, owner.forward)) for owner, ours in modules)
 
 

@@ -316,6 +316,18 @@ def test_a_wrong_decay_moves_logits_and_gradients(transformers_own, monkeypatch,
     assert relative(own_gradients[name], expected_gradients[name]) > 1e-3
 
 
+def test_who_listens_inside_a_feed_forward_layer_hears_what_transformers_own_says(transformers_own, build_model, token_ids):
+    model, ids, heard = build_model(), token_ids(2, 20), []
+    layer = next(module for module in model.modules() if type(module).__name__ == "NemotronHMLP")
+    hook = layer.down_proj.register_forward_pre_hook(lambda _module, arguments: heard.append(arguments[0].detach()))
+    expected = model(ids, use_cache=False).logits
+    ssd.install()
+    assert relative(model(ids, use_cache=False).logits, expected) <= 1e-5
+    assert len(heard) == 2 and relative(heard[1], heard[0]) <= 1e-5
+    hook.remove()
+    assert relative(model(ids, use_cache=False).logits, expected) <= 1e-5 and len(heard) == 2  # the control: nobody listens, nothing is said
+
+
 @pytest.mark.parametrize("has", [False, True], ids=["no biases", "all biases"])
 def test_biases_are_as_in_transformers_own_path(has, transformers_own, build_model, token_ids):
     model, ids = build_model(mamba_conv_bias=has, mamba_projection_bias=has, ffn_bias=has), token_ids(2, 40)
