@@ -48,6 +48,9 @@ class PlacedModel(Protocol):
     def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Ids [B, T] to hidden states [B, T, D], for every batch."""
 
+    def open_embedding(self):
+        """Context manager giving the module of the embeddings."""
+
     def visit(self, layers: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
         """The given layers in order, each ready to run; one is valid until the next is asked for."""
 
@@ -65,6 +68,10 @@ class WholeModel:
 
     def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [self.parts.embed(ids_BT) for ids_BT in batches]
+
+    @contextmanager
+    def open_embedding(self) -> Iterator[nn.Module]:
+        yield self.parts.embed
 
     def visit(self, layers: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
         for layer in layers:
@@ -89,8 +96,12 @@ class StreamedModel:
         self.dtype = _model_dtype(self.config, self.checkpoint)
 
     def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        embed = self._load(lambda: self.family.build_outside(self.config, "embed"), self.family.outside_names["embed"])
-        return [embed(ids_BT) for ids_BT in batches]
+        with self.open_embedding() as embed:
+            return [embed(ids_BT) for ids_BT in batches]
+
+    @contextmanager
+    def open_embedding(self) -> Iterator[nn.Module]:
+        yield self._load(lambda: self.family.build_outside(self.config, "embed"), self.family.outside_names["embed"])
 
     def visit(self, layers: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
         with ThreadPoolExecutor(max_workers=1) as reader:

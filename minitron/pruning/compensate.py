@@ -28,6 +28,8 @@ from minitron.pruning.plan import PruningPlan
 from minitron.pruning.refit import NormalEquations
 from minitron.pruning.rotation import EMBED, NORM, READ, WRITE, WRITE_BIAS, check_rms, normalised, real_tokens, stream_basis, stream_role
 
+ROWS_AT_ONCE = 8192
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -104,9 +106,8 @@ class _LockStep:
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        vocabulary = torch.arange(self.plan.teacher.vocab, device=self.base.device)
-        (table_1VD,) = self.base.embed([vocabulary[None]])
-        yield from self._cut({f"{self.family.outside_names['embed']}weight": table_1VD[0]}, None).items()
+        with self.base.open_embedding() as embedding:
+            yield from self._cut({f"{self.family.outside_names['embed']}weight": embedding.weight}, None).items()
         positions, begun = {layer: position for position, layer in enumerate(self.plan.kept_layers)}, None
         for layer, base_block in self.base.visit(range(self.plan.teacher.num_layers)):
             if layer in positions:
@@ -185,18 +186,26 @@ class _LockStep:
         made = {}
         for name, tensor in state.items():
             cut, role = self.cuts[name], self.roles[name]
-            kept = cut.apply(tensor).float()
+            kept, dtype = cut.apply(tensor), self.dtypes.get(name, torch.float32)
             if role == READ:
-                kept = kept @ (reading.weight_D[:, None] * reading.matrix_DK)
+                kept = _times(kept, reading.weight_D[:, None] * reading.matrix_DK, dtype)
             elif role in (WRITE, WRITE_BIAS):
-                kept = self.basis_DK.T @ kept
+                kept = self.basis_DK.T @ kept.float()
             elif role == EMBED:
-                kept = self._projected(kept)
+                kept = _times(kept, self.basis_DK, dtype)
             elif role == NORM:
                 kept = torch.full((self.plan.student.hidden,), reading.scale, device=kept.device)
-            made[cut.target] = kept.to(self.dtypes.get(name, torch.float32)).contiguous()
+            made[cut.target] = kept.to(dtype).contiguous()
         return made
 
     def _projected(self, residual: torch.Tensor) -> torch.Tensor:
         """Residuals [..., D] in the student's basis, [..., K], float32."""
         return residual.float() @ self.basis_DK
+
+
+def _times(rows_VD: torch.Tensor, matrix_DK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows times a matrix in float32, rounded to `dtype` some rows at a time: of a vocabulary's worth there is no second float32 copy."""
+    result_VK = torch.empty(len(rows_VD), matrix_DK.shape[1], dtype=dtype, device=rows_VD.device)
+    for rows, result in zip(rows_VD.split(ROWS_AT_ONCE), result_VK.split(ROWS_AT_ONCE), strict=True):
+        result.copy_(rows.float() @ matrix_DK)
+    return result_VK

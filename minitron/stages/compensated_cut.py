@@ -1,7 +1,7 @@
 """The compensated cut of the prune stage: the base walked from disk one layer at a time, the student's layers kept on disk until it is written."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,8 +50,13 @@ def compensated_plan(context: StageContext, family: Family, plan: PruningPlan, s
     with context.console.track("compensating", plan.teacher.num_layers * (1 + turns), "layers") as advance:
         basis_DK = stream_basis(base, plan, batches, rotate=recipe.rotate, config=base.config, on_layer=lambda: advance(1))
         made = compensated_tensors(base, plan, batches, basis_DK, recipe, config=base.config, dtypes=dtypes, on_layer=lambda: advance(1))
-        for name, tensor in made:
-            save_file({name: tensor.cpu()}, folder / f"{name}.safetensors")
+        return made_on_disk(made, folder, family, sliced)
+
+
+def made_on_disk(made: Iterable[tuple[str, torch.Tensor]], folder: Path, family: Family, sliced: list[PlannedTensor]) -> list[PlannedTensor]:
+    """The tensors of the plain slice with the values of those made, by canonical name, which are kept in `folder` until they are written."""
+    for name, tensor in made:
+        save_file({name: tensor.cpu()}, folder / f"{name}.safetensors")
     return [replace(tensor, pieces=partial(_made, folder, family.canonical_name(tensor.name))) for tensor in sliced]
 
 
