@@ -54,13 +54,13 @@ class Sample:
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, settings: NeedleSettings) -> Vocabulary:
     """What the tokenizer offers. Raises ValueError where it has too few words of one token, or a length does not hold question and needles."""
+    parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\nThe word of", " is", ".\n")]
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    words = [number for number, token in enumerate(tokens) if token and WORD.fullmatch(token)][:MOST_WORDS]
+    words = [number for number, token in enumerate(tokens) if token and WORD.fullmatch(token) and number not in sum(parts, [])][:MOST_WORDS]
     most = len(words) - settings.needles
     if settings.alternatives > most:
         raise ValueError(f"evaluate.needle.alternatives is {settings.alternatives}; it must be at most {max(most, 0)}: the tokenizer has {len(words)} words "
                          f"of one token, {settings.needles} of them keys (evaluate.needle.lengths=[] leaves the probe out)")  # fmt: skip
-    parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\nThe word of", " is", ".\n")]
     vocabulary = Vocabulary(words, *parts)
     least = len(vocabulary.question(0)) + settings.needles * len(vocabulary.needle(0, 0))
     for length in settings.lengths:
