@@ -78,7 +78,7 @@ def run_pipeline(settings: Settings, console: Console) -> None:
         Path(settings.runs_folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"runs_folder is {settings.runs_folder!r}, which cannot be made a folder: {error.strerror}") from None
-    if settings.stage not in FROM_WHAT_IS_DONE and "evaluate" in order_of(settings):
+    if settings.stage not in FROM_WHAT_IS_DONE and "evaluate" in order_of(settings) and processes.rank() == 0:
         check_tasks(settings.evaluate, Path(settings.runs_folder) / "store")
     walk = finished_stages if settings.stage in FROM_WHAT_IS_DONE else run_stages
     first = depth_lap(settings)

@@ -46,14 +46,14 @@ def needle(summary: Summary):
     colours = matplotlib.colormaps["viridis"]
     for column, (name, one) in enumerate(found.items(), start=1):
         axes = new_axes(figure, 1, len(found), column, title=name, x="context (tokens)", y="depth of the fact" if column == 1 else "")
-        shares = [[at["by_depth"][row] for at in one["by_length"]] for row in range(len(depths))]
-        picture = axes.imshow(shares, vmin=0, vmax=1, cmap=colours, aspect="auto")
+        shares = [[100 * at["by_depth"][row] for at in one["by_length"]] for row in range(len(depths))]
+        picture = axes.imshow(shares, vmin=0, vmax=100, cmap=colours, aspect="auto")
         for row, line in enumerate(shares):
             for place, share in enumerate(line):
-                axes.text(place, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color="white" if share < 0.6 else "black")
+                axes.text(place, row, f"{share:.0f}", ha="center", va="center", fontsize=8, color="white" if share < 60 else "black")
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8)
         axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths] if column == 1 else [""] * len(depths), fontsize=8)
-    figure.colorbar(picture, ax=figure.axes, label=f"found (share; chance {probe['chance']:.3g})", shrink=0.9)
+    figure.colorbar(picture, ax=figure.axes, label=f"found (%; chance {100 * probe['chance']:.3g})", shrink=0.9)
     return figure
 
 

@@ -41,7 +41,8 @@ def speed_table(summary: Summary) -> str:
             decode = at["decode_tokens_per_second"]
             rows.append((f"{at['batch']} × {at['input_tokens']:,} in, {at['output_tokens']:,} out", name, f"{1000 * at['prefill_seconds']:,.0f} ms",
                          speed(at["prefill_tokens_per_second"]), "–" if decode is None else speed(decode), format_gib(at["peak_bytes"])))  # fmt: skip
-    rows.sort(key=lambda row: [other[0] for other in rows].index(row[0]))  # by lengths, then models in their order
+    lengths = [row[0] for row in rows]
+    rows.sort(key=lambda row: lengths.index(row[0]))  # by lengths, then models in their order
     head = ("sequences × tokens", "model", "first token after", "prefill (tokens/s)", "decode (tokens/s)", "peak memory")
     return table(head, rows) if rows else ""
 

@@ -8,6 +8,7 @@ import importlib.metadata
 import io
 import json
 import logging
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -85,14 +86,29 @@ def run_task(model: Any, tokenizer: Any, name: str, settings: EvaluateSettings) 
 
     A metric behind a filter of its own is named `metric (filter)`; a standard error is None where lm-eval has none.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
+    loaded = load_task(name, settings)
     with _quiet():
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch)
-        manager = _manager(tuple(settings.tasks), tuple(settings.task_folders))
-        found = simple_evaluate(wrapped, tasks=[name], task_manager=manager, limit=settings.task_limit, log_samples=False)
+        _as_by_its_command(loaded)
+        found = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch), loaded, limit=settings.task_limit, log_samples=False)
     return {task: _results_of(task, metrics, found) for task, metrics in found["results"].items()}
+
+
+def _as_by_its_command(loaded: Mapping[str, Any]) -> None:
+    """The seeds and defaults of `lm_eval run`. Its simple_evaluate would set them, but also ask git, pip and the machine who they are."""
+    import numpy as np
+    import torch
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
 def _results_of(task: str, metrics: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:

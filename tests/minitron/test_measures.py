@@ -275,7 +275,7 @@ def test_a_needle_that_the_tokenizer_does_not_allow_is_refused(settings, said, t
         (lambda: EvaluateSettings(speed=[SpeedSettings(batch=0)]), r"evaluate.speed\[0\].batch is 0; it must be at least 1"),
         (lambda: EvaluateSettings(tasks=["a", "a"]), "evaluate.tasks names 'a' twice"),
         (lambda: NeedleSettings(needles=9), "evaluate.needle.needles is 9; it must be at most evaluate.needle.alternatives, 8"),
-        (lambda: EvaluateSettings(speed=[SpeedSettings(input_tokens=80)]).check_positions(143), r"80 input and 64 output tokens; together they must be at most 143"),
+        (lambda: EvaluateSettings(speed=[SpeedSettings(input_tokens=80)]).check_positions(143), "80 input and 64 output .* together they must be at most 143"),
         (lambda: EvaluateSettings(needle=NeedleSettings(lengths=[144])).check_positions(143), "evaluate.needle.lengths has 144; .* at most 143"),
     ],
 )
