@@ -1,8 +1,8 @@
-"""How good a model is on held-out text, and how fast it decodes."""
+"""How good a model is on held-out text, by position and by source."""
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from distill.batches import PADDING, split_padding
+
+MOST_SOURCES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,17 @@ class Evaluation:
     kl_to_teacher_nats_per_token: float
     top1_agreement: float
     tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSums:
+    """Sums over predicted tokens, float64; along the first axis loss, KL, agreement and how many tokens: by position [4, T - 1] and by row [4, R]."""
+
+    by_position: np.ndarray
+    by_row: np.ndarray
+
+    def means(self) -> Evaluation:
+        return _means(self.by_row.sum(1))
 
 
 def batches_of(rows_RT: np.ndarray, batch: int, device: torch.device | str) -> list[torch.Tensor]:
@@ -52,22 +65,57 @@ def longest_prompt(rows_RT: np.ndarray, number: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, teacher: nn.Module, batches: list[torch.Tensor], on_batch: Callable[[int], None] = lambda _: None) -> Evaluation:
+def token_sums(model: nn.Module, teacher: nn.Module, batches: list[torch.Tensor], on_batch: Callable[[int], None] = lambda _: None) -> TokenSums:
     """Held-out loss of a model and its distance to the teacher, over batches of rows. `on_batch` hears the real tokens of each."""
-    loss = kl = agree = 0.0
-    tokens = 0
+    by_position, by_row = np.zeros((4, max(rows.shape[1] for rows in batches) - 1)), []
     for rows_BT in batches:
         ids_BT, mask_BT = split_padding(rows_BT)
-        # Float32 for the sums; the last position predicts nothing that is in the row.
+        # The last position predicts nothing that is in the row.
         own = F.log_softmax(model(ids_BT, use_cache=False).logits[:, :-1].float(), dim=-1)
         reference = own if model is teacher else F.log_softmax(teacher(ids_BT, use_cache=False).logits[:, :-1].float(), dim=-1)
-        targets, predicted = ids_BT[:, 1:], mask_BT[:, 1:]
-        loss += -own.gather(-1, targets[..., None])[..., 0][predicted].double().sum().item()
-        kl += F.kl_div(own, reference, log_target=True, reduction="none").double().sum(-1)[predicted].sum().item()
-        agree += (own.argmax(-1) == reference.argmax(-1))[predicted].sum().item()
-        tokens += predicted.sum().item()
+        loss = -own.gather(-1, ids_BT[:, 1:, None])[..., 0]
+        kl = F.kl_div(own, reference, log_target=True, reduction="none").sum(-1, dtype=torch.float64)
+        agree = own.argmax(-1) == reference.argmax(-1)
+        values = torch.stack([loss.double(), kl, agree.double(), torch.ones_like(kl)]) * mask_BT[:, 1:]
+        by_position[:, : values.shape[2]] += values.sum(1).cpu().numpy()
+        by_row.append(values.sum(2).cpu().numpy())
         on_batch(mask_BT.sum().item())
-    return Evaluation(loss / tokens, kl / tokens, agree / tokens, tokens)
+    return TokenSums(by_position, np.concatenate(by_row, axis=1))
+
+
+def evaluate(model: nn.Module, teacher: nn.Module, batches: list[torch.Tensor], on_batch: Callable[[int], None] = lambda _: None) -> Evaluation:
+    """The means of token_sums."""
+    return token_sums(model, teacher, batches, on_batch).means()
+
+
+def by_position(sums: TokenSums) -> list[dict[str, Any]]:
+    """Means by the number of tokens of the row that stand before the predicted one, in powers of two: 1, 2–3, 4–7, … (`from`, `to`)."""
+    last, found, first = sums.by_position.shape[1], [], 1
+    while first <= last:
+        after = min(2 * first, last + 1)
+        bucket = sums.by_position[:, first - 1 : after - 1].sum(1)
+        if bucket[-1]:  # else all rows are padded there
+            found.append({"from": first, "to": after - 1, **asdict(_means(bucket))})
+        first = after
+    return found
+
+
+def by_source(sums: TokenSums, sources: Sequence[str]) -> list[dict[str, Any]]:
+    """Means by where a row comes from (`source`), most tokens first; `sources` names each row's. Beyond 20 sources the smallest are one."""
+    total: dict[str, np.ndarray] = {}
+    for source, sums_of_row in zip(sources, sums.by_row.T, strict=True):
+        total[source] = total.get(source, 0) + sums_of_row
+    largest = sorted(total, key=lambda source: (-total[source][-1], source))
+    if len(largest) > MOST_SOURCES:
+        rest = largest[MOST_SOURCES - 1 :]
+        largest = [*largest[: MOST_SOURCES - 1], f"{len(rest):,} others"]
+        total[largest[-1]] = sum(total[source] for source in rest)
+    return [{"source": source, **asdict(_means(total[source]))} for source in largest]
+
+
+def _means(sums_4: np.ndarray) -> Evaluation:
+    loss, kl, agree, tokens = sums_4.tolist()
+    return Evaluation(loss / tokens, kl / tokens, agree / tokens, int(tokens))
 
 
 @torch.no_grad()
@@ -80,18 +128,3 @@ def held_out_loss(model: nn.Module, batches: list[torch.Tensor]) -> float:
         total += F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, reduction="sum", ignore_index=PADDING).item()
         tokens += (targets != PADDING).sum().item()
     return total / tokens
-
-
-@torch.no_grad()
-def decode_tokens_per_second(model: nn.Module, prompt_T: torch.Tensor, new_tokens: int) -> float:
-    """Greedy decoding speed with the model's own cache, batch 1, after the prompt [T] is read; best of three."""
-    best = 0.0
-    for _ in range(3):
-        output = model(prompt_T[None], use_cache=True)
-        started = time.perf_counter()
-        for _ in range(new_tokens):
-            token = output.logits[:, -1:].argmax(-1)
-            output = model(token, past_key_values=output.past_key_values, use_cache=True)
-        output.logits.sum().item()  # waits for an accelerator to finish
-        best = max(best, new_tokens / (time.perf_counter() - started))
-    return best

@@ -23,6 +23,7 @@ from minitron.derived import fewest_layers, layer_rules
 from minitron.documents import check_source
 from minitron.hand_over_settings import MERGEABLE
 from minitron.importance.removal import check_rules
+from minitron.measures.tasks import check_tasks
 from minitron.settings import FROM_WHAT_IS_DONE, Settings, Stage
 from minitron.stage_table import STAGES
 from minitron.store import Result, find_result, finish, locked, stage_key
@@ -77,6 +78,8 @@ def run_pipeline(settings: Settings, console: Console) -> None:
         Path(settings.runs_folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"runs_folder is {settings.runs_folder!r}, which cannot be made a folder: {error.strerror}") from None
+    if settings.stage not in FROM_WHAT_IS_DONE and "evaluate" in order_of(settings) and processes.rank() == 0:
+        check_tasks(settings.evaluate, Path(settings.runs_folder) / "store")
     walk = finished_stages if settings.stage in FROM_WHAT_IS_DONE else run_stages
     first = depth_lap(settings)
     if first is None:
@@ -154,6 +157,8 @@ def check_before_work(settings: Settings) -> None:
         check_merge(settings)
     if settings.stage not in FROM_WHAT_IS_DONE and "distill" in order_of(settings):
         check_phases(settings)
+    if settings.stage not in FROM_WHAT_IS_DONE and "evaluate" in order_of(settings):
+        settings.evaluate.check_positions(max_positions(settings))
     trains = () if settings.distill.phases else (("distill.train", settings.distill.train),)
     for name, train in (("teacher.train", settings.teacher.train), *trains):
         least = train.batch * settings.data.sequence_length

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memory_budget.units import format_gib, to_gib
-from minitron import plot_style, plots_search
+from minitron import plot_style, plots_evaluation, plots_search
 from minitron.plot_style import GREY, MODELS, RED, draw_curve, new_axes, new_figure, viridis, viridis_map
 from minitron.plots_search import candidates, depths, pareto
 from minitron.summary import chosen_candidate, removed_layers, sequences_text
@@ -56,7 +56,7 @@ def _fingerprint(summary: Summary) -> str:
     """Changes with what is plotted and with how: the text of the drawing modules goes in."""
     plotted = [summary[name] for name in ("budget", "throughput", "base", "models", "candidates", "removed_layers", "importance", "curves")]
     plotted += [summary["depth_lap"].get(name) for name in ("candidates", "curves")]
-    drawing = b"".join(Path(file).read_bytes() for file in (__file__, plot_style.__file__, plots_search.__file__))
+    drawing = b"".join(Path(file).read_bytes() for file in (__file__, plot_style.__file__, plots_search.__file__, plots_evaluation.__file__))
     return hashlib.sha256(drawing + json.dumps(plotted).encode()).hexdigest()
 
 
@@ -184,5 +184,7 @@ PLOTS: Mapping[str, Callable[[Summary], Any]] = {
     "candidates.png": candidates,
     "pareto.png": pareto,
     "distillation.png": _distillation,
+    "positions.png": plots_evaluation.positions,
+    "needle.png": plots_evaluation.needle,
     "teacher_training.png": _teacher_training,
 }

@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Any
 
 from memory_budget.units import format_gib
+from minitron.report_evaluation import evaluation_blocks
 from minitron.report_search import architecture_table, candidates_table, choice_sentences, pattern_lines, screens_table, table_notes
 from minitron.report_text import Summary, duration, escaped, image, nats, sentence, table
 from minitron.report_verdict import evaluations, how_to_read, models_table, verdict
@@ -156,12 +157,17 @@ def _distill_blocks(part: Part) -> list[str]:
     return [] if part.which is Which.depth else [part.plot("distillation.png", caption)]
 
 
+def _evaluate_blocks(part: Part) -> list[str]:
+    return evaluation_blocks(part.summary, part.plot)
+
+
 STAGE_BLOCKS: Mapping[str, Callable[[Part], list[str]]] = {
     "teacher": _teacher_blocks,
     "score": _score_blocks,
     "shortlist": _shortlist_blocks,
     "search": _search_blocks,
     "distill": _distill_blocks,
+    "evaluate": _evaluate_blocks,
 }
 
 

@@ -5,6 +5,8 @@ Rows stay in the order of their documents. A row shorter than T is padded on the
 token's id: `distill.batches.split_padding` takes it apart again.
 """
 
+from itertools import groupby, islice
+
 import numpy as np
 
 from distill.batches import PADDING, count_tokens, mark_start
@@ -87,14 +89,16 @@ class SplitRows:
         self.limit: int | None = getattr(data, f"max_{name}_tokens")
         self.num_documents = self.num_tokens = self.longest = 0  # of the documents; tokens of the longest
         self._parts: list[np.ndarray] = []
+        self._sources: list[tuple[str, int]] = []
         self._row_tokens = 0
         self._packer = Packer(data.sequence_length)
 
-    def add(self, documents: list[list[int]]) -> None:
-        """Cut further tokenised documents into rows."""
+    def add(self, documents: list[list[int]], source: str = "") -> None:
+        """Cut further tokenised documents, all of one source, into rows."""
         cut = {Rows.windows: windows, Rows.documents: document_rows}.get(self.data.rows)
         part = cut(documents, self.data.sequence_length) if cut else self._packer.add(documents)
         self._parts.append(part)
+        self._sources.append((source, len(part)))
         self._row_tokens += count_tokens(part)
         self.num_documents += len(documents)
         self.num_tokens += sum(map(len, documents))
@@ -119,3 +123,9 @@ class SplitRows:
         if self.limit is not None:
             rows = rows[np.cumsum((rows != PADDING).sum(axis=1)) <= self.limit]
         return rows
+
+    def sources(self, number: int) -> list[tuple[str, int]]:
+        """Where the first `number` rows come from, in their order: runs of rows, (source, rows of it). Packed rows are of no one source."""
+        assert self.data.rows is not Rows.packed
+        of_row = islice((source for source, length in self._sources for _ in range(length)), number)
+        return [(source, sum(1 for _ in run)) for source, run in groupby(of_row)]

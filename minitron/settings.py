@@ -7,6 +7,7 @@ sizes), marked by `how()`. The checks run when the settings are built, before an
 from dataclasses import dataclass, field
 from enum import Enum
 
+from minitron.evaluate_settings import EvaluateSettings
 from minitron.hand_over_settings import ExportSettings, MergeSettings
 from minitron.search_settings import SearchSettings, ThroughputSettings
 from minitron.setting_rules import at_least, check_kinds, check_share, how
@@ -169,11 +170,12 @@ class ScreenSettings:
     cached: bool = True
     top_k: int = 128
     cache_batch: int = how(8)
+    prompt_tokens: int = 32
     new_tokens: int = 32
     train: TrainSettings = field(default_factory=TrainSettings)
 
     def __post_init__(self) -> None:
-        at_least(self, "screen", 1, "top_k", "cache_batch", "new_tokens")
+        at_least(self, "screen", 1, "top_k", "cache_batch", "prompt_tokens", "new_tokens")
         self.train.check("screen.train")
 
 
@@ -212,17 +214,6 @@ class PruneSettings:
         at_least(self, "prune", 0, "ridge")
         if self.max_shard_gib <= 0:
             raise ValueError(f"prune.max_shard_gib is {self.max_shard_gib}; it must be above 0")
-
-
-@dataclass(kw_only=True, slots=True)
-class EvaluateSettings:
-    samples: int = 256
-    batch: int = how(8)
-    prompt_tokens: int = 32
-    new_tokens: int = 64
-
-    def __post_init__(self) -> None:
-        at_least(self, "evaluate", 1, "samples", "batch", "prompt_tokens", "new_tokens")
 
 
 @dataclass(kw_only=True, slots=True)

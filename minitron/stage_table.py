@@ -9,6 +9,7 @@ from typing import Any
 from minitron.blends import phase_parts, rows_identity, rows_to_make
 from minitron.derived import base_stage, fewest_layers, floors, has_ladder
 from minitron.hand_over_settings import MERGEABLE
+from minitron.measures.tasks import tasks_identity
 from minitron.setting_rules import key_settings
 from minitron.settings import PruneMethod, Settings
 from minitron.teachers import teacher_folder, teacher_identity
@@ -123,9 +124,14 @@ def _what_merge(settings: Settings) -> Any:
     return {"checkpoints": [identity(name) for name in settings.merge.checkpoints], "weights": settings.merge.shares()}
 
 
+def _what_evaluate(settings: Settings) -> Any:
+    measured = key_settings(settings.evaluate)
+    return {**{name: measured[name] for name in ("samples", "speed", "needle")}, "tasks": tasks_identity(settings.evaluate)}
+
+
 STAGES: Mapping[str, StageSpec] = {
     # The tiny teacher is trained on the data; a given one brings the tokenizer that the data needs.
-    "data": StageSpec(1, lambda s: () if s.teacher.path is None else ("teacher",), _what_data),
+    "data": StageSpec(2, lambda s: () if s.teacher.path is None else ("teacher",), _what_data),
     "teacher": StageSpec(1, lambda s: ("data",) if s.teacher.path is None else (), _what_teacher),
     "base": StageSpec(1, lambda s: ("teacher",), _what_base),
     "score": StageSpec(3, lambda s: ("data", base_stage(s)), _what_score, parallel=True),
@@ -143,5 +149,5 @@ STAGES: Mapping[str, StageSpec] = {
     "distill": StageSpec(3, _needs_of_distill, _what_distill, parallel=True),
     # Asked for by name alone: of given folders it needs no stage.
     "merge": StageSpec(1, lambda s: s.merge.stages(), _what_merge),
-    "evaluate": StageSpec(1, lambda s: ("data", "teacher", "prune", "distill"), lambda s: key_settings(s.evaluate)),
+    "evaluate": StageSpec(2, lambda s: ("data", "teacher", "prune", "distill"), _what_evaluate),
 }

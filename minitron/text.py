@@ -16,6 +16,7 @@ from pathlib import Path
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = [END_OF_TEXT, "<|pad|>", "<think>", "</think>"]
 HELD_OUT_SHARE = 20  # one document in so many is held out
+TOP_LEVEL = "(top level)"  # source of documents that lie in no folder
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
 CHAT_TEMPLATE = (
     "{%- for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -32,6 +33,11 @@ class Document:
     @property
     def is_held_out(self) -> bool:
         return int(hashlib.sha256(self.name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
+
+    @property
+    def source(self) -> str:
+        """What the document is one of: its name without the last part, so a file, a dataset or a folder of the embedded text."""
+        return self.name.rpartition("/")[0] or TOP_LEVEL
 
 
 def source_files() -> list[tuple[str, Path]]:

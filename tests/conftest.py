@@ -32,7 +32,8 @@ SMALL = (
     "search.mamba_heads={low: 4, high: 8, step: 2}", "search.floors={attention: 2}", "search.shortlist_size=3", "search.screen_samples=4",
     "search.finalists=2", "screen.train.tokens=2000", "screen.new_tokens=4", "depth_lap.enabled=false",
     "prune.method=slice", "distill.train.tokens=10000", "distill.train.learning_rate=0.005",
-    "evaluate.samples=8", "evaluate.prompt_tokens=8", "evaluate.new_tokens=4",
+    "screen.prompt_tokens=8", "evaluate.samples=8", "evaluate.speed=[{input_tokens: 8, output_tokens: 4, batch: 1}]",
+    "evaluate.needle={lengths: [64], depths: 2, samples: 2, alternatives: 4}",
 )  # fmt: skip
 
 # Imports once, then runs every command it is sent in a process of its own (a fork), as `python -m minitron.run` would.

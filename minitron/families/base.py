@@ -71,6 +71,7 @@ class Family:
     `build_layer` and `build_outside` give one module alone ("embed", "norm" or "head" outside the layers), for models
     that are never whole in memory; `outside_names` gives those modules' prefixes of canonical tensor names. `rms_epsilon`
     gives, from config.json, the epsilon of the norms that layers and head read the residual stream through; None where they are no RMSNorm.
+    `handed_over` gives a config.json with which the model is the same one in programs that load it without `load`.
     """
 
     model_type: str
@@ -87,3 +88,4 @@ class Family:
     build_outside: Callable[[dict, str], nn.Module]
     outside_names: Mapping[str, str]
     rms_epsilon: Callable[[dict], float] | None
+    handed_over: Callable[[dict], dict]

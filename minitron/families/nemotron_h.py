@@ -113,6 +113,14 @@ def hf_config(teacher_config: dict, architecture: Architecture) -> dict:
     return config
 
 
+def handed_over(config: dict) -> dict:
+    """transformers clamps time steps from below at time_step_min, which elsewhere is but the least initial step; see _unclamped.
+
+    Nearly 0 clamps nothing; 0 itself would have no logarithm where someone initialises a model from it.
+    """
+    return config | {"time_step_min": 1e-30}
+
+
 def _plain_number(value: object) -> object:
     """transformers writes infinity as {"__float__": "Infinity"}, which other runtimes cannot read."""
     if isinstance(value, list):
@@ -232,4 +240,5 @@ FAMILY = Family(
     build_outside=build_outside,
     outside_names={"embed": "embeddings.", "norm": "norm_f.", "head": "lm_head."},
     rms_epsilon=rms_epsilon,
+    handed_over=handed_over,
 )

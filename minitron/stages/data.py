@@ -5,7 +5,7 @@ Everything keeps the order of the source, and the split goes by the documents' n
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,14 @@ from minitron.documents import read_documents, source_title
 from minitron.pipeline import StageContext
 from minitron.rows import SplitRows
 from minitron.settings import DataSettings
+from minitron.store import write_json
 from minitron.teachers import teacher_architecture, teacher_folder
 
 DOCUMENTS_AT_ONCE = 32
 
 
 def run(context: StageContext) -> dict:
-    """Writes train.npy and heldout.npy, int32 [rows, T] with -1 as padding, and for the tiny teacher tokenizer/."""
+    """Writes train.npy and heldout.npy, int32 [rows, T] with -1 as padding, heldout_sources.json (SplitRows.sources), and for the tiny teacher tokenizer/."""
     from transformers import AutoTokenizer
 
     settings, data = context.settings, context.settings.data
@@ -46,6 +47,7 @@ def run(context: StageContext) -> dict:
         rows = split.rows()
         np.save(context.folder / f"{split.name}.npy", rows)
         facts |= {f"{split.name}_tokens": count_tokens(rows), f"{split.name}_rows": len(rows), f"{split.name}_documents": split.num_documents}
+    write_json(context.folder / "heldout_sources.json", held_out.sources(facts["heldout_rows"]))
     source = f" from {facts['source']}" if data.files or data.dataset else ""
     empty = f"; left out for want of text: {num_empty:,}" if num_empty else ""
     counts = f"{facts['train_tokens']:,} train and {facts['heldout_tokens']:,} held-out tokens{source}"
@@ -76,8 +78,8 @@ def tokenise(data: DataSettings, tokenizer, train: SplitRows, held_out: SplitRow
         num_empty += len(part) - len(written)
         if written:
             encoded = tokenizer([document.text for document in written], add_special_tokens=False, verbose=False)["input_ids"]
-            for split, is_held_out in ((train, False), (held_out, True)):
-                split.add([ids + end for document, ids in zip(written, encoded, strict=True) if document.is_held_out == is_held_out])
+            for (is_held_out, source), some in groupby(zip(written, encoded, strict=True), key=lambda pair: (pair[0].is_held_out, pair[0].source)):
+                (held_out if is_held_out else train).add([ids + end for _, ids in some], source)
         advance(len(part))
     return num_empty
 

@@ -1,50 +1,79 @@
-"""evaluate: teacher, pruned and student on the same held-out rows."""
+"""evaluate: teacher, pruned and student measured alike: held-out text, speed, a long-context probe, tasks of lm-eval.
+
+Every measurement of a checkpoint is kept by itself (minitron.measures.kept), so what was measured before, by this run or another, is
+not measured again; a model is loaded only where something of it is missing.
+"""
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distill.batches import count_tokens
 from memory_budget.hf_config import architecture_from_config, read_config
-from minitron.evaluation import batches_of, decode_tokens_per_second, evaluate, evaluation_rows, longest_prompt, spread_rows
+from minitron.console import Advance
+from minitron.evaluate_settings import EvaluateSettings, SpeedSettings
+from minitron.evaluation import batches_of, by_position, by_source, evaluation_rows, spread_rows, token_sums
 from minitron.families import family_of
+from minitron.measures.kept import kept, measurements_folder
+from minitron.measures.needle import Vocabulary, measure_needle, vocabulary_of
+from minitron.measures.speed import machine_of, make_prompts, measure_speed
+from minitron.measures.tasks import load_task, run_task, task_identity
 from minitron.pipeline import StageContext
 from minitron.runtime import pick_device
+from minitron.setting_rules import key_settings
 from minitron.stages.models import result_model_folder
 from minitron.store import write_json
 
 SMALLEST_LOSS_NATS = 0.01
 MODELS = {"teacher": "teacher", "pruned": "prune", "student": "distill"}
+Share = Callable[[float], None]  # hears which share of a measurement is done
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One thing that is measured of every model: what it follows from beside the checkpoint, and how it is done, by the model's name."""
+
+    name: str
+    of: Mapping[str, Any]
+    make: Callable[[str, Share], Any]
+
+
+class Models:
+    """The models of the run, each loaded when it is asked for; the teacher stays, of the others the last one."""
+
+    def __init__(self, folders: Mapping[str, Path], device: torch.device):
+        self.folders, self.device = folders, device
+        self._loaded: dict[str, nn.Module] = {}
+
+    def __getitem__(self, name: str) -> nn.Module:
+        if name not in self._loaded:
+            self._loaded = {loaded: model for loaded, model in self._loaded.items() if loaded == "teacher"}
+            folder = self.folders[name]
+            self._loaded[name] = family_of(read_config(folder)).load(folder, device=str(self.device))
+        return self._loaded[name]
 
 
 def run(context: StageContext) -> dict:
-    """Writes <model>.json per model, each kept if the stage is interrupted."""
-    settings = context.settings
-    device = str(pick_device(settings))
-    folders = {name: result_model_folder(context.inputs[stage]) for name, stage in MODELS.items()}
-    family = family_of(read_config(folders["teacher"]))
-    teacher = family.load(folders["teacher"], device=device)
-    held_out = np.load(context.inputs["data"].folder / "heldout.npy", mmap_mode="r")
-    rows = spread_rows(evaluation_rows(held_out), settings.evaluate.samples)
-    batches = batches_of(rows, settings.evaluate.batch, device)
-    prompt = longest_prompt(rows, settings.evaluate.prompt_tokens).to(device)
-    tokens = count_tokens(rows)
+    """Writes <model>.json per model."""
+    device = pick_device(context.settings)
+    models = Models({name: result_model_folder(context.inputs[stage]) for name, stage in MODELS.items()}, device)
+    measures = list(_measures(context, models))
+    store = context.folder.parent.parent
     measured = {}
-    with context.console.track("evaluating", len(MODELS) * tokens, "tokens") as advance:
-        for name, folder in folders.items():
-            path = context.folder / f"{name}.json"
-            if path.exists():
-                measured[name] = json.loads(path.read_text())
-                advance(tokens)
-                continue
-            model = teacher if name == "teacher" else family.load(folder, device=device)
-            facts = asdict(evaluate(model, teacher, batches, advance))
-            # transformers' cache asks an attention layer how long it is, so a model without one cannot decode there.
-            can_decode = "*" in architecture_from_config(read_config(folder)).pattern
-            facts["decode_tokens_per_second"] = decode_tokens_per_second(model, prompt, settings.evaluate.new_tokens) if can_decode else None
-            write_json(path, facts)
-            measured[name] = facts
+    with context.console.track("evaluating", len(MODELS) * len(measures), "measurements") as advance:
+        for name, stage in MODELS.items():
+            folder = measurements_folder(store, context.inputs[stage])
+            found = {measure.name: _one(measure, name, folder, context.console.say, advance) for measure in measures}
+            measured[name] = _facts(context.settings.evaluate, found)
+            write_json(context.folder / f"{name}.json", measured[name])
     loss = {name: facts["loss_nats_per_token"] for name, facts in measured.items()}
     lost = loss["pruned"] - loss["teacher"]
     # Of a loss within the noise of these rows, a share would say nothing.
@@ -52,3 +81,77 @@ def run(context: StageContext) -> dict:
     share = f", {100 * recovered:.0f} % of the loss won back" if recovered is not None else ""
     headline = f"held-out nats/token: teacher {loss['teacher']:.3f}, pruned {loss['pruned']:.3f}, student {loss['student']:.3f}{share}"
     return {"headline": headline, "models": measured, "lost_nats_per_token": lost, "recovered_share": recovered}
+
+
+def _one(measure: Measure, name: str, folder: Path, say: Callable[[str], None], advance: Advance) -> Any:
+    """A model's measurement, kept or made; it counts as one on the bar."""
+    done = 0.0
+
+    def on_share(share: float) -> None:
+        nonlocal done
+        done += share
+        advance(share, f"{name}: {measure.name}")
+
+    found = kept(folder, measure.name, of=measure.of, make=lambda: measure.make(name, on_share), say=say)
+    advance(1 - done, f"{name}: {measure.name}")
+    return found
+
+
+def _measures(context: StageContext, models: Models) -> Iterator[Measure]:
+    """Everything that the settings want measured. Raises ValueError where the tokenizer or a task does not allow it."""
+    wanted, data = context.settings.evaluate, context.inputs["data"]
+    held_out = np.load(data.folder / "heldout.npy", mmap_mode="r")
+    rows = spread_rows(evaluation_rows(held_out), wanted.samples)
+    runs = json.loads((data.folder / "heldout_sources.json").read_text())
+    sources = np.repeat([source for source, _ in runs], [number for _, number in runs])
+    of_rows = {"data": data.key, "samples": wanted.samples}
+    tokenizer = AutoTokenizer.from_pretrained(models.folders["teacher"])
+
+    of_held_out = {**of_rows, "teacher": context.inputs["teacher"].key}
+    yield Measure("held_out", of_held_out, partial(_held_out, models, rows, spread_rows(evaluation_rows(sources), wanted.samples), wanted.batch))
+    for lengths in wanted.speed:
+        yield Measure(_speed_name(lengths), {**of_rows, **machine_of(models.device)}, partial(_speed, models, rows, lengths))
+    if wanted.needle.lengths:
+        make = partial(_needle, models, rows, vocabulary_of(tokenizer, wanted.needle), wanted)
+        yield Measure("needle", {**of_rows, **key_settings(wanted.needle)}, make)
+    for task in wanted.tasks:
+        yield Measure(_task_name(task), task_identity(load_task(task, wanted), wanted), partial(_task, models, tokenizer, task, wanted))
+
+
+def _held_out(models: Models, rows_RT: np.ndarray, sources_R: np.ndarray, batch: int, name: str, on_share: Share) -> dict[str, Any]:
+    tokens = count_tokens(rows_RT)
+    sums = token_sums(models[name], models["teacher"], batches_of(rows_RT, batch, models.device), lambda some: on_share(some / tokens))
+    return {**asdict(sums.means()), "by_position": by_position(sums), "by_source": by_source(sums, sources_R.tolist())}
+
+
+def _speed(models: Models, rows_RT: np.ndarray, lengths: SpeedSettings, name: str, _on_share: Share) -> dict[str, Any]:
+    # transformers' cache asks an attention layer how long it is, so a model without one cannot decode there.
+    can_decode = "*" in architecture_from_config(read_config(models.folders[name])).pattern
+    prompts = make_prompts(rows_RT, lengths.input_tokens, lengths.batch).to(models.device)
+    return measure_speed(models[name], prompts, lengths, can_decode=can_decode)
+
+
+def _needle(models: Models, rows_RT: np.ndarray, vocabulary: Vocabulary, wanted: EvaluateSettings, name: str, on_share: Share) -> dict[str, Any]:
+    total = sum(wanted.needle.lengths) * wanted.needle.depths * wanted.needle.samples
+    return measure_needle(models[name], vocabulary, rows_RT, wanted.needle, batch_tokens=wanted.batch * rows_RT.shape[1],
+                          on_tokens=lambda tokens: on_share(tokens / total))  # fmt: skip
+
+
+def _task(models: Models, tokenizer: PreTrainedTokenizerBase, task: str, wanted: EvaluateSettings, name: str, _on_share: Share) -> dict[str, Any]:
+    return run_task(models[name], tokenizer, task, wanted)
+
+
+def _speed_name(lengths: SpeedSettings) -> str:
+    return f"speed_{lengths.input_tokens}_{lengths.output_tokens}_{lengths.batch}"
+
+
+def _task_name(task: str) -> str:
+    return f"task_{task.replace('/', '-')}"
+
+
+def _facts(wanted: EvaluateSettings, found: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's measurements as summary.json has them."""
+    speed = [found[_speed_name(lengths)] for lengths in wanted.speed]
+    decode = speed[0]["decode_tokens_per_second"] if speed else None
+    tasks = {task: found[_task_name(task)] for task in wanted.tasks}
+    return {**found["held_out"], "decode_tokens_per_second": decode, "speed": speed, "needle": found.get("needle"), "tasks": tasks}

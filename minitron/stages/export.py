@@ -141,7 +141,7 @@ def _write(partial: Path, family: Family, student: Student, laps: Sequence[Lap],
     card = export_card(build_summary(laps), laps, student.exported, licence=licence, findings=findings, arguments=sys.argv[1:])
     total = sum(tensor.num_bytes for tensor in student.planned)
     with console.track("exporting", total / GIB, "GiB") as advance:
-        check = write_planned(partial, family, student.planned, config=config, companions=student.companions, card=card,
+        check = write_planned(partial, family, student.planned, config=family.handed_over(config), companions=student.companions, card=card,
                               max_shard_bytes=int(settings.prune.max_shard_gib * GIB), on_bytes=lambda num_bytes: advance(num_bytes / GIB))  # fmt: skip
     console.say(check)
     _copy_licence(licence, partial)

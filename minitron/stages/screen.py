@@ -13,8 +13,9 @@ from distill.states import remove_states
 from distill.trainer import train_phases
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
-from minitron.evaluation import decode_tokens_per_second, held_out_loss, longest_prompt
+from minitron.evaluation import held_out_loss, longest_prompt
 from minitron.families import family_of
+from minitron.measures.speed import decode_tokens_per_second
 from minitron.pipeline import StageContext
 from minitron.pruning.cut import build_pruned
 from minitron.pruning.plan import make_plan
@@ -40,7 +41,7 @@ def run(context: StageContext) -> dict:
             return {"headline": f"{entry['id']}  {note}; never chosen", "id": entry["id"], "short_distill_loss": None, "tokens_per_second": None, "note": note}
         batches = screening_batches(context, device)
         loss = held_out_loss(student, batches)
-        prompt = longest_prompt(torch.cat(batches).cpu().numpy(), settings.evaluate.prompt_tokens).to(device)
+        prompt = longest_prompt(torch.cat(batches).cpu().numpy(), settings.screen.prompt_tokens).to(device)
         can_decode = "*" in entry["architecture"]["pattern"]  # transformers' cache asks an attention layer how long it is
         speed = decode_tokens_per_second(student, prompt, settings.screen.new_tokens) if can_decode else None
         facts = {"id": entry["id"], "short_distill_loss": loss, "short_distill_tokens": tokens, "tokens_per_second": speed}

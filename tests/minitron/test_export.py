@@ -56,7 +56,8 @@ def test_everything_of_the_student_is_there_byte_for_byte(exported, walk):
     for path in walk.checkpoint("student").iterdir():
         if path.name not in ("README.md", "model.safetensors", "config.json"):
             assert (exported[0] / path.name).read_bytes() == path.read_bytes()
-    assert json.loads((exported[0] / "config.json").read_text()) == json.loads((walk.checkpoint("student") / "config.json").read_text())
+    expected = json.loads((walk.checkpoint("student") / "config.json").read_text()) | {"time_step_min": 1e-30}  # so that transformers clamps nothing
+    assert json.loads((exported[0] / "config.json").read_text()) == expected
 
 
 def test_the_folder_of_the_run_is_as_it_was(exported, walk):

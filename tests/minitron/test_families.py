@@ -160,6 +160,20 @@ def test_loading_and_building_lift_the_clamp_on_the_time_step(tmp_path, teacher,
         assert [block.mixer.time_step_limit for block in model.model.layers if hasattr(block.mixer, "A_log")] == [(0.0, math.inf)] * 3
 
 
+def test_what_is_handed_over_is_the_same_model_to_transformers_as_it_comes(tmp_path, build_model, tiny, config_of, write_checkpoint, logits_of):
+    model = build_model()
+    for block in model.model.layers:
+        if hasattr(block.mixer, "dt_bias"):
+            block.mixer.dt_bias.data -= 6.0  # time steps about the 0.001 that transformers would raise them to
+    config = config_of(tiny)
+    loaded = [AutoModelForCausalLM.from_pretrained(write_checkpoint(tmp_path / name, model, written), local_files_only=True)
+              for name, written in (("kept", config), ("handed", FAMILY.handed_over(config)))]  # fmt: skip
+    clamped, handed = ((logits_of(other) - logits_of(model)).abs().max().item() for other in loaded)
+    assert handed < 1e-5 < 1e-3 < clamped
+    built = FAMILY.build(FAMILY.handed_over(config))  # whoever starts from it afresh has numbers
+    assert all(parameter.isfinite().all() for parameter in built.parameters())
+
+
 def test_load_keeps_the_stored_dtype_unless_told_otherwise(tmp_path, teacher, tiny, config_of, write_checkpoint):
     write_checkpoint(tmp_path, teacher, config_of(tiny), dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in FAMILY.load(tmp_path).parameters()} == {torch.bfloat16}

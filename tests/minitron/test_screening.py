@@ -10,11 +10,12 @@ import torch.nn.functional as F
 
 from memory_budget.workload import Workload
 from minitron.checkpoints import Checkpoint, write_json, write_weights
-from minitron.evaluation import batches_of, decode_tokens_per_second, evaluate, held_out_loss, spread_rows
+from minitron.evaluation import batches_of, evaluate, held_out_loss, spread_rows
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.activations import measure_width
 from minitron.importance.placement import WholeModel
 from minitron.importance.scores import aggregate
+from minitron.measures.speed import decode_tokens_per_second
 from minitron.pruning.cut import build_pruned
 from minitron.pruning.plan import make_plan
 from minitron.screening import retained_importance

@@ -56,7 +56,7 @@ def test_fixed_settings_give_only_what_is_set():
         (lambda: SearchSettings(floors={"attn": 1}), "search.floors names the kind 'attn'"),
         (lambda: SearchSettings(floors={"mamba": -1}), "search.floors.mamba is -1"),
         (lambda: PruneSettings(max_shard_gib=0.0), "prune.max_shard_gib is 0.0"),
-        (lambda: EvaluateSettings(new_tokens=0), "evaluate.new_tokens is 0"),
+        (lambda: EvaluateSettings(samples=0), "evaluate.samples is 0"),
         (lambda: Settings(run_name="../elsewhere"), "run_name is '../elsewhere'"),
         (lambda: Settings(run_name="store"), "run_name is 'store'"),
         (lambda: Settings(device="tpu"), "device is 'tpu'"),
