@@ -125,7 +125,7 @@ def _what_merge(settings: Settings) -> Any:
 
 STAGES: Mapping[str, StageSpec] = {
     # The tiny teacher is trained on the data; a given one brings the tokenizer that the data needs.
-    "data": StageSpec(1, lambda s: () if s.teacher.path is None else ("teacher",), _what_data),
+    "data": StageSpec(2, lambda s: () if s.teacher.path is None else ("teacher",), _what_data),
     "teacher": StageSpec(1, lambda s: ("data",) if s.teacher.path is None else (), _what_teacher),
     "base": StageSpec(1, lambda s: ("teacher",), _what_base),
     "score": StageSpec(3, lambda s: ("data", base_stage(s)), _what_score, parallel=True),

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LogitsProcessorList
 
-from minitron.generation import generate, write_prompt
+from minitron.generation import generate
+from minitron.prompts import write_prompt
 from minitron.text import train_tokenizer
 from minitron.thinking import ThinkingBudget, count_reasoning
 
