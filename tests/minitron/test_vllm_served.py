@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,13 @@ STUDENT = ("teacher.tiny.attention_head_dim=32", "teacher.tiny.num_attention_hea
 class Served:
     url: str
     log: str
+
+
+def is_ready(port: int) -> bool:
+    try:
+        return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
+    except OSError:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +79,7 @@ def serve(folder, tmp_path_factory):
         with log.open("w") as output:
             running.append(subprocess.Popen(command, cwd=log.parent, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True))
         until = time.monotonic() + 400
-        while "Application startup complete" not in log.read_text():
+        while not is_ready(port):
             assert running[0].poll() is None and time.monotonic() < until, log.read_text()[-4000:]
             time.sleep(0.5)
         return Served(f"http://127.0.0.1:{port}/v1", log.read_text())
@@ -82,7 +90,8 @@ def serve(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(serve) -> Served:
-    return serve(8642, "--dtype", "float32")
+    """Without prefix caching: with it vLLM 0.32.0 fails on a CPU at a prompt longer than a block, as its scan there keeps no states on the way."""
+    return serve(8642, "--dtype", "float32", "--no-enable-prefix-caching")
 
 
 @pytest.fixture(scope="module")
@@ -158,13 +167,13 @@ def predicted_sizes(folder: Path, environment: dict, *options: str) -> tuple[int
 
 def test_cache_size_and_concurrency_are_the_calculators(served, folder, environment):
     options = ("--weights", "float32", "--kv", "float32")
-    printed, predicted = printed_sizes(served), predicted_sizes(folder, environment, *options, "--prefix-caching")
-    print(f"\nfloat32, prefix caching: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
-    assert predicted == printed != predicted_sizes(folder, environment, *options)
+    printed, predicted = printed_sizes(served), predicted_sizes(folder, environment, *options)
+    print(f"\nfloat32: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
+    assert predicted == printed != predicted_sizes(folder, environment, *options, "--prefix-caching")
 
 
-def test_cache_size_in_bf16_without_prefix_caching_is_the_calculators(serve, folder, environment):
+def test_cache_size_in_bf16_with_prefix_caching_is_the_calculators(serve, folder, environment):
     """Last: it takes the place of the other server."""
-    printed, predicted = printed_sizes(serve(8643, "--dtype", "bfloat16", "--no-enable-prefix-caching")), predicted_sizes(folder, environment)
-    print(f"\nbf16, no prefix caching: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
-    assert predicted == printed != predicted_sizes(folder, environment, "--prefix-caching")
+    printed, predicted = printed_sizes(serve(8643, "--dtype", "bfloat16")), predicted_sizes(folder, environment, "--prefix-caching")
+    print(f"\nbf16, prefix caching: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
+    assert predicted == printed != predicted_sizes(folder, environment)
