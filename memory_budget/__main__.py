@@ -16,10 +16,10 @@ from memory_budget.calculator import MemoryReport, max_batch, max_context_tokens
 from memory_budget.hf_config import architecture_from_config, read_config, unmodelled_settings
 from memory_budget.parameters import count_active_parameters, count_parameters, count_total_parameters
 from memory_budget.units import GIB, format_count, format_gib
-from memory_budget.vllm import VllmAllotment, vllm_allotment, vllm_pool_bytes
+from memory_budget.vllm import BLOCK_SIZE_TOKENS, VllmAllotment, vllm_allotment, vllm_pool_bytes
 from memory_budget.workload import KV_DTYPES, QUANTISED_DTYPES, SSM_DTYPES, WEIGHTS_DTYPES, Workload
 
-VLLM_OPTIONS = ("pool_gib", "device_gib", "utilization", "overhead_gib", "prefix_caching")
+VLLM_OPTIONS = ("pool_gib", "device_gib", "utilization", "overhead_gib", "prefix_caching", "block_size")
 DEFAULT_UTILIZATION = 0.92
 
 
@@ -117,6 +117,8 @@ def add_vllm_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--overhead-gib", type=float, metavar="O", help=(
         "peak activations, CUDA graphs and the like in GiB, with --device-gib (default 0)"))
     group.add_argument("--prefix-caching", action="store_true", help="prefix caching, which keeps 3 Mamba states per sequence instead of 1")
+    group.add_argument("--block-size", type=int, metavar="N", help=(
+        f"vLLM's --block-size, of which its blocks are multiples (default {BLOCK_SIZE_TOKENS}; vLLM on a CPU takes 128)"))
 
 
 def work_out(options: argparse.Namespace) -> Answer:
@@ -136,7 +138,8 @@ def work_out(options: argparse.Namespace) -> Answer:
     allotment = pool_bytes = None
     if options.engine == "vllm":
         pool_bytes = vllm_pool(options, architecture, workload, budget)
-        allotment = vllm_allotment(architecture, workload, pool_bytes=pool_bytes, prefix_caching=options.prefix_caching)
+        block_size = BLOCK_SIZE_TOKENS if options.block_size is None else options.block_size
+        allotment = vllm_allotment(architecture, workload, pool_bytes=pool_bytes, prefix_caching=options.prefix_caching, block_size=block_size)
     return Answer(
         architecture=architecture,
         workload=workload,

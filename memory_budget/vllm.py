@@ -5,8 +5,8 @@ vllm/v1/core/kv_cache_utils.py (groups, concurrency) and vllm/platforms/interfac
 
     a = 2·K·H·bytes                     attention bytes per token and layer
     p = SSM state + conv state          one sequence, one Mamba layer; conv state in the model's dtype
-    B = 16·ceil(p / (16·a))             tokens per block, so that an attention page holds a Mamba state; 16 without Mamba
-                                        (16 is FlashAttention's alignment; a backend may ask for more)
+    B = b·ceil(p / (b·a))               tokens per block, so that an attention page holds a Mamba state; b without Mamba
+                                        (b is --block-size: 16 on a GPU, which is FlashAttention's least, 128 on a CPU)
     page = B·a                          Mamba's state is padded to it
     g = min(attention layers, Mamba layers), or the larger of the two where that is below 1.5 times the smaller
     one block of the pool = g·page      layers are put in groups of g; a group's layers share block numbers
@@ -23,7 +23,7 @@ from memory_budget.calculator import attention_bytes_per_token, conv_state_bytes
 from memory_budget.units import GIB, format_gib
 from memory_budget.workload import Workload
 
-BLOCK_ALIGNMENT_TOKENS = 16
+BLOCK_SIZE_TOKENS = 16
 STATES_WITHOUT_PREFIX_CACHING = 1
 STATES_WITH_PREFIX_CACHING = 3
 
@@ -52,12 +52,16 @@ class VllmAllotment:
         return asdict(self)
 
 
-def vllm_allotment(architecture: Architecture, workload: Workload, *, pool_bytes: int, prefix_caching: bool = False) -> VllmAllotment:
+def vllm_allotment(
+    architecture: Architecture, workload: Workload, *, pool_bytes: int, prefix_caching: bool = False, block_size: int = BLOCK_SIZE_TOKENS
+) -> VllmAllotment:
     """How vLLM cuts a pool of that many bytes for caches. Scalars only.
 
-    The workload's batch plays no part: how many sequences fit is the answer, max_concurrency.
-    Raises ValueError for a negative pool or a pattern with nothing to cache.
+    block_size is vLLM's --block-size, of which it makes its blocks multiples. The workload's batch plays no part: how many sequences
+    fit is the answer, max_concurrency. Raises ValueError for a negative pool, a block size below 1 or a pattern with nothing to cache.
     """
+    if block_size < 1:
+        raise ValueError(f"block size ({block_size}) must be at least 1 token")
     if pool_bytes < 0:
         raise ValueError(f"pool ({format_gib(pool_bytes)}) must not be negative: weights and overhead leave no room for caches")
     num_attention, num_mamba = architecture.num_layers_of("*"), architecture.num_layers_of("M")
@@ -65,7 +69,7 @@ def vllm_allotment(architecture: Architecture, workload: Workload, *, pool_bytes
         raise ValueError(f"pattern {architecture.pattern} has neither attention nor Mamba layers: there is no cache for vLLM to allot")
     states = STATES_WITH_PREFIX_CACHING if prefix_caching else STATES_WITHOUT_PREFIX_CACHING
     group = _group_size(num_attention, num_mamba)
-    block_tokens, page_bytes = _block(architecture, workload)
+    block_tokens, page_bytes = _block(architecture, workload, block_size)
     attention_blocks = _ceil_divide(num_attention, group) * _ceil_divide(workload.context_tokens, block_tokens)
     blocks_per_request = attention_blocks + _ceil_divide(num_mamba, group) * states
     num_blocks = pool_bytes // (group * page_bytes)
@@ -97,7 +101,7 @@ def vllm_pool_bytes(
     return math.floor((device_gib * utilization - overhead_gib) * GIB) - weight_bytes(architecture, workload.weights_dtype)
 
 
-def _block(architecture: Architecture, workload: Workload) -> tuple[int, int]:
+def _block(architecture: Architecture, workload: Workload, block_size: int) -> tuple[int, int]:
     """Tokens per attention block and bytes per page."""
     state_bytes = 0
     if "M" in architecture.pattern:
@@ -106,8 +110,7 @@ def _block(architecture: Architecture, workload: Workload) -> tuple[int, int]:
     if "*" not in architecture.pattern:
         return workload.context_tokens, state_bytes
     token_bytes = attention_bytes_per_token(architecture, workload.kv_dtype)
-    alignments = max(1, _ceil_divide(state_bytes, BLOCK_ALIGNMENT_TOKENS * token_bytes))
-    block_tokens = BLOCK_ALIGNMENT_TOKENS * alignments
+    block_tokens = block_size * max(1, _ceil_divide(state_bytes, block_size * token_bytes))
     return block_tokens, block_tokens * token_bytes
 
 

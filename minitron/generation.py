@@ -1,48 +1,14 @@
-"""Prompts, and text generated from them with a thinking budget. B prompts, T tokens."""
+"""Text generated from prompts with a thinking budget. B prompts, T tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from minitron.prompts import Tags
 from minitron.thinking import ThinkingBudget
-
-SWITCHES = {True: "/think", False: "/no_think"}  # as a system message, where a template knows no variable
-
-
-@dataclass(frozen=True, slots=True)
-class Tags:
-    """Around reasoning: text, which the tokenizer at hand turns into tokens."""
-
-    opening: str = "<think>"
-    closing: str = "</think>"
-
-    def ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-        return tuple(tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in (self.opening, self.closing))
-
-
-def write_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, thinking: bool | None) -> str:
-    """The prompt as a conversation in the tokenizer's chat template, reasoning switched on or off; as it is where there is no template.
-
-    Raises ValueError where thinking is given and the template has no switch for it.
-    """
-    template = tokenizer.chat_template
-    if not template:
-        if thinking is not None:
-            raise ValueError(f"thinking is {'on' if thinking else 'off'}, but the tokenizer has no chat template; leave thinking null")
-        return prompt
-    messages, variables = [{"role": "user", "content": prompt}], {}
-    if thinking is not None:
-        if "enable_thinking" in template:
-            variables["enable_thinking"] = thinking
-        elif any(switch in template for switch in SWITCHES.values()):
-            messages.insert(0, {"role": "system", "content": SWITCHES[thinking]})
-        else:
-            raise ValueError(f"thinking is {'on' if thinking else 'off'}, but the chat template has no switch (enable_thinking, /think); leave thinking null")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
 
 
 @torch.inference_mode()

@@ -121,7 +121,9 @@ def _what_merge(settings: Settings) -> Any:
     def identity(name: str) -> Any:  # a stage's own key is among the inputs; a folder's name stands on the card
         return name if name in MERGEABLE else {"weights": Checkpoint(Path(name)).fingerprint, "name": Path(name).resolve().name}
 
-    return {"checkpoints": [identity(name) for name in settings.merge.checkpoints], "weights": settings.merge.shares()}
+    merge = settings.merge
+    chosen = {"sweep": merge.candidates(), "samples": merge.samples} if merge.candidates() else {"weights": merge.shares()}
+    return {"checkpoints": [identity(name) for name in merge.checkpoints], **chosen}
 
 
 def _what_evaluate(settings: Settings) -> Any:
@@ -147,7 +149,7 @@ STAGES: Mapping[str, StageSpec] = {
     # Only where a phase of distillation wants other rows than the data stage's.
     "phase_rows": StageSpec(1, lambda s: ("data", "teacher"), _what_phase_rows),
     "distill": StageSpec(3, _needs_of_distill, _what_distill, parallel=True),
-    # Asked for by name alone: of given folders it needs no stage.
-    "merge": StageSpec(1, lambda s: s.merge.stages(), _what_merge),
+    # Asked for by name alone: of given folders and weights it needs no stage.
+    "merge": StageSpec(1, lambda s: (*(("data",) if s.merge.candidates() else ()), *s.merge.stages()), _what_merge),
     "evaluate": StageSpec(2, lambda s: ("data", "teacher", "prune", "distill"), _what_evaluate),
 }

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 
 END_OF_TEXT = "<|endoftext|>"
-SPECIAL_TOKENS = [END_OF_TEXT, "<|pad|>", "<think>", "</think>"]
+THINKING_TAGS = ["<think>", "</think>"]
+SPECIAL_TOKENS = [END_OF_TEXT, "<|pad|>", *THINKING_TAGS]
 HELD_OUT_SHARE = 20  # one document in so many is held out
 TOP_LEVEL = "(top level)"  # source of documents that lie in no folder
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
@@ -78,7 +79,7 @@ def chat_writer() -> Callable[[list[dict]], str]:
 
 def train_tokenizer(texts: Iterator[str], vocab: int, folder: Path) -> None:
     """Train a byte-level BPE of `vocab` tokens and write the files a Hugging Face tokenizer folder has."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -90,6 +91,8 @@ def train_tokenizer(texts: Iterator[str], vocab: int, folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    # Tokens like any other from here on: servers leave special ones out of their text, and a client must see where reasoning ends.
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in THINKING_TAGS])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     # Written by hand: transformers 5 would name a class that older versions and other runtimes do not have.

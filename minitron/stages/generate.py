@@ -9,8 +9,9 @@ from transformers import AutoTokenizer, TextStreamer
 from memory_budget.hf_config import read_config
 from minitron.console import Console
 from minitron.families import family_of
-from minitron.generation import Tags, generate, write_prompt
+from minitron.generation import generate
 from minitron.pipeline import Lap
+from minitron.prompts import Tags, write_prompt
 from minitron.runtime import pick_device
 from minitron.settings import Settings, Thinking
 from minitron.stages.models import result_model_folder

@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from minitron.families.base import Family
 from minitron.hand_over_settings import MERGEABLE
 from minitron.pipeline import StageContext
 from minitron.publish import model_card, write_planned
+from minitron.stages.merge_sweep import best_of, said_of, sweep_lines, try_weights
 from minitron.stages.models import result_model_folder
 
 # What of config.json two checkpoints may differ in: where they come from, how they are stored, run or were initialised, what generation starts and ends with.
@@ -47,10 +48,14 @@ def run(context: StageContext) -> dict:
     sources = _sources(context, family)
     for other in sources[1:]:
         check_same_kind(family, sources[0], other)
+    tried = []
+    if context.settings.merge.candidates():
+        tried = try_weights(context, family, first, lambda shares: merged_tensors(family, weighted(sources, shares)))
+        sources = weighted(sources, best_of(tried)["weights"])
     planned = merged_tensors(family, sources)
     total = sum(tensor.num_bytes for tensor in planned)
     terms = [f"- {source.share:g} × {source.title} (`{source.checkpoint.fingerprint}`)" for source in sources]
-    lines = ["Weighted mean of these checkpoints, tensor by tensor (in brackets what tells each from others of its name):", "", *terms]
+    lines = ["Weighted mean of these checkpoints, tensor by tensor (in brackets what tells each from others of its name):", "", *terms, *sweep_lines(tried)]
     name = f"merge of {len(sources)} checkpoints"
     card = model_card(name, lines=lines, architecture=architecture, base=None)
     with context.console.track("merging", total / GIB, "GiB") as advance:
@@ -58,8 +63,13 @@ def run(context: StageContext) -> dict:
                               card=card, max_shard_bytes=int(context.settings.prune.max_shard_gib * GIB),
                               on_bytes=lambda num_bytes: advance(num_bytes / GIB))  # fmt: skip
     merged = [{"checkpoint": source.label, "name": source.title, "weight": source.share} for source in sources]
-    headline = f"{' + '.join(f'{source.share:g} × {source.label}' for source in sources)}, {format_gib(total)} written; {check}"
-    return {"headline": headline, "path": "checkpoint", "name": name, "merged": merged}
+    headline = f"{' + '.join(f'{source.share:g} × {source.label}' for source in sources)}{said_of(tried)}, {format_gib(total)} written; {check}"
+    return {"headline": headline, "path": "checkpoint", "name": name, "merged": merged, **({"sweep": tried} if tried else {})}
+
+
+def weighted(sources: Sequence[Source], shares: Sequence[float]) -> list[Source]:
+    """The same checkpoints with other weights."""
+    return [replace(source, share=share) for source, share in zip(sources, shares, strict=True)]
 
 
 def _folder_of(context: StageContext, label: str) -> Path:

@@ -29,6 +29,26 @@ def test_prefix_caching_keeps_three_states_per_group(architecture_of):
     assert allotment.blocks_per_request == 100 + 3 * 7
 
 
+@pytest.mark.parametrize(("block_size", "block_tokens"), [(16, 1312), (32, 1312), (128, 1408), (4096, 4096)])
+def test_blocks_are_multiples_of_the_block_size(block_size, block_tokens, architecture_of):
+    allotment = vllm_allotment(architecture_of("nemotron-nano-9b-v2"), Workload(), pool_bytes=GIB, block_size=block_size)
+    assert allotment.block_tokens == block_tokens
+
+
+def test_what_vllm_printed_for_a_tiny_student_on_a_cpu():
+    """vLLM 0.32.0, float32, 1 GiB, 2,048 tokens: with prefix caching 599,186 tokens and 292.57x."""
+    tiny = Architecture(model_type="nemotron_h", pattern="M-M-M-M*-M-*-MM-", hidden=96, vocab=2048, ffn=384, num_attention_heads=4, num_key_value_heads=2,
+                        attention_head_dim=32, mamba_num_heads=16, mamba_head_dim=16, mamba_num_groups=2, mamba_state_size=32, mamba_conv_kernel=4)  # fmt: skip
+    workload = Workload(context_tokens=2048, weights_dtype="float32", kv_dtype="float32")
+    allotment = vllm_allotment(tiny, workload, pool_bytes=GIB, prefix_caching=True, block_size=128)
+    assert (allotment.kv_cache_tokens, round(allotment.max_concurrency, 2)) == (599_186, 292.57)
+
+
+def test_a_block_of_no_tokens_is_refused(architecture_of):
+    with pytest.raises(ValueError, match="block size .0. must be at least 1 token"):
+        vllm_allotment(architecture_of("nemotron-nano-9b-v2"), Workload(), pool_bytes=GIB, block_size=0)
+
+
 def test_a_bf16_state_halves_the_block(architecture_of):
     allotment = vllm_allotment(architecture_of("nemotron-nano-9b-v2"), Workload(ssm_dtype="bf16"), pool_bytes=GIB)
     assert allotment.block_tokens == 16 * math.ceil((2_621_440 + 73_728) / 65_536) == 672

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LogitsProcessorList
 
-from minitron.generation import generate, write_prompt
+from minitron.generation import generate
+from minitron.prompts import write_prompt
 from minitron.text import train_tokenizer
 from minitron.thinking import ThinkingBudget, count_reasoning
 
@@ -56,6 +57,13 @@ def test_no_row_reasons_longer_than_its_budget(budget, go_on, close):
             assert row == free
         elif budget < LENGTH:
             assert row[:reasoning] == free[:reasoning] and row[reasoning : reasoning + len(close)] == close
+
+
+def test_a_budget_of_512_is_held_where_the_text_is_longer(go_on):
+    free = go_on(new_tokens=520)
+    never = next([token, token, token] for token in range(97) if all(_first(row, [token, token, token]) == len(row) for row in free))
+    for row, unbudgeted in zip(go_on(512, never, new_tokens=520), free, strict=True):
+        assert row[:515] == [*unbudgeted[:512], *never] and len(row) == 520
 
 
 def test_unbudgeted_text_does_reason_longer(go_on, close):

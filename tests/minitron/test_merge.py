@@ -4,12 +4,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from memory_budget.hf_config import read_config
 from minitron.checkpoints import PIECE_BYTES, Checkpoint, save_model_weights
+from minitron.evaluation import batches_of, evaluation_rows, held_out_loss, screening_rows, spread_rows
 from minitron.families.nemotron_h import FAMILY
+from minitron.hand_over_settings import MergeSettings
 from minitron.stages.merge import Source, merged_tensors
 from minitron.store import write_json
 
@@ -219,3 +222,71 @@ def test_finished_stages_are_merged_by_their_names(walk, merged_walk):
 def test_the_page_of_the_walk_is_as_it_was_before_the_merge(walk, merged_walk):
     before, _, _ = merged_walk
     assert (walk.runs / "tiny" / "summary.json").read_bytes() == before
+
+
+# Weights chosen by evaluation.
+
+
+@pytest.fixture(scope="module")
+def swept(walk, door, tmp_path_factory):
+    """The pruned and the distilled checkpoint of the finished walk, and beyond: the best of five."""
+    wanted = ("merge.checkpoints=[prune,distill]", "merge.sweep=[[1,0],[0.5,0.5],[0,1],[-0.5,1.5],[0.25,0.75]]", "merge.samples=8")
+    finished = door(tmp_path_factory.mktemp("swept"), *walk.settings, "stage=merge", *wanted)
+    assert finished.returncode == 0, finished.stderr
+    folder = max(walk.runs.glob("store/merge/*"), key=lambda path: path.stat().st_mtime_ns)
+    return wanted, finished, folder, json.loads((folder / "done.json").read_text())["facts"]
+
+
+def test_the_merge_with_the_lowest_held_out_loss_is_kept(walk, swept):
+    _, finished, folder, facts = swept
+    best = min(facts["sweep"], key=lambda one: one["loss_nats_per_token"])
+    assert [part["weight"] for part in facts["merged"]] == best["weights"] and len({one["loss_nats_per_token"] for one in facts["sweep"]}) == 5
+    pruned, student, merged = (tensors(path) for path in (walk.checkpoint("pruned"), walk.checkpoint("student"), folder / "checkpoint"))
+    first, second = best["weights"]
+    assert all(torch.allclose(merged[name], first * pruned[name] + second * student[name], atol=1e-6) for name in merged)
+    assert "lowest of 5 held-out losses, nats/token: 1 + 0 " in finished.stdout and "| -0.5 + 1.5 |" in (folder / "checkpoint" / "README.md").read_text()
+
+
+def test_losses_are_those_of_the_checkpoints_on_rows_that_evaluate_does_not_report(walk, swept):
+    *_, facts = swept
+    held_out = np.load(walk.stage_folder("data") / "heldout.npy")
+    losses = {tuple(one["weights"]): one["loss_nats_per_token"] for one in facts["sweep"]}
+    for weights, model in (((1, 0), "pruned"), ((0, 1), "student")):
+        rows = spread_rows(screening_rows(held_out), 8)
+        assert losses[weights] == pytest.approx(held_out_loss(FAMILY.load(walk.checkpoint(model)), batches_of(rows, 8, "cpu")), abs=1e-5)
+    reported = {row.tobytes() for row in evaluation_rows(held_out)}
+    assert reported and not any(row.tobytes() in reported for row in screening_rows(held_out))
+
+
+def test_an_interrupted_sweep_goes_on_after_the_last_candidate_measured(walk, door, swept, tmp_path):
+    wanted, _, folder, facts = swept
+    (folder / "done.json").unlink()
+    kept = [{**facts["sweep"][0], "loss_nats_per_token": 99.0}, facts["sweep"][1]]  # a mark that only a kept measurement has
+    write_json(folder / "sweep.json", kept)
+    finished = door(tmp_path, *walk.settings, "stage=merge", *wanted)
+    assert finished.returncode == 0, finished.stderr
+    again = json.loads((folder / "done.json").read_text())["facts"]["sweep"]
+    assert again == [*kept, *facts["sweep"][2:]]
+
+
+def test_steps_are_equal_ones_between_two_checkpoints():
+    assert MergeSettings(checkpoints=["a", "b"], steps=2).candidates() == [[1, 0], [0.5, 0.5], [0, 1]]
+    assert MergeSettings(checkpoints=["a", "b"]).candidates() == []
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"steps": "0"}, "merge.steps is 0 for 2 merge.checkpoints; it must be at least 1"),
+    ({"sweep": "[[1,0],[0.5,0.4]]"}, "merge.sweep[1] sum to 0.9; they must sum to 1"),
+    ({"sweep": "[1,0]"}, "merge.sweep[0] is 1; it must be a list of weights"),
+    ({"sweep": "[[1]]"}, "merge.sweep[0] has 1 numbers for 2 merge.checkpoints"),
+    ({"sweep": "[[1,0]]", "weights": "[1,0]"}, "one of merge.weights, merge.sweep and merge.steps"),
+    ({"steps": "2", "samples": "0"}, "merge.samples is 0; it must be at least 1"),
+])  # fmt: skip
+def test_a_sweep_that_cannot_be_is_refused_in_one_line(settings, said, merge, checkpoints):
+    assert said in refusal(merge(checkpoints["one"], checkpoints["two"], **settings)[0])
+
+
+def test_checkpoints_of_another_vocabulary_than_the_rows_are_refused(walk, door, checkpoints, tmp_path):
+    names = f"merge.checkpoints=[{checkpoints['one']},{checkpoints['two']}]"
+    finished = door(tmp_path, *walk.settings, "stage=merge", names, "merge.steps=1")
+    assert "have a vocabulary of 97, the held-out rows hold token" in refusal(finished)

@@ -8,8 +8,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
 from minitron.families import blockwise, mixer, ssd
+from minitron.families.nemotron_h import FAMILY
 
 # Taken at import, before any test can have put ours in their place.
 TRANSFORMERS_OWN = [(owner, name, getattr(owner, name)) for owner, name, _ in mixer.replacements()]
@@ -392,14 +394,14 @@ def decode_error(model, ids_BT, prompt: int) -> float:
 
 
 @pytest.fixture
-def slow_model(build_model):
-    """A model whose time steps fall below transformers' floor of 0.001."""
+def slow_model(build_model, config_of, tiny, write_checkpoint, tmp_path):
+    """A model, as our loader gives it, whose time steps fall below transformers' floor of 0.001."""
     model = build_model()
     with torch.no_grad():
         for block in model.model.layers:
             if hasattr(block.mixer, "dt_bias"):
                 block.mixer.dt_bias.sub_(6)
-    return model
+    return FAMILY.load(write_checkpoint(tmp_path / "slow", model, config_of(tiny)))
 
 
 @pytest.mark.parametrize("installed", [True, False], ids=["our scan", "transformers' scan"])
@@ -416,6 +418,11 @@ def test_with_the_time_step_clamped_from_below_decoding_differs(transformers_own
         if hasattr(block.mixer, "time_step_limit"):
             block.mixer.time_step_limit = (0.001, math.inf)  # transformers' own
     assert decode_error(slow_model, token_ids(2, 45), 33) > 1e-3
+
+
+def test_loaded_by_transformers_itself_decoding_differs(transformers_own, slow_model, token_ids, tmp_path):
+    ssd.install()
+    assert decode_error(AutoModelForCausalLM.from_pretrained(tmp_path / "slow").eval(), token_ids(2, 45), 33) > 1e-3
 
 
 def test_a_prompt_shorter_than_the_convolution_is_decoded_right(transformers_own, teacher, token_ids):

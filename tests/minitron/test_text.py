@@ -69,6 +69,11 @@ def test_the_special_tokens_come_first(tokenizer_folder):
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|pad|>")
 
 
+def test_decoding_shows_the_thinking_tags_and_no_other_special_token(tokenizer_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    assert tokenizer.decode([0, 1, *tokenizer("<think>a</think>")["input_ids"], 0], skip_special_tokens=True) == "<think>a</think>"
+
+
 def test_the_tokenizer_names_a_class_that_every_version_has(tokenizer_folder):
     config = json.loads((tokenizer_folder / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"

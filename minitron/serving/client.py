@@ -1,0 +1,180 @@
+"""A thinking budget for any OpenAI-compatible server: so many tokens of reasoning are asked for, closed if need be, and the answer follows.
+
+Only the completions endpoint is used, text in and text out, which every such server has: the chat template is written out here, by the
+model's own tokenizer. Needs the openai package (extra `serve`), no torch.
+"""
+
+import json
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from minitron.prompts import Tags, write_prompt
+from minitron.serving.errors import in_one_line
+
+CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # a text ends in it where its last token is only part of a character
+Prompt = str | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came of a prompt. `text` is all that follows it, closing tag included; reasoning and answer are its parts, without the tag.
+
+    reasoning_tokens: at most the budget, not counting tags · closed_here: the client closed the reasoning, not the model ·
+    ended: the model came to its end by itself; False where max_tokens cut it off.
+    """
+
+    text: str
+    reasoning: str
+    answer: str
+    reasoning_tokens: int
+    closed_here: bool
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What one request gave."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+class ThinkingBudgetClient:
+    """`ThinkingBudgetClient(url, model, tokenizer).ask("What is 3 plus 4?", thinking_budget=32).answer`."""
+
+    def __init__(self, base_url: str, model: str, *, tokenizer: str | Path, tags: Tags = Tags(), context_tokens: int | None = None,  # noqa: B008
+                 api_key: str = "none", timeout_seconds: float = 60.0, max_retries: int = 2, extra_body: Mapping[str, Any] | None = None):  # fmt: skip
+        """`base_url` ends in /v1 · `model` as the server names it · `tokenizer`: the model's folder, or its Hub id.
+
+        context_tokens: the longest text that the server takes; None reads max_position_embeddings beside the tokenizer, where that is a
+        folder · timeout_seconds: without a word from the server · max_retries: of a request that failed before it gave anything ·
+        extra_body: further fields of every request, e.g. {"skip_special_tokens": False} for vLLM.
+        Raises ValueError for a tokenizer that is not there, or whose tags a client cannot see.
+        """
+        self._base_url, self._model, self._tags, self._timeout_seconds = base_url, model, tags, timeout_seconds
+        self._extra_body = dict(extra_body or {})
+        self._tokenizer = _load_tokenizer(tokenizer)
+        _check_tags(self._tokenizer, tags, hidden=self._extra_body.get("skip_special_tokens", True))
+        self._context_tokens = _positions(Path(tokenizer)) if context_tokens is None else context_tokens
+        self._server = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout_seconds, max_retries=max_retries)
+
+    def ask(self, prompt: Prompt, *, thinking_budget: int | None = None, thinking: bool | None = None, max_tokens: int = 512,
+            temperature: float = 0.0, top_p: float = 1.0) -> Reply:  # fmt: skip
+        """The whole reply to a user's message, or to a conversation [{role, content}, …]; greedy at temperature 0.
+
+        thinking_budget: most tokens of reasoning; then it is closed and the answer goes on; None: no limit. Under a budget, reasoning that
+        the template leaves to the model to open is opened here · thinking: through the template's switch · max_tokens: of the whole reply.
+        Raises ValueError for what the caller can mend, ConnectionError where no server answers or it fails, TimeoutError.
+        """
+        request = {"temperature": temperature, "top_p": top_p, "stream": False}
+        pieces = self._reply(prompt, thinking_budget, thinking, max_tokens, request)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                return end.value
+
+    def stream(self, prompt: Prompt, *, thinking_budget: int | None = None, thinking: bool | None = None, max_tokens: int = 512,
+               temperature: float = 0.0, top_p: float = 1.0) -> Generator[str, None, Reply]:  # fmt: skip
+        """The reply's text as it comes, piece by piece; the generator returns the Reply (`reply = yield from client.stream(…)`)."""
+        request = {"temperature": temperature, "top_p": top_p, "stream": True, "stream_options": {"include_usage": True}}
+        return self._reply(prompt, thinking_budget, thinking, max_tokens, request)
+
+    def _reply(self, prompt: Prompt, budget: int | None, thinking: bool | None, max_tokens: int, request: Mapping[str, Any]) -> Generator[str, None, Reply]:
+        before = self._begin(prompt, budget, thinking, max_tokens)
+        reasons = _is_open(before, self._tags)
+        first = max_tokens if budget is None or not reasons else min(budget, max_tokens)
+        made = (yield from self._go_on(before, first, request)) if first else _Made("", 0, ended=False)
+        text, ended, left, closed_here, begun = made.text, made.ended, max_tokens - made.tokens, False, 0
+        if first < max_tokens and not ended:
+            if self._tags.closing not in text:
+                begun, closing = self._rest_of_closing(text)
+                closed_here, text, left = True, text + closing, left - self._count(closing)
+                yield closing
+            if left > 0:
+                more = yield from self._go_on(before + text, left, request)
+                text, ended = text + more.text, more.ended
+        reasoning, _, answer = text.partition(self._tags.closing) if reasons else ("", "", text)
+        tokens = made.tokens - begun if closed_here else self._count(reasoning)
+        return Reply(text, reasoning, answer, tokens, closed_here, ended)
+
+    def _begin(self, prompt: Prompt, budget: int | None, thinking: bool | None, max_tokens: int) -> str:
+        """What the model is to go on from. Raises ValueError."""
+        if budget is not None and budget < 0:
+            raise ValueError(f"thinking_budget is {budget}; it must be at least 0 (None: no limit)")
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+        text = write_prompt(self._tokenizer, prompt, thinking)
+        if budget is not None and thinking is not False and not _is_open(text, self._tags) and not text.rstrip().endswith(self._tags.closing):
+            text += self._tags.opening
+        length = self._count(text)
+        if self._context_tokens is not None and length + max_tokens > self._context_tokens:
+            raise ValueError(f"the prompt has {length:,} tokens and max_tokens is {max_tokens:,}; together they must be at most {self._context_tokens:,}")
+        return text
+
+    def _go_on(self, text: str, max_tokens: int, request: Mapping[str, Any]) -> Generator[str, None, _Made]:
+        """One request; yields what comes, piece by piece where it is streamed."""
+        reason = usage = None
+        made = ""
+        with in_one_line(self._base_url, self._timeout_seconds):
+            got = self._server.completions.create(model=self._model, prompt=self._sent(text), max_tokens=max_tokens, extra_body=self._extra_body, **request)
+            for part in got if request["stream"] else [got]:
+                usage = part.usage or usage
+                for choice in part.choices:  # none in the part that has the usage alone
+                    made, reason = made + choice.text, choice.finish_reason or reason
+                    yield choice.text
+        if usage is None or reason not in ("stop", "length"):
+            raise ConnectionError(f"the server at {self._base_url} ended with reason {reason} and token counts {usage}; it must give both")
+        return _Made(made.rstrip(CUT_CHARACTER), usage.completion_tokens, ended=reason == "stop")
+
+    def _sent(self, text: str) -> str:
+        """Without a beginning-of-text token that the server's tokenizer will put in front by itself."""
+        bos = self._tokenizer.bos_token
+        adds = bool(bos) and self._tokenizer("")["input_ids"][:1] == [self._tokenizer.bos_token_id]
+        return text.removeprefix(bos) if adds else text
+
+    def _rest_of_closing(self, text: str) -> tuple[int, str]:
+        """How many tokens of the closing tag a text ends in already, and the rest of the tag."""
+        _, ids = self._tags.ids(self._tokenizer)
+        for begun in range(len(ids) - 1, 0, -1):
+            part = self._tokenizer.decode(ids[:begun])
+            if text.endswith(part):
+                return begun, self._tags.closing[len(part) :]
+        return 0, self._tags.closing
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _is_open(text: str, tags: Tags) -> bool:
+    """Whether reasoning is open at the end of a text."""
+    _, opened, after = text.rpartition(tags.opening)
+    return bool(opened) and tags.closing not in after
+
+
+def _load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer is {str(place)!r}, which cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _check_tags(tokenizer: PreTrainedTokenizerBase, tags: Tags, *, hidden: bool) -> None:
+    """Refuse tags that the tokenizer does not have, or that a server leaves out of its text. Raises ValueError."""
+    for tag, ids in zip((tags.opening, tags.closing), tags.ids(tokenizer), strict=True):
+        if not tag or tokenizer.decode(ids) != tag:
+            raise ValueError(f"the tokenizer has no tokens for the thinking tag {tag!r}; name the tags that it knows, e.g. tags=Tags('<think>', '</think>')")
+        if hidden and tokenizer.decode(ids, skip_special_tokens=True) != tag:
+            raise ValueError(f"the thinking tag {tag!r} is a special token, which servers leave out of their text; "
+                             "vLLM shows it with extra_body={'skip_special_tokens': False}")  # fmt: skip
+
+
+def _positions(folder: Path) -> int | None:
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings") if path.is_file() else None

@@ -1,0 +1,179 @@
+"""make vllm-check: real vLLM serves an exported student unchanged; VLLM_PYTHON names the interpreter that has it. Prints what it measures."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from memory_budget.hf_config import read_config
+from minitron.families import family_of
+from minitron.generation import generate
+from minitron.prompts import Tags, write_prompt
+from minitron.serving import ThinkingBudgetClient
+
+VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(VLLM_PYTHON is None, reason="no vLLM: make vllm-check")]
+
+CONTEXT, POOL_GIB, BLOCK_SIZE = 2048, 1, 128  # of vLLM: --max-model-len, VLLM_CPU_KVCACHE_SPACE, its own block size on a CPU
+TOLERANCE_NATS = 1e-4  # float32 on both sides; measured: 5e-6
+PROMPT = "def read(self, size=-1):"
+# vLLM's attention on a CPU takes heads of 32, 64, 80, … channels only.
+STUDENT = ("teacher.tiny.attention_head_dim=32", "teacher.tiny.num_attention_heads=2", "teacher.tiny.num_key_value_heads=1",
+           "budget.device_gib=0.0004", "search.finalists=0", "search.shortlist_size=1")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    url: str
+    log: str
+
+
+def is_ready(port: int) -> bool:
+    try:
+        return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def folder(door, small_settings, tmp_path_factory) -> Path:
+    """What stage=export left of a student that was cut and distilled."""
+    place = tmp_path_factory.mktemp("student")
+    for stage in ("distill", "export"):
+        finished = door(place, *small_settings, *STUDENT, f"stage={stage}")
+        assert finished.returncode == 0, finished.stderr
+    assert "vLLM takes all" in finished.stdout
+    return place / "runs" / "tiny" / "export"
+
+
+@pytest.fixture(scope="module")
+def serve(folder, tmp_path_factory):
+    """Starts vLLM's server with further options and waits until it answers; one at a time."""
+    running: list[subprocess.Popen] = []
+
+    def stop() -> None:
+        for process in running:  # with its engine and worker, which are processes of their own
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        running.clear()
+
+    def start(port: int, *options: str) -> Served:
+        stop()
+        log = tmp_path_factory.mktemp("vllm") / "server.log"
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment = own | {"VLLM_CPU_KVCACHE_SPACE": str(POOL_GIB), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        # The `vllm` command itself ends at once in vllm-cpu: it asks for the version of a package named vllm.
+        command = [VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "student", "--host", "127.0.0.1",
+                   "--port", str(port), "--max-model-len", str(CONTEXT), "--mamba_ssm_cache_dtype", "float32", "--enforce-eager", *options]  # fmt: skip
+        with log.open("w") as output:
+            running.append(subprocess.Popen(command, cwd=log.parent, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True))
+        until = time.monotonic() + 400
+        while not is_ready(port):
+            assert running[0].poll() is None and time.monotonic() < until, log.read_text()[-4000:]
+            time.sleep(0.5)
+        return Served(f"http://127.0.0.1:{port}/v1", log.read_text())
+
+    yield start
+    stop()
+
+
+@pytest.fixture(scope="module")
+def served(serve) -> Served:
+    """Without prefix caching: with it vLLM 0.32.0 fails on a CPU at a prompt longer than a block, as its scan there keeps no states on the way."""
+    return serve(8642, "--dtype", "float32", "--no-enable-prefix-caching")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return family_of(read_config(folder)).load(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def client(served, folder) -> ThinkingBudgetClient:
+    return ThinkingBudgetClient(served.url, "student", tokenizer=folder, context_tokens=CONTEXT)
+
+
+@torch.no_grad()
+def prompt_differences(served: Served, model, ids: list[int]) -> torch.Tensor:
+    """|log p of every prompt token by vLLM − by transformers|, nats."""
+    server = openai.OpenAI(base_url=served.url, api_key="none")
+    got = server.completions.create(model="student", prompt=ids, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 0})
+    theirs = [row[str(token)]["logprob"] for row, token in zip(got.choices[0].model_extra["prompt_logprobs"][1:], ids[1:], strict=True)]
+    ours = model(torch.tensor([ids]), use_cache=False).logits[0, :-1].log_softmax(-1)
+    return (torch.tensor(theirs) - ours[torch.arange(len(ids) - 1), ids[1:]]).abs()
+
+
+def test_prompt_log_probabilities_are_transformers(served, model, tokenizer, folder):
+    ids = tokenizer((Path(json.__file__).read_text())[:3000])["input_ids"][:700]
+    difference = prompt_differences(served, model, ids)
+    print(f"\nprompt log-probabilities of {len(ids) - 1} tokens: largest difference {difference.max():.1e} nats, mean {difference.mean():.1e}")
+    assert difference.max() <= TOLERANCE_NATS
+    other = family_of(read_config(folder)).load(folder)
+    other.model.layers[0].mixer.D.data += 0.01
+    assert prompt_differences(served, other, ids).max() > TOLERANCE_NATS  # the control: one vector of one layer a hundredth off
+
+
+@pytest.mark.parametrize("budget", [0, 1, 32])
+def test_the_client_holds_its_budget(budget, client, model, tokenizer):
+    arguments = {"thinking_budget": budget, "thinking": True, "max_tokens": 80}
+    reply = client.ask(PROMPT, **arguments)
+    pieces = list(client.stream(PROMPT, **arguments))
+    (ids,) = generate(model, tokenizer, [write_prompt(tokenizer, PROMPT, thinking=True)], new_tokens=80, thinking_budget=budget, tags=Tags())
+    same = tokenizer.decode(ids, skip_special_tokens=True) == reply.text
+    print(f"\nbudget {budget}: {reply.reasoning_tokens} tokens of reasoning, {'the' if same else 'not the'} text of the logits processor")
+    assert reply.reasoning_tokens == budget and reply.closed_here and reply.text == f"{reply.reasoning}</think>{reply.answer}"
+    assert "".join(pieces) == reply.text and len(pieces) > 20
+
+
+def test_without_a_budget_it_reasons_longer(client):
+    assert client.ask(PROMPT, thinking=True, max_tokens=80).reasoning_tokens > 32
+
+
+def test_what_vllm_refuses_is_one_line(served, folder):
+    with pytest.raises(ValueError, match=r"^the server at .* refuses the request \(404\): The model `other` does not exist[^\n]*$"):
+        ThinkingBudgetClient(served.url, "other", tokenizer=folder).ask(PROMPT)
+    with pytest.raises(ValueError, match=r"^the server at .* refuses the request \(400\): [^\n]*maximum context length is 2048 tokens[^\n]*$"):
+        ThinkingBudgetClient(served.url, "student", tokenizer=folder).ask("a b " * 2000)
+
+
+def printed_sizes(served: Served) -> tuple[int, float]:
+    """KV cache tokens and maximum concurrency in vLLM's log."""
+    found = re.search(r"KV cache size: ([\d,]+) tokens, Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x", served.log)
+    return int(found[1].replace(",", "")), float(found[2])
+
+
+def predicted_sizes(folder: Path, environment: dict, *options: str) -> tuple[int, float]:
+    command = [sys.executable, "-m", "memory_budget", str(folder), "--context", str(CONTEXT), "--engine", "vllm", "--pool-gib", str(POOL_GIB),
+               "--block-size", str(BLOCK_SIZE), "--json", *options]  # fmt: skip
+    allotment = json.loads(subprocess.run(command, env=environment, text=True, capture_output=True, check=True).stdout)["vllm"]
+    return allotment["kv_cache_tokens"], round(allotment["max_concurrency"], 2)
+
+
+def test_cache_size_and_concurrency_are_the_calculators(served, folder, environment):
+    options = ("--weights", "float32", "--kv", "float32")
+    printed, predicted = printed_sizes(served), predicted_sizes(folder, environment, *options)
+    print(f"\nfloat32: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
+    assert predicted == printed != predicted_sizes(folder, environment, *options, "--prefix-caching")
+
+
+def test_cache_size_in_bf16_with_prefix_caching_is_the_calculators(serve, folder, environment):
+    """Last: it takes the place of the other server."""
+    printed, predicted = printed_sizes(serve(8643, "--dtype", "bfloat16")), predicted_sizes(folder, environment, "--prefix-caching")
+    print(f"\nbf16, prefix caching: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
+    assert predicted == printed != predicted_sizes(folder, environment)
