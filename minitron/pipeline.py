@@ -44,7 +44,8 @@ class StageContext:
 def order_of(settings: Settings) -> list[str]:
     """The stored stages to run for `settings.stage`, each after what it needs."""
     # All there is ends in evaluate; so a stage that nothing needs under these settings is left out.
-    wanted = ("evaluate",) if settings.stage is Stage.all else (settings.stage.value,)
+    everything = ("evaluate", "reasoning") if settings.reasoning.enabled else ("evaluate",)
+    wanted = everything if settings.stage is Stage.all else (settings.stage.value,)
     order: list[str] = []
 
     def visit(name: str) -> None:

@@ -156,12 +156,21 @@ def _distill_blocks(part: Part) -> list[str]:
     return [] if part.which is Which.depth else [part.plot("distillation.png", caption)]
 
 
+def _reasoning_blocks(part: Part) -> list[str]:
+    curves = part.summary["reasoning"]["curves"]
+    names = {"teacher": "teacher", "student": "student", "student_whole": "student of whole traces alone"}
+    rows = [[names[name], *(f"{100 * point['accuracy']:.1f} ± {100 * point['standard_error']:.1f}" for point in points)] for name, points in curves.items()]
+    head = ("right answers (%) with a budget of", *(str(point["budget"]) for point in curves["teacher"]))
+    return [part.plot("thinking_budget.png", "right answers by the tokens of reasoning allowed, then closed"), table(head, rows)]
+
+
 STAGE_BLOCKS: Mapping[str, Callable[[Part], list[str]]] = {
     "teacher": _teacher_blocks,
     "score": _score_blocks,
     "shortlist": _shortlist_blocks,
     "search": _search_blocks,
     "distill": _distill_blocks,
+    "reasoning": _reasoning_blocks,
 }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from minitron.hand_over_settings import ExportSettings, MergeSettings
+from minitron.reasoning_settings import ArithmeticSettings, ReasoningSettings
 from minitron.search_settings import SearchSettings, ThroughputSettings
 from minitron.setting_rules import at_least, check_kinds, check_share, how
 from minitron.training_settings import DistillSettings, Rows, TrainSettings
@@ -25,8 +26,11 @@ class Stage(Enum):
     phase_rows = "phase_rows"
     distill_cache = "distill_cache"
     distill = "distill"
+    whole_rows = "whole_rows"
+    distill_whole = "distill_whole"
     merge = "merge"
     evaluate = "evaluate"
+    reasoning = "reasoning"
     report = "report"
     export = "export"
     generate = "generate"
@@ -97,6 +101,7 @@ class TeacherSettings:
 class DataSettings:
     files: list[str] | None = None
     dataset: str | None = None
+    arithmetic: ArithmeticSettings = field(default_factory=ArithmeticSettings)
     dataset_config: str | None = None
     dataset_revision: str | None = None
     dataset_split: str = "train"
@@ -118,6 +123,8 @@ class DataSettings:
         check_share("data.truncated_share", self.truncated_share)
         if self.files and self.dataset:
             raise ValueError(f"data.files and data.dataset ({self.dataset!r}) are both given; one of them must be null")
+        if self.arithmetic.problems and (self.files or self.dataset):
+            raise ValueError(f"data.arithmetic.problems is {self.arithmetic.problems}, but data.files or data.dataset is given; it must then be 0")
         for name in ("dataset_config", "dataset_revision"):
             if getattr(self, name) is not None and not self.dataset:
                 raise ValueError(f"data.{name} is {getattr(self, name)!r}, but data.dataset is not given; both must be, or neither")
@@ -268,12 +275,17 @@ class Settings:
     distill: DistillSettings = field(default_factory=DistillSettings)
     merge: MergeSettings = field(default_factory=MergeSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     generate: GenerateSettings = field(default_factory=GenerateSettings)
 
     def __post_init__(self) -> None:
         if not self.run_name or "/" in self.run_name or self.run_name.startswith(".") or self.run_name == "store":
             raise ValueError(f"run_name is {self.run_name!r}; it must be one folder name, not starting with a dot, and not 'store'")
+        if self.reasoning.enabled and not self.data.arithmetic.problems:
+            raise ValueError("reasoning.enabled is true, but data.arithmetic.problems is 0; it measures answers to those problems, so there must be some")
+        if self.reasoning.enabled and self.distill.cached:
+            raise ValueError("reasoning.enabled is true, but distill.cached is too: the student to compare with learns from rows that the cache has not")
         if self.data.rows is Rows.packed:
             raise ValueError("data.rows is packed; it must be windows or documents (distill.phases[].rows may be packed)")
         if self.distill.loss.hidden_weight and self.prune.method is PruneMethod.compensated and self.prune.rotate:

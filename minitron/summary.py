@@ -53,6 +53,7 @@ def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:
         "base": _given_base(laps[0].settings),
         "models": _models(settings, results, budget.bytes),
         "recovery": {name: results["evaluate"].facts[name] for name in ("lost_nats_per_token", "recovered_share")} if "evaluate" in results else {},
+        "reasoning": {name: results["reasoning"].facts[name] for name in ("problems", "curves")} if "reasoning" in results else {},
         **_lap(laps[-1]),
         "depth_lap": _lap(laps[0]) if len(laps) > 1 else {},
     }
