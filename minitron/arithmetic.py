@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from minitron.reasoning_settings import ArithmeticSettings
 from minitron.text import Document
 
+# The question alone, and reasoning begun: what a conversation with such a model is.
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}{{ message['content'] }}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<think></think>' if enable_thinking is defined and not enable_thinking else '<think>' }}{% endif %}"
+)
 ARITHMETIC_VERSION = 1  # rises when the same settings give other problems
 
 
@@ -44,21 +49,16 @@ class Problem:
 
 
 def problems(settings: ArithmeticSettings) -> Iterator[Problem]:
-    """`settings.problems` of them, of 2 to `settings.most_operands` digits, each once as long as there are others."""
-    numbers, seen = random.Random(settings.seed), set()
+    """`settings.problems` of them, of 2 to `settings.most_operands` digits, every length equally often; short ones come again."""
+    numbers = random.Random(settings.seed)
     for _ in range(settings.problems):
-        for _attempt in range(100):
-            problem = Problem(tuple(numbers.choices(range(10), k=numbers.randint(2, settings.most_operands))))
-            if problem not in seen:
-                break
-        seen.add(problem)
-        yield problem
+        yield Problem(tuple(numbers.choices(range(10), k=numbers.randint(2, settings.most_operands))))
 
 
 def problem_documents(settings: ArithmeticSettings) -> Iterator[Document]:
     return (problem.document for problem in problems(settings))
 
 
-def held_out_problems(settings: ArithmeticSettings) -> Iterator[Problem]:
-    """Those whose documents are held out."""
-    return (problem for problem in problems(settings) if problem.document.is_held_out)
+def held_out_problems(settings: ArithmeticSettings) -> list[Problem]:
+    """Those whose documents are held out, each once."""
+    return list(dict.fromkeys(problem for problem in problems(settings) if problem.document.is_held_out))

@@ -17,6 +17,7 @@ from typing import Any
 
 from distill.sharing import check_sharing
 from minitron import processes
+from minitron.arithmetic import held_out_problems
 from minitron.blends import rows_to_make
 from minitron.console import Console
 from minitron.derived import fewest_layers, layer_rules
@@ -153,6 +154,9 @@ def check_before_work(settings: Settings) -> None:
     check_sharing(settings.teacher.train.batch, settings.teacher.train.micro_batch, 1)
     if settings.stage is Stage.merge:
         check_merge(settings)
+    if settings.reasoning.enabled and (there := len(held_out_problems(settings.data.arithmetic))) < settings.reasoning.problems:
+        raise ValueError(f"reasoning.problems is {settings.reasoning.problems}, but only {there} of data.arithmetic.problems are held out; "
+                         "lower the one or raise the other")  # fmt: skip
     if settings.stage not in FROM_WHAT_IS_DONE and "distill" in order_of(settings):
         check_phases(settings)
     trains = () if settings.distill.phases else (("distill.train", settings.distill.train),)
