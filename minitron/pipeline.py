@@ -154,9 +154,7 @@ def check_before_work(settings: Settings) -> None:
     check_sharing(settings.teacher.train.batch, settings.teacher.train.micro_batch, 1)
     if settings.stage is Stage.merge:
         check_merge(settings)
-    if settings.reasoning.enabled and (there := len(held_out_problems(settings.data.arithmetic))) < settings.reasoning.problems:
-        raise ValueError(f"reasoning.problems is {settings.reasoning.problems}, but only {there} of data.arithmetic.problems are held out; "
-                         "lower the one or raise the other")  # fmt: skip
+    check_reasoning(settings)
     if settings.stage not in FROM_WHAT_IS_DONE and "distill" in order_of(settings):
         check_phases(settings)
     trains = () if settings.distill.phases else (("distill.train", settings.distill.train),)
@@ -186,6 +184,16 @@ def check_phases(settings: Settings) -> None:
                              "the teacher's max_position_embeddings (or distill.max_positions)")  # fmt: skip
     for data in rows_to_make(settings).values():
         check_source(data)
+
+
+def check_reasoning(settings: Settings) -> None:
+    """Refuse what a student of whole traces cannot learn from, and fewer problems than are to be answered. Raises ValueError."""
+    asked = order_of(replace(settings, stage=Stage.all) if settings.stage in FROM_WHAT_IS_DONE else settings)
+    if "distill_whole" in asked and settings.distill.cached:
+        raise ValueError("distill.cached is true, but a student is to learn from whole traces too (reasoning.enabled), which the cache lacks; it must be false")
+    if "reasoning" in asked and (there := len(held_out_problems(settings.data.arithmetic))) < settings.reasoning.problems:
+        raise ValueError(f"reasoning.problems is {settings.reasoning.problems}, but of data.arithmetic.problems {settings.data.arithmetic.problems} "
+                         f"only {there} are held out; lower the one or raise the other")  # fmt: skip
 
 
 def check_merge(settings: Settings) -> None:

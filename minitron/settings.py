@@ -282,10 +282,6 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.run_name or "/" in self.run_name or self.run_name.startswith(".") or self.run_name == "store":
             raise ValueError(f"run_name is {self.run_name!r}; it must be one folder name, not starting with a dot, and not 'store'")
-        if self.reasoning.enabled and not self.data.arithmetic.problems:
-            raise ValueError("reasoning.enabled is true, but data.arithmetic.problems is 0; it measures answers to those problems, so there must be some")
-        if self.reasoning.enabled and self.distill.cached:
-            raise ValueError("reasoning.enabled is true, but distill.cached is too: the student to compare with learns from rows that the cache has not")
         if self.data.rows is Rows.packed:
             raise ValueError("data.rows is packed; it must be windows or documents (distill.phases[].rows may be packed)")
         if self.distill.loss.hidden_weight and self.prune.method is PruneMethod.compensated and self.prune.rotate:

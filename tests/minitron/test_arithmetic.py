@@ -7,7 +7,8 @@ import pytest
 from minitron.arithmetic import Problem, held_out_problems, problem_documents, problems
 from minitron.documents import read_documents
 from minitron.reasoning_settings import ArithmeticSettings, ReasoningSettings
-from minitron.settings import DataSettings, Settings
+from minitron.settings import DataSettings
+from minitron.training_settings import DistillSettings, PhaseSettings, SourceSettings
 
 SOME = ArithmeticSettings(problems=3000, most_operands=4)
 
@@ -49,8 +50,9 @@ def test_a_cut_trace_is_closed_after_a_whole_step_and_keeps_its_answer():
         (lambda: ArithmeticSettings(most_operands=1), "data.arithmetic.most_operands is 1; it must be at least 2"),
         (lambda: ReasoningSettings(budgets=[0, 4, 2]), r"reasoning.budgets is \[0, 4, 2\]; it must be numbers of tokens, at least 0 and each above"),
         (lambda: ReasoningSettings(budgets=[-1]), r"reasoning.budgets is \[-1\]"),
+        (lambda: DistillSettings(phases=[PhaseSettings(truncated_share=2.0)]), r"distill.phases\[0\].truncated_share is 2.0; it must be at least 0"),
+        (lambda: DistillSettings(phases=[PhaseSettings(truncated_share=0.1, blend=[SourceSettings(files=["a.txt"])])]), "with a blend each source has its own"),
         (lambda: DataSettings(arithmetic=SOME, files=["a.txt"]), "data.arithmetic.problems is 3000, but data.files or data.dataset is given"),
-        (lambda: Settings(reasoning=ReasoningSettings(enabled=True)), "reasoning.enabled is true, but data.arithmetic.problems is 0"),
     ],
 )
 def test_settings_that_cannot_be_met_are_refused(build, message):

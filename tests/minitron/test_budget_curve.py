@@ -1,6 +1,7 @@
 """Accuracy against the thinking budget: the stages in miniature at the door, and the measurement against decoding by hand."""
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ ARITHMETIC = ArithmeticSettings(problems=1000, most_operands=3)
 MINIATURE = (
     "device=cpu", "experiment=tiny_reasoning", "data.arithmetic.problems=1000", "data.arithmetic.most_operands=3", "data.sequence_length=16",
     "teacher.tiny={pattern: 'M*-', hidden: 32, ffn: 64, num_attention_heads: 2, num_key_value_heads: 1, mamba_num_heads: 4}",
-    "teacher.train.tokens=30000", "distill.train.tokens=4000", "scoring.samples=16", "scoring.layer_samples=8", "search.fixed={hidden: 24, ffn: 64}",
+    "teacher.train.tokens=20000", "distill.train.tokens=4000", "scoring.samples=16", "scoring.layer_samples=8", "search.fixed={hidden: 24, ffn: 64}",
     "evaluate.samples=8", "reasoning.problems=16", "reasoning.budgets=[0, 1, 2]",
 )  # fmt: skip
 
@@ -39,7 +40,7 @@ def result_of(reasoned):
 
 @pytest.fixture(scope="module")
 def taught(result_of):
-    """The miniature's teacher, which writes the format and often knows the answer, and its tokenizer."""
+    """The miniature's teacher, which writes the format but knows few answers, and its tokenizer."""
     folder = result_of("teacher") / "checkpoint"
     return family_of(read_config(folder)).load(folder), AutoTokenizer.from_pretrained(folder)
 
@@ -55,9 +56,14 @@ def test_summary_and_page_have_the_three_curves(reasoned):
     assert "| student of whole traces alone |" in page and (reasoned / "tiny_reasoning" / "thinking_budget.png").exists()
 
 
-def test_more_problems_than_are_held_out_are_refused_before_any_work(run_process, tmp_path):
-    finished = run_process(tmp_path, *MINIATURE, "reasoning.problems=5000")
-    assert finished.returncode == 2 and finished.stderr.startswith("error: reasoning.problems is 5000, but only ") and not (tmp_path / "runs").exists()
+@pytest.mark.parametrize(("settings", "message"), [
+    (("reasoning.problems=5000",), "reasoning.problems is 5000, but of data.arithmetic.problems 1000 only "),
+    (("stage=reasoning", "data.arithmetic.problems=0"), "reasoning.problems is 16, but of data.arithmetic.problems 0 only 0 are held out"),
+    (("distill.cached=true",), "distill.cached is true, but a student is to learn from whole traces too"),
+])  # fmt: skip
+def test_what_cannot_be_measured_is_refused_before_any_work(settings, message, run_process, tmp_path):
+    finished = run_process(tmp_path, *MINIATURE, *settings)
+    assert finished.returncode == 2 and finished.stderr.startswith(f"error: {message}") and not (tmp_path / "runs").exists()
 
 
 def test_the_student_to_compare_with_sees_no_cut_trace(result_of):
@@ -87,19 +93,25 @@ def by_hand(model, tokenizer, question: str, budget: int, new_tokens: int) -> tu
     return tokenizer.decode(ids[before:]), reasoning
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A question with whatever answer counts as right."""
+
+    question: str
+    answer: str | None
+
+
 @pytest.mark.parametrize("budget", [0, 1, 2])
 def test_the_curve_is_what_decoding_by_hand_gives(taught, budget):
     model, tokenizer = taught
-    problems = held_out_problems(ARITHMETIC)[:12]
-    right, reasoning = 0, []
-    for problem in problems:
-        text, tokens = by_hand(model, tokenizer, problem.question, budget, 8)
-        right += text.endswith(f"</think> {problem.answer}<|endoftext|>")
-        reasoning.append(tokens)
-    assert right or budget < 2, "the teacher knows none of the answers, so this shows little"
-    (point,) = budget_curve(model, tokenizer, problems, [budget], batch=5, new_tokens=8)
-    assert (point.accuracy, point.mean_reasoning_tokens, point.most_reasoning_tokens) == (right / 12, sum(reasoning) / 12, max(reasoning))
-    assert point.standard_error == pytest.approx((point.accuracy * (1 - point.accuracy) / 12) ** 0.5)
+    questions = [problem.question for problem in held_out_problems(ARITHMETIC)[:12]]
+    texts, reasoning = zip(*(by_hand(model, tokenizer, question, budget, 8) for question in questions), strict=True)
+    answers = [text.partition("</think>")[2].removesuffix("<|endoftext|>").strip() for text in texts]
+    assert all(text.endswith("<|endoftext|>") for text in texts) and all(answers)
+    asked = [Asked(question, answer if number % 3 else f"not {answer}") for number, (question, answer) in enumerate(zip(questions, answers, strict=True))]
+    (point,) = budget_curve(model, tokenizer, asked, [budget], batch=5, new_tokens=8)
+    assert (point.accuracy, point.mean_reasoning_tokens, point.most_reasoning_tokens) == (8 / 12, sum(reasoning) / 12, max(reasoning))
+    assert point.standard_error == pytest.approx((8 / 12 * 4 / 12 / 12) ** 0.5)
 
 
 def test_an_answer_has_both_of_its_ends():
