@@ -1,4 +1,4 @@
-"""Where the text comes from: the embedded text, generated sums, local files, or a dataset on the Hub, as named documents.
+"""Where the text comes from: the embedded text, generated problems, local files, or a dataset on the Hub, as named documents.
 
 A document's name is its file's name without folder and extension (of a Hub dataset, its id) and its position among the
 documents of that name. The split into train and held-out goes by the name (`minitron.text.Document`), so the
@@ -53,7 +53,7 @@ def source_title(data: DataSettings) -> str:
     if data.dataset:
         return " ".join(filter(None, (data.dataset, data.dataset_config, data.dataset_split, f"at {data.dataset_revision or 'its newest revision'}")))
     if data.arithmetic.problems:
-        return "generated sums"
+        return "generated problems"
     return "the Python standard library's sources"
 
 

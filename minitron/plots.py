@@ -10,7 +10,7 @@ from memory_budget.units import format_gib, to_gib
 from minitron import plot_style, plots_search
 from minitron.plot_style import GREY, MODELS, RED, draw_curve, new_axes, new_figure, viridis, viridis_map
 from minitron.plots_search import candidates, depths, pareto
-from minitron.summary import chosen_candidate, removed_layers, sequences_text
+from minitron.summary import REASONERS, chosen_candidate, removed_layers, sequences_text
 
 Summary = Mapping[str, Any]
 
@@ -29,11 +29,7 @@ CRITERIA = {
     "loss": "loss without it\n(nats/token)",
     "block_influence": "1 − cosine of the residual\nbefore and after (ratio)",
 }
-REASONERS = {
-    "teacher": ("teacher", MODELS["teacher"], "o"),
-    "student": ("student", MODELS["student"], "s"),
-    "student_whole": ("student of whole traces alone", "#CC79A7", "^"),
-}
+BUDGET_CURVES = {"teacher": (MODELS["teacher"], "o"), "student": (MODELS["student"], "s"), "student_whole": ("#CC79A7", "^")}
 PIXELS_PER_INCH = 120
 
 
@@ -189,13 +185,13 @@ def _thinking_budget(summary: Summary):
     title = f"{summary['reasoning']['problems']} held-out problems, greedy; bars are the standard error"
     axes = new_axes(figure, title=title, x="thinking budget (tokens of reasoning)", y="right answers (%)")
     budgets = [point["budget"] for point in curves["teacher"]]
-    for name, (label, colour, marker) in REASONERS.items():
+    for name, (colour, marker) in BUDGET_CURVES.items():
         accuracies, errors = ([100 * point[value] for point in curves[name]] for value in ("accuracy", "standard_error"))
-        axes.errorbar(range(len(budgets)), accuracies, yerr=errors, label=label, color=colour, marker=marker, linewidth=1.5, capsize=3)
+        axes.errorbar(range(len(budgets)), accuracies, yerr=errors, label=REASONERS[name], color=colour, marker=marker, linewidth=1.5, capsize=3)
     axes.set_xticks(range(len(budgets)), budgets)  # evenly: the small ones are where something happens
     axes.set_ylim(0, 102)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=len(REASONERS), fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(BUDGET_CURVES), fontsize=9, frameon=False)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Settings of the sums that teach reasoning, and of how well a student answers them. What each means stands in conf/run.yaml."""
+"""Settings of the problems that teach reasoning, and of how well a student answers them. What each means stands in conf/run.yaml."""
 
 from dataclasses import dataclass, field
 

@@ -9,7 +9,7 @@ from memory_budget.units import format_gib
 from minitron.report_search import architecture_table, candidates_table, choice_sentences, pattern_lines, screens_table, table_notes
 from minitron.report_text import Summary, duration, escaped, image, nats, sentence, table
 from minitron.report_verdict import evaluations, how_to_read, models_table, verdict
-from minitron.summary import chosen_candidate
+from minitron.summary import REASONERS, chosen_candidate
 
 BEFORE_THE_LAPS = ("data", "teacher")
 STYLE = """
@@ -158,8 +158,7 @@ def _distill_blocks(part: Part) -> list[str]:
 
 def _reasoning_blocks(part: Part) -> list[str]:
     curves = part.summary["reasoning"]["curves"]
-    names = {"teacher": "teacher", "student": "student", "student_whole": "student of whole traces alone"}
-    rows = [[names[name], *(f"{100 * point['accuracy']:.1f} ± {100 * point['standard_error']:.1f}" for point in points)] for name, points in curves.items()]
+    rows = [[REASONERS[name], *(f"{100 * point['accuracy']:.1f} ± {100 * point['standard_error']:.1f}" for point in points)] for name, points in curves.items()]
     head = ("right answers (%) with a budget of", *(str(point["budget"]) for point in curves["teacher"]))
     return [part.plot("thinking_budget.png", "right answers by the tokens of reasoning allowed, then closed"), table(head, rows)]
 

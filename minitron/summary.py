@@ -25,6 +25,7 @@ MODEL_STAGES = {"teacher": "teacher", "pruned": "prune", "student": "distill"}
 LAYERS_FILE, METRICS_FILE = "layers.json", "metrics.jsonl"
 SEARCH_FILES = ("candidates.csv", "candidates.jsonl", "export_config.json")
 MOST_CURVE_POINTS = 200
+REASONERS = {"teacher": "teacher", "student": "student", "student_whole": "student of whole traces alone"}  # of summary["reasoning"]
 RUNGS = ("short_distill_loss", "zero_shot_loss")  # the highest first
 
 
