@@ -13,7 +13,7 @@ from minitron.settings import DataSettings, Settings
 from minitron.training_settings import PhaseSettings, SourceSettings
 
 # Of DataSettings: what source_identity answers for.
-SOURCE_SETTINGS = ("files", "dataset", "dataset_config", "dataset_revision", "dataset_split", "text_field")
+SOURCE_SETTINGS = ("files", "dataset", "dataset_config", "dataset_revision", "dataset_split", "text_field", "arithmetic")
 DATA_ROWS = "train"  # the data stage's own
 
 
@@ -37,12 +37,22 @@ def rows_to_make(settings: Settings) -> Mapping[str, DataSettings]:
     return {part.name: part.data for parts in phase_parts(settings) for part in parts if part.name != DATA_ROWS}
 
 
+def without_truncation(settings: Settings) -> Settings:
+    """The same distillation on whole reasoning traces alone."""
+    phases = settings.distill.phases or [PhaseSettings(tokens=settings.distill.train.tokens)]
+    whole = [replace(phase, truncated_share=None if phase.blend else 0.0, blend=[replace(source, truncated_share=0.0) for source in phase.blend])
+             for phase in phases]  # fmt: skip
+    return replace(settings, distill=replace(settings.distill, phases=whole))
+
+
 def _parts(data: DataSettings, phase: PhaseSettings) -> list[Part]:
     length, rows = phase.sequence_length or data.sequence_length, phase.rows or data.rows
     if not phase.blend:
-        if (length, rows) == (data.sequence_length, data.rows):
+        share = data.truncated_share if phase.truncated_share is None else phase.truncated_share
+        own = replace(data, rows=rows, sequence_length=length, truncated_share=share)
+        if own == data:
             return [Part(DATA_ROWS, data, 1.0)]
-        return [_part(replace(data, rows=rows, sequence_length=length, max_train_tokens=None, max_heldout_tokens=None), phase, 1.0)]
+        return [_part(replace(own, max_train_tokens=None, max_heldout_tokens=None), phase, 1.0)]
     total = sum(source.weight for source in phase.blend)
     return [_part(replace(_data_of(source, data, length), rows=rows), phase, source.weight / total) for source in phase.blend]
 

@@ -1,4 +1,4 @@
-"""Where the text comes from: the embedded text, local files, or a dataset on the Hub, as named documents.
+"""Where the text comes from: the embedded text, generated problems, local files, or a dataset on the Hub, as named documents.
 
 A document's name is its file's name without folder and extension (of a Hub dataset, its id) and its position among the
 documents of that name. The split into train and held-out goes by the name (`minitron.text.Document`), so the
@@ -17,7 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from minitron.arithmetic import ARITHMETIC_VERSION, problem_documents
 from minitron.reasoning import truncate_reasoning
+from minitron.setting_rules import key_settings
 from minitron.settings import DataSettings
 from minitron.teachers import HUB_ID
 from minitron.text import Document, embedded_documents, text_fingerprint
@@ -35,6 +37,8 @@ def read_documents(data: DataSettings, write_chat: Callable[[list[dict]], str] |
         documents = _file_documents(matching_files(data.files), partial(_text_of, data, write_chat))
     elif data.dataset:
         documents = _dataset_documents(data, partial(_text_of, data, write_chat))
+    elif data.arithmetic.problems:
+        documents = problem_documents(data.arithmetic)
     else:
         documents = embedded_documents()
     documents = islice(documents, data.max_documents)
@@ -48,6 +52,8 @@ def source_title(data: DataSettings) -> str:
         return first.name + (f" and {len(others)} other file{'s' if others[1:] else ''}" if others else "")
     if data.dataset:
         return " ".join(filter(None, (data.dataset, data.dataset_config, data.dataset_split, f"at {data.dataset_revision or 'its newest revision'}")))
+    if data.arithmetic.problems:
+        return "generated problems"
     return "the Python standard library's sources"
 
 
@@ -58,6 +64,8 @@ def source_identity(data: DataSettings) -> dict[str, Any]:
     if data.dataset:
         names = ("dataset", "dataset_config", "dataset_revision", "dataset_split", "text_field")
         return {name: getattr(data, name) for name in names}
+    if data.arithmetic.problems:
+        return {"arithmetic": [ARITHMETIC_VERSION, key_settings(data.arithmetic)]}
     return {"text": text_fingerprint()}
 
 

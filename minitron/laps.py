@@ -6,6 +6,7 @@ Both go through the same stages; only their settings differ, and these two funct
 from dataclasses import replace
 
 from minitron.derived import axis_of
+from minitron.reasoning_settings import ReasoningSettings
 from minitron.search_settings import AxisSettings, FixedSettings, LaterWidthsSettings
 from minitron.settings import FROM_WHAT_IS_DONE, BaseSettings, Settings, Stage
 from minitron.stages.models import result_model_folder
@@ -37,7 +38,7 @@ def depth_lap(settings: Settings) -> Settings | None:
     screen = replace(settings.screen, train=replace(settings.screen.train, tokens=settings.depth_lap.screen_tokens))
     distill = replace(settings.distill, phases=[], train=replace(settings.distill.train, tokens=settings.depth_lap.tokens))
     stage = settings.stage if settings.stage in (*BEFORE_CUTTING, *FROM_WHAT_IS_DONE) else Stage.distill
-    return replace(settings, stage=stage, candidate=None, search=search, screen=screen, distill=distill)
+    return replace(settings, stage=stage, candidate=None, search=search, screen=screen, distill=distill, reasoning=ReasoningSettings())
 
 
 def width_lap(settings: Settings, depth_student: Result) -> Settings:

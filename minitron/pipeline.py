@@ -17,6 +17,7 @@ from typing import Any
 
 from distill.sharing import check_sharing
 from minitron import processes
+from minitron.arithmetic import held_out_problems
 from minitron.blends import rows_to_make
 from minitron.console import Console
 from minitron.derived import fewest_layers, layer_rules
@@ -45,7 +46,8 @@ class StageContext:
 def order_of(settings: Settings) -> list[str]:
     """The stored stages to run for `settings.stage`, each after what it needs."""
     # All there is ends in evaluate; so a stage that nothing needs under these settings is left out.
-    wanted = ("evaluate",) if settings.stage is Stage.all else (settings.stage.value,)
+    everything = ("evaluate", "reasoning") if settings.reasoning.enabled else ("evaluate",)
+    wanted = everything if settings.stage is Stage.all else (settings.stage.value,)
     order: list[str] = []
 
     def visit(name: str) -> None:
@@ -155,6 +157,7 @@ def check_before_work(settings: Settings) -> None:
     check_sharing(settings.teacher.train.batch, settings.teacher.train.micro_batch, 1)
     if settings.stage is Stage.merge:
         check_merge(settings)
+    check_reasoning(settings)
     if settings.stage not in FROM_WHAT_IS_DONE and "distill" in order_of(settings):
         check_phases(settings)
     if settings.stage not in FROM_WHAT_IS_DONE and "evaluate" in order_of(settings):
@@ -186,6 +189,16 @@ def check_phases(settings: Settings) -> None:
                              "the teacher's max_position_embeddings (or distill.max_positions)")  # fmt: skip
     for data in rows_to_make(settings).values():
         check_source(data)
+
+
+def check_reasoning(settings: Settings) -> None:
+    """Refuse what a student of whole traces cannot learn from, and fewer problems than are to be answered. Raises ValueError."""
+    asked = order_of(replace(settings, stage=Stage.all) if settings.stage in FROM_WHAT_IS_DONE else settings)
+    if "distill_whole" in asked and settings.distill.cached:
+        raise ValueError("distill.cached is true, but a student is to learn from whole traces too (reasoning.enabled), which the cache lacks; it must be false")
+    if "reasoning" in asked and (there := len(held_out_problems(settings.data.arithmetic))) < settings.reasoning.problems:
+        raise ValueError(f"reasoning.problems is {settings.reasoning.problems}, but of data.arithmetic.problems {settings.data.arithmetic.problems} "
+                         f"only {there} are held out; lower the one or raise the other")  # fmt: skip
 
 
 def check_merge(settings: Settings) -> None:

@@ -10,7 +10,7 @@ from memory_budget.units import format_gib, to_gib
 from minitron import plot_style, plots_evaluation, plots_search
 from minitron.plot_style import GREY, MODELS, RED, draw_curve, new_axes, new_figure, viridis, viridis_map
 from minitron.plots_search import candidates, depths, pareto
-from minitron.summary import chosen_candidate, removed_layers, sequences_text
+from minitron.summary import REASONERS, chosen_candidate, removed_layers, sequences_text
 
 Summary = Mapping[str, Any]
 
@@ -29,6 +29,7 @@ CRITERIA = {
     "loss": "loss without it\n(nats/token)",
     "block_influence": "1 − cosine of the residual\nbefore and after (ratio)",
 }
+BUDGET_CURVES = {"teacher": (MODELS["teacher"], "o"), "student": (MODELS["student"], "s"), "student_whole": ("#CC79A7", "^")}
 PIXELS_PER_INCH = 120
 
 
@@ -54,7 +55,7 @@ def draw_plots(summary: Summary, folder: Path) -> list[str]:
 
 def _fingerprint(summary: Summary) -> str:
     """Changes with what is plotted and with how: the text of the drawing modules goes in."""
-    plotted = [summary[name] for name in ("budget", "throughput", "base", "models", "candidates", "removed_layers", "importance", "curves")]
+    plotted = [summary[name] for name in ("budget", "throughput", "base", "models", "candidates", "removed_layers", "importance", "curves", "reasoning")]
     plotted += [summary["depth_lap"].get(name) for name in ("candidates", "curves")]
     drawing = b"".join(Path(file).read_bytes() for file in (__file__, plot_style.__file__, plots_search.__file__, plots_evaluation.__file__))
     return hashlib.sha256(drawing + json.dumps(plotted).encode()).hexdigest()
@@ -176,6 +177,24 @@ def _teacher_training(summary: Summary):
     return figure
 
 
+def _thinking_budget(summary: Summary):
+    curves = summary["reasoning"].get("curves")
+    if not curves:
+        return None
+    figure = new_figure(8, 3.6)
+    title = f"{summary['reasoning']['problems']} held-out problems, greedy; bars are the standard error"
+    axes = new_axes(figure, title=title, x="thinking budget (tokens of reasoning)", y="right answers (%)")
+    budgets = [point["budget"] for point in curves["teacher"]]
+    for name, (colour, marker) in BUDGET_CURVES.items():
+        accuracies, errors = ([100 * point[value] for point in curves[name]] for value in ("accuracy", "standard_error"))
+        axes.errorbar(range(len(budgets)), accuracies, yerr=errors, label=REASONERS[name], color=colour, marker=marker, linewidth=1.5, capsize=3)
+    axes.set_xticks(range(len(budgets)), budgets)  # evenly: the small ones are where something happens
+    axes.set_ylim(0, 102)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=len(BUDGET_CURVES), fontsize=9, frameon=False)
+    return figure
+
+
 PLOTS: Mapping[str, Callable[[Summary], Any]] = {
     "memory.png": _memory,
     "layer_importance.png": _layer_importance,
@@ -187,4 +206,5 @@ PLOTS: Mapping[str, Callable[[Summary], Any]] = {
     "positions.png": plots_evaluation.positions,
     "needle.png": plots_evaluation.needle,
     "teacher_training.png": _teacher_training,
+    "thinking_budget.png": _thinking_budget,
 }

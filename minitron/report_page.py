@@ -10,7 +10,7 @@ from minitron.report_evaluation import evaluation_blocks
 from minitron.report_search import architecture_table, candidates_table, choice_sentences, pattern_lines, screens_table, table_notes
 from minitron.report_text import Summary, duration, escaped, image, nats, sentence, table
 from minitron.report_verdict import evaluations, how_to_read, models_table, verdict
-from minitron.summary import chosen_candidate
+from minitron.summary import REASONERS, chosen_candidate
 
 BEFORE_THE_LAPS = ("data", "teacher")
 STYLE = """
@@ -161,6 +161,13 @@ def _evaluate_blocks(part: Part) -> list[str]:
     return evaluation_blocks(part.summary, part.plot)
 
 
+def _reasoning_blocks(part: Part) -> list[str]:
+    curves = part.summary["reasoning"]["curves"]
+    rows = [[REASONERS[name], *(f"{100 * point['accuracy']:.1f} ± {100 * point['standard_error']:.1f}" for point in points)] for name, points in curves.items()]
+    head = ("right answers (%) with a budget of", *(str(point["budget"]) for point in curves["teacher"]))
+    return [part.plot("thinking_budget.png", "right answers by the tokens of reasoning allowed, then closed"), table(head, rows)]
+
+
 STAGE_BLOCKS: Mapping[str, Callable[[Part], list[str]]] = {
     "teacher": _teacher_blocks,
     "score": _score_blocks,
@@ -168,6 +175,7 @@ STAGE_BLOCKS: Mapping[str, Callable[[Part], list[str]]] = {
     "search": _search_blocks,
     "distill": _distill_blocks,
     "evaluate": _evaluate_blocks,
+    "reasoning": _reasoning_blocks,
 }
 
 

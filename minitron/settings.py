@@ -9,6 +9,7 @@ from enum import Enum
 
 from minitron.evaluate_settings import EvaluateSettings
 from minitron.hand_over_settings import ExportSettings, MergeSettings
+from minitron.reasoning_settings import ArithmeticSettings, ReasoningSettings
 from minitron.search_settings import SearchSettings, ThroughputSettings
 from minitron.setting_rules import at_least, check_kinds, check_share, how
 from minitron.training_settings import DistillSettings, Rows, TrainSettings
@@ -26,8 +27,11 @@ class Stage(Enum):
     phase_rows = "phase_rows"
     distill_cache = "distill_cache"
     distill = "distill"
+    whole_rows = "whole_rows"
+    distill_whole = "distill_whole"
     merge = "merge"
     evaluate = "evaluate"
+    reasoning = "reasoning"
     report = "report"
     export = "export"
     generate = "generate"
@@ -98,6 +102,7 @@ class TeacherSettings:
 class DataSettings:
     files: list[str] | None = None
     dataset: str | None = None
+    arithmetic: ArithmeticSettings = field(default_factory=ArithmeticSettings)
     dataset_config: str | None = None
     dataset_revision: str | None = None
     dataset_split: str = "train"
@@ -119,6 +124,8 @@ class DataSettings:
         check_share("data.truncated_share", self.truncated_share)
         if self.files and self.dataset:
             raise ValueError(f"data.files and data.dataset ({self.dataset!r}) are both given; one of them must be null")
+        if self.arithmetic.problems and (self.files or self.dataset):
+            raise ValueError(f"data.arithmetic.problems is {self.arithmetic.problems}, but data.files or data.dataset is given; it must then be 0")
         for name in ("dataset_config", "dataset_revision"):
             if getattr(self, name) is not None and not self.dataset:
                 raise ValueError(f"data.{name} is {getattr(self, name)!r}, but data.dataset is not given; both must be, or neither")
@@ -259,6 +266,7 @@ class Settings:
     distill: DistillSettings = field(default_factory=DistillSettings)
     merge: MergeSettings = field(default_factory=MergeSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     generate: GenerateSettings = field(default_factory=GenerateSettings)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.blends import phase_parts, rows_identity, rows_to_make
+from minitron.blends import phase_parts, rows_identity, rows_to_make, without_truncation
 from minitron.derived import base_stage, fewest_layers, floors, has_ladder
 from minitron.hand_over_settings import MERGEABLE
 from minitron.measures.tasks import tasks_identity
@@ -149,7 +149,11 @@ STAGES: Mapping[str, StageSpec] = {
     # Only where a phase of distillation wants other rows than the data stage's.
     "phase_rows": StageSpec(1, lambda s: ("data", "teacher"), _what_phase_rows),
     "distill": StageSpec(3, _needs_of_distill, _what_distill, parallel=True),
+    # The same on whole reasoning traces alone, to show what the cut ones do.
+    "whole_rows": StageSpec(1, lambda s: ("data", "teacher"), lambda s: _what_phase_rows(without_truncation(s))),
+    "distill_whole": StageSpec(1, lambda s: ("data", "teacher", "prune", "whole_rows"), lambda s: _what_distill(without_truncation(s)), parallel=True),
     # Asked for by name alone: of given folders and weights it needs no stage.
     "merge": StageSpec(1, lambda s: (*(("data",) if s.merge.candidates() else ()), *s.merge.stages()), _what_merge),
     "evaluate": StageSpec(2, lambda s: ("data", "teacher", "prune", "distill"), _what_evaluate),
+    "reasoning": StageSpec(1, lambda s: ("data", "teacher", "distill", "distill_whole"), lambda s: key_settings(s.reasoning)),
 }

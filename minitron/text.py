@@ -77,7 +77,7 @@ def chat_writer() -> Callable[[list[dict]], str]:
     return partial(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=CHAT_TEMPLATE).apply_chat_template, tokenize=False)
 
 
-def train_tokenizer(texts: Iterator[str], vocab: int, folder: Path) -> None:
+def train_tokenizer(texts: Iterator[str], vocab: int, folder: Path, *, chat_template: str = CHAT_TEMPLATE) -> None:
     """Train a byte-level BPE of `vocab` tokens and write the files a Hugging Face tokenizer folder has."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -103,9 +103,9 @@ def train_tokenizer(texts: Iterator[str], vocab: int, folder: Path) -> None:
         "pad_token": "<|pad|>",
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     special = {name: config[name] for name in ("eos_token", "bos_token", "pad_token")}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (folder / "chat_template.jinja").write_text(chat_template)

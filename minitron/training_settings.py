@@ -90,6 +90,7 @@ class PhaseSettings:
     tokens: int = 0
     sequence_length: int | None = None
     rows: Rows | None = None
+    truncated_share: float | None = None
     batch: int | None = None
     learning_rate: float | None = None
     final_learning_rate_share: float | None = None
@@ -135,6 +136,10 @@ class DistillSettings:
         for number, phase in enumerate(self.phases):
             name = f"distill.phases[{number}]"
             at_least(phase, name, 2, "sequence_length")
+            if phase.truncated_share is not None:
+                check_share(f"{name}.truncated_share", phase.truncated_share)
+                if phase.blend:
+                    raise ValueError(f"{name}.truncated_share is {phase.truncated_share} and blend is given; with a blend each source has its own")
             for source in phase.blend:
                 if not source.weight > 0:
                     raise ValueError(f"{name}.blend has a source of weight {source.weight}; it must be above 0")
@@ -161,6 +166,6 @@ class DistillSettings:
 
     def trains(self) -> list[TrainSettings]:
         """The training settings of every phase; without phases those of the one there is."""
-        names = [f.name for f in fields(PhaseSettings) if f.name not in ("sequence_length", "rows", "blend")]
+        names = [f.name for f in fields(PhaseSettings) if f.name not in ("sequence_length", "rows", "truncated_share", "blend")]
         given = [{name: getattr(phase, name) for name in names if getattr(phase, name) is not None} for phase in self.phases]
         return [replace(self.train, **values) for values in given] or [self.train]

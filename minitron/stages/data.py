@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.batches import count_tokens
-from minitron import text
+from minitron import arithmetic, text
 from minitron.documents import read_documents, source_title
 from minitron.pipeline import StageContext
 from minitron.rows import SplitRows
@@ -65,7 +65,8 @@ def _train_tokenizer(data: DataSettings, folder: Path) -> int:
             if not document.is_held_out:
                 yield document.text
 
-    text.train_tokenizer(train_texts(), data.vocab, folder)
+    template = arithmetic.CHAT_TEMPLATE if data.arithmetic.problems else text.CHAT_TEMPLATE
+    text.train_tokenizer(train_texts(), data.vocab, folder, chat_template=template)
     return total
 
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from distill.batches import BlendBatches
-from minitron.blends import DATA_ROWS, phase_parts, rows_to_make
+from minitron.blends import DATA_ROWS, phase_parts, rows_to_make, without_truncation
 from minitron.documents import read_documents
 from minitron.reasoning import truncate_reasoning
 from minitron.settings import DataSettings, Settings
@@ -141,3 +141,22 @@ def test_conversations_serve_the_tiny_teacher_too(door, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     written = tokenizer.decode([one for one in np.load(folder / "train.npy")[0] if one >= 0])
     assert re.fullmatch(r"user: Number (\d+)\?\nassistant: <think>\1 is \1</think>It is \1\.\n<\|endoftext\|>", written)
+
+
+def test_a_phase_with_another_share_of_cut_traces_has_rows_of_its_own():
+    def parts(data: DataSettings, *phases: PhaseSettings) -> list:
+        return phase_parts(Settings(data=data, distill=DistillSettings(phases=list(phases))))
+
+    cut = DataSettings(truncated_share=0.3)
+    same, whole = parts(cut, PhaseSettings(tokens=999, truncated_share=0.3), PhaseSettings(tokens=999, truncated_share=0.0))
+    assert same[0].name == DATA_ROWS and whole[0].name != DATA_ROWS and whole[0].data.truncated_share == 0
+
+
+def test_the_same_distillation_without_truncation_differs_in_nothing_else():
+    blend = [SourceSettings(files=["a.txt"], weight=2.0, truncated_share=0.05), SourceSettings(files=["b.txt"])]
+    settings = Settings(data=DataSettings(truncated_share=0.3), distill=DistillSettings(phases=[PhaseSettings(tokens=7, blend=blend), PhaseSettings(tokens=8)]))
+    first, second = without_truncation(settings).distill.phases
+    assert first == PhaseSettings(tokens=7, blend=[SourceSettings(files=["a.txt"], weight=2.0), SourceSettings(files=["b.txt"])])
+    assert second == PhaseSettings(tokens=8, truncated_share=0.0)
+    (only,) = without_truncation(Settings(data=DataSettings(truncated_share=0.3))).distill.trains()
+    assert only == Settings().distill.train

@@ -1,0 +1,41 @@
+"""reasoning: accuracy against the thinking budget, of the teacher, the student, and the student that learned from whole traces alone."""
+
+import json
+from dataclasses import asdict
+
+from transformers import AutoTokenizer
+
+from memory_budget.hf_config import read_config
+from minitron.arithmetic import held_out_problems
+from minitron.budget_curve import budget_curve
+from minitron.families import family_of
+from minitron.pipeline import StageContext
+from minitron.runtime import pick_device
+from minitron.stages.models import result_model_folder
+from minitron.store import write_json
+
+MODELS = {"teacher": "teacher", "student": "distill", "student_whole": "distill_whole"}
+
+
+def run(context: StageContext) -> dict:
+    """Writes <model>.json per model, each kept if the stage is interrupted."""
+    settings, wanted = context.settings, context.settings.reasoning
+    problems = held_out_problems(settings.data.arithmetic)[: wanted.problems]
+    measured = {}
+    with context.console.track("answering", len(MODELS) * len(wanted.budgets) * len(problems), "problems") as advance:
+        for name, stage in MODELS.items():
+            path, folder = context.folder / f"{name}.json", result_model_folder(context.inputs[stage])
+            if path.exists():
+                advance(len(wanted.budgets) * len(problems))
+            else:
+                model = family_of(read_config(folder)).load(folder, device=str(pick_device(settings)))
+                points = budget_curve(model, AutoTokenizer.from_pretrained(folder), problems, wanted.budgets, batch=wanted.batch,
+                                      new_tokens=settings.data.sequence_length, on_problems=advance)  # fmt: skip
+                write_json(path, [asdict(point) for point in points])
+            measured[name] = json.loads(path.read_text())
+    full = {name: points[-1]["accuracy"] for name, points in measured.items()}
+    half = {name: points[len(points) // 2]["accuracy"] for name, points in measured.items()}
+    middle, largest = wanted.budgets[len(wanted.budgets) // 2], wanted.budgets[-1]
+    headline = f"right answers with {largest} tokens of reasoning: teacher {full['teacher']:.1%}, student {full['student']:.1%}; with {middle}: "
+    headline += f"student {half['student']:.1%}, from whole traces alone {half['student_whole']:.1%}"
+    return {"headline": headline, "problems": len(problems), "curves": measured}
