@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from distill.batches import PADDING, split_padding
+from distill.objectives import next_token_objective
 
 MOST_SOURCES = 20
 
@@ -123,8 +124,7 @@ def held_out_loss(model: nn.Module, batches: list[torch.Tensor]) -> float:
     """Next-token loss alone over batches of rows, nats per token; padding is not counted."""
     total, tokens = 0.0, 0
     for rows_BT in batches:
-        logits = model(split_padding(rows_BT)[0], use_cache=False).logits[:, :-1].float()
-        targets = rows_BT[:, 1:].reshape(-1)
-        total += F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, reduction="sum", ignore_index=PADDING).item()
-        tokens += (targets != PADDING).sum().item()
+        number = int((rows_BT[:, 1:] != PADDING).sum())
+        total += next_token_objective(model, rows_BT).item() * number
+        tokens += number
     return total / tokens
