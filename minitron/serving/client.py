@@ -100,7 +100,7 @@ class ThinkingBudgetClient:
             if left > 0:
                 more = yield from self._go_on(before + text, left, request)
                 text, ended = text + more.text, more.ended
-        reasoning, _, answer = text.partition(self._tags.closing) if reasons else ("", "", text)
+        reasoning, answer = _parts(text, self._tags, is_open=reasons)
         tokens = made.tokens - begun if closed_here else self._count(reasoning)
         return Reply(text, reasoning, answer, tokens, closed_here, ended)
 
@@ -156,6 +156,15 @@ def _is_open(text: str, tags: Tags) -> bool:
     """Whether reasoning is open at the end of a text."""
     _, opened, after = text.rpartition(tags.opening)
     return bool(opened) and tags.closing not in after
+
+
+def _parts(text: str, tags: Tags, *, is_open: bool) -> tuple[str, str]:
+    """Reasoning and answer of a reply; a model may have opened its reasoning itself."""
+    own = text.lstrip()
+    if not is_open and not own.startswith(tags.opening):
+        return "", text
+    reasoning, _, answer = (text if is_open else own.removeprefix(tags.opening)).partition(tags.closing)
+    return reasoning, answer
 
 
 def _load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:

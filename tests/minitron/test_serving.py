@@ -144,6 +144,12 @@ def test_reasoning_that_the_template_leaves_open_to_the_model_is_opened_here(cli
     assert opened == client().ask(PROMPT, thinking_budget=5, thinking=True, max_tokens=MAX_TOKENS)
 
 
+def test_reasoning_that_the_model_opens_itself_is_told_from_the_answer(client):
+    text = client().ask(PROMPT, max_tokens=MAX_TOKENS).text
+    reply = client(tags=Tags(text[:3], text[20:23])).ask(PROMPT, max_tokens=MAX_TOKENS)
+    assert (reply.text, reply.reasoning, reply.answer, reply.reasoning_tokens) == (text, text[3:20], text[23:], 17)
+
+
 def test_without_thinking_a_budget_changes_nothing(client):
     off = client().ask(PROMPT, thinking_budget=5, thinking=False, max_tokens=MAX_TOKENS)
     assert off == client().ask(PROMPT, thinking=False, max_tokens=MAX_TOKENS) and off.reasoning == "" and off.answer == off.text
