@@ -74,6 +74,8 @@ def load_task(name: str, settings: EvaluateSettings) -> Any:
 def task_identity(loaded: Mapping[str, Any], settings: EvaluateSettings) -> dict[str, Any]:
     """What the results of one loaded task follow from beside the model: its whole configuration, its local data and code, lm-eval's version."""
     configs = {name: task.dump_config() for name, task in loaded["tasks"].items()}
+    for config in configs.values():
+        config["metadata"] = {key: value for key, value in config.get("metadata", {}).items() if key != "config_source"}  # where its YAML lies
     groups = {name: str(group) for name, group in loaded["groups"].items()}
     text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps([configs, groups], sort_keys=True, default=str))  # where a function lies says nothing
     files = sorted(_data_files(configs)) + [path for folder in settings.task_folders for path in sorted(Path(folder).rglob("*.py"))]

@@ -195,7 +195,7 @@ def test_a_neighbour_in_the_folder_does_not_change_what_a_task_is(tasks, tmp_pat
         (["evaluate.task_limit=0"], "evaluate.task_limit is 0; it must be at least 1"),
         (["evaluate.needle.lengths=[64, 131073]"], "evaluate.needle.lengths has 131,073; it must be at least 1 and at most 131,072"),
         (["evaluate.speed=[{input_tokens: 131072, output_tokens: 1}]"], "together they must be at most 131,072, the teacher's max_position_embeddings"),
-        (["evaluate.speed=[{prompt_tokens: 1}]"], "evaluate.speed[0].prompt_tokens"),
+        (["evaluate.speed=[{prompt_tokens: 1}]"], "prompt_tokens is no setting"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_any_work(arguments, said, door, small_settings, tasks, tmp_path):

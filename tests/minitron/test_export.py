@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.states import best_state, load_weights, newest_state
 from minitron.export_card import licence_note, licence_of, repeating_command
+from minitron.families.nemotron_h import FAMILY
 from minitron.publish import model_card
 from minitron.stages.export import check_place, check_push, is_export
 
@@ -35,9 +36,9 @@ def card(exported) -> str:
     return (exported[0] / "README.md").read_text()
 
 
-def logits(folder: Path) -> torch.Tensor:
+def logits(folder: Path, load=AutoModelForCausalLM.from_pretrained) -> torch.Tensor:
     with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder)(IDS, use_cache=False).logits
+        return load(folder)(IDS, use_cache=False).logits
 
 
 def refusal(finished) -> str:
@@ -46,7 +47,8 @@ def refusal(finished) -> str:
 
 
 def test_plain_transformers_loads_the_export_and_finds_the_student(exported, walk):
-    ours, student, pruned = (logits(folder) for folder in (exported[0], walk.checkpoint("student"), walk.checkpoint("pruned")))
+    ours = logits(exported[0])
+    student, pruned = (logits(walk.checkpoint(model), FAMILY.load) for model in ("student", "pruned"))
     assert torch.equal(ours, student) and not torch.equal(ours, pruned)
     tokenizer = AutoTokenizer.from_pretrained(exported[0])
     assert tokenizer.decode(tokenizer("import os")["input_ids"]).endswith("import os")
