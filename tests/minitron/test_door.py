@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -101,3 +104,14 @@ def test_another_vocabulary_gives_the_tiny_search_other_candidates(door, tmp_pat
     for vocab in (1024, 2048):
         finished = door(tmp_path, "stage=search", "search.layer_order=order", f"data.vocab={vocab}", "search.layers={values: [20]}", "budget.device_gib=1")
         assert finished.returncode == 0 and "(already done)" not in finished.stdout, finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"), [({}, "10000 False"), ({"GOMP_SPINCOUNT": "7"}, "7 False"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None False")], ids=str
+)
+def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(given, shown, repository):
+    """Said before torch is loaded, whose OpenMP reads it then."""
+    program = "import minitron.run, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    finished = subprocess.run([sys.executable, "-c", program], env=environment | given, cwd=repository, capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == shown
