@@ -4,7 +4,7 @@ from pathlib import Path
 
 from memory_budget.architecture import Architecture
 from minitron.importance.removal import LayerRules
-from minitron.settings import Settings
+from minitron.settings import PruneMethod, Settings
 from minitron.teachers import base_architecture
 from nas.exchange import read_export_config
 from nas.space import Floors, axis_options
@@ -32,6 +32,15 @@ def has_ladder(settings: Settings) -> bool:
     """Whether finalists are distilled before one is chosen: not without weights, nor where there is one candidate only."""
     search = settings.search
     return bool(search.finalists) and search.shortlist_size > 1 and not search.layer_order and not search.fixed.given()
+
+
+def ranks_rotated(settings: Settings) -> bool:
+    """Whether candidates are ranked zero-shot in the stream's principal directions: as they will be cut, where any hidden size is cut at all."""
+    prune, search = settings.prune, settings.search
+    if prune.method is not PruneMethod.compensated or not prune.rotate or search.layer_order or search.fixed.given():
+        return False
+    base = base_architecture(settings)
+    return any(hidden < base.hidden for hidden in axis_of(settings, "hidden", base))
 
 
 def fixed_sizes(settings: Settings, teacher: Architecture) -> dict[str, int | str]:

@@ -26,9 +26,7 @@ from minitron.importance.placement import PlacedModel, ids_and_mask
 from minitron.pruning.cut import expected_shape, plan_cuts, required_names, row_of
 from minitron.pruning.plan import PruningPlan
 from minitron.pruning.refit import NormalEquations
-from minitron.pruning.rotation import EMBED, NORM, READ, WRITE, WRITE_BIAS, check_rms, normalised, real_tokens, stream_basis, stream_role
-
-ROWS_AT_ONCE = 8192
+from minitron.pruning.rotation import NORM, WRITE, check_rms, in_basis, normalised, real_tokens, stream_basis, stream_role
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,29 +181,16 @@ class _LockStep:
 
     def _cut(self, state: Mapping[str, torch.Tensor], reading: _Reading | None) -> dict[str, torch.Tensor]:
         """Tensors of the base as the student has them: cut, folded, in the student's basis and in the dtypes they are stored in."""
-        made = {}
+        made, folded_DK = {}, None if reading is None else reading.weight_D[:, None] * reading.matrix_DK
         for name, tensor in state.items():
-            cut, role = self.cuts[name], self.roles[name]
-            kept, dtype = cut.apply(tensor), self.dtypes.get(name, torch.float32)
-            if role == READ:
-                kept = _times(kept, reading.weight_D[:, None] * reading.matrix_DK, dtype)
-            elif role in (WRITE, WRITE_BIAS):
-                kept = self.basis_DK.T @ kept.float()
-            elif role == EMBED:
-                kept = _times(kept, self.basis_DK, dtype)
-            elif role == NORM:
-                kept = torch.full((self.plan.student.hidden,), reading.scale, device=kept.device)
-            made[cut.target] = kept.to(dtype).contiguous()
+            cut, dtype = self.cuts[name], self.dtypes.get(name, torch.float32)
+            if self.roles[name] == NORM:
+                kept = torch.full((self.plan.student.hidden,), reading.scale, dtype=dtype, device=tensor.device)
+            else:
+                kept = in_basis(cut.apply(tensor), self.roles[name], self.basis_DK, folded_DK, dtype)
+            made[cut.target] = kept.contiguous()
         return made
 
     def _projected(self, residual: torch.Tensor) -> torch.Tensor:
         """Residuals [..., D] in the student's basis, [..., K], float32."""
         return residual.float() @ self.basis_DK
-
-
-def _times(rows_VD: torch.Tensor, matrix_DK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows times a matrix in float32, rounded to `dtype` some rows at a time: of a vocabulary's worth there is no second float32 copy."""
-    result_VK = torch.empty(len(rows_VD), matrix_DK.shape[1], dtype=dtype, device=rows_VD.device)
-    for rows, result in zip(rows_VD.split(ROWS_AT_ONCE), result_VK.split(ROWS_AT_ONCE), strict=True):
-        result.copy_(rows.float() @ matrix_DK)
-    return result_VK

@@ -8,7 +8,7 @@ embeddings E·Q_K. One basis serves every hidden size, since each takes a prefix
 Letters: B batch, T tokens of a row, N tokens of a batch, D hidden of the base, K hidden of the student.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -17,6 +17,7 @@ from minitron.importance.placement import PlacedModel, ids_and_mask
 from minitron.pruning.plan import Indices, PruningPlan
 
 EMBED, READ, WRITE, WRITE_BIAS, NORM = "embed", "read", "write", "write bias", "norm"
+ROWS_AT_ONCE = 8192
 
 
 def stream_role(family: Family, row: TensorAxes) -> str | None:
@@ -51,28 +52,35 @@ def real_tokens(values_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> torch
 
 
 @torch.no_grad()
-def stream_covariance(base: PlacedModel, batches: Sequence[torch.Tensor], epsilon: float, on_layer: Callable[[], None] = lambda: None) -> torch.Tensor:
-    """Σ n nᵀ over tokens and norm inputs (every layer's and the last), n the normalised residual; float64 [D, D].
+def norm_inputs(base: PlacedModel, batches: Sequence[torch.Tensor], on_layer: Callable[[], None] = lambda: None) -> Iterator[tuple[int | None, torch.Tensor]]:
+    """Residuals [N, D] at the input of every norm, a batch at a time, with the norm's layer; None is the last norm's, before the output head.
 
     `batches` are rows [B, T], padding included; all walk the layers together. Raises ValueError naming the layer whose
     residuals are not finite.
     """
     pairs = [ids_and_mask(batch) for batch in batches]
     residuals, masks = base.embed([ids for ids, _ in pairs]), [mask for _, mask in pairs]
-    total_DD = torch.zeros(base.architecture.hidden, base.architecture.hidden, dtype=torch.float64, device=base.device)
 
-    def add(place: str) -> None:
+    def tokens(place: str) -> Iterator[torch.Tensor]:
         for residual_BTD, mask in zip(residuals, masks, strict=True):
-            tokens_ND = real_tokens(normalised(residual_BTD, epsilon), mask).double()
-            total_DD.addmm_(tokens_ND.T, tokens_ND)
-        if not torch.isfinite(total_DD).all():
-            raise ValueError(f"prune: the residuals before {place} are not finite")
+            tokens_ND = real_tokens(residual_BTD, mask).float()
+            if not torch.isfinite(tokens_ND).all():
+                raise ValueError(f"prune: the residuals before {place} are not finite")
+            yield tokens_ND
 
     for layer, block in base.visit(range(base.architecture.num_layers)):
-        add(f"layer {layer}")
+        yield from ((layer, tokens_ND) for tokens_ND in tokens(f"layer {layer}"))
         residuals = [block(residual_BTD) for residual_BTD in residuals]
         on_layer()
-    add("the output head")
+    yield from ((None, tokens_ND) for tokens_ND in tokens("the output head"))
+
+
+def stream_covariance(base: PlacedModel, batches: Sequence[torch.Tensor], epsilon: float, on_layer: Callable[[], None] = lambda: None) -> torch.Tensor:
+    """Σ n nᵀ over tokens and norm inputs (every layer's and the last), n the normalised residual; float64 [D, D]. Raises ValueError as norm_inputs does."""
+    total_DD = torch.zeros(base.architecture.hidden, base.architecture.hidden, dtype=torch.float64, device=base.device)
+    for _, residual_ND in norm_inputs(base, batches, on_layer):
+        tokens_ND = normalised(residual_ND, epsilon).double()
+        total_DD.addmm_(tokens_ND.T, tokens_ND)
     return total_DD
 
 
@@ -94,3 +102,25 @@ def channel_basis(kept: Indices | None, hidden: int, device: torch.device) -> to
     """The columns [D, K] of the identity that a plan keeps: no rotation, hidden channels as they are."""
     everything = torch.eye(hidden, device=device)
     return everything if kept is None else everything[:, list(kept)].contiguous()
+
+
+def in_basis(tensor: torch.Tensor, role: str | None, basis_DK: torch.Tensor, folded_DK: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor that reads or writes the stream as it does so in a basis, by its role; all others, norms too, as they are.
+
+    `folded_DK` is what readers are multiplied by: the norm's weight, folded into the basis.
+    """
+    if role == READ:
+        return _times(tensor, folded_DK, dtype)
+    if role == EMBED:
+        return _times(tensor, basis_DK, dtype)
+    if role in (WRITE, WRITE_BIAS):
+        return (basis_DK.T @ tensor.float()).to(dtype)
+    return tensor.to(dtype)
+
+
+def _times(rows_VD: torch.Tensor, matrix_DK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows times a matrix in float32, rounded to `dtype` some rows at a time: of a vocabulary's worth there is no second float32 copy."""
+    result_VK = torch.empty(len(rows_VD), matrix_DK.shape[1], dtype=dtype, device=rows_VD.device)
+    for rows, result in zip(rows_VD.split(ROWS_AT_ONCE), result_VK.split(ROWS_AT_ONCE), strict=True):
+        result.copy_(rows.float() @ matrix_DK)
+    return result_VK

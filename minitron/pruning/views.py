@@ -5,12 +5,14 @@ score inside their group. A candidate is then a prefix of every axis, and of the
 axis (`out_proj`, `o_proj`) keep their columns with a group's best heads side by side (rank first, then group), so that
 they too are cut to a prefix; the activation is brought into that order on its way in. Tensors that *write* one
 (Mamba's fused in-projection, its convolution, `q_proj`) must be group by group; where heads are cut they are copied,
-once for every number of heads.
+once for every number of heads. Of a rotated model (rotated.py) the hidden channels are the stream's principal directions,
+in order from the start, and a norm of fewer of them is one number.
 """
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -40,12 +42,17 @@ class View:
 class SortedTeacher:
     """A teacher with its units in order of importance; `model` gives the same logits as before."""
 
-    def __init__(self, family: Family, model: nn.Module, config: dict, architecture: Architecture, scores: ImportanceScores, head_dim: int | None = None):
+    def __init__(self, family: Family, model: nn.Module, config: dict, architecture: Architecture, scores: ImportanceScores, head_dim: int | None = None, *,
+                 norm_scales: Mapping[str, torch.Tensor] = MappingProxyType({})):  # fmt: skip
         """Sorts the model's weights in place, one tensor at a time. `head_dim` is how many channels of a Mamba head
-        candidates keep (None: all), since the ranking of the heads goes by the channels that stay."""
+        candidates keep (None: all), since the ranking of the heads goes by the channels that stay. `norm_scales` are those
+        of a rotated model (rotated.rotate_model), whose hidden directions are in order already."""
         self.family, self.config, self.architecture = family, config, architecture
         everything = tuple(range(architecture.num_layers))
         orders = _orders(architecture, scores, head_dim or architecture.mamba_head_dim)
+        self._norm_scales = norm_scales
+        if norm_scales:
+            del orders[HIDDEN]
         plan = PruningPlan(architecture, architecture, everything, orders)
         self.state = {family.canonical_name(name): parameter for name, parameter in model.state_dict().items()}
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
@@ -100,8 +107,12 @@ class SortedTeacher:
         return len(dimensions) == 2 and dimensions[1][0][0] in GROUPED
 
     def _cut(self, cut: TensorCut) -> torch.Tensor:
-        """A view of the sorted tensor; a copy, shared by all candidates, only of what is no run along its first dimension."""
+        """A view of the sorted tensor; a copy, shared by all candidates, only of what is no run along its first dimension, and of one number for
+        a rotated model's norm."""
         tensor = self.state[cut.source]
+        if cut.source in self._norm_scales and cut.shape != tuple(tensor.shape):
+            (hidden,) = cut.shape
+            return self._norm_scales[cut.source][hidden - 1].to(tensor.dtype).repeat(hidden)
         rows = cut.keep[0]
         if rows is not None and not is_run(rows):
             key = (cut.source, len(rows))

@@ -40,7 +40,7 @@ def compensated_plan(context: StageContext, family: Family, plan: PruningPlan, s
         shutil.rmtree(leftover, ignore_errors=True)
     folder.mkdir()
     base = _streamed(family, source, read_config(source), plan.teacher, pick_device(context.settings))
-    rows = spread_rows(np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r"), settings.samples)
+    rows = calibration_rows(context)
     batches = batches_of(rows, settings.batch, base.device)
     recipe = Recipe(settings.rotate, settings.refit_reading, settings.refit_writing, settings.ridge)
     if note := few_tokens_note(plan, recipe, rows):
@@ -51,6 +51,11 @@ def compensated_plan(context: StageContext, family: Family, plan: PruningPlan, s
         basis_DK = stream_basis(base, plan, batches, rotate=recipe.rotate, config=base.config, on_layer=lambda: advance(1))
         made = compensated_tensors(base, plan, batches, basis_DK, recipe, config=base.config, dtypes=dtypes, on_layer=lambda: advance(1))
         return made_on_disk(made, folder, family, sliced)
+
+
+def calibration_rows(context: StageContext) -> np.ndarray:
+    """The rows of the train split, padding -1, that basis and refits are measured on."""
+    return spread_rows(np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r"), context.settings.prune.samples)
 
 
 def made_on_disk(made: Iterable[tuple[str, torch.Tensor]], folder: Path, family: Family, sliced: list[PlannedTensor]) -> list[PlannedTensor]:

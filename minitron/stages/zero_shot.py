@@ -11,12 +11,15 @@ import torch
 
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
+from minitron.derived import ranks_rotated
 from minitron.evaluation import batches_of, screening_rows, spread_rows
 from minitron.families import family_of
 from minitron.pipeline import StageContext
+from minitron.pruning.rotated import rotate_model
 from minitron.pruning.views import SortedTeacher, View
 from minitron.runtime import pick_device
 from minitron.screening import Distance, best_first, measure_batch
+from minitron.stages.compensated_cut import calibration_rows
 from minitron.stages.models import base_folder, result_model_folder, scores_of
 from minitron.teachers import base_architecture
 
@@ -41,7 +44,8 @@ def screening_batches(context: StageContext, device: torch.device) -> list[torch
 def measure_zero_shot(context: StageContext, entries: Mapping[str, dict]) -> ZeroShot:
     """Loss and KL of every candidate, all of them batch by batch; batches of an interrupted run are read back.
 
-    Candidates are views of one sorted teacher, or of one for each number of Mamba channels, since heads rank by the channels kept.
+    Candidates are views of one sorted teacher, or of one for each number of Mamba channels, since heads rank by the channels kept; where they
+    will be cut in the stream's principal directions, the teacher is rotated first.
     """
     device = pick_device(context.settings)
     batches = screening_batches(context, device)
@@ -99,8 +103,12 @@ def _sorted_base(context: StageContext, head_dim: int, device: torch.device) -> 
     folder = base_folder(context)
     config = read_config(folder)
     family, settings = family_of(config), context.settings
-    scores = scores_of(context.inputs["score"], settings)
-    return SortedTeacher(family, family.load(folder, device=str(device)), config, base_architecture(settings), scores, head_dim)
+    scores, architecture, model = scores_of(context.inputs["score"], settings), base_architecture(settings), family.load(folder, device=str(device))
+    norm_scales = {}
+    if ranks_rotated(settings):
+        batches = batches_of(calibration_rows(context), settings.prune.batch, device)
+        norm_scales = rotate_model(family, model, architecture, batches, config=config)
+    return SortedTeacher(family, model, config, architecture, scores, head_dim, norm_scales=norm_scales)
 
 
 def _view_facts(view: View) -> dict:

@@ -1,0 +1,58 @@
+"""A whole model written in its stream's principal directions, where it is: a student of any hidden size is then a prefix of it.
+
+The norms' weights go into what reads the stream and the stream into the basis Q (rotation.py); to the full width that is the same
+function. Only a norm's mean square is another for the first K directions y of a residual x. So every norm of a student has one
+number s, the least squares fit of s·n(y) to the first K of n(x): with E_K the energy (sum of squares) of the first K directions
+of a token and d_K = √(E_K/K + ε) its root mean square,
+
+    s_K = Σ E_K/(d_D·d_K) / Σ E_K/d_K²     over tokens, at every norm,
+
+which one walk gives for all K at once; s_D is 1. (The compensated cut fits s the same, from the student's own residuals.)
+Letters: N tokens of a batch, D hidden of the model, K hidden of a student.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from memory_budget.architecture import Architecture
+from minitron.families.base import Family
+from minitron.importance.placement import WholeModel
+from minitron.pruning.cut import row_of, split_layer
+from minitron.pruning.rotation import NORM, READ, check_rms, in_basis, norm_inputs, principal_basis, stream_covariance, stream_role
+
+
+@torch.no_grad()
+def rotate_model(family: Family, model: nn.Module, architecture: Architecture, batches: Sequence[torch.Tensor], *, config: dict,
+                 basis_DD: torch.Tensor | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Rotates the model's weights in place; gives for every norm of the stream, by canonical name, its number for each hidden size 1 … D, [D].
+
+    `batches` are calibration rows [B, T], padding included. The basis is that of the principal directions unless one is given. Weights keep their
+    dtype, so in bf16 they are rounded anew. Raises ValueError for norms that are no RMSNorm and for residuals that are not finite.
+    """
+    base, epsilon = WholeModel(family, model, architecture), check_rms(family, config)
+    if basis_DD is None:
+        basis_DD = principal_basis(stream_covariance(base, batches, epsilon))
+    state = {family.canonical_name(name): tensor for name, tensor in model.state_dict().items()}
+    roles = {name: stream_role(family, row_of(family, architecture, name)) for name in state}
+    norms = {split_layer(name)[0]: name for name, role in roles.items() if role == NORM}
+    for name, tensor in state.items():
+        folded_DD = state[norms[split_layer(name)[0]]].float()[:, None] * basis_DD if roles[name] == READ else None
+        tensor.copy_(in_basis(tensor, roles[name], basis_DD, folded_DD, tensor.dtype))
+    for name in norms.values():
+        state[name].fill_(1)
+    return {norms[layer]: scale_D for layer, scale_D in _scales(base, batches, epsilon).items()}
+
+
+def _scales(base: WholeModel, batches: Sequence[torch.Tensor], epsilon: float) -> dict[int | None, torch.Tensor]:
+    """s_K of the file's top for K = 1 … D, float32 [D], by the norm's layer (None: the last), from a model that is rotated already."""
+    alike_D, square_D = defaultdict(float), defaultdict(float)
+    sizes_D = torch.arange(1, base.architecture.hidden + 1, device=base.device)
+    for layer, residual_ND in norm_inputs(base, batches):
+        energy_ND = residual_ND.double().square().cumsum(1)
+        root_ND = (energy_ND / sizes_D + epsilon).sqrt()
+        alike_D[layer] += (energy_ND / (root_ND[:, -1:] * root_ND)).sum(0)
+        square_D[layer] += (energy_ND / root_ND.square()).sum(0)
+    return {layer: (alike_D[layer] / square_D[layer]).float() for layer in alike_D}
