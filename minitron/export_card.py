@@ -11,6 +11,7 @@ from minitron.compatibility import Finding, programs_of, verdicts
 from minitron.pipeline import Lap
 from minitron.publish import model_card
 from minitron.report_text import Summary, escaped, nats, table
+from minitron.report_evaluation import tasks_table
 from minitron.report_verdict import evaluations, how_to_read, models_table
 from minitron.summary import sequences_text
 
@@ -115,7 +116,7 @@ def _memory(summary: Summary, student: Mapping[str, Any]) -> str:
 def _evaluation(summary: Summary, exported: Exported) -> str:
     if not exported.is_final or not evaluations(summary):
         return "These weights were not evaluated." if exported.is_final else "These weights are a state of the distillation; they were not evaluated."
-    return f"{models_table(summary)}\n\n{how_to_read(summary)}"
+    return "\n\n".join(part for part in (models_table(summary), how_to_read(summary), tasks_table(summary)) if part)
 
 
 def _programs(findings: Sequence[Finding]) -> str:

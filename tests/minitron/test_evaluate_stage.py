@@ -112,8 +112,10 @@ def test_lm_eval_by_its_own_command_gives_the_same_of_the_export(walk, both_task
     """Both ways compute in float32, in another order: measured, they differ by 3e-8."""
     _, summary = both_tasks
     folder = evaluated.folder
-    exported = door(folder, f"runs_folder={folder / 'runs'}", *walk.settings[1:], "stage=export")
+    wanted = (f"evaluate.task_folders=[{tasks}]", "evaluate.tasks=[own_choice, own_text]")
+    exported = door(folder, f"runs_folder={folder / 'runs'}", *walk.settings[1:], *wanted, "stage=export")
     assert exported.returncode == 0, exported.stderr
+    assert "| own\\_choice | 24 | acc ↑ |" in (folder / "runs" / "tiny" / "export" / "README.md").read_text()
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={folder / 'runs' / 'tiny' / 'export'}", "--include_path",
                tasks, "--tasks", "own_choice", "own_text", "--device", "cpu", "--batch_size", "4", "--output_path", folder / "own"]  # fmt: skip
     subprocess.run(command, env=environment, cwd=folder, check=True, capture_output=True, timeout=600)
