@@ -10,8 +10,8 @@ from memory_budget.units import format_gib
 from minitron.compatibility import Finding, programs_of, verdicts
 from minitron.pipeline import Lap
 from minitron.publish import model_card
-from minitron.report_text import Summary, escaped, nats, table
 from minitron.report_evaluation import tasks_table
+from minitron.report_text import Summary, escaped, nats, table
 from minitron.report_verdict import evaluations, how_to_read, models_table
 from minitron.summary import sequences_text
 
