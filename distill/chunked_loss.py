@@ -93,7 +93,7 @@ def chunked_loss(
     mask_N = None if mask_BT is None else mask_BT.flatten()
     hidden_ND = _chosen(student.hidden_BTD, mask_N, 1)
     labels_N = None if labels_BT is None else _chosen(labels_BT, mask_N, 0)
-    chunk = min(chunk_tokens, max(1, len(hidden_ND))) if chunk_tokens else _chunk_tokens(hidden_ND, student.weight_VD)
+    chunk = _chunk(hidden_ND, student.weight_VD, chunk_tokens)
     if isinstance(teacher, Head):
         source = _HeadTeacher(_chosen(teacher.hidden_BTD, mask_N, 1), teacher.weight_VD, recipe, chunk)
     else:
@@ -107,16 +107,18 @@ def chunked_loss(
 def chunked_cross_entropy(head: Head, labels_BT: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the positions of `labels_BT` (int64; PADDING where there is none), nats per token, a float32 scalar; as chunked_loss otherwise."""
     labels_N, hidden_ND = labels_BT.flatten(), _chosen(head.hidden_BTD, None, 1)
-    task = _Task(None, labels_N, LossRecipe(cross_entropy_weight=1.0), False, _chunk_tokens(hidden_ND, head.weight_VD), torch.is_grad_enabled())
+    task = _Task(None, labels_N, LossRecipe(cross_entropy_weight=1.0), False, _chunk(hidden_ND, head.weight_VD, None), torch.is_grad_enabled())
     return _Sweep.apply(hidden_ND, head.weight_VD, task)[0] / (labels_N >= 0).sum().clamp(min=1)
 
 
-def _chunk_tokens(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> int:
+def chunk_tokens(vocabulary: int, *, on_cpu: bool) -> int:
     """Tokens whose logits exist at once."""
-    fitting = CHUNK_VALUES // len(weight_VD)
-    if hidden_ND.device.type == "cpu":
-        fitting = min(fitting, max(CPU_CHUNK_TOKENS, CPU_CHUNK_VALUES // len(weight_VD)))
-    return min(max(1, fitting), max(1, len(hidden_ND)))
+    fitting = CHUNK_VALUES // vocabulary
+    return max(1, min(fitting, max(CPU_CHUNK_TOKENS, CPU_CHUNK_VALUES // vocabulary)) if on_cpu else fitting)
+
+
+def _chunk(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, wanted: int | None) -> int:
+    return min(wanted or chunk_tokens(len(weight_VD), on_cpu=hidden_ND.device.type == "cpu"), max(1, len(hidden_ND)))
 
 
 def _check(student: Head, teacher: Head | TopK, recipe: LossRecipe, labels_BT: torch.Tensor | None) -> None:

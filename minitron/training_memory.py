@@ -6,7 +6,7 @@ modules' backward passes keep and those of the chunked loss, named below. Not co
 
 from dataclasses import dataclass, fields
 
-from distill.chunked_loss import CHUNK_VALUES
+from distill.chunked_loss import chunk_tokens
 from distill.launch import Launch
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_parameters, count_total_parameters, layer_parameters
@@ -59,7 +59,7 @@ def training_memory(student: Architecture, teacher: Architecture, train: TrainSe
         optimizer=_moment_bytes(student, train.optimizer) // optimizer_slices,
         teacher=teacher_bytes_per_number * count_total_parameters(teacher) // weight_slices,
         gathered=computing * _gathered(student) + teacher_bytes_per_number * _gathered(teacher) if launch.is_sharded else 0,
-        activations=rows * sequence_length * activation_bytes_per_token(student, train),
+        activations=rows * sequence_length * activation_bytes_per_token(student, train, on_gpu=on_gpu),
         loss=loss_bytes(student, teacher, rows * sequence_length, on_gpu=on_gpu),
     )
 
@@ -85,10 +85,11 @@ def _layer_numbers(model: Architecture, letter: str) -> int:
     return sum(copies * out * into for copies, out, into in layer.matrices) + layer.others + model.hidden
 
 
-def activation_bytes_per_token(student: Architecture, train: TrainSettings) -> int:
+def activation_bytes_per_token(student: Architecture, train: TrainSettings, *, on_gpu: bool) -> int:
     """What forward keeps for backward, up to the last hidden states."""
     width = BF16 if train.precision is Precision.bf16 else FLOAT32
-    kept = [_layer_activations(student, letter) for letter in student.pattern]
+    by_blocks = not on_gpu and train.precision is Precision.float32  # families/blockwise.FeedForward
+    kept = [_layer_activations(student, letter, by_blocks=by_blocks) for letter in student.pattern]
     layers = len(kept) * student.hidden + max(kept, default=0) if train.gradient_checkpointing else sum(kept)
     return layers * width
 
@@ -100,18 +101,18 @@ def loss_bytes(student: Architecture, teacher: Architecture, tokens: int, *, on_
     CPU makes for a few rows at a time. Of all tokens the hidden states of both and the student's gradient; the output matrix's
     gradient, beside the one it is added to.
     """
-    chunk = min(tokens, max(1, CHUNK_VALUES // student.vocab)) * student.vocab
+    chunk = min(tokens, chunk_tokens(student.vocab, on_cpu=not on_gpu)) * student.vocab
     return FLOAT32 * ((4 if on_gpu else 2) * chunk + tokens * (2 * student.hidden + teacher.hidden) + student.vocab * student.hidden)
 
 
-def _layer_activations(model: Architecture, letter: str) -> int:
+def _layer_activations(model: Architecture, letter: str, *, by_blocks: bool) -> int:
     """Numbers a token that one layer keeps: its norm's input and output, and its mixer's own."""
     if letter == "M":  # in_proj's output, the scan's, the gated norm's
         mixer = model.mamba_inner + model.mamba_conv_channels + model.mamba_num_heads + 2 * model.mamba_inner
     elif letter == "*":  # queries, keys, values, their weighted sum
         mixer = 2 * (model.num_attention_heads + model.num_key_value_heads) * model.attention_head_dim
-    else:  # up's output, its relu, the square
-        mixer = 3 * model.ffn
+    else:  # up's output, and unless it goes by blocks its relu and the square
+        mixer = model.ffn if by_blocks else 3 * model.ffn
     return 2 * model.hidden + mixer
 
 

@@ -125,13 +125,19 @@ def whole_cache(prepared, door) -> tuple[Path, tuple[str, ...], list[float]]:
     return folder, arguments, losses
 
 
+def check_same_path(found: list[float], losses: list[float]) -> None:
+    """The cache holds float16 log-probabilities: steps differ by that rounding and by what grows of it, here and there a single one by more."""
+    differences = sorted(abs(one / other - 1) for one, other in zip(found, losses, strict=True))
+    assert len(losses) > 200 and differences[len(differences) // 2] < 2e-4 and differences[-1] < 1e-2
+
+
 def test_a_student_learns_from_the_cache_of_a_teacher_that_is_gone(whole_cache, door):
     folder, arguments, losses = whole_cache
     assert door(folder, *arguments).returncode != 0, "the control: this wants the teacher itself"
     shutil.rmtree(folder / "runs" / "store" / "distill")
     finished = door(folder, *arguments, "distill.cached=true")
     assert finished.returncode == 0, finished.stderr
-    assert losses_of(folder) == pytest.approx(losses, rel=2e-3) and len(losses) > 200  # float16 log-probabilities
+    check_same_path(losses_of(folder), losses)
 
 
 def test_two_processes_learn_from_the_cache_as_one_does(whole_cache, environment, repository):
@@ -145,7 +151,7 @@ def test_two_processes_learn_from_the_cache_as_one_does(whole_cache, environment
     finished = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=240)
     assert finished.returncode == 0, finished.stderr
     (metrics,) = (second / "store" / "distill").glob("*/metrics.jsonl")
-    assert [json.loads(line)["loss"] for line in metrics.read_text().splitlines()] == pytest.approx(losses, rel=2e-3)
+    check_same_path([json.loads(line)["loss"] for line in metrics.read_text().splitlines()], losses)
 
 
 @pytest.mark.parametrize(("setting", "message"), [
