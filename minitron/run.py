@@ -18,7 +18,7 @@ os.environ["HYDRA_FULL_ERROR"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 # Threads of OpenMP that wait for each other spin for milliseconds: on a machine that has other work too, in place of who they wait for. A spin of
-# about 0.1 ms costs a step 6 % where nothing else runs (benchmarks/README.md). Read when torch is loaded.
+# about 0.1 ms costs a step 6 to 9 % where nothing else runs (benchmarks/README.md). Read when torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
