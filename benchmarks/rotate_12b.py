@@ -1,7 +1,7 @@
 """Rotating and slicing a 12B-shaped checkpoint to the published 9B, from disk to disk, against the plain cut of the same checkpoint.
 
-The basis is random and orthogonal, and nothing is refitted: what a rotation costs is the same whichever it is. Base and student walk --tokens
-random tokens for the norms' scales. The floor is the plain cut and the rotation's matrix products at the rate measured in this run.
+The directions left out are random, and nothing is refitted: what a rotation costs is the same whichever they are. Base and student walk --tokens
+random tokens for the norms' scales, one number each. The floor is the plain cut and the rotation's matrix products at the rate measured in this run.
 Run: .venv/bin/python benchmarks/make_teacher.py --out DIR, then .venv/bin/python benchmarks/rotate_12b.py DIR --out EMPTY_DIR
 """
 
@@ -17,29 +17,30 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.prune_12b import SHARD_BYTES, check, cut, drop_from_cache, emptied, published_student  # noqa: E402
+from benchmarks.prune_12b import SHARD_BYTES, cut, drop_from_cache, emptied, published_student  # noqa: E402
 from memory_budget.hf_config import architecture_from_config, read_config  # noqa: E402
-from minitron.checkpoints import DTYPES, Checkpoint, write_weights  # noqa: E402
+from minitron.checkpoints import Checkpoint  # noqa: E402
 from minitron.families import family_of, ssd  # noqa: E402
 from minitron.importance.placement import StreamedModel  # noqa: E402
-from minitron.pruning.compensate import Recipe, compensated_tensors  # noqa: E402
+from minitron.pruning.basis import basis_without  # noqa: E402
+from minitron.pruning.compensate import Recipe  # noqa: E402
 from minitron.pruning.plan import PruningPlan  # noqa: E402
 from minitron.publish import write_companions  # noqa: E402
-from minitron.stages.compensated_cut import made_on_disk  # noqa: E402
+from minitron.stages.compensated_cut import MadeWeights  # noqa: E402
 from minitron.stages.prune import planned_tensors  # noqa: E402
 
 RECIPE = Recipe(rotate=True, refit_reading=False, refit_writing=False)
 
 
-def random_basis(width: int, kept: int, seed: int) -> torch.Tensor:
-    """Orthonormal columns [width, kept]."""
-    return torch.linalg.qr(torch.randn(width, kept, generator=torch.Generator().manual_seed(seed)))[0]
+def random_directions(width: int, number: int, seed: int) -> torch.Tensor:
+    """Orthonormal columns [width, number], float64."""
+    return torch.linalg.qr(torch.randn(width, number, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
 
 
 def rotation_flops(plan: PruningPlan, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Of the products with the basis: every matrix of the student times the base's hidden size."""
-    hidden = plan.student.hidden
-    return sum(2 * shape[0] * shape[1] * plan.teacher.hidden for shape in shapes.values() if len(shape) == 2 and hidden in shape)
+    """Of every matrix that meets the stream times the basis, as a product of two factors (minitron/pruning/basis.py)."""
+    hidden, wide = plan.student.hidden, plan.teacher.hidden
+    return sum(2 * shape[0] * shape[1] // hidden * (wide - hidden) * (wide + hidden) for shape in shapes.values() if len(shape) == 2 and hidden in shape)
 
 
 def matrix_rate(width: int) -> float:
@@ -55,8 +56,8 @@ def matrix_rate(width: int) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="checkpoint that make_teacher.py wrote")
-    parser.add_argument("--out", type=Path, required=True, help="folder to work in, on the disk to be measured; 34 GiB, emptied before and after")
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--out", type=Path, required=True, help="folder to work in, on the disk to be measured; 17 GiB, emptied before and after")
+    parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     ssd.install()
@@ -68,27 +69,24 @@ def main() -> int:
     print(f"plain cut {cut_seconds:6.1f} s", flush=True)
 
     drop_from_cache(source)
-    made_folder, folder, started = emptied(options.out / "made"), emptied(options.out / "rotated"), time.perf_counter()
+    folder, started = emptied(options.out / "rotated"), time.perf_counter()
     base = StreamedModel(family, options.folder, {**config, "dtype": "float32"}, plan.teacher, torch.device("cpu"))
     ids = torch.randint(plan.teacher.vocab, (1, options.tokens), generator=torch.Generator().manual_seed(options.seed))
-    basis = random_basis(plan.teacher.hidden, plan.student.hidden, options.seed)
-    dtypes = {family.canonical_name(name): DTYPES[entry.dtype] for name, entry in source.entries.items()}
-    made = compensated_tensors(base, plan, [ids], basis, RECIPE, config=config, dtypes=dtypes)
-    planned = made_on_disk(made, made_folder, family, sliced)
-    made_seconds = time.perf_counter() - started
-    write_weights(folder, planned, max_shard_bytes=SHARD_BYTES)
+    basis = basis_without(random_directions(plan.teacher.hidden, plan.teacher.hidden - plan.student.hidden, options.seed))
+    made = MadeWeights(base, plan, [ids], basis, RECIPE, folder)
+    made.write(sliced, max_shard_bytes=SHARD_BYTES)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"rotated   {seconds:6.1f} s ({made_seconds:.1f} s until all is made), peak {peak:.2f} GiB", flush=True)
+    print(f"rotated   {seconds:6.1f} s, peak {peak:.2f} GiB", flush=True)
 
     student_config = family.hf_config(config, plan.student)
     write_companions(folder, config=student_config, companions=options.folder, card="")
-    check_seconds, parameters = check(family, planned, folder, student_config), Checkpoint(folder).num_parameters
+    started, found = time.perf_counter(), made.check(student_config)
+    check_seconds, parameters = time.perf_counter() - started, Checkpoint(folder).num_parameters
     flops, rate = rotation_flops(plan, {tensor.name: tensor.shape for tensor in sliced}), matrix_rate(plan.teacher.hidden)
     floor = cut_seconds + flops / rate
-    for leftover in (made_folder, folder):
-        shutil.rmtree(leftover)
-    print(f"{parameters:,} parameters, read back layer by layer in {check_seconds:.1f} s, {torch.get_num_threads()} threads")
+    shutil.rmtree(folder)
+    print(f"{parameters:,} parameters, {found}, in {check_seconds:.1f} s, {torch.get_num_threads()} threads")
     print(f"{seconds / cut_seconds:.2f} × the plain cut; floor {floor:.1f} s: the cut and {flops:.2e} FLOP at {rate / 1e9:.0f} GFLOP/s")
     print(json.dumps({"benchmark": "rotate_12b", "ratios": {"time_over_cut": seconds / cut_seconds, "over_floor": seconds / floor}, "seconds": seconds,
                       "cut_seconds": cut_seconds, "peak_rss_gib": peak, "parameters": parameters, "tokens": options.tokens}))  # fmt: skip

@@ -15,14 +15,17 @@ the walk goes on, so that rounding is corrected too.
 Letters: B batch, T tokens of a row, N tokens of a batch, D hidden of the base, K hidden of the student, I inputs of a writing matrix.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from minitron.families.base import HIDDEN
 from minitron.importance.placement import PlacedModel, ids_and_mask
+from minitron.pruning.basis import Basis
 from minitron.pruning.cut import expected_shape, plan_cuts, required_names, row_of
 from minitron.pruning.plan import PruningPlan
 from minitron.pruning.refit import NormalEquations
@@ -41,56 +44,58 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """How the student reads the stream at one norm: w ∘ n(x) ≈ diag(w) · matrix · scale · n(y)."""
+    """How the student reads the stream at one norm: w ∘ n(x) ≈ diag(w) · matrix · scale · n(y), the matrix being the basis where there is none."""
 
     weight_D: torch.Tensor
-    matrix_DK: torch.Tensor
+    matrix_DK: torch.Tensor | None
     scale: float
+
+    def product(self, basis: Basis) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What takes rows [V, D] of a matrix that reads to [V, K]."""
+        if self.matrix_DK is None:
+            return lambda rows_VD: basis.project(rows_VD * self.weight_D)
+        folded_DK = self.weight_D[:, None] * self.matrix_DK
+        return lambda rows_VD: rows_VD @ folded_DK
 
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """A layer of the student that is final but for its writer; `stored` gives the dtype of each of its tensors on disk."""
+    """A layer of the student that is final but for its writer; `dtypes` gives the dtype of each of its tensors on disk."""
 
     block: nn.Module
     layer: int
     position: int
-    stored: Mapping[str, torch.dtype]
-
-
-def compensated_tensors(base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.Tensor], basis_DK: torch.Tensor, recipe: Recipe, *, config: dict,
-                        dtypes: Mapping[str, torch.dtype] | None = None, on_layer: Callable[[], None] = lambda: None
-                        ) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
-    """The student's tensors by canonical name, layer by layer, each in the dtype that `dtypes` gives for its source (None: float32).
-
-    `base` computes in float32; `config` is its config.json; `batches` are calibration rows [B, T], padding included; `basis_DK` has orthonormal
-    columns. In memory are both models' residuals of all tokens, one layer of each and the Gram matrix of one layer. The units kept
-    of every axis but hidden are the plan's. Raises ValueError naming the layer whose sums are not finite or singular.
-    """
-    return _LockStep(base, plan, batches, basis_DK, recipe, config, dtypes or {}, on_layer).tensors()
+    dtypes: Mapping[str, torch.dtype]
 
 
 def build_compensated(base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.Tensor], recipe: Recipe, *, config: dict,
-                      basis_DK: torch.Tensor | None = None) -> nn.Module:  # fmt: skip
-    """The student as a float32 model in memory; see compensated_tensors. The basis is the plan's own unless one is given."""
-    if basis_DK is None:
-        basis_DK = stream_basis(base, plan, batches, rotate=recipe.rotate, config=config)
+                      basis: Basis | None = None) -> nn.Module:  # fmt: skip
+    """The student as a float32 model in memory; see CompensatedCut. The basis is the plan's own unless one is given."""
+    if basis is None:
+        basis = stream_basis(base, plan, batches, rotate=recipe.rotate, config=config)
     with torch.device("meta"):
         student = base.family.build(base.family.hf_config(config, plan.student))
     names = {base.family.canonical_name(name): name for name in student.state_dict()}
-    tensors = compensated_tensors(base, plan, batches, basis_DK, recipe, config=config)
+    tensors = CompensatedCut(base, plan, batches, basis, recipe, config=config).tensors()
     student.load_state_dict({names[name]: tensor for name, tensor in tensors}, assign=True)
     return student.eval()
 
 
-class _LockStep:
-    """The walk of compensated_tensors: one list entry of residuals per batch."""
+class CompensatedCut:
+    """The walk of base and student over calibration rows.
 
-    def __init__(self, base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.Tensor], basis_DK: torch.Tensor, recipe: Recipe, config: dict,
-                 dtypes: Mapping[str, torch.dtype], on_layer: Callable[[], None]):  # fmt: skip
-        self.base, self.family, self.plan, self.recipe, self.dtypes, self.on_layer = base, base.family, plan, recipe, dtypes, on_layer
+    `base` computes in float32; `config` is its config.json; `batches` are calibration rows [B, T], padding included; `dtypes` gives the dtype
+    each tensor is stored in by the canonical name of its source (else float32); `stored` gives what is stored already, of an interrupted walk, by
+    the student's canonical names: it is taken as it is, and solved for no more. In memory are both models' residuals of all tokens, one layer of
+    each and the Gram matrix of one layer. The units kept of every axis but hidden are the plan's.
+    """
+
+    def __init__(self, base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.Tensor], basis: Basis, recipe: Recipe, *, config: dict,
+                 dtypes: Mapping[str, torch.dtype] = MappingProxyType({}), stored: Mapping[str, Callable[[], torch.Tensor]] = MappingProxyType({}),
+                 on_layer: Callable[[], None] = lambda: None):  # fmt: skip
+        self.base, self.family, self.plan, self.basis, self.recipe, self.dtypes, self.stored = base, base.family, plan, basis, recipe, dtypes, stored
         self.epsilon = check_rms(self.family, config)
-        self.basis_DK = basis_DK
+        self.on_layer = on_layer
         self.student_config = self.family.hf_config(config, plan.student)
         inner = replace(plan, units={axis: kept for axis, kept in plan.units.items() if axis != HIDDEN})
         rows = {name: row_of(self.family, plan.teacher, name) for name in required_names(self.family, plan.teacher)}
@@ -98,15 +103,22 @@ class _LockStep:
         self.cuts = {cut.source: cut for cut in plan_cuts(self.family, inner, shapes)}
         self.roles = {name: stream_role(self.family, row) for name, row in rows.items()}
         pairs = [ids_and_mask(batch) for batch in batches]
-        self.masks = [mask for _, mask in pairs]
-        self.base_residuals = base.embed([ids for ids, _ in pairs])
-        self.student_residuals = [self._projected(residual_BTD) for residual_BTD in self.base_residuals]
+        self.ids, self.masks = [ids for ids, _ in pairs], [mask for _, mask in pairs]
+        self.base_residuals: list[torch.Tensor] = []  # [B, T, D] and [B, T, K] of every batch, where the walk stands
+        self.student_residuals: list[torch.Tensor] = []
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The student's tensors by canonical name, layer by layer, but for those stored already. Raises ValueError naming the layer whose sums are
+        not finite or singular."""
         with self.base.open_embedding() as embedding:
-            yield from self._cut({f"{self.family.outside_names['embed']}weight": embedding.weight}, None).items()
+            self.base_residuals = [embedding(ids_BT) for ids_BT in self.ids]
+            made = self._cut({f"{self.family.outside_names['embed']}weight": embedding.weight}, lambda: None)
         del embedding  # 2.5 GiB of a 12B's, in float32
+        (table_VK,) = made.values()
+        self.student_residuals = [F.embedding(ids_BT, table_VK).float() for ids_BT in self.ids]
+        yield from self._new(made.items())
+        del made, table_VK
         positions, begun = {layer: position for position, layer in enumerate(self.plan.kept_layers)}, None
         for layer, base_block in self.base.visit(range(self.plan.teacher.num_layers)):
             if layer in positions:
@@ -116,15 +128,19 @@ class _LockStep:
             self.base_residuals = [base_block(residual_BTD) for residual_BTD in self.base_residuals]
             self.on_layer()
         yield from self._finish(begun)
+        del begun
         with self.base.open_head() as head:
             parts = {"norm": head.norm, "head": head.projection}
             state = {f"{self.family.outside_names[part]}{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
-            yield from self._cut(state, self._reading(state, "the output head")).items()
+            yield from self._new(self._cut(state, lambda: self._reading(state, "the output head")).items())
+
+    def _new(self, made: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, tensor) for name, tensor in made if name not in self.stored)
 
     def _begin(self, base_block: nn.Module, layer: int, position: int) -> _Begun:
         """The student's layer with its readers refitted."""
         state = {f"layers.{layer}.{name}": tensor for name, tensor in base_block.state_dict().items()}
-        made = self._cut(state, self._reading(state, f"layer {layer}"))
+        made = self._cut(state, lambda: self._reading(state, f"layer {layer}"))
         tensors = {name.removeprefix(f"layers.{position}."): tensor for name, tensor in made.items()}
         with torch.device("meta"):
             block = self.family.build_layer(self.student_config, position)
@@ -136,24 +152,23 @@ class _LockStep:
         block = begun.block
         (name,) = [name for name in block.state_dict() if self.roles[f"layers.{begun.layer}.{name}"] == WRITE]
         writer = block.get_submodule(name.removesuffix(".weight"))
-        if self.recipe.refit_writing:
+        if self.recipe.refit_writing and f"layers.{begun.position}.{name}" not in self.stored:
             inner: list[torch.Tensor] = []  # a batch each, [B, T, I]: what the writer is given
             handle = writer.register_forward_pre_hook(lambda _module, args: inner.append(args[0]))
             for residual_BTK in self.student_residuals:
                 block(residual_BTK)
             handle.remove()
-            writer.weight.data = self._writing(writer, inner, f"layer {begun.layer}").to(begun.stored[name]).float()
+            writer.weight.data = self._writing(writer, inner, f"layer {begun.layer}").to(begun.dtypes[name]).float()
             self.student_residuals = [residual + writer(given) for residual, given in zip(self.student_residuals, inner, strict=True)]
         else:
             self.student_residuals = [block(residual_BTK) for residual_BTK in self.student_residuals]
-        for name, tensor in block.state_dict().items():
-            yield f"layers.{begun.position}.{name}", tensor.to(begun.stored[name])
+        yield from self._new((f"layers.{begun.position}.{name}", tensor.to(begun.dtypes[name])) for name, tensor in block.state_dict().items())
 
     def _writing(self, writer: nn.Linear, inner: Sequence[torch.Tensor], place: str) -> torch.Tensor:
         """The writer's matrix [K, I] by least squares."""
         equations = NormalEquations(writer.in_features, writer.out_features, self.base.device)
         for inner_BTI, base_BTD, student_BTK, mask in zip(inner, self.base_residuals, self.student_residuals, self.masks, strict=True):
-            missing_BTK = self._projected(base_BTD) - student_BTK
+            missing_BTK = self.basis.project(base_BTD) - student_BTK
             if writer.bias is not None:
                 missing_BTK = missing_BTK - writer.bias
             equations.add(real_tokens(inner_BTI, mask), real_tokens(missing_BTK, mask))
@@ -162,14 +177,14 @@ class _LockStep:
     def _reading(self, state: Mapping[str, torch.Tensor], place: str) -> _Reading:
         """The norm's scale, then the matrix, both by least squares from n(y) to n(x)."""
         (norm,) = [name for name in state if self.roles[name] == NORM]
-        weight_D, stored, basis_DK = state[norm].float(), self.dtypes.get(norm, torch.float32), self.basis_DK
+        weight_D, stored, basis_DK = state[norm].float(), self.dtypes.get(norm, torch.float32), self.basis.matrix_DK
         alike = square = 0.0
         for wanted_ND, own_NK in self._normalised():
-            alike += (self._projected(wanted_ND) * own_NK).sum(dtype=torch.float64)
+            alike += (self.basis.project(wanted_ND) * own_NK).sum(dtype=torch.float64)
             square += own_NK.square().sum(dtype=torch.float64)
         scale = float((alike / square).to(stored))
         if not self.recipe.refit_reading:
-            return _Reading(weight_D, basis_DK, scale)
+            return _Reading(weight_D, None, scale)
         equations = NormalEquations(basis_DK.shape[1], basis_DK.shape[0], basis_DK.device)
         for wanted_ND, own_NK in self._normalised():
             equations.add(scale * own_NK, wanted_ND)
@@ -180,18 +195,23 @@ class _LockStep:
         for base_BTD, student_BTK, mask in zip(self.base_residuals, self.student_residuals, self.masks, strict=True):
             yield real_tokens(normalised(base_BTD, self.epsilon), mask), real_tokens(normalised(student_BTK, self.epsilon), mask)
 
-    def _cut(self, state: Mapping[str, torch.Tensor], reading: _Reading | None) -> dict[str, torch.Tensor]:
-        """Tensors of the base as the student has them: cut, folded, in the student's basis and in the dtypes they are stored in."""
-        made, folded_DK = {}, None if reading is None else reading.weight_D[:, None] * reading.matrix_DK
+    def _cut(self, state: Mapping[str, torch.Tensor], reading: Callable[[], _Reading | None]) -> dict[str, torch.Tensor]:
+        """Tensors of the base as the student has them, by its names: cut, folded, in its basis and in the dtypes they are stored in, or as stored.
+
+        The reading is asked for where not all of them are stored.
+        """
+        made = {target: self.stored[target]() for name in state if (target := self.cuts[name].target) in self.stored}
+        if len(made) == len(state):
+            return made
+        found = reading()
+        read = None if found is None else found.product(self.basis)
         for name, tensor in state.items():
-            cut, dtype = self.cuts[name], self.dtypes.get(name, torch.float32)
-            if self.roles[name] == NORM:
-                kept = torch.full((self.plan.student.hidden,), reading.scale, dtype=dtype, device=tensor.device)
+            cut, role, dtype = self.cuts[name], self.roles[name], self.dtypes.get(name, torch.float32)
+            if cut.target in made:
+                continue
+            if role == NORM:
+                kept = torch.full((self.plan.student.hidden,), found.scale, dtype=dtype, device=tensor.device)
             else:
-                kept = in_basis(cut.apply(tensor), self.roles[name], self.basis_DK, folded_DK, dtype)
+                kept = in_basis(cut.apply(tensor), role, self.basis, read, dtype)
             made[cut.target] = kept.contiguous()
         return made
-
-    def _projected(self, residual: torch.Tensor) -> torch.Tensor:
-        """Residuals [..., D] in the student's basis, [..., K], float32."""
-        return residual.float() @ self.basis_DK

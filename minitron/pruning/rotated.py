@@ -20,6 +20,7 @@ from torch import nn
 from memory_budget.architecture import Architecture
 from minitron.families.base import Family
 from minitron.importance.placement import WholeModel
+from minitron.pruning.basis import Basis
 from minitron.pruning.cut import row_of, split_layer
 from minitron.pruning.rotation import NORM, READ, check_rms, in_basis, norm_inputs, principal_basis, stream_covariance, stream_role
 
@@ -35,12 +36,13 @@ def rotate_model(family: Family, model: nn.Module, architecture: Architecture, b
     base, epsilon = WholeModel(family, model, architecture), check_rms(family, config)
     if basis_DD is None:
         basis_DD = principal_basis(stream_covariance(base, batches, epsilon))
+    basis = Basis(basis_DD)
     state = {family.canonical_name(name): tensor for name, tensor in model.state_dict().items()}
     roles = {name: stream_role(family, row_of(family, architecture, name)) for name in state}
     norms = {split_layer(name)[0]: name for name, role in roles.items() if role == NORM}
     for name, tensor in state.items():
-        folded_DD = state[norms[split_layer(name)[0]]].float()[:, None] * basis_DD if roles[name] == READ else None
-        tensor.copy_(in_basis(tensor, roles[name], basis_DD, folded_DD, tensor.dtype))
+        weight_D = state[norms[split_layer(name)[0]]].float() if roles[name] == READ else None
+        tensor.copy_(in_basis(tensor, roles[name], basis, lambda rows, weight_D=weight_D: basis.project(rows * weight_D), tensor.dtype))
     for name in norms.values():
         state[name].fill_(1)
     return {norms[layer]: scale_D for layer, scale_D in _scales(base, batches, epsilon).items()}

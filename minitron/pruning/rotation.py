@@ -2,8 +2,8 @@
 
 x ← x + mixer(w ∘ n(x)), with n RMSNorm without a weight, stays the same function when w is folded into the matrices that read the
 stream and every residual is written Qᵀx for an orthogonal Q: n looks at lengths alone, which Q keeps, so n(Qᵀx) = Qᵀn(x)
-(SliceGPT, arXiv 2401.15024, §3). A student of hidden size K keeps the first K columns of Q: what reads becomes W·Q_K, what writes Q_Kᵀ·W,
-embeddings E·Q_K. One basis serves every hidden size, since each takes a prefix of it.
+(SliceGPT, arXiv 2401.15024, §3). A student of hidden size K keeps the K directions that hold most, in a basis Q_K of them (basis.py): what reads
+becomes W·Q_K, what writes Q_Kᵀ·W, embeddings E·Q_K. One Q serves every hidden size, since each keeps the first K of the same directions.
 
 Letters: B batch, T tokens of a row, N tokens of a batch, D hidden of the base, K hidden of the student.
 """
@@ -14,10 +14,11 @@ import torch
 
 from minitron.families.base import HIDDEN, Family, TensorAxes
 from minitron.importance.placement import PlacedModel, ids_and_mask
+from minitron.pruning.basis import Basis, basis_without
 from minitron.pruning.plan import Indices, PruningPlan
 
 EMBED, READ, WRITE, WRITE_BIAS, NORM = "embed", "read", "write", "write bias", "norm"
-ROWS_AT_ONCE = 8192
+ROWS_AT_ONCE = 4096
 
 
 def stream_role(family: Family, row: TensorAxes) -> str | None:
@@ -85,12 +86,12 @@ def stream_covariance(base: PlacedModel, batches: Sequence[torch.Tensor], epsilo
 
 
 def stream_basis(base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.Tensor], *, rotate: bool, config: dict,
-                 on_layer: Callable[[], None] = lambda: None) -> torch.Tensor:  # fmt: skip
-    """Q_K [D, K] of a plan: the principal directions, or the kept channels, also where hidden is not cut and there is nothing to choose."""
+                 on_layer: Callable[[], None] = lambda: None) -> Basis:  # fmt: skip
+    """Q_K of a plan: of the principal directions, or the kept channels, also where hidden is not cut and there is nothing to choose."""
     if rotate and plan.student.hidden < plan.teacher.hidden:
         covariance_DD = stream_covariance(base, batches, check_rms(base.family, config), on_layer)
-        return principal_basis(covariance_DD)[:, : plan.student.hidden].contiguous()
-    return channel_basis(plan.kept(HIDDEN, -1), plan.teacher.hidden, base.device)
+        return basis_without(principal_basis(covariance_DD)[:, plan.student.hidden :])
+    return Basis(channel_basis(plan.kept(HIDDEN, -1), plan.teacher.hidden, base.device))
 
 
 def principal_basis(covariance_DD: torch.Tensor) -> torch.Tensor:
@@ -104,23 +105,23 @@ def channel_basis(kept: Indices | None, hidden: int, device: torch.device) -> to
     return everything if kept is None else everything[:, list(kept)].contiguous()
 
 
-def in_basis(tensor: torch.Tensor, role: str | None, basis_DK: torch.Tensor, folded_DK: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def in_basis(tensor: torch.Tensor, role: str | None, basis: Basis, read: Callable[[torch.Tensor], torch.Tensor] | None, dtype: torch.dtype) -> torch.Tensor:
     """A tensor that reads or writes the stream as it does so in a basis, by its role; all others, norms too, as they are.
 
-    `folded_DK` is what readers are multiplied by: the norm's weight, folded into the basis.
+    `read` takes rows [V, D] of a matrix that reads to [V, K]; it knows the norm's weight.
     """
-    if role == READ:
-        return _times(tensor, folded_DK, dtype)
-    if role == EMBED:
-        return _times(tensor, basis_DK, dtype)
-    if role in (WRITE, WRITE_BIAS):
-        return (basis_DK.T @ tensor.float()).to(dtype)
+    if role in (READ, EMBED):
+        return _by_rows(tensor, basis.project if role == EMBED else read, basis.matrix_DK.shape[1], dtype)
+    if role == WRITE:
+        return basis.project_columns(tensor).to(dtype)
+    if role == WRITE_BIAS:
+        return basis.project(tensor).to(dtype)
     return tensor.to(dtype)
 
 
-def _times(rows_VD: torch.Tensor, matrix_DK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows times a matrix in float32, rounded to `dtype` some rows at a time: of a vocabulary's worth there is no second float32 copy."""
-    result_VK = torch.empty(len(rows_VD), matrix_DK.shape[1], dtype=dtype, device=rows_VD.device)
+def _by_rows(rows_VD: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor], width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows changed in float32 and rounded to `dtype` some at a time: of a vocabulary's worth there is no second float32 copy."""
+    result_VK = torch.empty(len(rows_VD), width, dtype=dtype, device=rows_VD.device)
     for rows, result in zip(rows_VD.split(ROWS_AT_ONCE), result_VK.split(ROWS_AT_ONCE), strict=True):
-        result.copy_(rows.float() @ matrix_DK)
+        result.copy_(change(rows.float()))
     return result_VK

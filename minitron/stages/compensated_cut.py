@@ -1,25 +1,30 @@
-"""The compensated cut of the prune stage: the base walked from disk one layer at a time, the student's layers kept on disk until it is written."""
+"""The compensated cut of the prune stage: the base walked from disk one layer at a time, the student's layers written as they are made.
 
-import shutil
-from collections.abc import Iterable, Mapping
+A run that was interrupted goes on behind the last whole shard: what is on disk is the student's, the walk goes over it without solving again.
+"""
+
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from distill.batches import count_tokens
 from memory_budget.architecture import Architecture
-from memory_budget.hf_config import read_config
-from minitron.checkpoints import DTYPES, PlannedTensor, PlannedWeights
+from memory_budget.hf_config import architecture_from_config, read_config
+from memory_budget.units import GIB
+from minitron.checkpoints import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, read_header, write_weights
 from minitron.evaluation import batches_of, screening_rows, spread_rows
 from minitron.families.base import Family
-from minitron.importance.placement import StreamedModel
+from minitron.importance.placement import StreamedModel, ids_and_mask
 from minitron.pipeline import StageContext
-from minitron.pruning.compensate import Recipe, compensated_tensors
+from minitron.pruning.basis import Basis
+from minitron.pruning.compensate import CompensatedCut, Recipe
 from minitron.pruning.damage import walked_loss
 from minitron.pruning.plan import PruningPlan
 from minitron.pruning.refit import ridge_for
@@ -27,46 +32,110 @@ from minitron.pruning.rotation import stream_basis
 from minitron.runtime import pick_device
 from minitron.stages.models import base_folder
 
-MADE_FOLDER = "made"
+BASIS_FILE = "basis.safetensors"
+SHARD_BYTES = 2**30  # at most: what an interrupted run loses
+SAME_RESIDUALS = 1e-4  # of the largest, after all layers, the same sums in another order
 
 
-def compensated_plan(context: StageContext, family: Family, plan: PruningPlan, sliced: list[PlannedTensor]) -> list[PlannedTensor]:
-    """The tensors of the plain slice, in its order, names, shapes and dtypes, with the values of the compensated cut.
-
-    They are made at once and lie in made/ until remove_made. Raises ValueError as compensated_tensors does.
-    """
-    settings, folder, source = context.settings.prune, context.folder / MADE_FOLDER, base_folder(context)
-    for leftover in (folder, context.folder / "checkpoint"):  # of an interrupted run, whose values may differ in rounding
-        shutil.rmtree(leftover, ignore_errors=True)
-    folder.mkdir()
+def write_compensated(context: StageContext, family: Family, plan: PruningPlan, sliced: list[PlannedTensor], folder: Path) -> "MadeWeights":
+    """Writes the weights of the compensated cut to `folder`: the plain slice's tensors by name, shape and dtype. Raises ValueError as CompensatedCut does."""
+    settings, source = context.settings.prune, base_folder(context)
     base = _streamed(family, source, read_config(source), plan.teacher, pick_device(context.settings))
     rows = calibration_rows(context)
     batches = batches_of(rows, settings.batch, base.device)
     recipe = Recipe(settings.rotate, settings.refit_reading, settings.refit_writing, settings.ridge)
     if note := few_tokens_note(plan, recipe, rows):
         context.console.say(f"    prune  {note}")
-    dtypes = {family.canonical_name(name): DTYPES[entry.dtype] for name, entry in base.checkpoint.entries.items()}
-    turns = recipe.rotate and plan.student.hidden < plan.teacher.hidden
+    kept_basis = context.folder / BASIS_FILE
+    turns = recipe.rotate and plan.student.hidden < plan.teacher.hidden and not kept_basis.exists()
     with context.console.track("compensating", plan.teacher.num_layers * (1 + turns), "layers") as advance:
-        basis_DK = stream_basis(base, plan, batches, rotate=recipe.rotate, config=base.config, on_layer=lambda: advance(1))
-        made = compensated_tensors(base, plan, batches, basis_DK, recipe, config=base.config, dtypes=dtypes, on_layer=lambda: advance(1))
-        return made_on_disk(made, folder, family, sliced)
+        if not kept_basis.exists():
+            write_basis(stream_basis(base, plan, batches, rotate=recipe.rotate, config=base.config, on_layer=lambda: advance(1)), kept_basis)
+        made = MadeWeights(base, plan, batches, read_basis(kept_basis, base.device), recipe, folder, on_layer=lambda: advance(1))
+        made.write(sliced, max_shard_bytes=min(SHARD_BYTES, int(settings.max_shard_gib * GIB)))
+    return made
+
+
+def write_basis(basis: Basis, path: Path) -> None:
+    matrix, *factors = [basis.matrix_DK, *(basis.factors or ())]
+    partial_path = path.with_suffix(".partial")
+    save_file({"matrix": matrix.cpu(), **{name: factor.cpu().contiguous() for name, factor in zip(("left", "right"), factors, strict=False)}}, partial_path)
+    os.replace(partial_path, path)
+
+
+def read_basis(path: Path, device: torch.device) -> Basis:
+    tensors = load_file(path, device=str(device))
+    return Basis(tensors["matrix"], (tensors["left"], tensors["right"]) if "left" in tensors else None)
+
+
+class MadeWeights:
+    """The tensors of a compensated cut, each written once it is made, and what is known of them afterwards."""
+
+    def __init__(self, base: StreamedModel, plan: PruningPlan, batches: Sequence[torch.Tensor], basis: Basis, recipe: Recipe, folder: Path, *,
+                 on_layer: Callable[[], None] = lambda: None):  # fmt: skip
+        self.family, self.plan, self.batches, self.folder = base.family, plan, batches, folder
+        self.stored = {
+            self.family.canonical_name(entry.name): partial(Checkpoint(folder, file=path.name).read, entry.name)
+            for path in sorted(folder.glob("*.safetensors")) for entry in read_header(path)
+        }  # fmt: skip
+        dtypes = {self.family.canonical_name(name): DTYPES[entry.dtype] for name, entry in base.checkpoint.entries.items()}
+        self.cut = CompensatedCut(base, plan, batches, basis, recipe, config=base.config, dtypes=dtypes, stored=self.stored, on_layer=on_layer)
+        self.tensors = self.cut.tensors()
+        self.waiting: dict[str, torch.Tensor] = {}  # made, and not yet asked for: of one layer at most
+        self.checksums: dict[str, int] = {}
+
+    def write(self, sliced: Sequence[PlannedTensor], *, max_shard_bytes: int) -> None:
+        """In the order in which they are made; whole shards of an interrupted run are kept."""
+        order = sorted(sliced, key=lambda tensor: self._place(self.family.canonical_name(tensor.name)))
+        planned = [replace(tensor, pieces=partial(self._take, self.family.canonical_name(tensor.name))) for tensor in order]
+        write_weights(self.folder, planned, max_shard_bytes=max_shard_bytes)
+        assert not list(self.tensors), "the walk made tensors that the plan does not have"  # goes to its end where all were stored
+
+    def _place(self, name: str) -> int:
+        """Where the walk comes by: embeddings, layers, the rest."""
+        if name.startswith(self.family.outside_names["embed"]):
+            return -1
+        return int(name.split(".")[1]) if name.startswith("layers.") else self.plan.student.num_layers
+
+    def _take(self, name: str) -> list[torch.Tensor]:
+        if name in self.stored:  # in a shard of another size
+            return [self.stored[name]()]
+        while name not in self.waiting:
+            made, tensor = next(self.tensors)
+            self.waiting[made] = tensor.cpu()
+            self.checksums[made] = _checksum(self.waiting[made])
+        return [self.waiting.pop(name)]
+
+    @torch.no_grad()
+    def check(self, config: Mapping) -> str:
+        """Holds the folder, read back, against what was made: the bits of every tensor made in this run, and the residuals behind the last layer.
+
+        `config` is the config.json planned for it. Gives a sentence on what was found; raises RuntimeError where something differs.
+        """
+        written = Checkpoint(self.folder)
+        for name, wanted in self.checksums.items():
+            if _checksum(written.read(self.family.file_name(name))) != wanted:
+                raise RuntimeError(f"{self.folder}: tensor {self.family.file_name(name)}, read back, is not what was made")
+        if architecture_from_config(read_config(self.folder)) != architecture_from_config(config):
+            raise RuntimeError(f"{self.folder}/config.json, read back, describes another architecture than was planned")
+        expected, device = self.cut.student_residuals[0], self.cut.base.device
+        model = _streamed(self.family, self.folder, read_config(self.folder), self.plan.student, device)
+        (found,) = model.embed([ids_and_mask(self.batches[0])[0]])
+        for _, block in model.visit(range(self.plan.student.num_layers)):
+            found = block(found)
+        difference = ((found - expected).abs().max() / expected.abs().max()).item()
+        if not difference <= SAME_RESIDUALS:
+            raise RuntimeError(f"{self.folder}, read back, gives residuals that differ by {difference:.1e} of the largest from those it was made with")
+        return f"read back: every tensor equal, residuals of {found.shape[0] * found.shape[1]:,} tokens differ by {difference:.1e}"
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def calibration_rows(context: StageContext) -> np.ndarray:
     """The rows of the train split, padding -1, that basis and refits are measured on."""
     return spread_rows(np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r"), context.settings.prune.samples)
-
-
-def made_on_disk(made: Iterable[tuple[str, torch.Tensor]], folder: Path, family: Family, sliced: list[PlannedTensor]) -> list[PlannedTensor]:
-    """The tensors of the plain slice with the values of those made, by canonical name, which are kept in `folder` until they are written."""
-    for name, tensor in made:
-        save_file({name: tensor.cpu()}, folder / f"{name}.safetensors")
-    return [replace(tensor, pieces=partial(_made, folder, family.canonical_name(tensor.name))) for tensor in sliced]
-
-
-def remove_made(context: StageContext) -> None:
-    shutil.rmtree(context.folder / MADE_FOLDER)
 
 
 def damage(context: StageContext, family: Family, plan: PruningPlan, sliced: list[PlannedTensor], folder: Path) -> dict[str, float]:
@@ -87,11 +156,6 @@ def _streamed(family: Family, folder: Path, config: Mapping, architecture: Archi
               weights: PlannedWeights | None = None) -> StreamedModel:  # fmt: skip
     """A model that computes in float32 whatever it is stored in: a refit measures differences."""
     return StreamedModel(family, folder, {**config, "dtype": "float32"}, architecture, device, weights=weights)
-
-
-def _made(folder: Path, name: str) -> list[torch.Tensor]:
-    with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
-        return [file.get_tensor(name)]
 
 
 def few_tokens_note(plan: PruningPlan, recipe: Recipe, rows: np.ndarray) -> str | None:

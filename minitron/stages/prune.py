@@ -19,7 +19,7 @@ from minitron.pruning.plan import PruningPlan, make_plan
 from minitron.publish import check_layer_by_layer, check_reload, model_card, write_companions
 from minitron.runtime import available_memory_bytes
 from minitron.settings import PruneMethod
-from minitron.stages.compensated_cut import compensated_plan, damage, remove_made
+from minitron.stages.compensated_cut import BASIS_FILE, damage, write_compensated
 from minitron.stages.models import base_folder, scores_of
 from minitron.store import write_json
 from minitron.teachers import base_architecture
@@ -39,29 +39,28 @@ def run(context: StageContext) -> dict:
 
     source, compensated = Checkpoint(source_folder), settings.prune.method is PruneMethod.compensated
     sliced = planned_tensors(family, plan, source)
-    planned = compensated_plan(context, family, plan, sliced) if compensated else sliced
     name, removed = context.inputs[base_stage(settings)].facts["name"], removed_layers(plan)
     described = describe_cut(plan, name) + (" What is kept was refitted to the base's own activations." if compensated else "")
     card = model_card(f"{name}, pruned to {chosen['id']}", lines=[described, "Not distilled yet."], architecture=student, base=name)
     folder = context.folder / "checkpoint"
-    _write(context, folder, planned)
+    folder.mkdir(exist_ok=True)
+    made = write_compensated(context, family, plan, sliced, folder) if compensated else _write(context, folder, sliced)
     write_companions(folder, config=family.hf_config(config, student), companions=source_folder, card=card)
     if compensated:
-        check = _check_layers(family, planned, folder, family.hf_config(config, student))
+        check = made.check(family.hf_config(config, student))
         losses = damage(context, family, plan, sliced, folder)
         check, facts = f"{check}; {_describe_damage(losses)}", {"held_out_losses": losses}
-        remove_made(context)
+        (context.folder / BASIS_FILE).unlink()
     else:
         check, facts = _check(family, plan, source, folder, config), {}
     parameters = count_total_parameters(student)
     sizes = f"{architecture.num_layers} → {student.num_layers} layers, {source.num_parameters:,} → {parameters:,} parameters"
-    headline = f"{sizes}, {format_gib(sum(tensor.num_bytes for tensor in planned))} written; {check}"
+    headline = f"{sizes}, {format_gib(sum(tensor.num_bytes for tensor in sliced))} written; {check}"
     facts |= {"parameters": parameters, "removed_layers": removed, "description": described}
     return {"headline": headline, "path": "checkpoint", **facts}
 
 
 def _write(context: StageContext, folder: Path, planned: list[PlannedTensor]) -> None:
-    folder.mkdir(exist_ok=True)
     with context.console.track("cutting", sum(tensor.num_bytes for tensor in planned) / GIB, "GiB") as advance:
         write_weights(folder, planned, max_shard_bytes=int(context.settings.prune.max_shard_gib * GIB), on_bytes=lambda num_bytes: advance(num_bytes / GIB))
 
@@ -104,11 +103,7 @@ def _check(family: Family, plan: PruningPlan, source: Checkpoint, folder: Path, 
         teacher = family.load(source.folder, dtype=torch.float32)
         difference = check_reload(folder, family, build_pruned(family, teacher, plan, config))
         return f"reloaded, logits differ by {difference:.1e}"
-    return _check_layers(family, planned_tensors(family, plan, source), folder, family.hf_config(config, plan.student))
-
-
-def _check_layers(family: Family, planned: list[PlannedTensor], folder: Path, config: dict) -> str:
-    check_layer_by_layer(folder, family, planned, config)
+    check_layer_by_layer(folder, family, planned_tensors(family, plan, source), family.hf_config(config, plan.student))
     return "reloaded layer by layer, every tensor and every layer's output equal"
 
 

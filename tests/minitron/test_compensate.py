@@ -10,7 +10,8 @@ from memory_budget.hf_config import architecture_from_config, read_config
 from minitron.families.base import FFN, HIDDEN, MAMBA_HEAD
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.placement import StreamedModel, WholeModel
-from minitron.pruning.compensate import Recipe, build_compensated, compensated_tensors
+from minitron.pruning.basis import Basis, basis_without
+from minitron.pruning.compensate import CompensatedCut, Recipe, build_compensated
 from minitron.pruning.cut import build_pruned
 from minitron.pruning.damage import walked_loss
 from minitron.pruning.plan import PruningPlan
@@ -32,8 +33,8 @@ def rows(token_ids) -> list[torch.Tensor]:
 def compensate(tiny, config_of, rows):
     """The compensated student of a model under a plan."""
 
-    def build(model, plan: PruningPlan, recipe: Recipe = EVERY_PART, basis_DK: torch.Tensor | None = None):
-        return build_compensated(WholeModel(FAMILY, model, plan.teacher), plan, rows, recipe, config=config_of(plan.teacher), basis_DK=basis_DK)
+    def build(model, plan: PruningPlan, recipe: Recipe = EVERY_PART, basis: Basis | None = None):
+        return build_compensated(WholeModel(FAMILY, model, plan.teacher), plan, rows, recipe, config=config_of(plan.teacher), basis=basis)
 
     return build
 
@@ -62,14 +63,14 @@ def cut(plan: PruningPlan, **sizes) -> PruningPlan:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: f"reading {recipe.refit_reading}, writing {recipe.refit_writing}")
 def test_with_nothing_cut_a_random_rotation_changes_no_logit(recipe, teacher, keep_all, compensate, difference):
-    student = compensate(teacher, keep_all(), recipe, random_basis(32))
+    student = compensate(teacher, keep_all(), recipe, Basis(random_basis(32)))
     assert difference(student, teacher) < 1e-4
     assert not torch.allclose(student.model.embeddings.weight, teacher.model.embeddings.weight, atol=0.1)  # it is another basis
 
 
 def test_a_basis_that_is_not_orthogonal_does(teacher, keep_all, compensate, difference):
     skewed = random_basis(32) @ torch.diag(torch.linspace(0.7, 1.3, 32))
-    assert difference(compensate(teacher, keep_all(), RECIPES[0], skewed), teacher) > 1e-2
+    assert difference(compensate(teacher, keep_all(), RECIPES[0], Basis(skewed)), teacher) > 1e-2
 
 
 @torch.no_grad()
@@ -81,16 +82,16 @@ def test_with_nothing_cut_a_rotation_turns_biases_too(config_of, tiny, keep_all,
     for number, bias in enumerate(biases):
         bias.copy_(torch.randn(32, generator=torch.Generator().manual_seed(number)))
     base = WholeModel(FAMILY, model, biased)
-    assert difference(build_compensated(base, keep_all(biased), rows, EVERY_PART, config=config, basis_DK=random_basis(32)), model) < 1e-4
+    assert difference(build_compensated(base, keep_all(biased), rows, EVERY_PART, config=config, basis=Basis(random_basis(32))), model) < 1e-4
 
 
 def test_with_nothing_cut_the_principal_basis_changes_no_logit(teacher, tiny, keep_all, compensate, difference, rows):
     basis_DD = principal_basis(stream_covariance(WholeModel(FAMILY, teacher, tiny), rows, 1e-5))
-    assert difference(compensate(teacher, keep_all(), EVERY_PART, basis_DD), teacher) < 1e-4
+    assert difference(compensate(teacher, keep_all(), EVERY_PART, Basis(basis_DD)), teacher) < 1e-4
 
 
 def test_where_hidden_is_not_cut_the_channels_stay_as_they_are(teacher, tiny, keep_all, config_of, rows):
-    assert torch.equal(stream_basis(WholeModel(FAMILY, teacher, tiny), keep_all(), rows, rotate=True, config=config_of(tiny)), torch.eye(32))
+    assert torch.equal(stream_basis(WholeModel(FAMILY, teacher, tiny), keep_all(), rows, rotate=True, config=config_of(tiny)).matrix_DK, torch.eye(32))
 
 
 def test_every_tensor_that_meets_the_stream_has_the_role_that_its_name_says():
@@ -224,8 +225,8 @@ def test_a_model_read_from_disk_layer_by_layer_is_cut_to_the_same_bits(tmp_path,
     streamed = StreamedModel(FAMILY, folder, read_config(folder), tiny, torch.device("cpu"))
 
     def made(base) -> dict[str, torch.Tensor]:
-        basis_DK = stream_basis(base, hard_plan, rows, rotate=True, config=config_of(tiny))
-        return dict(compensated_tensors(base, hard_plan, rows, basis_DK, EVERY_PART, config=config_of(tiny)))
+        basis = stream_basis(base, hard_plan, rows, rotate=True, config=config_of(tiny))
+        return dict(CompensatedCut(base, hard_plan, rows, basis, EVERY_PART, config=config_of(tiny)).tensors())
 
     one, other = made(streamed), made(WholeModel(FAMILY, teacher, tiny))
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
@@ -235,16 +236,46 @@ def test_tensors_have_the_dtypes_they_are_stored_in(teacher, tiny, hard_plan, co
     base, config = WholeModel(FAMILY, teacher, tiny), config_of(tiny)
     names = {FAMILY.canonical_name(name) for name in teacher.state_dict()}
     dtypes = {name: torch.float32 if name.endswith(("A_log", ".D")) else torch.bfloat16 for name in names}
-    basis_DK = stream_basis(base, hard_plan, rows, rotate=True, config=config)
-    made = dict(compensated_tensors(base, hard_plan, rows, basis_DK, EVERY_PART, config=config, dtypes=dtypes))
+    basis = stream_basis(base, hard_plan, rows, rotate=True, config=config)
+    made = dict(CompensatedCut(base, hard_plan, rows, basis, EVERY_PART, config=config, dtypes=dtypes).tensors())
     assert all(tensor.dtype == (torch.float32 if name.endswith(("A_log", ".D")) else torch.bfloat16) for name, tensor in made.items())
 
 
-def test_the_basis_of_a_smaller_hidden_is_a_prefix(teacher, tiny, keep_all, config_of, rows):
+def test_the_directions_of_a_smaller_hidden_are_among_those_of_a_larger(teacher, tiny, keep_all, config_of, rows):
     base, config = WholeModel(FAMILY, teacher, tiny), config_of(tiny)
     plans = [cut(keep_all(**{HIDDEN: {-1: tuple(range(hidden))}}), hidden=hidden) for hidden in (16, 24)]
-    small, large = (stream_basis(base, plan, rows, rotate=True, config=config) for plan in plans)
-    assert torch.equal(small, large[:, :16])
+    small, large = (stream_basis(base, plan, rows, rotate=True, config=config).matrix_DK for plan in plans)
+    assert torch.allclose(large @ (large.T @ small), small, atol=1e-5)
+    assert not torch.allclose(small @ (small.T @ large), large, atol=1e-1)
+
+
+# Bases.
+
+
+@pytest.mark.parametrize("kept", [4, 8, 16, 20, 27, 31])
+def test_a_basis_is_orthonormal_and_orthogonal_to_what_is_left_out(kept):
+    directions = random_basis(32, seed=kept)
+    matrix = basis_without(directions[:, kept:]).matrix_DK
+    assert torch.allclose(matrix.T @ matrix, torch.eye(kept), atol=1e-5) and (matrix.T @ directions[:, kept:]).abs().max() < 1e-5
+    assert torch.allclose(matrix @ matrix.T, directions[:, :kept] @ directions[:, :kept].T, atol=1e-5)  # it spans the rest
+    assert not torch.allclose(matrix, directions[:, :kept], atol=0.1)
+
+
+def test_the_last_channels_left_out_leave_the_first_as_they_are():
+    assert torch.allclose(basis_without(torch.eye(32)[:, 24:]).matrix_DK.abs(), torch.eye(32, 24), atol=1e-6)
+
+
+def test_a_product_by_the_basis_factors_is_that_by_its_matrix():
+    basis, rows = basis_without(random_basis(32)[:, 28:]), torch.randn(3, 10, 32, generator=torch.Generator().manual_seed(1))
+    left_Dr, right_rK = basis.factors
+    assert left_Dr.shape == (32, 4) and right_rK.shape == (4, 28)
+    assert torch.allclose(basis.project(rows), rows @ basis.matrix_DK, atol=1e-5)
+    assert torch.allclose(basis.project_columns(rows[0].T), basis.matrix_DK.T @ rows[0].T, atol=1e-5)
+    assert not torch.allclose(basis.project(rows), rows[..., :28], atol=0.1)
+
+
+def test_factors_are_kept_only_where_they_save_work():
+    assert basis_without(random_basis(32)[:, 12:]).factors is None
 
 
 def test_the_loss_by_a_walk_is_that_of_the_whole_model(teacher, tiny, rows):

@@ -11,10 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from memory_budget.hf_config import read_config
+from minitron.checkpoints import Checkpoint
+from minitron.families.nemotron_h import FAMILY
+from minitron.importance.placement import StreamedModel
+from minitron.pruning.basis import Basis
 from minitron.pruning.compensate import Recipe
 from minitron.settings import PruneMethod, PruneSettings, Settings
 from minitron.stage_table import STAGES
-from minitron.stages.compensated_cut import few_tokens_note
+from minitron.stages.compensated_cut import BASIS_FILE, MadeWeights, few_tokens_note
+from minitron.stages.prune import planned_tensors
+from minitron.store import write_json
 
 COMPENSATED = ("stage=prune", "prune.method=compensated")
 
@@ -38,7 +45,7 @@ def stage(runs) -> Path:
 
 def test_the_student_has_the_slices_tensors_and_other_values(walk, stage):
     one, other = (load_file(folder / "checkpoint" / "model.safetensors") for folder in (stage, walk.stage_folder("prune")))
-    assert list(one) == list(other)
+    assert set(one) == set(other)
     assert all(one[name].shape == other[name].shape and one[name].dtype == other[name].dtype for name in one)
     assert sum(torch.equal(one[name], other[name]) for name in one) < len(one) / 2
     configs = [json.loads((folder / "checkpoint" / "config.json").read_text()) for folder in (stage, walk.stage_folder("prune"))]
@@ -47,7 +54,7 @@ def test_the_student_has_the_slices_tensors_and_other_values(walk, stage):
 
 def test_it_loads_in_transformers_and_only_the_checkpoint_stays(stage):
     assert AutoModelForCausalLM.from_pretrained(stage / "checkpoint")(torch.arange(20)[None], use_cache=False).logits.isfinite().all()
-    assert not (stage / "made").exists()
+    assert {path.name for path in stage.iterdir()} == {"checkpoint", "plan.json", "done.json"}
 
 
 def test_the_result_says_what_it_cost_beside_the_slice(stage):
@@ -56,17 +63,47 @@ def test_the_result_says_what_it_cost_beside_the_slice(stage):
     assert losses["compensated"] - losses["base"] < 0.5 * (losses["slice"] - losses["base"])
 
 
-def test_what_an_interrupted_run_left_is_made_anew(walk, runs, stage, door):
-    path = stage / "checkpoint" / "model.safetensors"
-    whole = path.read_bytes()
-    tensors = load_file(path)
-    save_file({name: tensor + 1 for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-    (stage / "made").mkdir()
-    (stage / "made" / "lm_head.weight.safetensors").write_bytes(b"half")
+def test_an_interrupted_run_goes_on_behind_its_whole_shards(walk, runs, stage, door):
+    checkpoint = stage / "checkpoint"
+    small = ("prune.max_shard_gib=0.00002", *COMPENSATED)
+    shutil.rmtree(checkpoint)
     (stage / "done.json").unlink()
-    finished = door(runs.parent, f"runs_folder={runs}", *walk.settings[1:], *COMPENSATED)
+    assert door(runs.parent, f"runs_folder={runs}", *walk.settings[1:], *small).returncode == 0
+    shards = {path: path.read_bytes() for path in sorted(checkpoint.glob("model-*.safetensors"))}
+    first, *_, last = shards
+    tensors = load_file(first)
+    save_file({name: tensor + 1e-4 for name, tensor in tensors.items()}, first, metadata={"format": "pt"})  # tells that it is kept
+    kept = first.read_bytes()
+    last.unlink()
+    (stage / "done.json").unlink()
+    finished = door(runs.parent, f"runs_folder={runs}", *walk.settings[1:], *small)
     assert finished.returncode == 0, finished.stderr
-    assert path.read_bytes() == whole
+    assert len(shards) > 3 and first.read_bytes() == kept and last.exists()
+    assert all(path.read_bytes() == shards[path] for path in list(shards)[1:-1])
+    assert not (stage / BASIS_FILE).exists()
+
+
+def test_weights_that_are_not_what_was_made_are_found(tmp_path, teacher, tiny, config_of, keep_all, token_ids, write_checkpoint):
+    folder, plan, ids = write_checkpoint(tmp_path / "base", teacher, config_of(tiny)), keep_all(), token_ids(rows=4, tokens=60, seed=3)
+    base = StreamedModel(FAMILY, folder, read_config(folder), tiny, torch.device("cpu"))
+
+    def made(name: str) -> MadeWeights:
+        (tmp_path / name).mkdir()
+        weights = MadeWeights(base, plan, [ids], Basis(torch.eye(32)), Recipe(), tmp_path / name)
+        weights.write(planned_tensors(FAMILY, plan, Checkpoint(folder)), max_shard_bytes=2**30)
+        write_json(tmp_path / name / "config.json", config_of(tiny))
+        return weights
+
+    assert "every tensor equal" in made("whole").check(config_of(tiny))
+    broken, path = made("broken"), tmp_path / "broken" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    save_file({**tensors, name: tensors[name] + 1e-3}, path)
+    with pytest.raises(RuntimeError, match=f"{name}, read back, is not what was made"):
+        broken.check(config_of(tiny))
+    broken.checksums.clear()  # as after an interruption: what the layers do tells
+    with pytest.raises(RuntimeError, match="residuals that differ"):
+        broken.check(config_of(tiny))
 
 
 def test_only_a_compensated_cut_has_its_settings_in_the_key():

@@ -13,6 +13,7 @@ from minitron.families.nemotron_h import FAMILY
 from minitron.importance.activations import measure_width
 from minitron.importance.placement import WholeModel
 from minitron.importance.scores import aggregate
+from minitron.pruning.basis import Basis
 from minitron.pruning.compensate import Recipe, build_compensated
 from minitron.pruning.cut import build_pruned
 from minitron.pruning.plan import make_plan
@@ -158,8 +159,8 @@ def test_a_view_is_the_compensated_cut_without_refits(name, views, teacher, tiny
     """But for the norms' numbers, which come from the base's own residuals: they are taken over."""
     plan, config = make_plan(tiny, student_of(tiny, name), CUTS[name][1], scores), config_of(tiny)
     base = WholeModel(FAMILY, teacher, tiny)
-    basis_DK = principal_basis(stream_covariance(base, rows, EPSILON))[:, : plan.student.hidden].contiguous()
-    cut = build_compensated(base, plan, rows, Recipe(refit_reading=False, refit_writing=False), config=config, basis_DK=basis_DK)
+    basis = Basis(principal_basis(stream_covariance(base, rows, EPSILON))[:, : plan.student.hidden].contiguous())
+    cut = build_compensated(base, plan, rows, Recipe(refit_reading=False, refit_writing=False), config=config, basis=basis)
     own, other = logits_of(views[name].model), logits_of(cut)
     assert name == "ffn" or difference(own, other) > 1e-4, "the control: the numbers differ where hidden is cut"
     norms = {name: norm for name, norm in views[name].model.named_parameters() if name.endswith(("norm.weight", "norm_f.weight")) and "mixer" not in name}
