@@ -251,8 +251,14 @@ def write_weights(folder: Path, tensors: Iterable[PlannedTensor], *, max_shard_b
         else:
             missing.append((folder / file_name, shard))
     _check_disk(folder, sum(_num_bytes(shard) for _, shard in missing))
-    for path, shard in missing:
-        _write_shard(path, shard, on_bytes)
+    with ThreadPoolExecutor(max_workers=1) as closer:
+        closed = []
+        for path, shard in missing:
+            file = open(path.with_suffix(".partial"), "wb", buffering=0)  # noqa: SIM115
+            _write_shard(file, shard, on_bytes)
+            closed.append(closer.submit(_close, file, path))  # waits for the disk while the next one is made
+        for each in closed:
+            each.result()
     if len(shards) > 1:
         weight_map = {tensor.name: file_name for file_name, shard in zip(names, shards, strict=True) for tensor in shard}
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(map(_num_bytes, shards))}, "weight_map": weight_map})
@@ -280,21 +286,24 @@ def _plan_shards(tensors: list[PlannedTensor], max_shard_bytes: int) -> list[lis
     return shards
 
 
-def _write_shard(path: Path, shard: list[PlannedTensor], on_bytes: Callable[[int], None]) -> None:
+def _write_shard(file, shard: list[PlannedTensor], on_bytes: Callable[[int], None]) -> None:
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for tensor in shard:
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.num_bytes]}
         offset += tensor.num_bytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb", buffering=0) as file:
-        _write_all(file, memoryview(struct.pack("<Q", len(encoded)) + encoded))
-        for piece in _made_ahead(_checked_pieces(shard)):
-            _write_all(file, memoryview(_bytes_of(piece.contiguous())))
-            on_bytes(piece.nbytes)
-        os.fsync(file.fileno())
-    partial.rename(path)
+    _write_all(file, memoryview(struct.pack("<Q", len(encoded)) + encoded))
+    for piece in _made_ahead(_checked_pieces(shard)):
+        _write_all(file, memoryview(_bytes_of(piece.contiguous())))
+        on_bytes(piece.nbytes)
+
+
+def _close(file, path: Path) -> None:
+    """Gives a whole shard its name once the disk has it."""
+    os.fsync(file.fileno())
+    file.close()
+    Path(file.name).rename(path)
 
 
 def _write_all(file, view: memoryview) -> None:

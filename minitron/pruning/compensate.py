@@ -53,19 +53,19 @@ class _Reading:
     def product(self, basis: Basis) -> Callable[[torch.Tensor], torch.Tensor]:
         """What takes rows [V, D] of a matrix that reads to [V, K]."""
         if self.matrix_DK is None:
-            return lambda rows_VD: basis.project(rows_VD * self.weight_D)
+            return lambda rows_VD: basis.project(rows_VD, self.weight_D)
         folded_DK = self.weight_D[:, None] * self.matrix_DK
         return lambda rows_VD: rows_VD @ folded_DK
 
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """A layer of the student that is final but for its writer; `dtypes` gives the dtype of each of its tensors on disk."""
+    """A layer of the student that is final but for its writer, as it computes (float32) and as it is stored."""
 
     block: nn.Module
     layer: int
     position: int
-    dtypes: Mapping[str, torch.dtype]
+    tensors: dict[str, torch.Tensor]
 
 
 def build_compensated(base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.Tensor], recipe: Recipe, *, config: dict,
@@ -145,7 +145,7 @@ class CompensatedCut:
         with torch.device("meta"):
             block = self.family.build_layer(self.student_config, position)
         block.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-        return _Begun(block.eval(), layer, position, {name: tensor.dtype for name, tensor in tensors.items()})
+        return _Begun(block.eval(), layer, position, tensors)
 
     def _finish(self, begun: _Begun) -> Iterator[tuple[str, torch.Tensor]]:
         """Refits the layer's writer, moves the student's residuals behind the layer and gives the layer's tensors."""
@@ -158,11 +158,12 @@ class CompensatedCut:
             for residual_BTK in self.student_residuals:
                 block(residual_BTK)
             handle.remove()
-            writer.weight.data = self._writing(writer, inner, f"layer {begun.layer}").to(begun.dtypes[name]).float()
+            begun.tensors[name] = self._writing(writer, inner, f"layer {begun.layer}").to(begun.tensors[name].dtype)
+            writer.weight.data = begun.tensors[name].float()
             self.student_residuals = [residual + writer(given) for residual, given in zip(self.student_residuals, inner, strict=True)]
         else:
             self.student_residuals = [block(residual_BTK) for residual_BTK in self.student_residuals]
-        yield from self._new((f"layers.{begun.position}.{name}", tensor.to(begun.dtypes[name])) for name, tensor in block.state_dict().items())
+        yield from self._new((f"layers.{begun.position}.{name}", tensor) for name, tensor in begun.tensors.items())
 
     def _writing(self, writer: nn.Linear, inner: Sequence[torch.Tensor], place: str) -> torch.Tensor:
         """The writer's matrix [K, I] by least squares."""

@@ -42,7 +42,7 @@ def rotate_model(family: Family, model: nn.Module, architecture: Architecture, b
     norms = {split_layer(name)[0]: name for name, role in roles.items() if role == NORM}
     for name, tensor in state.items():
         weight_D = state[norms[split_layer(name)[0]]].float() if roles[name] == READ else None
-        tensor.copy_(in_basis(tensor, roles[name], basis, lambda rows, weight_D=weight_D: basis.project(rows * weight_D), tensor.dtype))
+        tensor.copy_(in_basis(tensor, roles[name], basis, lambda rows, weight_D=weight_D: basis.project(rows, weight_D), tensor.dtype))
     for name in norms.values():
         state[name].fill_(1)
     return {norms[layer]: scale_D for layer, scale_D in _scales(base, batches, epsilon).items()}

@@ -269,7 +269,9 @@ def test_a_product_by_the_basis_factors_is_that_by_its_matrix():
     basis, rows = basis_without(random_basis(32)[:, 28:]), torch.randn(3, 10, 32, generator=torch.Generator().manual_seed(1))
     left_Dr, right_rK = basis.factors
     assert left_Dr.shape == (32, 4) and right_rK.shape == (4, 28)
+    weight = torch.linspace(0.5, 2, 32)
     assert torch.allclose(basis.project(rows), rows @ basis.matrix_DK, atol=1e-5)
+    assert torch.allclose(basis.project(rows, weight), rows * weight @ basis.matrix_DK, atol=1e-5)
     assert torch.allclose(basis.project_columns(rows[0].T), basis.matrix_DK.T @ rows[0].T, atol=1e-5)
     assert not torch.allclose(basis.project(rows), rows[..., :28], atol=0.1)
 
