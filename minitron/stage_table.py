@@ -96,7 +96,8 @@ def _what_distill_cache(settings: Settings) -> Any:
 
 
 def _what_screen(settings: Settings) -> Any:
-    return {"candidate": settings.candidate, "seed": settings.seed, **key_settings(settings.screen)}
+    cut = {"prune": key_settings(settings.prune)} if settings.prune.method is PruneMethod.compensated else {}
+    return {"candidate": settings.candidate, "seed": settings.seed, **key_settings(settings.screen), **cut}
 
 
 def _what_prune(settings: Settings) -> Any:

@@ -71,15 +71,15 @@ def compensated_tensors(base: PlacedModel, plan: PruningPlan, batches: Sequence[
 
 
 def build_compensated(base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.Tensor], recipe: Recipe, *, config: dict,
-                      basis_DK: torch.Tensor | None = None) -> nn.Module:  # fmt: skip
-    """The student as a float32 model in memory; see compensated_tensors. The basis is the plan's own unless one is given."""
+                      basis_DK: torch.Tensor | None = None, dtypes: Mapping[str, torch.dtype] | None = None) -> nn.Module:  # fmt: skip
+    """The student as a float32 model in memory, rounded as `dtypes` say; see compensated_tensors. The basis is the plan's own unless one is given."""
     if basis_DK is None:
         basis_DK = stream_basis(base, plan, batches, rotate=recipe.rotate, config=config)
     with torch.device("meta"):
         student = base.family.build(base.family.hf_config(config, plan.student))
     names = {base.family.canonical_name(name): name for name in student.state_dict()}
-    tensors = compensated_tensors(base, plan, batches, basis_DK, recipe, config=config)
-    student.load_state_dict({names[name]: tensor for name, tensor in tensors}, assign=True)
+    tensors = compensated_tensors(base, plan, batches, basis_DK, recipe, config=config, dtypes=dtypes)
+    student.load_state_dict({names[name]: tensor.float() for name, tensor in tensors}, assign=True)
     return student.eval()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from distill.batches import count_tokens
 from memory_budget.architecture import Architecture
@@ -19,12 +20,13 @@ from minitron.evaluation import batches_of, screening_rows, spread_rows
 from minitron.families.base import Family
 from minitron.importance.placement import StreamedModel
 from minitron.pipeline import StageContext
-from minitron.pruning.compensate import Recipe, compensated_tensors
+from minitron.pruning.compensate import Recipe, build_compensated, compensated_tensors
 from minitron.pruning.damage import walked_loss
 from minitron.pruning.plan import PruningPlan
 from minitron.pruning.refit import ridge_for
 from minitron.pruning.rotation import stream_basis
 from minitron.runtime import pick_device
+from minitron.settings import PruneSettings
 from minitron.stages.models import base_folder
 
 MADE_FOLDER = "made"
@@ -42,15 +44,27 @@ def compensated_plan(context: StageContext, family: Family, plan: PruningPlan, s
     base = _streamed(family, source, read_config(source), plan.teacher, pick_device(context.settings))
     rows = calibration_rows(context)
     batches = batches_of(rows, settings.batch, base.device)
-    recipe = Recipe(settings.rotate, settings.refit_reading, settings.refit_writing, settings.ridge)
+    recipe = _recipe(settings)
     if note := few_tokens_note(plan, recipe, rows):
         context.console.say(f"    prune  {note}")
-    dtypes = {family.canonical_name(name): DTYPES[entry.dtype] for name, entry in base.checkpoint.entries.items()}
+    dtypes = _stored_dtypes(base)
     turns = recipe.rotate and plan.student.hidden < plan.teacher.hidden
     with context.console.track("compensating", plan.teacher.num_layers * (1 + turns), "layers") as advance:
         basis_DK = stream_basis(base, plan, batches, rotate=recipe.rotate, config=base.config, on_layer=lambda: advance(1))
         made = compensated_tensors(base, plan, batches, basis_DK, recipe, config=base.config, dtypes=dtypes, on_layer=lambda: advance(1))
         return made_on_disk(made, folder, family, sliced)
+
+
+def compensated_model(context: StageContext, family: Family, plan: PruningPlan) -> nn.Module:
+    """What the prune stage would write of a plan, as a float32 model in memory. Raises ValueError as compensated_tensors does."""
+    settings, source = context.settings.prune, base_folder(context)
+    base = _streamed(family, source, read_config(source), plan.teacher, pick_device(context.settings))
+    batches = batches_of(calibration_rows(context), settings.batch, base.device)
+    return build_compensated(base, plan, batches, _recipe(settings), config=base.config, dtypes=_stored_dtypes(base))
+
+
+def _recipe(settings: PruneSettings) -> Recipe:
+    return Recipe(settings.rotate, settings.refit_reading, settings.refit_writing, settings.ridge)
 
 
 def calibration_rows(context: StageContext) -> np.ndarray:
@@ -87,6 +101,11 @@ def _streamed(family: Family, folder: Path, config: Mapping, architecture: Archi
               weights: PlannedWeights | None = None) -> StreamedModel:  # fmt: skip
     """A model that computes in float32 whatever it is stored in: a refit measures differences."""
     return StreamedModel(family, folder, {**config, "dtype": "float32"}, architecture, device, weights=weights)
+
+
+def _stored_dtypes(base: StreamedModel) -> dict[str, torch.dtype]:
+    """By canonical name."""
+    return {name: DTYPES[base.checkpoint.entries[file_name].dtype] for name, file_name in base.names.items()}
 
 
 def _made(folder: Path, name: str) -> list[torch.Tensor]:
