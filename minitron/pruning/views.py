@@ -6,7 +6,8 @@ axis (`out_proj`, `o_proj`) keep their columns with a group's best heads side by
 they too are cut to a prefix; the activation is brought into that order on its way in. Tensors that *write* one
 (Mamba's fused in-projection, its convolution, `q_proj`) must be group by group; where heads are cut they are copied,
 once for every number of heads. Of a rotated model (rotated.py) the hidden channels are the stream's principal directions,
-in order from the start, and a norm of fewer of them is one number.
+in order from the start, and a norm of fewer of them is one number. What writes to the stream may have been refitted to
+a width (width_refits.py); then that is what hidden takes its first rows of.
 """
 
 import hashlib

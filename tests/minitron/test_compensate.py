@@ -238,6 +238,9 @@ def test_tensors_have_the_dtypes_they_are_stored_in(teacher, tiny, hard_plan, co
     basis_DK = stream_basis(base, hard_plan, rows, rotate=True, config=config)
     made = dict(compensated_tensors(base, hard_plan, rows, basis_DK, EVERY_PART, config=config, dtypes=dtypes))
     assert all(tensor.dtype == (torch.float32 if name.endswith(("A_log", ".D")) else torch.bfloat16) for name, tensor in made.items())
+    model = build_compensated(base, hard_plan, rows, EVERY_PART, config=config, dtypes=dtypes)
+    in_memory = {FAMILY.canonical_name(name): tensor for name, tensor in model.state_dict().items()}
+    assert all(tensor.dtype == torch.float32 and torch.equal(tensor, made[name].float()) for name, tensor in in_memory.items())
 
 
 def test_the_basis_of_a_smaller_hidden_is_a_prefix(teacher, tiny, keep_all, config_of, rows):
