@@ -65,7 +65,7 @@ class Walked:
 
 def walk(runs: Path) -> Walked:
     """`stage=prune` of the tiny experiment, in this folder's store; its first lap is cut plainly and distilled at the plain slice's best rate."""
-    settings = ("stage=prune", "prune.method=slice", "distill.train.learning_rate=0.005", "search.layers.high=null")
+    settings = ("stage=prune", "prune.method=slice", "distill.train.learning_rate=0.005", "screen.train.learning_rate=0.005", "search.layers.high=null")
     command = [sys.executable, "-m", "minitron.run", f"runs_folder={runs}", "run_name=compensated", *settings]
     if subprocess.run(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.DEVNULL).returncode != 0:
         sys.exit(f"error: {' '.join(command)} failed")

@@ -7,7 +7,7 @@ from minitron.importance.removal import LayerRules
 from minitron.settings import PruneMethod, Settings
 from minitron.teachers import base_architecture
 from nas.exchange import read_export_config
-from nas.space import Floors, axis_options
+from nas.space import WIDTHS, Floors, axis_options
 
 KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}
 
@@ -36,11 +36,20 @@ def has_ladder(settings: Settings) -> bool:
 
 def ranks_rotated(settings: Settings) -> bool:
     """Whether candidates are ranked zero-shot in the stream's principal directions: as they will be cut, where any hidden size is cut at all."""
-    prune, search = settings.prune, settings.search
-    if prune.method is not PruneMethod.compensated or not prune.rotate or search.layer_order or search.fixed.given():
+    return settings.prune.rotate and _ranks_compensated(settings, "hidden")
+
+
+def ranks_refitted(settings: Settings) -> bool:
+    """Whether candidates are ranked zero-shot with what writes to the stream refitted for their neurons and heads, where any are cut at all."""
+    return settings.prune.refit_writing and _ranks_compensated(settings, *(width for width in WIDTHS if width != "hidden"))
+
+
+def _ranks_compensated(settings: Settings, *widths: str) -> bool:
+    """Whether there is something to rank that will be cut compensated, and along one of these widths."""
+    if settings.prune.method is not PruneMethod.compensated or settings.search.layer_order or settings.search.fixed.given():
         return False
     base = base_architecture(settings)
-    return any(hidden < base.hidden for hidden in axis_of(settings, "hidden", base))
+    return any(axis_of(settings, WIDTHS[width], base)[0] < getattr(base, width) for width in widths)
 
 
 def fixed_sizes(settings: Settings, teacher: Architecture) -> dict[str, int | str]:

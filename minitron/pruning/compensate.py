@@ -69,15 +69,15 @@ class _Begun:
 
 
 def build_compensated(base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.Tensor], recipe: Recipe, *, config: dict,
-                      basis: Basis | None = None) -> nn.Module:  # fmt: skip
-    """The student as a float32 model in memory; see CompensatedCut. The basis is the plan's own unless one is given."""
+                      basis: Basis | None = None, dtypes: Mapping[str, torch.dtype] = MappingProxyType({})) -> nn.Module:  # fmt: skip
+    """The student as a float32 model in memory, rounded as `dtypes` say; see CompensatedCut. The basis is the plan's own unless one is given."""
     if basis is None:
         basis = stream_basis(base, plan, batches, rotate=recipe.rotate, config=config)
     with torch.device("meta"):
         student = base.family.build(base.family.hf_config(config, plan.student))
     names = {base.family.canonical_name(name): name for name in student.state_dict()}
-    tensors = CompensatedCut(base, plan, batches, basis, recipe, config=config).tensors()
-    student.load_state_dict({names[name]: tensor for name, tensor in tensors}, assign=True)
+    tensors = CompensatedCut(base, plan, batches, basis, recipe, config=config, dtypes=dtypes).tensors()
+    student.load_state_dict({names[name]: tensor.float() for name, tensor in tensors}, assign=True)
     return student.eval()
 
 

@@ -6,7 +6,8 @@ axis (`out_proj`, `o_proj`) keep their columns with a group's best heads side by
 they too are cut to a prefix; the activation is brought into that order on its way in. Tensors that *write* one
 (Mamba's fused in-projection, its convolution, `q_proj`) must be group by group; where heads are cut they are copied,
 once for every number of heads. Of a rotated model (rotated.py) the hidden channels are the stream's principal directions,
-in order from the start, and a norm of fewer of them is one number.
+in order from the start, and a norm of fewer of them is one number. What writes to the stream may have been refitted to
+a width (width_refits.py); then that is what hidden takes its first rows of.
 """
 
 import hashlib
@@ -46,7 +47,8 @@ class SortedTeacher:
                  norm_scales: Mapping[str, torch.Tensor] = MappingProxyType({})):  # fmt: skip
         """Sorts the model's weights in place, one tensor at a time. `head_dim` is how many channels of a Mamba head
         candidates keep (None: all), since the ranking of the heads goes by the channels that stay. `norm_scales` are those
-        of a rotated model (rotated.rotate_model), whose hidden directions are in order already."""
+        of a rotated model (rotated.rotate_model), whose hidden directions are in order already. `refitted` has, by name and number
+        of columns, matrices that candidates take in place of their first columns (width_refits.refit_widths)."""
         self.family, self.config, self.architecture = family, config, architecture
         everything = tuple(range(architecture.num_layers))
         orders = _orders(architecture, scores, head_dim or architecture.mamba_head_dim)
@@ -59,8 +61,8 @@ class SortedTeacher:
         for cut in self._cuts(plan):
             self.state[cut.target].copy_(cut.apply(self.state[cut.source]))
         self._regroup_inputs(model, architecture, everything)
-        self._storages = {tensor.untyped_storage().data_ptr() for tensor in self.state.values()}
         self._copies: dict[tuple, torch.Tensor] = {}
+        self.refitted: dict[tuple[str, int], torch.Tensor] = {}
         self.model = model.eval()
 
     def view(self, student: Architecture, kept_layers: Indices) -> View:
@@ -80,7 +82,8 @@ class SortedTeacher:
         model.load_state_dict({names[name]: tensor for name, tensor in tensors.items()}, assign=True)
         self._regroup_inputs(model, student, kept_layers)
         self._check(tensors, student)
-        copied = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items() if tensor.untyped_storage().data_ptr() not in self._storages}
+        viewed = {tensor.untyped_storage().data_ptr() for tensor in (*self.state.values(), *self.refitted.values())}
+        copied = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items() if tensor.untyped_storage().data_ptr() not in viewed}
         mamba = sum(size for name, size in copied.items() if _is_fused_mamba(name))
         return View(model.eval(), sum(copied.values()) - mamba, mamba, _digest(tensors))
 
@@ -107,8 +110,10 @@ class SortedTeacher:
         return len(dimensions) == 2 and dimensions[1][0][0] in GROUPED
 
     def _cut(self, cut: TensorCut) -> torch.Tensor:
-        """A view of the sorted tensor; a copy, shared by all candidates, only of what is no run along its first dimension, and of one number for
-        a rotated model's norm."""
+        """A view of the sorted tensor, or of what was refitted to its columns; a copy, shared by all candidates, only of what is no run along its
+        first dimension, and of one number for a rotated model's norm."""
+        if (cut.source, cut.shape[-1]) in self.refitted:
+            return self.refitted[cut.source, cut.shape[-1]][: cut.shape[0]]
         tensor = self.state[cut.source]
         if cut.source in self._norm_scales and cut.shape != tuple(tensor.shape):
             (hidden,) = cut.shape

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from distill.batches import count_tokens
 from memory_budget.architecture import Architecture
@@ -24,12 +25,13 @@ from minitron.families.base import Family
 from minitron.importance.placement import StreamedModel, ids_and_mask
 from minitron.pipeline import StageContext
 from minitron.pruning.basis import Basis
-from minitron.pruning.compensate import CompensatedCut, Recipe
+from minitron.pruning.compensate import CompensatedCut, Recipe, build_compensated
 from minitron.pruning.damage import walked_loss
 from minitron.pruning.plan import PruningPlan
 from minitron.pruning.refit import ridge_for
 from minitron.pruning.rotation import stream_basis
 from minitron.runtime import pick_device
+from minitron.settings import PruneSettings
 from minitron.stages.models import base_folder
 
 BASIS_FILE = "basis.safetensors"
@@ -43,7 +45,7 @@ def write_compensated(context: StageContext, family: Family, plan: PruningPlan, 
     base = _streamed(family, source, read_config(source), plan.teacher, pick_device(context.settings))
     rows = calibration_rows(context)
     batches = batches_of(rows, settings.batch, base.device)
-    recipe = Recipe(settings.rotate, settings.refit_reading, settings.refit_writing, settings.ridge)
+    recipe = _recipe(settings)
     if note := few_tokens_note(plan, recipe, rows):
         context.console.say(f"    prune  {note}")
     kept_basis = context.folder / BASIS_FILE
@@ -57,10 +59,10 @@ def write_compensated(context: StageContext, family: Family, plan: PruningPlan, 
 
 
 def write_basis(basis: Basis, path: Path) -> None:
-    matrix, *factors = [basis.matrix_DK, *(basis.factors or ())]
-    partial_path = path.with_suffix(".partial")
-    save_file({"matrix": matrix.cpu(), **{name: factor.cpu().contiguous() for name, factor in zip(("left", "right"), factors, strict=False)}}, partial_path)
-    os.replace(partial_path, path)
+    named = {"matrix": basis.matrix_DK, **dict(zip(("left", "right"), basis.factors or (), strict=False))}
+    unfinished = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in named.items()}, unfinished)
+    os.replace(unfinished, path)
 
 
 def read_basis(path: Path, device: torch.device) -> Basis:
@@ -78,8 +80,7 @@ class MadeWeights:
             self.family.canonical_name(entry.name): partial(Checkpoint(folder, file=path.name).read, entry.name)
             for path in sorted(folder.glob("*.safetensors")) for entry in read_header(path)
         }  # fmt: skip
-        dtypes = {self.family.canonical_name(name): DTYPES[entry.dtype] for name, entry in base.checkpoint.entries.items()}
-        self.cut = CompensatedCut(base, plan, batches, basis, recipe, config=base.config, dtypes=dtypes, stored=self.stored, on_layer=on_layer)
+        self.cut = CompensatedCut(base, plan, batches, basis, recipe, config=base.config, dtypes=_stored_dtypes(base), stored=self.stored, on_layer=on_layer)
         self.tensors = self.cut.tensors()
         self.waiting: dict[str, torch.Tensor] = {}  # made, and not yet asked for: of one layer at most
         self.checksums: dict[str, int] = {}
@@ -133,6 +134,18 @@ def _checksum(tensor: torch.Tensor) -> int:
     return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
+def compensated_model(context: StageContext, family: Family, plan: PruningPlan) -> nn.Module:
+    """What the prune stage would write of a plan, as a float32 model in memory. Raises ValueError as CompensatedCut does."""
+    settings, source = context.settings.prune, base_folder(context)
+    base = _streamed(family, source, read_config(source), plan.teacher, pick_device(context.settings))
+    batches = batches_of(calibration_rows(context), settings.batch, base.device)
+    return build_compensated(base, plan, batches, _recipe(settings), config=base.config, dtypes=_stored_dtypes(base))
+
+
+def _recipe(settings: PruneSettings) -> Recipe:
+    return Recipe(settings.rotate, settings.refit_reading, settings.refit_writing, settings.ridge)
+
+
 def calibration_rows(context: StageContext) -> np.ndarray:
     """The rows of the train split, padding -1, that basis and refits are measured on."""
     return spread_rows(np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r"), context.settings.prune.samples)
@@ -156,6 +169,11 @@ def _streamed(family: Family, folder: Path, config: Mapping, architecture: Archi
               weights: PlannedWeights | None = None) -> StreamedModel:  # fmt: skip
     """A model that computes in float32 whatever it is stored in: a refit measures differences."""
     return StreamedModel(family, folder, {**config, "dtype": "float32"}, architecture, device, weights=weights)
+
+
+def _stored_dtypes(base: StreamedModel) -> dict[str, torch.dtype]:
+    """By canonical name."""
+    return {name: DTYPES[base.checkpoint.entries[file_name].dtype] for name, file_name in base.names.items()}
 
 
 def few_tokens_note(plan: PruningPlan, recipe: Recipe, rows: np.ndarray) -> str | None:

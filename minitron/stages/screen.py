@@ -1,4 +1,4 @@
-"""screen: one candidate, cut in memory, distilled briefly from the shared teacher cache and measured.
+"""screen: one candidate, cut in memory as the prune stage would cut it, distilled briefly from the shared teacher cache and measured.
 
 Every candidate gets the same rows in the same order, so that their losses compare.
 """
@@ -20,6 +20,8 @@ from minitron.pipeline import StageContext
 from minitron.pruning.cut import build_pruned
 from minitron.pruning.plan import make_plan
 from minitron.runtime import pick_device
+from minitron.settings import PruneMethod
+from minitron.stages.compensated_cut import compensated_model
 from minitron.stages.models import base_folder, result_model_folder, scores_of
 from minitron.stages.teacher_cache import cached_rows, open_cache
 from minitron.stages.training import tracked_steps, train_plan
@@ -59,13 +61,15 @@ def candidate_entry(context: StageContext) -> dict:
 
 
 def _cut(context: StageContext, entry: dict, device: torch.device) -> nn.Module:
-    folder = base_folder(context)
+    """The candidate in float32, as prune.method says."""
+    settings, folder = context.settings, base_folder(context)
     config = read_config(folder)
     family = family_of(config)
-    base = family.load(folder, dtype=torch.float32, device=str(device))
-    plan = make_plan(base_architecture(context.settings), Architecture(**entry["architecture"]), tuple(entry["kept_layers"]),
-                     scores_of(context.inputs["score"], context.settings))  # fmt: skip
-    return build_pruned(family, base, plan, config)
+    plan = make_plan(base_architecture(settings), Architecture(**entry["architecture"]), tuple(entry["kept_layers"]),
+                     scores_of(context.inputs["score"], settings))  # fmt: skip
+    if settings.prune.method is PruneMethod.compensated:
+        return compensated_model(context, family, plan)
+    return build_pruned(family, family.load(folder, dtype=torch.float32, device=str(device)), plan, config)
 
 
 def _distil(context: StageContext, student: nn.Module, device: torch.device, tracker: Tracker) -> int | None:

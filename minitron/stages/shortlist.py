@@ -11,7 +11,7 @@ from memory_budget.budget import PRESETS, Budget
 from memory_budget.calculator import memory_report
 from memory_budget.units import GIB, format_gib
 from memory_budget.workload import Workload
-from minitron.derived import axis_of, fixed_sizes, floors, ranks_rotated
+from minitron.derived import axis_of, fixed_sizes, floors, ranks_refitted, ranks_rotated
 from minitron.pipeline import StageContext
 from minitron.search_settings import Shortlist
 from minitron.settings import Settings
@@ -135,9 +135,8 @@ def run(context: StageContext) -> dict:
     if settings.search.later_widths.given():
         fitting = f"{len(candidates):,} of {looked_at:,} depths leave room for widths that fit {format_gib(budget.bytes)}"
     best = entries[best_first[0]]["zero_shot_loss"]
-    zero_shot = (
-        "" if best is None else f", zero-shot {best:.2f} nats/token at best ({best_first[0]}{', in the rotated basis' if ranks_rotated(settings) else ''})"
-    )
+    foretold = ", in the rotated basis" * ranks_rotated(settings) + ", refitted to its widths" * ranks_refitted(settings)
+    zero_shot = "" if best is None else f", zero-shot {best:.2f} nats/token at best ({best_first[0]}{foretold})"
     headline = f"{fitting}; {len(rows)} on the shortlist{zero_shot}"
     return {"headline": headline, "num_candidates": looked_at, "num_fitting": len(candidates), "entries": entries, "best_first": best_first}
 

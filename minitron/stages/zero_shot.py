@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from itertools import groupby
 
@@ -11,12 +11,13 @@ import torch
 
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
-from minitron.derived import ranks_rotated
+from minitron.derived import ranks_refitted, ranks_rotated
 from minitron.evaluation import batches_of, screening_rows, spread_rows
 from minitron.families import family_of
 from minitron.pipeline import StageContext
 from minitron.pruning.rotated import rotate_model
 from minitron.pruning.views import SortedTeacher, View
+from minitron.pruning.width_refits import refit_widths
 from minitron.runtime import pick_device
 from minitron.screening import Distance, best_first, measure_batch
 from minitron.stages.compensated_cut import calibration_rows
@@ -45,7 +46,7 @@ def measure_zero_shot(context: StageContext, entries: Mapping[str, dict]) -> Zer
     """Loss and KL of every candidate, all of them batch by batch; batches of an interrupted run are read back.
 
     Candidates are views of one sorted teacher, or of one for each number of Mamba channels, since heads rank by the channels kept; where they
-    will be cut in the stream's principal directions, the teacher is rotated first.
+    will be cut compensated, the teacher is rotated first and its writing matrices are refitted to their widths.
     """
     device = pick_device(context.settings)
     batches = screening_batches(context, device)
@@ -77,10 +78,10 @@ def _measured(context: StageContext, entries: Mapping[str, dict], head_dim: int,
     if not missing:
         return
     device = batches[0].device
-    sorted_base = _sorted_base(context, head_dim, device)
+    students = {name: Architecture(**entries[name]["architecture"]) for name in sorted({name for some in missing.values() for name in some})}
+    sorted_base = _sorted_base(context, head_dim, students.values(), device)
     teacher = sorted_base.model if "base" not in context.inputs else _load(context, "teacher", device)
-    names = sorted({name for some in missing.values() for name in some})
-    views = {name: sorted_base.view(Architecture(**entries[name]["architecture"]), tuple(entries[name]["kept_layers"])) for name in names}
+    views = {name: sorted_base.view(student, tuple(entries[name]["kept_layers"])) for name, student in students.items()}
     for index, some in missing.items():
         models = {name: views[name].model for name in some}
         for name, distance in measure_batch(teacher, models, batches[index]).items():
@@ -99,16 +100,18 @@ def _load(context: StageContext, stage: str, device: torch.device):
     return family_of(read_config(folder)).load(folder, device=str(device))
 
 
-def _sorted_base(context: StageContext, head_dim: int, device: torch.device) -> SortedTeacher:
+def _sorted_base(context: StageContext, head_dim: int, students: Iterable[Architecture], device: torch.device) -> SortedTeacher:
     folder = base_folder(context)
     config = read_config(folder)
     family, settings = family_of(config), context.settings
     scores, architecture, model = scores_of(context.inputs["score"], settings), base_architecture(settings), family.load(folder, device=str(device))
-    norm_scales = {}
-    if ranks_rotated(settings):
-        batches = batches_of(calibration_rows(context), settings.prune.batch, device)
-        norm_scales = rotate_model(family, model, architecture, batches, config=config)
-    return SortedTeacher(family, model, config, architecture, scores, head_dim, norm_scales=norm_scales)
+    rotates, refits = ranks_rotated(settings), ranks_refitted(settings)
+    calibration = batches_of(calibration_rows(context), settings.prune.batch, device) if rotates or refits else []
+    norm_scales = rotate_model(family, model, architecture, calibration, config=config) if rotates else {}
+    sorted_base = SortedTeacher(family, model, config, architecture, scores, head_dim, norm_scales=norm_scales)
+    if refits:
+        refit_widths(sorted_base, students, calibration, settings.prune.ridge)
+    return sorted_base
 
 
 def _view_facts(view: View) -> dict:

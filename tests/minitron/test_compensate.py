@@ -239,6 +239,9 @@ def test_tensors_have_the_dtypes_they_are_stored_in(teacher, tiny, hard_plan, co
     basis = stream_basis(base, hard_plan, rows, rotate=True, config=config)
     made = dict(CompensatedCut(base, hard_plan, rows, basis, EVERY_PART, config=config, dtypes=dtypes).tensors())
     assert all(tensor.dtype == (torch.float32 if name.endswith(("A_log", ".D")) else torch.bfloat16) for name, tensor in made.items())
+    model = build_compensated(base, hard_plan, rows, EVERY_PART, config=config, dtypes=dtypes)
+    in_memory = {FAMILY.canonical_name(name): tensor for name, tensor in model.state_dict().items()}
+    assert all(tensor.dtype == torch.float32 and torch.equal(tensor, made[name].float()) for name, tensor in in_memory.items())
 
 
 def test_the_directions_of_a_smaller_hidden_are_among_those_of_a_larger(teacher, tiny, keep_all, config_of, rows):

@@ -116,6 +116,32 @@ def test_only_a_compensated_cut_has_its_settings_in_the_key():
     assert key(**compensated) == key(**compensated, batch=3, max_shard_gib=1)
 
 
+def test_a_screen_starts_from_the_cut_that_the_prune_stage_makes(walk, runs, stage, door):
+    """Seen at a learning rate of 0; where the cut is a plain one, a screen starts from that."""
+    inputs, losses = (json.loads((stage / "done.json").read_text())[part] for part in ("inputs", "facts"))
+    chosen = json.loads((runs / "store" / "search" / inputs["search"] / "done.json").read_text())["facts"]["chosen"]["id"]
+    screened = {}
+    for method in ("compensated", "slice"):
+        still = ("stage=screen", f"candidate={chosen}", "screen.train.learning_rate=0", f"prune.method={method}", "screen.new_tokens=3")
+        before = set(runs.glob("store/screen/*/done.json"))
+        finished = door(runs.parent, f"runs_folder={runs}", *walk.settings[1:], *still)
+        assert finished.returncode == 0, finished.stderr
+        (done,) = set(runs.glob("store/screen/*/done.json")) - before
+        screened[method] = json.loads(done.read_text())["facts"]["short_distill_loss"]
+    assert screened == pytest.approx({method: losses["held_out_losses"][method] for method in screened}, abs=1e-5)
+    assert screened["slice"] - screened["compensated"] > 1e-2
+
+
+def test_a_screen_knows_of_the_cut_where_it_is_compensated():
+    def key(**values) -> dict:
+        return STAGES["screen"].what(Settings(prune=PruneSettings(**values)))
+
+    compensated = {"method": PruneMethod.compensated}
+    assert key() == key(ridge=0.1, samples=7, rotate=False) != key(**compensated) == key(**compensated, batch=3, max_shard_gib=1)
+    others = [key(**compensated, **other) for other in ({"samples": 7}, {"rotate": False}, {"refit_reading": False}, {"refit_writing": False}, {"ridge": 0.1})]
+    assert all(other != key(**compensated) for other in others)
+
+
 def test_too_few_calibration_tokens_are_said_with_what_would_do(tiny, keep_all):
     rows = np.zeros((2, 10), dtype=np.int32)
     said = few_tokens_note(keep_all(replace(tiny, ffn=64)), Recipe(ridge=0.01), rows)
