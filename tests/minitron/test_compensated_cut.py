@@ -63,12 +63,14 @@ def test_the_result_says_what_it_cost_beside_the_slice(stage):
     assert losses["compensated"] - losses["base"] < 0.5 * (losses["slice"] - losses["base"])
 
 
-def test_an_interrupted_run_goes_on_behind_its_whole_shards(walk, runs, stage, door):
+def test_an_interrupted_run_goes_on_behind_its_whole_shards(walk, runs, stage, door, tmp_path):
+    own = shutil.copytree(runs, tmp_path / "runs")
+    stage = own / stage.relative_to(runs)
     checkpoint = stage / "checkpoint"
     small = ("prune.max_shard_gib=0.00002", *COMPENSATED)
     shutil.rmtree(checkpoint)
     (stage / "done.json").unlink()
-    assert door(runs.parent, f"runs_folder={runs}", *walk.settings[1:], *small).returncode == 0
+    assert door(tmp_path, f"runs_folder={own}", *walk.settings[1:], *small).returncode == 0
     shards = {path: path.read_bytes() for path in sorted(checkpoint.glob("model-*.safetensors"))}
     first, *_, last = shards
     tensors = load_file(first)
@@ -76,7 +78,7 @@ def test_an_interrupted_run_goes_on_behind_its_whole_shards(walk, runs, stage, d
     kept = first.read_bytes()
     last.unlink()
     (stage / "done.json").unlink()
-    finished = door(runs.parent, f"runs_folder={runs}", *walk.settings[1:], *small)
+    finished = door(tmp_path, f"runs_folder={own}", *walk.settings[1:], *small)
     assert finished.returncode == 0, finished.stderr
     assert len(shards) > 3 and first.read_bytes() == kept and last.exists()
     assert all(path.read_bytes() == shards[path] for path in list(shards)[1:-1])
