@@ -151,28 +151,24 @@ class CompensatedCut:
         """Refits the layer's writer, moves the student's residuals behind the layer and gives the layer's tensors."""
         block = begun.block
         (name,) = [name for name in block.state_dict() if self.roles[f"layers.{begun.layer}.{name}"] == WRITE]
-        writer = block.get_submodule(name.removesuffix(".weight"))
         if self.recipe.refit_writing and f"layers.{begun.position}.{name}" not in self.stored:
-            inner: list[torch.Tensor] = []  # a batch each, [B, T, I]: what the writer is given
-            handle = writer.register_forward_pre_hook(lambda _module, args: inner.append(args[0]))
-            for residual_BTK in self.student_residuals:
-                block(residual_BTK)
-            handle.remove()
-            begun.tensors[name] = self._writing(writer, inner, f"layer {begun.layer}").to(begun.tensors[name].dtype)
+            writer = block.get_submodule(name.removesuffix(".weight"))
+            begun.tensors[name] = self._writing(block, writer, f"layer {begun.layer}").to(begun.tensors[name].dtype)
             writer.weight.data = begun.tensors[name].float()
-            self.student_residuals = [residual + writer(given) for residual, given in zip(self.student_residuals, inner, strict=True)]
-        else:
-            self.student_residuals = [block(residual_BTK) for residual_BTK in self.student_residuals]
+        self.student_residuals = [block(residual_BTK) for residual_BTK in self.student_residuals]
         yield from self._new((f"layers.{begun.position}.{name}", tensor) for name, tensor in begun.tensors.items())
 
-    def _writing(self, writer: nn.Linear, inner: Sequence[torch.Tensor], place: str) -> torch.Tensor:
+    def _writing(self, block: nn.Module, writer: nn.Linear, place: str) -> torch.Tensor:
         """The writer's matrix [K, I] by least squares."""
-        equations = NormalEquations(writer.in_features, writer.out_features, self.base.device)
-        for inner_BTI, base_BTD, student_BTK, mask in zip(inner, self.base_residuals, self.student_residuals, self.masks, strict=True):
+        equations, inner = NormalEquations(writer.in_features, writer.out_features, self.base.device), []
+        handle = writer.register_forward_pre_hook(lambda _module, args: inner.append(args[0]))
+        for base_BTD, student_BTK, mask in zip(self.base_residuals, self.student_residuals, self.masks, strict=True):
+            block(student_BTK)
             missing_BTK = self.basis.project(base_BTD) - student_BTK
             if writer.bias is not None:
                 missing_BTK = missing_BTK - writer.bias
-            equations.add(real_tokens(inner_BTI, mask), real_tokens(missing_BTK, mask))
+            equations.add(real_tokens(inner.pop(), mask), real_tokens(missing_BTK, mask))
+        handle.remove()
         return equations.solve(writer.weight, self.recipe.ridge, place=place)
 
     def _reading(self, state: Mapping[str, torch.Tensor], place: str) -> _Reading:

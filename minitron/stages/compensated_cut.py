@@ -18,7 +18,8 @@ from torch import nn
 from distill.batches import count_tokens
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
-from memory_budget.units import GIB
+from memory_budget.parameters import layer_parameters
+from memory_budget.units import GIB, format_gib
 from minitron.checkpoints import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, read_header, write_weights
 from minitron.evaluation import batches_of, screening_rows, spread_rows
 from minitron.families.base import Family
@@ -30,7 +31,7 @@ from minitron.pruning.damage import walked_loss
 from minitron.pruning.plan import PruningPlan
 from minitron.pruning.refit import ridge_for
 from minitron.pruning.rotation import stream_basis
-from minitron.runtime import pick_device
+from minitron.runtime import pick_device, process_memory_bytes
 from minitron.settings import PruneSettings
 from minitron.stages.models import base_folder
 
@@ -40,12 +41,15 @@ SAME_RESIDUALS = 1e-4  # of the largest, after all layers, the same sums in anot
 
 
 def write_compensated(context: StageContext, family: Family, plan: PruningPlan, sliced: list[PlannedTensor], folder: Path) -> "MadeWeights":
-    """Writes the weights of the compensated cut to `folder`: the plain slice's tensors by name, shape and dtype. Raises ValueError as CompensatedCut does."""
-    settings, source = context.settings.prune, base_folder(context)
-    base = _streamed(family, source, read_config(source), plan.teacher, pick_device(context.settings))
-    rows = calibration_rows(context)
-    batches = batches_of(rows, settings.batch, base.device)
-    recipe = _recipe(settings)
+    """Writes the weights of the compensated cut to `folder`: the plain slice's tensors by name, shape and dtype.
+
+    Raises ValueError as CompensatedCut does, and before anything is loaded where the device's memory is too small for it.
+    """
+    settings, source, device = context.settings.prune, base_folder(context), pick_device(context.settings)
+    rows, recipe = calibration_rows(context), _recipe(settings)
+    check_memory(plan, recipe, rows, *process_memory_bytes(device))
+    base = _streamed(family, source, read_config(source), plan.teacher, device)
+    batches = batches_of(rows, settings.batch, device)
     if note := few_tokens_note(plan, recipe, rows):
         context.console.say(f"    prune  {note}")
     kept_basis = context.folder / BASIS_FILE
@@ -53,7 +57,9 @@ def write_compensated(context: StageContext, family: Family, plan: PruningPlan, 
     with context.console.track("compensating", plan.teacher.num_layers * (1 + turns), "layers") as advance:
         if not kept_basis.exists():
             write_basis(stream_basis(base, plan, batches, rotate=recipe.rotate, config=base.config, on_layer=lambda: advance(1)), kept_basis)
-        made = MadeWeights(base, plan, batches, read_basis(kept_basis, base.device), recipe, folder, on_layer=lambda: advance(1))
+        made = MadeWeights(base, plan, batches, read_basis(kept_basis, device), recipe, folder, on_layer=lambda: advance(1))
+        if made.stored:
+            context.console.say(f"    prune  {len(made.stored)} tensors are written already; going on behind them")
         made.write(sliced, max_shard_bytes=min(SHARD_BYTES, int(settings.max_shard_gib * GIB)))
     return made
 
@@ -178,12 +184,36 @@ def _stored_dtypes(base: StreamedModel) -> dict[str, torch.dtype]:
 
 def few_tokens_note(plan: PruningPlan, recipe: Recipe, rows: np.ndarray) -> str | None:
     """What to say where the calibration tokens are fewer than the inputs of a matrix that is solved for; None where they are not."""
-    student, tokens = plan.student, count_tokens(rows)
-    inner = {"M": student.mamba_inner, "-": student.ffn, "*": student.num_attention_heads * student.attention_head_dim}
-    widths = [student.hidden] * recipe.refit_reading + [inner[kind] for kind in student.pattern] * recipe.refit_writing
-    widest = max(widths, default=0)
+    tokens, widest = count_tokens(rows), max((inputs for inputs, _ in _solved_for(plan, recipe)), default=0)
     if tokens >= widest:
         return None
     ridge, needed = ridge_for(recipe.ridge, widest, tokens), -(-widest * len(rows) // tokens)
     return (f"{tokens:,} calibration tokens are fewer than the {widest:,} inputs solved for: prune.ridge goes from {recipe.ridge:g} up to {ridge:.2g}; "
             f"prune.samples={needed} would do")  # fmt: skip
+
+
+def _solved_for(plan: PruningPlan, recipe: Recipe) -> list[tuple[int, int]]:
+    """Inputs and outputs of every matrix that is."""
+    student = plan.student
+    inner = {"M": student.mamba_inner, "-": student.ffn, "*": student.num_attention_heads * student.attention_head_dim}
+    reading = [(student.hidden, plan.teacher.hidden)] * recipe.refit_reading
+    return reading + [(inner[kind], student.hidden) for kind in student.pattern] * recipe.refit_writing
+
+
+def check_memory(plan: PruningPlan, recipe: Recipe, rows: np.ndarray, available: int, where: str) -> None:
+    """Refuse to begin what `available` bytes cannot hold. Raises ValueError.
+
+    At least: both models' residuals of all tokens in float32, and beside them two layers of the base and one of the student, the Gram matrix of a
+    fit, its factor and two matrices of its shape in float64, or the embeddings.
+    """
+    teacher, student = plan.teacher, plan.student
+    residuals = 4 * count_tokens(rows) * (teacher.hidden + student.hidden)
+    of_teacher, of_student = (4 * max(layer_parameters(one, kind).total for kind in set(one.pattern)) for one in (teacher, student))
+    fit = max((8 * (2 * inputs * inputs + 2 * inputs * outputs) for inputs, outputs in _solved_for(plan, recipe)), default=0)
+    beside = max(2 * of_teacher + of_student + fit, 4 * teacher.vocab * teacher.hidden)
+    if residuals + beside <= available:
+        return
+    fitting = len(rows) * (available - beside) // residuals
+    advice = f"prune.samples={fitting} would fit" if fitting > 0 else f"{format_gib(beside)} are for the matrices alone, so prune.method must be slice"
+    needed = f"the compensated cut needs at least {format_gib(residuals + beside)}, and {where} has {format_gib(available)}"
+    raise ValueError(f"prune.samples is {len(rows)}, {count_tokens(rows):,} tokens: {needed}; {advice}")

@@ -11,17 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from memory_budget.hf_config import read_config
+from memory_budget.hf_config import architecture_from_config, read_config
+from memory_budget.units import GIB
 from minitron.checkpoints import Checkpoint
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.placement import StreamedModel
 from minitron.pruning.basis import Basis
 from minitron.pruning.compensate import Recipe
+from minitron.pruning.plan import PruningPlan
 from minitron.settings import PruneMethod, PruneSettings, Settings
 from minitron.stage_table import STAGES
-from minitron.stages.compensated_cut import BASIS_FILE, MadeWeights, few_tokens_note
+from minitron.stages.compensated_cut import BASIS_FILE, MadeWeights, check_memory, few_tokens_note
 from minitron.stages.prune import planned_tensors
 from minitron.store import write_json
+from minitron.teachers import CONF_FOLDER
 
 COMPENSATED = ("stage=prune", "prune.method=compensated")
 
@@ -163,3 +166,20 @@ def test_too_few_calibration_tokens_are_said_with_what_would_do(tiny, keep_all):
 def test_settings_out_of_range_are_refused_in_one_line(override, said, door, tmp_path):
     finished = door(tmp_path, override)
     assert finished.returncode == 2 and said in finished.stderr and len(finished.error_lines) == 1
+
+
+def test_memory_that_cannot_hold_the_cut_is_refused_before_it_begins_with_what_would_do():
+    teacher = architecture_from_config(read_config(CONF_FOLDER / "architectures" / "nemotron-nano-12b-v2-base.json"))
+    plan = PruningPlan(teacher, replace(teacher, hidden=4480, ffn=15680), tuple(range(teacher.num_layers)), {})
+    rows = np.zeros((64, 8192), dtype=np.int32)
+    needed = 4 * 64 * 8192 * (5120 + 4480) + 4 * (2 * 2 * 20480 * 5120 + (22656 + 10240) * 4480) + 8 * (2 * 15680**2 + 2 * 15680 * 4480)
+    check_memory(plan, Recipe(), rows, needed + 10**7, "this machine")
+    with pytest.raises(ValueError, match=r"64, 524,288 tokens: .* at least 25\.\d+ GiB, and this machine has 24.0+ GiB; prune.samples=\d+ would fit") as said:
+        check_memory(plan, Recipe(), rows, 24 * GIB, "this machine")
+    fitting = int(said.value.args[0].rpartition("samples=")[2].split()[0])
+    check_memory(plan, Recipe(), rows[:fitting], 24 * GIB, "this machine")
+    with pytest.raises(ValueError, match="would fit"):
+        check_memory(plan, Recipe(), rows[: fitting + 1], 24 * GIB, "this machine")
+    check_memory(plan, Recipe(refit_reading=False, refit_writing=False), rows[: fitting + 1], 24 * GIB, "this machine")  # no Gram matrix
+    with pytest.raises(ValueError, match="prune.method must be slice"):
+        check_memory(plan, Recipe(), rows[:1], 4 * GIB, "this machine")
