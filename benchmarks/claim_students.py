@@ -25,7 +25,7 @@ from minitron.importance.layers import Block, SweepLimits, measure_round
 from minitron.importance.removal import LayerRules, rank_iteratively, rank_once
 from minitron.importance.scores import ImportanceScores, WidthSums, aggregate
 from minitron.pruning.compensate import Recipe
-from minitron.pruning.plan import PruningPlan, make_plan, top
+from minitron.pruning.plan import PruningPlan, make_plan
 
 WIDTH_ROWS, LAYER_ROWS, COMPENSATED_ROWS = 64, 16, 32  # conf's scoring.samples and layer_samples, the tiny experiment's prune.samples
 RULES = LayerRules(floors={"*": 2}, ceilings={})  # the tiny experiment's search.floors
@@ -66,9 +66,10 @@ def group_blind(plan: PruningPlan, scores: ImportanceScores, *, by_score: bool =
     Where groups do not give the same number, some heads then read another group's B and C and share another group's norm.
     With `by_score` the best come first, as a sort leaves them, and land in whatever group.
     """
-    heads = {layer: top(scores.mamba_heads(layer), plan.student.mamba_num_heads) for layer in plan.units[MAMBA_HEAD]}
-    if by_score:
-        heads = {layer: tuple(sorted(kept, key=lambda head, of=scores.mamba_heads(layer): -of[head])) for layer, kept in heads.items()}
+    heads = {}
+    for layer in plan.units[MAMBA_HEAD]:
+        best_first = np.argsort(-scores.mamba_heads(layer), kind="stable")[: plan.student.mamba_num_heads].tolist()
+        heads[layer] = tuple(best_first if by_score else sorted(best_first))
     return replace(plan, units={**plan.units, MAMBA_HEAD: heads})
 
 

@@ -33,7 +33,7 @@ TEACHERS = {"tiny": {}, "double": DOUBLE}
 WORKLOAD = Workload(context_tokens=4096, batch=1)  # the tiny experiment's
 REMOVED = (3, 6)  # layers, of 21; the last one is what widths are held against
 HELD_OUT_ROWS = 48  # 12,288 tokens, the same for all
-WITHIN, MOST_TRIED = 0.01, 12  # shares of the size that widths are matched to; most of them that are ranked by zero-shot loss
+MOST_TRIED = 12  # widths of one size that are ranked by zero-shot loss
 # Quantiles of Student's t at 97.5 % for 1, 2, … degrees of freedom.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
 
@@ -112,10 +112,10 @@ def depth_cut(bench: Bench, number: int) -> tuple[Architecture, tuple[int, ...]]
     return bench.without(bench.removal_order(0, REMOVED[-1], iterative=True)[:number])
 
 
-def of_size(architectures: Sequence[Architecture], size: Callable[[Architecture], int], wanted: int) -> list[Architecture]:
-    """Those whose size is within a hundredth of the one wanted, the nearest first; the nearest alone where there is none."""
+def of_size(architectures: Sequence[Architecture], size: Callable[[Architecture], int], wanted: int, within: float = 0.01) -> list[Architecture]:
+    """Those whose size is the one wanted to within a share of it, the nearest first; the nearest alone where there is none."""
     nearest = sorted(architectures, key=lambda one: abs(size(one) - wanted))
-    return [one for one in nearest if abs(size(one) - wanted) <= WITHIN * wanted] or nearest[:1]
+    return [one for one in nearest if abs(size(one) - wanted) <= within * wanted] or nearest[:1]
 
 
 def width_or_depth(bench: Bench) -> Iterator[Comparison]:
@@ -135,13 +135,14 @@ def start(bench: Bench) -> Iterator[Comparison]:
 
 
 def ranking(bench: Bench) -> Iterator[Comparison]:
-    """Kendall's τ of zero-shot losses with those after distillation, over candidates of equal parameters; against no relation, τ = 0."""
+    """Kendall's τ of zero-shot losses with those after distillation, over candidates of equal parameters (to 3 %); against no relation, τ = 0."""
     deepest, deepest_kept = depth_cut(bench, REMOVED[-1])
     middle, middle_kept = depth_cut(bench, REMOVED[0])
     wanted = count_total_parameters(deepest)
     candidates: list[Side] = [sliced(bench, deepest, deepest_kept)]
     for pattern, kept, number in ((middle.pattern, middle_kept, 2), (bench.teacher.pattern, None, 3)):
-        fitting = sorted(of_size(bench.widths(pattern), count_total_parameters, wanted), key=lambda one: (one.hidden, one.ffn, one.mamba_num_heads))
+        fitting = of_size(bench.widths(pattern), count_total_parameters, wanted, within=0.03)
+        fitting.sort(key=lambda one: (one.hidden, one.ffn, one.mamba_num_heads))
         chosen = {round(place * (len(fitting) - 1) / (number - 1)) for place in range(number)}
         candidates += [sliced(bench, fitting[place], kept) for place in sorted(chosen)]
     zero_shot = [bench.untouched(side) for side in candidates]
@@ -149,7 +150,7 @@ def ranking(bench: Bench) -> Iterator[Comparison]:
     for side, before, after in zip(candidates, zero_shot, distilled, strict=True):
         print(f"  {side(0).name:66}{statistics.mean(before):.4f} -> {statistics.mean(after):.4f}", flush=True)
     taus = [kendall([losses[seed] for losses in zero_shot], [losses[seed] for losses in distilled]) for seed in bench.seeds]
-    yield Comparison(f"zero-shot rank foretells, τ of {len(candidates)}", [-tau for tau in taus], [0.0] * len(taus))
+    yield Comparison(f"zero-shot rank foretells: −τ of {len(candidates)}", [-tau for tau in taus], [0.0] * len(taus))
 
 
 def compensated(bench: Bench) -> Iterator[Comparison]:
