@@ -29,7 +29,7 @@ from minitron.pruning.plan import PruningPlan, make_plan
 
 WIDTH_ROWS, LAYER_ROWS, COMPENSATED_ROWS = 64, 16, 32  # conf's scoring.samples and layer_samples, the tiny experiment's prune.samples
 RULES = LayerRules(floors={"*": 2}, ceilings={})  # the tiny experiment's search.floors
-RATES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08)
+RATES = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08)
 FIRST_RATE = 0.005  # distill.train.learning_rate
 
 
@@ -120,9 +120,13 @@ class Students:
 
     def chosen_at_random(self, seed: int, student: Architecture) -> Student:
         """Units of every axis by chance; heads still as many from every group."""
-        generator = np.random.default_rng(seed)
-        scores = ImportanceScores({site: generator.random(values.shape) for site, values in sorted(self.scores(seed).sites.items())})
-        return self._cut("random units", seed, student, None, lambda: self.sides.sliced(make_plan(self.teacher, student, self.all_layers, scores)))
+
+        def build() -> nn.Module:
+            generator = np.random.default_rng(seed)
+            scores = ImportanceScores({site: generator.random(values.shape) for site, values in sorted(self.scores(seed).sites.items())})
+            return self.sides.sliced(make_plan(self.teacher, student, self.all_layers, scores))
+
+        return self._cut("random units", seed, student, None, build)
 
     def blind_plan(self, seed: int, student: Architecture, *, by_score: bool) -> PruningPlan:
         return group_blind(self.plan(seed, student), self.scores(seed), by_score=by_score)

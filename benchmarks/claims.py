@@ -5,7 +5,7 @@ from it and trained in this process with the experiment's own optimiser; each si
 walking a grid from the experiment's rate for as long as the loss falls. A gain is what the claim's side is better by, in nats per token: the
 mean over seeds with its 95 % interval by Student's t. A claim holds where the interval lies above 0, does not hold where it lies below,
 and is not decided where it holds 0. What a seed stands for: see claim_students.py.
-Run: .venv/bin/python benchmarks/claims.py --runs DIR [--teacher tiny|double] [--claims NAME …] [--seeds 3] [--tokens 24000]
+Run: .venv/bin/python benchmarks/claims.py --runs DIR [--teacher tiny|double] [--claims NAME …] [--seeds 3] [--tokens 16384]
 """
 
 import argparse
@@ -65,7 +65,8 @@ def verdict(mean: float, half: float) -> str:
 def both(bench: Bench, text: str, claimed: tuple[str, Side], other: tuple[str, Side]) -> Iterator[Comparison]:
     """Two sides as they are cut, and distilled."""
     yield Comparison(f"{text}, as cut", bench.untouched(claimed[1]), bench.untouched(other[1]))
-    yield Comparison(f"{text}, distilled", bench.tuned(*claimed), bench.tuned(*other))
+    if bench.tokens:
+        yield Comparison(f"{text}, distilled", bench.tuned(*claimed), bench.tuned(*other))
 
 
 def standard(bench: Bench) -> Architecture:
@@ -140,7 +141,7 @@ def ranking(bench: Bench) -> Iterator[Comparison]:
     middle, middle_kept = depth_cut(bench, REMOVED[0])
     wanted = count_total_parameters(deepest)
     candidates: list[Side] = [sliced(bench, deepest, deepest_kept)]
-    for pattern, kept, number in ((middle.pattern, middle_kept, 2), (bench.teacher.pattern, None, 3)):
+    for pattern, kept, number in ((middle.pattern, middle_kept, 2), (bench.teacher.pattern, None, 4)):
         fitting = of_size(bench.widths(pattern), count_total_parameters, wanted, within=0.03)
         fitting.sort(key=lambda one: (one.hidden, one.ffn, one.mamba_num_heads))
         chosen = {round(place * (len(fitting) - 1) / (number - 1)) for place in range(number)}
@@ -159,6 +160,7 @@ def compensated(bench: Bench) -> Iterator[Comparison]:
 
 
 CLAIMS = {one.__name__: one for one in (distillation, importance, groups, depth_order, width_or_depth, start, ranking, compensated)}
+ABOUT_TRAINING = ("distillation", "ranking")
 
 
 def open_bench(options) -> Bench:
@@ -179,13 +181,15 @@ def main() -> None:
     parser.add_argument("--teacher", choices=TEACHERS, default="tiny")
     parser.add_argument("--claims", nargs="+", choices=CLAIMS, default=list(CLAIMS), metavar="NAME", help=", ".join(CLAIMS))
     parser.add_argument("--seeds", type=int, default=3, choices=range(2, len(T_QUANTILES) + 2), metavar=f"2 to {len(T_QUANTILES) + 1}")
-    parser.add_argument("--tokens", type=int, default=24_000, help="of every training; the tiny experiment's screening has as many")
+    parser.add_argument("--tokens", type=int, default=16_384, help="of every training; 0 compares as cut alone, without the claims about training")
     options = parser.parse_args()
     bench = open_bench(options)
-    base = bench.sides.loss(bench.sides.model)
+    base = bench.measured.get("the teacher", lambda: bench.sides.loss(bench.sides.model))
     print(f"teacher {count_total_parameters(bench.teacher):,} parameters, held-out loss {base:.4f} nats/token; {options.tokens:,} tokens", flush=True)
     found: dict[str, list[Comparison]] = {}
     for name in options.claims:
+        if not options.tokens and name in ABOUT_TRAINING:
+            continue
         print(name, flush=True)
         found[name] = list(CLAIMS[name](bench))
     print(f"\n{'claim':<44}{'claimed':>9}{'other':>9}{'gain':>9}{'95 % ±':>9}   n = {options.seeds}")

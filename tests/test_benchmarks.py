@@ -126,7 +126,7 @@ def test_a_group_blind_cut_keeps_the_best_heads_of_all_groups_and_moves_what_one
 
 
 def test_the_best_rate_is_walked_to_from_either_side(claim_students):
-    for lowest in (0.0005, 0.002, 0.005, 0.02, 0.08):
+    for lowest in (0.0001, 0.002, 0.005, 0.02, 0.08):
         assert claim_students.best_rate(lambda rate, lowest=lowest: abs(math.log(rate / lowest))) == lowest
 
 
