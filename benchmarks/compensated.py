@@ -10,34 +10,21 @@ Run: .venv/bin/python benchmarks/compensated.py --runs DIR [--seeds 3] [--tokens
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import nn
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distill.batches import RowBatches  # noqa: E402
-from distill.plan import TrainPlan  # noqa: E402
-from distill.trainer import distill  # noqa: E402
+from benchmarks.sides import Sides, walk_pipeline  # noqa: E402
 from memory_budget.architecture import Architecture  # noqa: E402
-from memory_budget.hf_config import architecture_from_config, read_config  # noqa: E402
-from minitron.evaluation import batches_of, evaluation_rows, held_out_loss, spread_rows  # noqa: E402
 from minitron.families import ssd  # noqa: E402
-from minitron.families.nemotron_h import FAMILY  # noqa: E402
-from minitron.importance.placement import WholeModel  # noqa: E402
 from minitron.importance.scores import load_scores  # noqa: E402
-from minitron.pruning.compensate import Recipe, build_compensated  # noqa: E402
-from minitron.pruning.cut import build_pruned  # noqa: E402
+from minitron.pruning.compensate import Recipe  # noqa: E402
 from minitron.pruning.plan import PruningPlan, make_plan  # noqa: E402
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.5)
@@ -48,7 +35,6 @@ RECIPES = {
     "reading, writing": Recipe(rotate=False),
     "compensated": Recipe(),
 }
-CALIBRATION_ROWS, BATCH, HELD_OUT_ROWS = 64, 4, 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +52,7 @@ class Walked:
 def walk(runs: Path) -> Walked:
     """`stage=prune` of the tiny experiment, in this folder's store; its first lap is cut plainly and distilled at the plain slice's best rate."""
     settings = ("stage=prune", "prune.method=slice", "distill.train.learning_rate=0.005", "screen.train.learning_rate=0.005", "search.layers.high=null")
-    command = [sys.executable, "-m", "minitron.run", f"runs_folder={runs}", "run_name=compensated", *settings]
-    if subprocess.run(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.DEVNULL).returncode != 0:
-        sys.exit(f"error: {' '.join(command)} failed")
-    summary = json.loads((runs / "compensated" / "summary.json").read_text())
+    summary = walk_pipeline(runs, "compensated", *settings)
     folder = Path(summary["stages"]["prune"]["path"])
     inputs = json.loads((folder / "done.json").read_text())["inputs"]
     store = folder.parent.parent
@@ -77,40 +60,6 @@ def walk(runs: Path) -> Walked:
     base = store / "distill" / summary["depth_lap"]["stages"]["distill"]["key"]
     return Walked(base / "checkpoint", Path(summary["models"]["teacher"]["path"]), Path(summary["stages"]["data"]["path"]),
                   store / "score" / inputs["score"] / "scores.safetensors", Architecture(**plan["student"]), tuple(plan["kept_layers"]))  # fmt: skip
-
-
-class Sides:
-    """The base and everything that is cut from it."""
-
-    def __init__(self, walked: Walked):
-        self.config = read_config(walked.base)
-        self.architecture = architecture_from_config(self.config)
-        self.model, self.teacher = (FAMILY.load(folder, dtype=torch.float32) for folder in (walked.base, walked.teacher))
-        self.scores = load_scores(walked.scores, tokens="mean", samples="l2")
-        self.rows = np.load(walked.data / "train.npy")
-        self.calibration = batches_of(spread_rows(self.rows, CALIBRATION_ROWS), 8, "cpu")
-        self.held_out = batches_of(spread_rows(evaluation_rows(np.load(walked.data / "heldout.npy")), HELD_OUT_ROWS), 8, "cpu")
-
-    def plan(self, student: Architecture, kept_layers: tuple[int, ...]) -> PruningPlan:
-        return make_plan(self.architecture, student, kept_layers, self.scores)
-
-    def sliced(self, plan: PruningPlan) -> nn.Module:
-        return build_pruned(FAMILY, self.model, plan, self.config)
-
-    def compensated(self, plan: PruningPlan, recipe: Recipe) -> nn.Module:
-        return build_compensated(WholeModel(FAMILY, self.model, self.architecture), plan, self.calibration, recipe, config=self.config)
-
-    def loss(self, model: nn.Module) -> float:
-        return held_out_loss(model, self.held_out)
-
-    def distilled(self, student: nn.Module, tokens: int, rate: float, seed: int) -> float:
-        """The held-out loss after so many tokens, by the tiny experiment's own settings but for the rate."""
-        if tokens >= BATCH * self.rows.shape[1]:
-            plan = TrainPlan(tokens=tokens, optimizer="muon", learning_rate=rate, final_learning_rate_share=0.05, warmup_share=0.05, weight_decay=0.0,
-                             clip_norm=1.0, save_every_seconds=float("inf"))  # fmt: skip
-            with tempfile.TemporaryDirectory() as folder:
-                distill(self.teacher, student, RowBatches(self.rows, BATCH, seed), plan, folder=Path(folder), on_step=lambda _: None)
-        return self.loss(student)
 
 
 def harder(student: Architecture) -> Architecture:
@@ -146,7 +95,7 @@ def measure_tokens(sides: Sides, plan: PruningPlan, options) -> dict:
 
         def after(rate: float, seed: int, made=made, state=state, tokens=tokens) -> float:
             made.load_state_dict(state)
-            return sides.distilled(made, tokens, rate, seed)
+            return sides.trained(made, tokens, rate, seed)
 
         found = {rate: after(rate, 0) for rate in (options.rates if share else options.rates[:1])}
         rate = rates[name][share] = best_rate(found)
@@ -173,10 +122,11 @@ def main() -> None:
     options = parser.parse_args()
     walked = walk(options.runs)
     ssd.install()
-    sides = Sides(walked)
-    plan = sides.plan(walked.architecture, walked.kept_layers)
+    sides = Sides(walked.base, walked.teacher, walked.data)
+    scores = load_scores(walked.scores, tokens="mean", samples="l2")
+    plan = make_plan(sides.architecture, walked.architecture, walked.kept_layers, scores)
     damage = measure_damage(sides, plan)
-    harder_damage = measure_damage(sides, sides.plan(harder(walked.architecture), walked.kept_layers))
+    harder_damage = measure_damage(sides, make_plan(sides.architecture, harder(walked.architecture), walked.kept_layers, scores))
     print(f"\nheld-out nats/token after distillation, {options.seeds} seeds")
     measured = measure_tokens(sides, plan, options)
     results = measured["results"]

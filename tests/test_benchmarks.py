@@ -2,17 +2,23 @@
 
 import importlib.util
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from minitron.checkpoints import Checkpoint, write_weights
+from minitron.families.base import MAMBA_HEAD
 from minitron.families.nemotron_h import FAMILY
-from minitron.pruning.plan import check_is_cut
+from minitron.importance.scores import ImportanceScores
+from minitron.pruning.plan import check_is_cut, make_plan
 
 
 def load_script(repository: Path, name: str) -> ModuleType:
@@ -79,3 +85,67 @@ def test_the_tokens_ratio_is_the_median_of_the_smallest_shares_that_reach_the_sl
     slices = {1.0: [2.0, 2.0, 2.0]}
     assert ratio({"slice": slices, "compensated": {0.1: [2.1, 2.0, 2.3], 0.3: [1.9, 1.9, 2.2], 1.0: [1.8, 1.8, 1.9]}}) == 0.3
     assert ratio({"slice": slices, "compensated": {0.3: [2.1, 2.1, 1.0], 1.0: [2.1, 1.9, 1.9]}}) is None
+
+
+@pytest.fixture
+def claims(repository) -> ModuleType:
+    return load_script(repository, "claims")
+
+
+@pytest.fixture
+def claim_students(claims) -> ModuleType:
+    return importlib.import_module("benchmarks.claim_students")
+
+
+def test_the_interval_is_students_own(claims):
+    """Student 1908: the hours of sleep that one drug gave ten patients more than another, mean 1.58 and 95 % interval 0.70 to 2.46."""
+    mean, half = claims.interval([1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4])
+    assert (mean, mean - half, mean + half) == pytest.approx((1.58, 0.7001, 2.4599), abs=1e-4)
+
+
+def test_a_claim_holds_only_where_its_interval_leaves_out_zero(claims):
+    verdicts = [claims.verdict(*claims.interval(gains)) for gains in ([0.2, 0.21, 0.19], [-0.2, -0.21, -0.19], [0.2, -0.1, 0.1], [0.0, 0.0, 0.0])]
+    assert verdicts == ["holds", "does not hold", "not decided", "not decided"]
+
+
+def blind_heads(claim_students, heads: list[float], *, by_score: bool = False) -> tuple[tuple[int, ...], tuple[int, ...], float]:
+    """Of eight heads in two groups with these scores: the four kept group by group, the four kept blindly, and the share of those that moved."""
+    teacher = Architecture(model_type="nemotron_h", pattern="M", hidden=8, vocab=8, mamba_num_heads=8, mamba_head_dim=1, mamba_num_groups=2,
+                           mamba_state_size=2, mamba_conv_kernel=2)  # fmt: skip
+    scores = ImportanceScores({(MAMBA_HEAD, 0): np.array(heads)[:, None]})
+    aware = make_plan(teacher, replace(teacher, mamba_num_heads=4), (0,), scores)
+    blind = claim_students.group_blind(aware, scores, by_score=by_score)
+    assert replace(blind, units=aware.units) == aware and claim_students.moved_share(aware) == 0
+    return aware.units[MAMBA_HEAD][0], blind.units[MAMBA_HEAD][0], claim_students.moved_share(blind)
+
+
+def test_a_group_blind_cut_keeps_the_best_heads_of_all_groups_and_moves_what_one_has_too_many(claim_students):
+    assert blind_heads(claim_students, [8, 7, 6, 1, 5, 4, 3, 2]) == ((0, 1, 4, 5), (0, 1, 2, 4), 0.25)
+    assert blind_heads(claim_students, [1, 3, 6, 8, 2, 4, 5, 7]) == ((2, 3, 6, 7), (2, 3, 6, 7), 0.0)  # as many in each: nothing moves
+    assert blind_heads(claim_students, [1, 3, 6, 8, 2, 4, 5, 7], by_score=True) == ((2, 3, 6, 7), (3, 7, 2, 6), 0.5)
+
+
+def test_the_best_rate_is_walked_to_from_either_side(claim_students):
+    for lowest in (0.0001, 0.002, 0.005, 0.02, 0.08):
+        assert claim_students.best_rate(lambda rate, lowest=lowest: abs(math.log(rate / lowest))) == lowest
+
+
+def test_what_was_measured_is_not_measured_again(claim_students, tmp_path):
+    for value in (1.5, 2.5):
+        assert claim_students.Measured(tmp_path / "of" / "a.jsonl").get("loss", lambda value=value: value) == 1.5
+    assert claim_students.Measured(tmp_path / "of" / "a.jsonl").get("other loss", lambda: 2.5) == 2.5
+
+
+def test_a_remembered_teacher_gives_what_the_teacher_gives(claims):
+    class Counted(nn.Module):
+        calls = 0
+
+        def base_model(self, ids_BT):
+            self.calls += 1
+            return ids_BT * 2
+
+    teacher = Counted()
+    remembering = importlib.import_module("benchmarks.sides").RememberingTeacher(teacher)
+    for first in (0, 5, 0, 5):
+        assert torch.equal(remembering.base_model(torch.arange(first, first + 4)), torch.arange(first, first + 4) * 2)
+    assert teacher.calls == 2

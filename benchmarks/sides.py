@@ -1,0 +1,93 @@
+"""What benchmarks that compare students share: the pipeline's walk to a base, students cut from it, and a distillation of each in this process."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from distill.batches import RowBatches  # noqa: E402
+from distill.objectives import LossFunction, distillation_loss  # noqa: E402
+from distill.plan import TrainPlan  # noqa: E402
+from distill.trainer import train  # noqa: E402
+from memory_budget.hf_config import architecture_from_config, read_config  # noqa: E402
+from minitron.evaluation import batches_of, evaluation_rows, held_out_loss, spread_rows  # noqa: E402
+from minitron.families.nemotron_h import FAMILY  # noqa: E402
+from minitron.importance.placement import WholeModel  # noqa: E402
+from minitron.pruning.compensate import Recipe, build_compensated  # noqa: E402
+from minitron.pruning.cut import build_pruned  # noqa: E402
+from minitron.pruning.plan import PruningPlan  # noqa: E402
+
+BATCH, FORWARD_BATCH, HELD_OUT_ROWS, CALIBRATION_ROWS = 4, 8, 96, 64
+
+
+def walk_pipeline(runs: Path, run_name: str, *settings: str) -> dict:
+    """`python -m minitron.run` in this folder's store, which goes on where it was; gives the run's summary."""
+    command = [sys.executable, "-m", "minitron.run", f"runs_folder={runs}", f"run_name={run_name}", *settings]
+    if subprocess.run(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.DEVNULL).returncode != 0:
+        sys.exit(f"error: {' '.join(command)} failed")
+    return json.loads((runs / run_name / "summary.json").read_text())
+
+
+class RememberingTeacher(nn.Module):
+    """A frozen teacher that computes a batch's last hidden states once: the same rows come again with every student."""
+
+    def __init__(self, teacher: nn.Module):
+        super().__init__()
+        self.teacher = teacher
+        self.known: dict[bytes, object] = {}
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.teacher.get_output_embeddings()
+
+    def base_model(self, ids_BT: torch.Tensor, **arguments):
+        rows = ids_BT.numpy().tobytes()
+        if rows not in self.known:
+            self.known[rows] = self.teacher.base_model(ids_BT, **arguments)
+        return self.known[rows]
+
+
+class Sides:
+    """A base and the students that are cut from it; all losses are of the same held-out rows, which chose nothing."""
+
+    def __init__(self, base: Path, teacher: Path, data: Path, *, held_out_rows: int = HELD_OUT_ROWS):
+        self.config = read_config(base)
+        self.architecture = architecture_from_config(self.config)
+        self.model, self.teacher = (FAMILY.load(folder, dtype=torch.float32) for folder in (base, teacher))
+        self.rows = np.load(data / "train.npy")
+        self.calibration = batches_of(spread_rows(self.rows, CALIBRATION_ROWS), FORWARD_BATCH, "cpu")
+        self.held_out = batches_of(spread_rows(evaluation_rows(np.load(data / "heldout.npy")), held_out_rows), FORWARD_BATCH, "cpu")
+        self.from_teacher = distillation_loss(RememberingTeacher(self.teacher))
+
+    @property
+    def placed(self) -> WholeModel:
+        """The base, to be walked layer by layer."""
+        return WholeModel(FAMILY, self.model, self.architecture)
+
+    def sliced(self, plan: PruningPlan) -> nn.Module:
+        return build_pruned(FAMILY, self.model, plan, self.config)
+
+    def compensated(self, plan: PruningPlan, recipe: Recipe, calibration: Sequence[torch.Tensor] | None = None) -> nn.Module:
+        return build_compensated(self.placed, plan, calibration or self.calibration, recipe, config=self.config)
+
+    def loss(self, model: nn.Module) -> float:
+        """Held-out nats per token."""
+        return held_out_loss(model, self.held_out)
+
+    def trained(self, student: nn.Module, tokens: int, rate: float, seed: int, objective: LossFunction | None = None) -> float:
+        """The held-out loss after so many tokens, by the tiny experiment's own settings but for the rate; learned from the teacher unless told otherwise."""
+        if tokens >= BATCH * self.rows.shape[1]:
+            plan = TrainPlan(tokens=tokens, optimizer="muon", learning_rate=rate, final_learning_rate_share=0.05, warmup_share=0.05, weight_decay=0.0,
+                             clip_norm=1.0, save_every_seconds=float("inf"))  # fmt: skip
+            with tempfile.TemporaryDirectory() as folder:
+                train(student, RowBatches(self.rows, BATCH, seed), plan, objective or self.from_teacher, folder=Path(folder), on_step=lambda _: None)
+        return self.loss(student)
