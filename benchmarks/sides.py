@@ -57,7 +57,7 @@ class RememberingTeacher(nn.Module):
 
 
 class Sides:
-    """A base and the students that are cut from it; all losses are of the same held-out rows, which chose nothing."""
+    """A base and the students that are cut from it; all losses are of the same held-out rows."""
 
     def __init__(self, base: Path, teacher: Path, data: Path, *, held_out_rows: int = HELD_OUT_ROWS):
         self.config = read_config(base)
