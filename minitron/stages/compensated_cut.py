@@ -133,7 +133,8 @@ class MadeWeights:
         difference = ((found - expected).abs().max() / expected.abs().max()).item()
         if not difference <= SAME_RESIDUALS:
             raise RuntimeError(f"{self.folder}, read back, gives residuals that differ by {difference:.1e} of the largest from those it was made with")
-        return f"read back: every tensor equal, residuals of {found.shape[0] * found.shape[1]:,} tokens differ by {difference:.1e}"
+        compared = f"the {len(self.checksums)} tensors made now" if self.stored else "every tensor"
+        return f"read back: {compared} equal, residuals of {found.shape[0] * found.shape[1]:,} tokens differ by {difference:.1e}"
 
 
 def _checksum(tensor: torch.Tensor) -> int:

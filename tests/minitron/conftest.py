@@ -91,6 +91,18 @@ def token_ids() -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
+def padded_batches(token_ids) -> Callable[..., list[torch.Tensor]]:
+    """Two calibration batches [8, 60], a row of the first one padded."""
+
+    def batches(seed: int) -> list[torch.Tensor]:
+        padded = token_ids(rows=8, tokens=60, seed=seed)
+        padded[3, 40:] = -1
+        return [padded, token_ids(rows=8, tokens=60, seed=seed + 1)]
+
+    return batches
+
+
+@pytest.fixture(scope="session")
 def logits_of(token_ids) -> Callable[..., torch.Tensor]:
     """Logits [2, 40, V] of a model on fixed ids, or on those given."""
 

@@ -34,10 +34,8 @@ CUTS = {
 
 
 @pytest.fixture(scope="module")
-def rows(token_ids) -> list[torch.Tensor]:
-    padded = token_ids(rows=8, tokens=60, seed=11)
-    padded[3, 40:] = -1
-    return [padded, token_ids(rows=8, tokens=60, seed=12)]
+def rows(padded_batches) -> list[torch.Tensor]:
+    return padded_batches(seed=11)
 
 
 @pytest.fixture(scope="module")

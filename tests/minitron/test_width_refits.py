@@ -30,10 +30,8 @@ CUTS = {  # what is cut, and a layer of the kind with its writer
 
 
 @pytest.fixture(scope="module")
-def rows(token_ids) -> list[torch.Tensor]:
-    padded = token_ids(rows=8, tokens=60, seed=21)
-    padded[2, 45:] = -1
-    return [padded, token_ids(rows=8, tokens=60, seed=22)]
+def rows(padded_batches) -> list[torch.Tensor]:
+    return padded_batches(seed=21)
 
 
 @pytest.fixture(scope="module")
