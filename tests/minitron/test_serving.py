@@ -224,7 +224,8 @@ def unreliable(server):
             except OSError:  # closed: the test is over
                 return
             if len(dropped) < drops:
-                dropped.append(connection.close())
+                dropped.append(connection)  # before the close: the client may count them as soon as it sees one
+                connection.close()
                 continue
             onward = socket.create_connection(target)
             for pair in ((connection, onward), (onward, connection)):
