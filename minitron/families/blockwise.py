@@ -42,63 +42,53 @@ def _blocks(tokens: int, width: int) -> Iterator[slice]:
 # The depthwise causal convolution: oneDNN's, which is quickest where channels lie side by side, as they do here.
 
 
-def convolve(x_BTE: torch.Tensor, taps_EK: torch.Tensor, bias_E: torch.Tensor | None, *, ahead: bool = False) -> torch.Tensor:
-    """Σ_k taps_k · x_{t − (K − 1) + k} + bias as [B, T, E], zeros before the first token; `ahead` takes x_{t + k}, zeros after the last."""
-    tokens, before = x_BTE.shape[1], taps_EK.shape[1] - 1
+def convolve(x_BTE: torch.Tensor, taps_EK: torch.Tensor, bias_E: torch.Tensor) -> torch.Tensor:
+    """Σ_k taps_k · x_{t − (K − 1) + k} + bias as [B, T, E], zeros before the first token."""
     weight_E11K = taps_EK[:, None, None].contiguous(memory_format=torch.channels_last)
-    total_BE1t = F.conv2d(x_BTE.transpose(1, 2)[:, :, None], weight_E11K, bias_E, padding=(0, before), groups=len(taps_EK))
-    first = before if ahead else 0
-    return total_BE1t[:, :, 0, first : first + tokens].transpose(1, 2)
+    total_BE1S = F.conv2d(x_BTE.transpose(1, 2)[:, :, None], weight_E11K, bias_E, padding=(0, taps_EK.shape[1] - 1), groups=len(taps_EK))
+    return total_BE1S[:, :, 0, : x_BTE.shape[1]].transpose(1, 2)
 
 
-def convolve_back(g_BTE: torch.Tensor, x_BTE: torch.Tensor, taps_EK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of convolve's inputs [B, T, E], taps [E, K] and bias [E] from that of its outputs."""
-    (_, tokens, channels), kernel = g_BTE.shape, taps_EK.shape[1]
-    step = min(tokens, max(1, block_numbers(g_BTE.device) // (kernel * channels)))
-    g_taps_KtE = g_BTE.new_zeros(kernel, step, channels)  # still to be summed over t
-    for g_TE, x_TE in zip(g_BTE, x_BTE, strict=True):
-        for start in range(0, tokens, step):
-            stop = min(start + step, tokens)
-            for lag, g_tap_tE in zip(reversed(range(kernel)), g_taps_KtE, strict=True):
-                first = min(max(start, lag), stop)
-                g_tap_tE[: stop - first].addcmul_(g_TE[first:stop], x_TE[max(0, first - lag) : max(0, stop - lag)])
-    return convolve(g_BTE, taps_EK.flip(1), None, ahead=True), g_taps_KtE.sum(1).t(), g_BTE.sum((0, 1))
+def convolve_back(g_BSE: torch.Tensor, x_BTE: torch.Tensor, taps_EK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of convolve's inputs [B, T, E], taps [E, K] and bias [E] from that of its outputs: contiguous, with K − 1 zeros after the last
+    token (S = T + K − 1)."""
+    (rows, tokens, channels), kernel = x_BTE.shape, taps_EK.shape[1]
+    step = min(tokens, max(1, block_numbers(g_BSE.device) // (kernel * rows * channels)))
+    g_taps_KBtE = g_BSE.new_zeros(kernel, rows, step, channels)  # by how far back the token lies; still to be summed over rows and t
+    for start in range(0, tokens, step):
+        block = x_BTE[:, start : start + step]
+        later_KBtE = g_BSE.as_strided((kernel, *block.shape), (channels, *g_BSE.stride()), start * channels)
+        g_taps_KBtE[:, :, : block.shape[1]].addcmul_(later_KBtE, block)
+    weight_E11K = taps_EK.flip(1)[:, None, None].contiguous(memory_format=torch.channels_last)
+    gx_BE1T = F.conv2d(g_BSE.transpose(1, 2)[:, :, None], weight_E11K, groups=channels)
+    return gx_BE1T[:, :, 0].transpose(1, 2), g_taps_KBtE.sum((1, 2)).flip(0).t(), g_BSE.sum((0, 1))
 
 
-# RMSNorm of x · silu(gate), in groups of channels.
+def _scales(u_tGw: torch.Tensor, epsilon: torch.Tensor, out_tG: torch.Tensor) -> torch.Tensor:
+    """1/√(mean of u² over a group + ε), [t, G, 1]."""
+    norms_tG = torch.linalg.vector_norm(u_tGw, dim=-1)
+    return torch.addcmul(epsilon, norms_tG, norms_tG, value=1 / u_tGw.shape[-1], out=out_tG).rsqrt_()[..., None]
 
 
-def normalise(x_tW, gate_tW, weight_W, epsilon: float, out_tW, scale_tG, buffers: Buffers) -> None:
-    """out = weight · u · scale with u = x·silu(gate), or x without a gate, and scale = 1/√(mean of u² over a group + ε), which is filled too."""
-    u_tW = x_tW if gate_tW is None else torch.ops.aten.silu.out(gate_tW, out=buffers("gated", *gate_tW.shape)).mul_(x_tW)
-    u_tGw = u_tW.unflatten(-1, (scale_tG.shape[-1], -1))
-    norms = torch.linalg.vector_norm(u_tGw, dim=-1)
-    torch.rsqrt(norms.square_().div_(u_tGw.shape[-1]).add_(epsilon), out=scale_tG)
-    scaled_tGw = torch.mul(u_tGw, scale_tG[..., None], out=buffers("scaled", *u_tGw.shape) if gate_tW is None else u_tGw)
-    torch.mul(scaled_tGw.flatten(-2), weight_W, out=out_tW)
+# The gated norm: u · scale with u = x · silu(gate), group by group.
 
 
-def normalise_back(g_tW, x_tW, gate_tW, weight_W, scale_tG, gx_tW, g_gate_tW, g_weight_W, buffers: Buffers) -> None:
-    """Fills the gradients of x and the gate, and adds to that of the weight: g_u = s·(g·w) − u·s³·mean(g·w·u)."""
-    u, silu = _gated(x_tW, gate_tW, buffers)
-    split, scale = (scale_tG.shape[-1], -1), scale_tG[..., None]
-    # Sums over channels and over tokens as products of matrices, [G, T, W/G] each.
-    dots = torch.mul(g_tW, u, out=buffers("dots", *u.shape)).view(-1, scale_tG.shape[-1], u.shape[-1] // scale_tG.shape[-1]).transpose(0, 1)
-    mean = torch.bmm(dots, weight_W.view(len(dots), -1, 1)).div_(dots.shape[-1]).transpose(0, 1).reshape(scale.shape)
-    g_weight_W += torch.bmm(scale_tG.reshape(-1, 1, len(dots)).transpose(0, 2), dots).flatten()
-    g_u = torch.mul(g_tW, weight_W, out=gx_tW if gate_tW is None else buffers("g u", *u.shape)).unflatten(-1, split)
-    g_u.mul_(scale).addcmul_(u.unflatten(-1, split), mean.mul_(scale**3), value=-1)
-    if gate_tW is not None:
-        g_u = g_u.flatten(-2)
-        torch.mul(g_u, silu, out=gx_tW)
-        torch.ops.aten.silu_backward.grad_input(g_u.mul_(x_tW), gate_tW, grad_input=g_gate_tW)
+def gated_norm(x_tW, gate_tW, epsilon: torch.Tensor, out_tW, scale_tG, buffers: Buffers) -> None:
+    """Fills out and the scales."""
+    u_tW, split = torch.ops.aten.silu.out(gate_tW, out=buffers("gated", *gate_tW.shape)).mul_(x_tW), (*scale_tG.shape, -1)
+    u_tGw = u_tW.view(split)
+    torch.mul(u_tGw, _scales(u_tGw, epsilon, scale_tG), out=out_tW.view(split))
 
 
-def _gated(x, gate, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if gate is None:
-        return x, None
-    silu = torch.ops.aten.silu.out(gate, out=buffers("silu", *gate.shape))
-    return torch.mul(x, silu, out=buffers("gated", *x.shape)), silu
+def gated_norm_back(g_tW, x_tW, gate_tW, scale_tG, gx_tW, g_gate_tW, buffers: Buffers) -> None:
+    """Fills the gradients of x and the gate: that of u is s·g − u·s³·mean(g·u)."""
+    silu = torch.ops.aten.silu.out(gate_tW, out=buffers("silu", *gate_tW.shape))
+    u, g_u, split = torch.mul(x_tW, silu, out=buffers("gated", *x_tW.shape)), buffers("g u", *x_tW.shape), (*scale_tG.shape, -1)
+    u_tGw, scale_tG1 = u.view(split), scale_tG[..., None]
+    dots = torch.mul(g_tW, u, out=g_u).view(split).sum(-1, keepdim=True).mul_(scale_tG1**3)
+    torch.mul(g_tW.view(split), scale_tG1, out=g_u.view(split)).addcmul_(u_tGw, dots, value=-1 / u_tGw.shape[-1])
+    torch.mul(g_u, silu, out=gx_tW)
+    torch.ops.aten.silu_backward.grad_input(g_u.mul_(x_tW), gate_tW, grad_input=g_gate_tW)
 
 
 class Norm(torch.autograd.Function):
@@ -106,20 +96,47 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TW, weight_W, epsilon):
-        output, scale_T1, buffers = torch.empty_like(x_TW), x_TW.new_empty(len(x_TW), 1), Buffers(x_TW.device)
+        output, scale_T1, epsilon = torch.empty_like(x_TW), x_TW.new_empty(len(x_TW), 1), x_TW.new_tensor(epsilon)
         for block in _blocks(*x_TW.shape):
-            normalise(x_TW[block], None, weight_W, epsilon, output[block], scale_T1[block], buffers)
+            x, out = x_TW[block], output[block]
+            torch.mul(x, _scales(x[:, None], epsilon, scale_T1[block])[:, 0], out=out).mul_(weight_W)
         ctx.save_for_backward(x_TW, weight_W, scale_T1)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
+        """That of x is s·g·w − x·s³·mean(g·w·x); sums over channels and over tokens are products with vectors."""
         x_TW, weight_W, scale_T1 = ctx.saved_tensors
         gx, g_weight, buffers = torch.empty_like(x_TW), torch.zeros_like(weight_W), Buffers(x_TW.device)
         for block in _blocks(*x_TW.shape):
-            normalise_back(gradient[block], x_TW[block], None, weight_W, scale_T1[block], gx[block], None, g_weight, buffers)
+            x, g, scale_t1 = x_TW[block], gradient[block], scale_T1[block]
+            dots = torch.mul(g, x, out=buffers("dots", *x.shape))
+            g_weight.addmv_(dots.t(), scale_t1[:, 0])
+            mean_t1 = torch.mv(dots, weight_W)[:, None].mul_(scale_t1**3)
+            torch.mul(g, weight_W, out=gx[block]).mul_(scale_t1).addcmul_(x, mean_t1, value=-1 / x.shape[1])
         return gx, g_weight, None
+
+
+class SplitProduct(torch.autograd.Function):
+    """x [B, T, D] times parts of a weight [F, D], of `sizes` rows each: [B, T, F of the part], each in memory of its own."""
+
+    @staticmethod
+    def forward(ctx, x_BTD, weight_FD, sizes):
+        ctx.save_for_backward(x_BTD, weight_FD)
+        ctx.sizes = sizes
+        return tuple(F.linear(x_BTD, part) for part in weight_FD.split(sizes))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        x_BTD, weight_FD = ctx.saved_tensors
+        x_TD, g_weight, gx_TD = x_BTD.flatten(0, 1), torch.empty_like(weight_FD), None
+        for g, part, g_part in zip(gradients, weight_FD.split(ctx.sizes), g_weight.split(ctx.sizes), strict=True):
+            g = g.flatten(0, 1)
+            torch.mm(g.t(), x_TD, out=g_part)
+            gx_TD = torch.mm(g, part) if gx_TD is None else gx_TD.addmm_(g, part)
+        return gx_TD.view_as(x_BTD), g_weight, None
 
 
 class FeedForward(torch.autograd.Function):

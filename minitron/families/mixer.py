@@ -16,14 +16,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from minitron.families import ssd
-from minitron.families.blockwise import Buffers, FeedForward, Norm, convolve, convolve_back, normalise, normalise_back
+from minitron.families.blockwise import Buffers, FeedForward, Norm, SplitProduct, convolve, convolve_back, gated_norm, gated_norm_back
 from minitron.families.packed import by_document
-from minitron.families.ssd import Block, Chunk, Part, Sequence, chunk_gradients, chunk_outputs, keeping, own_precision, state_blocks
+from minitron.families.ssd import Block, Chunk, Part, Sequence, Sums, add_gradients, along_heads, chunk_gradients, chunk_outputs, keeping, own_precision, state_blocks
 
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """Of a mixer. in_proj's outputs are z I | x I | B G·N | C G·N | dt M."""
+    """Of a mixer. in_proj's outputs are z I | x I | B G·N | C G·N | dt M; the convolution's channels E are x, B and C."""
 
     heads: int
     head_dim: int
@@ -34,132 +34,141 @@ class _Sizes:
     def inner(self) -> int:
         return self.heads * self.head_dim
 
-    def parts(self, projected) -> Iterator[Part]:
-        return ssd.parts(len(projected), self.heads, self.head_dim, self.groups, self.state, projected.device)
+    @property
+    def outputs(self) -> tuple[int, int, int]:
+        """Of z, of the convolution's channels, of dt."""
+        return self.inner, self.inner + 2 * self.groups * self.state, self.heads
 
-    def time_steps(self, projected, dt_bias):
-        """dt before softplus, [B, T, M]."""
-        return projected[..., -self.heads :].float() + dt_bias
+    def parts(self, z) -> Iterator[Part]:
+        return ssd.parts(len(z), self.heads, self.head_dim, self.groups, self.state, z.device)
 
 
 class _Heart(torch.autograd.Function):
-    """From in_proj's output [B, T, …] to the normed [B, T, I], from a state of zeros."""
+    """From in_proj's z [B, T, I], x | B | C [B, T, E] and dt [B, T, M] to the gated norm [B, T, I] before its weight, from a state of zeros."""
 
     @staticmethod
     @own_precision
-    def forward(ctx, projected, dt_bias, A, D, conv_weight, conv_bias, norm_weight, sizes, epsilon, needs_gradient):
-        normed = torch.empty(*projected.shape[:2], sizes.inner, device=projected.device)
+    def forward(ctx, z, xBC, before_dt, dt_bias, A, D, conv_weight, conv_bias, sizes, epsilon, needs_gradient):
+        normed, dt = torch.empty(z.shape, device=z.device), F.softplus(before_dt.float() + dt_bias)
         y = torch.empty_like(normed) if needs_gradient else None
-        scale, saved = torch.empty(*projected.shape[:2], sizes.groups, device=projected.device), []
-        dt = F.softplus(sizes.time_steps(projected, dt_bias))
-        for part in sizes.parts(projected):
-            walk = _Walk(sizes, part, projected, dt, A, D, conv_weight, conv_bias, keep_totals=False)
-            states, blocks = state_blocks(walk.zero_state(), len(walk.chunks), needs_gradient)
-            weight, (normed_part,), scale_part = norm_weight[walk.inner], walk.own(normed), scale[part.rows, :, part.groups]
-            for number, tokens in enumerate(walk.chunks):
-                gate = walk.gate[:, tokens]
-                y_rows = walk.buffers("y", *gate.shape) if y is None else walk.own(y)[0][:, tokens]
+        scale, epsilon, saved = normed.new_empty(*z.shape[:2], sizes.groups), normed.new_tensor(epsilon), []
+        for part in sizes.parts(z):
+            walk = _Walk(sizes, part, dt, A, D)
+            totals = [convolve(xBC[part.rows, :, piece].float(), conv_weight[piece], conv_bias[piece]) for piece in walk.pieces]
+            walk.take(totals)
+            gates, outputs, scales = walk.split(walk.own(z).float(), walk.own(normed), scale[part.rows, :, part.groups])
+            ys = [walk.buffers("y", *gate.shape) for gate in gates] if y is None else walk.split(walk.own(y))[0]
+            states, blocks = state_blocks(walk.zero_state(), len(gates), needs_gradient)
+            for number, y_rows in enumerate(ys):
                 chunk_outputs(walk.chunk(number), walk.D, blocks[number], blocks[number + 1], walk.by_head(y_rows))
-                normalise(y_rows, gate, weight, epsilon, normed_part[:, tokens], scale_part[:, tokens], walk.buffers)
-            saved.append(states)
+                gated_norm(y_rows, gates[number], epsilon, outputs[number], scales[number], walk.buffers)
+            saved += [states, *totals]
         if needs_gradient:
             ctx.sizes = sizes
-            ctx.save_for_backward(projected, dt_bias, A, D, conv_weight, conv_bias, norm_weight, y, scale, *saved)
+            ctx.save_for_backward(z, xBC, before_dt, dt_bias, A, D, conv_weight, y, scale, *saved)
         return normed
 
     @staticmethod
     @once_differentiable
     @own_precision
     def backward(ctx, gradient):
-        projected, dt_bias, A, D, conv_weight, conv_bias, norm_weight, y, scale, *saved = ctx.saved_tensors
-        sizes = ctx.sizes
-        before_softplus = sizes.time_steps(projected, dt_bias)
-        dt, g_dt, g_projected = F.softplus(before_softplus), torch.empty_like(before_softplus), torch.empty(projected.shape, device=projected.device)
-        gA, gD, g_norm, g_conv, g_bias = (torch.zeros_like(tensor) for tensor in (A, D, norm_weight, conv_weight, conv_bias))
-        for part, states in zip(sizes.parts(projected), saved, strict=True):
-            walk = _Walk(sizes, part, projected, dt, A, D, conv_weight, conv_bias, keep_totals=True)
-            weight, g_weight, scale_part = norm_weight[walk.inner], g_norm[walk.inner], scale[part.rows, :, part.groups]
-            y_part, gradient_part, g_gate = walk.own(y, gradient, g_projected)
-            g_state, gA_part, gD_part = Block(torch.zeros_like(states[0])), torch.zeros_like(walk.A), torch.zeros_like(walk.D)
-            g_x, g_B, g_C = (torch.empty_like(tensor) for tensor in (walk.x, walk.B, walk.C))
-            for number, tokens in reversed(list(enumerate(walk.chunks))):
-                y_rows = y_part[:, tokens]
-                gy_rows = walk.buffers("gy", *y_rows.shape)
-                normalise_back(gradient_part[:, tokens], y_rows, walk.gate[:, tokens], weight, scale_part[:, tokens], gy_rows, g_gate[:, tokens], g_weight,
-                               walk.buffers)  # fmt: skip
-                gA_chunk, gD_chunk, g_B[:, tokens], g_C[:, tokens] = chunk_gradients(
-                    walk.chunk(number), walk.A, walk.D, walk.by_head(y_rows), walk.by_head(gy_rows), states[number], states[number + 1], g_state,
-                    walk.by_head(g_x[:, tokens]), part.heads(g_dt, tokens)[..., None],
-                )  # fmt: skip
-                gA_part += gA_chunk
-                gD_part += gD_chunk
-            part.per_head(gA).add_(gA_part)
-            part.per_head(gD).add_(gD_part)
-            for stream, g_after in zip(walk.streams, (walk.by_group(g_x), walk.by_group(g_B), walk.by_group(g_C)), strict=True):
-                g_total = walk.buffers("g total", *stream.total.shape)
-                torch.ops.aten.silu_backward.grad_input(g_after, stream.total.view(g_after.shape), grad_input=g_total.view(g_after.shape))
-                g_projected[part.rows, :, stream.projected], g_taps, g_bias_part = convolve_back(g_total, stream.raw, conv_weight[stream.convolved])
-                g_conv[stream.convolved] += g_taps
-                g_bias[stream.convolved] += g_bias_part
+        z, xBC, before_dt, dt_bias, A, D, conv_weight, y, scale, *saved = ctx.saved_tensors
+        before_softplus, saved = before_dt.float() + dt_bias, iter(saved)
+        dt, g_dt, gz = F.softplus(before_softplus), torch.empty_like(before_softplus), torch.empty(z.shape, device=z.device)
+        gA, gD, g_taps, g_bias = (torch.zeros_like(tensor) for tensor in (A, D, conv_weight, conv_weight[:, 0]))
+        g_xBC = None
+        for part in ctx.sizes.parts(z):
+            walk, states = _Walk(ctx.sizes, part, dt, A, D), next(saved)
+            walk.take([next(saved) for _ in walk.pieces])
+            sums, g_state = Sums(walk.sequence), Block(torch.zeros_like(states[0]))
+            gB, gC = (torch.empty_like(tensor) for tensor in (walk.B, walk.C))
+            g_totals = [walk.before_convolution(piece, conv_weight.shape[1]) for piece in walk.pieces]
+            g_x_total, *g_matrix_totals = walk.streams([total[:, : z.shape[1]] for total in g_totals])
+            tensors = (walk.own(gradient), walk.own(y), walk.own(z).float(), scale[part.rows, :, part.groups], walk.own(gz), g_x_total, gB, gC)
+            chunks = list(enumerate(zip(*walk.split(*tensors), strict=True)))
+            for number, (g_rows, y_rows, gate, scales, g_gate, g_x_rows, *g_matrices) in reversed(chunks):
+                gy, gx = (walk.buffers(name, *y_rows.shape) for name in ("gy", "gx"))
+                gated_norm_back(g_rows, y_rows, gate, scales, gy, g_gate, walk.buffers)
+                chunk_gradients(walk.chunk(number), walk.D, walk.by_head(y_rows), walk.by_head(gy), Block(states[number]), states[number + 1], g_state,
+                                walk.by_head(gx), *g_matrices, sums)  # fmt: skip
+                torch.ops.aten.silu_backward.grad_input(gx, walk.x_totals[number], grad_input=g_x_rows)
+            for g_after, total, g_total in zip((gB, gC), walk.matrix_totals, g_matrix_totals, strict=True):
+                torch.ops.aten.silu_backward.grad_input(walk.ungrouped(g_after), walk.by_group(total), grad_input=walk.by_group(g_total))
+            add_gradients(part, sums, A, D, g_dt, gA, gD)
+            for piece, g_total in zip(walk.pieces, g_totals, strict=True):
+                own, taps, bias = convolve_back(g_total, xBC[part.rows, :, piece].float(), conv_weight[piece])
+                g_taps[piece] += taps
+                g_bias[piece] += bias
+                if own.shape == xBC.shape:
+                    g_xBC = own
+                else:
+                    g_xBC = torch.empty(xBC.shape, device=z.device) if g_xBC is None else g_xBC
+                    g_xBC[part.rows, :, piece] = own
         g_dt *= torch.sigmoid(before_softplus)
-        g_projected[..., -sizes.heads :] = g_dt
-        return g_projected.to(projected.dtype), g_dt.sum((0, 1)), gA, gD, g_conv, g_bias, g_norm, None, None, None
-
-
-class _Stream:
-    """x, B or C of a part on its way through the convolution."""
-
-    def __init__(self, part: Part, first: int, width: int, sizes: _Sizes, projected, conv_weight, conv_bias):
-        self.convolved = slice(first, first + width)  # its channels among the convolution's
-        self.projected = slice(sizes.inner + first, sizes.inner + first + width)  # and among in_proj's
-        self.raw = projected[part.rows, :, self.projected].float()
-        self.total = convolve(self.raw, conv_weight[self.convolved], conv_bias[self.convolved])  # before silu
+        own_types = (each.to(of.dtype) for each, of in ((gz, z), (g_xBC, xBC), (g_dt, before_dt)))
+        return *own_types, g_dt.sum((0, 1)), gA, gD, g_taps, g_bias, None, None, None
 
 
 class _Walk:
     """A part of the batch on its way through the mixer, and the ways to its tensors (views)."""
 
-    def __init__(self, sizes: _Sizes, part: Part, projected, dt, A, D, conv_weight, conv_bias, *, keep_totals: bool):
+    def __init__(self, sizes: _Sizes, part: Part, dt, A, D):
         first, some, width = part.groups.start, part.groups.stop - part.groups.start, sizes.inner // sizes.groups
-        self.sizes, self.part, self.num_groups, self.buffers = sizes, part, some, Buffers(projected.device)
-        self.A, self.D = (part.per_head(vector).contiguous() for vector in (A, D))
-        self.sequence = Sequence(part.heads(dt), self.A, ssd.CHUNK_TOKENS)
-        self.chunks = self.sequence.chunks()
+        self.sizes, self.part, self.num_groups, self.buffers = sizes, part, some, Buffers(dt.device)
+        self.A, self.D = part.per_head(A).contiguous(), along_heads(part.per_head(D), sizes.head_dim)
+        self.sequence = Sequence(part.heads(dt), self.A, sizes.head_dim, ssd.CHUNK_TOKENS)
         self.inner = slice(first * width, (first + some) * width)  # the part's channels of z, x and y
-        (self.gate,) = (tensor.float() for tensor in self.own(projected))
-        places = ((0, width), (sizes.inner, sizes.state), (sizes.inner + sizes.groups * sizes.state, sizes.state))  # of x, B and C: where, how much a group
-        self.streams = [_Stream(part, start + first * each, some * each, sizes, projected, conv_weight, conv_bias) for start, each in places]
-        x, *matrices = (stream.total for stream in self.streams)
-        self.x = torch.ops.aten.silu.out(x, out=self.buffers("x", *x.shape) if keep_totals else x)
-        # As one batch of matrices, [B·G, T, N].
-        self.B, self.C = (self.silu_by_group(name, total) for name, total in zip("BC", matrices, strict=True))
+        # Its channels of the convolution: one piece where it has all groups, else x's, B's and C's.
+        B, C = (slice(start + first * sizes.state, start + (first + some) * sizes.state) for start in (sizes.inner, sizes.inner + sizes.groups * sizes.state))
+        self.pieces = [slice(0, C.stop)] if some == sizes.groups else [self.inner, B, C]
 
-    def own(self, *tensors):
-        """The part's rows and channels of tensors [B, T, I, …]."""
-        return tuple(tensor[self.part.rows, :, self.inner] for tensor in tensors)
+    def own(self, tensor):
+        """The part's rows and channels of a tensor [B, T, I]."""
+        return tensor[self.part.rows, :, self.inner]
+
+    def split(self, *tensors):
+        return self.sequence.split(*tensors, dim=1)
+
+    def streams(self, pieces: list):
+        """x, B and C of tensors like `pieces`."""
+        widths = (self.inner.stop - self.inner.start, *[self.num_groups * self.sizes.state] * 2)
+        return pieces if len(pieces) == 3 else pieces[0].split(widths, dim=2)
+
+    def take(self, totals: list) -> None:
+        """The convolution's outputs, before silu, by piece."""
+        x, *self.matrix_totals = self.streams(totals)
+        (self.x_totals,) = self.split(x)
+        # As one batch of matrices, [B·G, T, N].
+        self.B, self.C = (self.silu(name, self.by_group(total).transpose(1, 2)).flatten(0, 1) for name, total in zip("BC", self.matrix_totals, strict=True))
+        self.matrices = list(zip(*self.split(self.B, self.C), strict=True))
+
+    def chunk(self, number: int) -> Chunk:
+        return Chunk(self.sequence, number, self.by_head(self.silu("x", self.x_totals[number])), *self.matrices[number])
+
+    def silu(self, name: str, total):
+        return torch.ops.aten.silu.out(total, out=self.buffers(name, *total.shape))
 
     def zero_state(self):
         """[B, G, N, R, P]."""
         return self.A.new_zeros(*self.sequence.shape, self.sizes.state, self.A.shape[3], self.sizes.head_dim)
 
-    def chunk(self, number: int) -> Chunk:
-        tokens = self.chunks[number]
-        return Chunk(self.sequence, number, self.by_head(self.x[:, tokens]), self.B[:, tokens], self.C[:, tokens])
-
-    def silu_by_group(self, name: str, total):
-        """[B, T, G·N] → [B·G, T, N]."""
-        grouped = self.by_group(total).transpose(1, 2)
-        return torch.ops.aten.silu.out(grouped, out=self.buffers(name, *grouped.shape)).flatten(0, 1)
+    def before_convolution(self, piece: slice, kernel: int):
+        """Room for a gradient as convolve_back takes it, [B, T + K − 1, E of the piece]."""
+        room = self.A.new_empty(self.sequence.shape[0], self.sequence.tokens + kernel - 1, piece.stop - piece.start)
+        room[:, self.sequence.tokens :] = 0
+        return room
 
     def by_head(self, rows):
         """[B, L, G·R·P] → [B, G, L, R, P]."""
         return rows.view(*rows.shape[:2], self.num_groups, -1, self.sizes.head_dim).transpose(1, 2)
 
     def by_group(self, tensor):
-        """[B, T, G·N] or [B·G, T, N] → [B, T, G, N]."""
-        if len(tensor) == len(self.streams[0].raw):
-            return tensor.unflatten(2, (self.num_groups, -1))
-        return tensor.unflatten(0, (-1, self.num_groups)).transpose(1, 2)
+        """[B, T, G·N] → [B, T, G, N]."""
+        return tensor.unflatten(2, (self.num_groups, -1))
+
+    def ungrouped(self, matrices):
+        """[B·G, T, N] → [B, T, G, N]."""
+        return matrices.unflatten(0, (-1, self.num_groups)).transpose(1, 2)
 
 
 def _mixer(module, hidden_states, *, theirs: Callable, cache_params=None, attention_mask=None, seq_idx=None, **kwargs):
@@ -171,15 +180,28 @@ def _mixer(module, hidden_states, *, theirs: Callable, cache_params=None, attent
         return theirs(module, hidden_states, cache_params=cache_params, attention_mask=attention_mask, seq_idx=seq_idx, **kwargs)
     sizes = _Sizes(module.num_heads, module.head_dim, module.n_groups, module.ssm_state_size)
     bias = module.D.new_zeros(module.conv_dim) if module.conv1d.bias is None else module.conv1d.bias
-    weights = (module.dt_bias, -torch.exp(module.A_log.float()), module.D, module.conv1d.weight.squeeze(1), bias, module.norm.weight)
+    weights = (module.dt_bias, -torch.exp(module.A_log.float()), module.D, module.conv1d.weight.squeeze(1), bias)
     weights = [weight.float() for weight in weights]
 
-    def heart(projected):
-        return _Heart.apply(*keeping(projected, *weights, sizes, module.norm.variance_epsilon))
+    def heart(*projected):
+        return _Heart.apply(*keeping(*projected, *weights, sizes, module.norm.variance_epsilon))
 
-    projected = module.in_proj(hidden_states)
-    normed = heart(projected) if seq_idx is None else by_document(heart, seq_idx, projected)
-    return module.out_proj(normed.to(hidden_states.dtype))
+    if _plain(hidden_states, module.in_proj):
+        projected = SplitProduct.apply(hidden_states, module.in_proj.weight, sizes.outputs)
+    else:
+        projected = module.in_proj(hidden_states).split(sizes.outputs, dim=2)
+    normed = heart(*projected) if seq_idx is None else by_document(heart, seq_idx, *projected)
+    out, weight = module.out_proj, module.norm.weight
+    if _plain(hidden_states, out) and normed.numel() > out.weight.numel():  # the norm's weight goes to the smaller of the two
+        return F.linear(normed, out.weight * weight)
+    return out((normed * weight.float()).to(hidden_states.dtype))
+
+
+def _plain(x, *modules) -> bool:
+    """Whether these are nothing but products of float32 matrices, to whose inputs and outputs nothing listens (hooks)."""
+    heard = any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks for part in modules)
+    linear = all(type(part) is nn.Linear and part.bias is None and part.weight.dtype == torch.float32 for part in modules)
+    return linear and not heard and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
 
 
 def _chunk_scan(hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, initial_states=None, dt_softplus=False,
@@ -202,9 +224,8 @@ def _norm(module, hidden_states, *, theirs: Callable):
 def _feed_forward(module, x, *, theirs: Callable):
     """NemotronHMLP.forward; transformers' own where something listens to what lies between (hooks), and for anything but float32 without biases."""
     up, activation, down = module.up_proj, module.act_fn, module.down_proj
-    listened = any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks for part in (up, activation, down))
-    plain = type(up) is type(down) is nn.Linear and up.bias is None and down.bias is None and module.config.mlp_hidden_act == "relu2"
-    if listened or not plain or {x.dtype, up.weight.dtype} != {torch.float32} or torch.is_autocast_enabled(x.device.type):
+    listened = activation._forward_hooks or activation._forward_pre_hooks or activation._backward_hooks or activation._backward_pre_hooks
+    if listened or not _plain(x, up, down) or module.config.mlp_hidden_act != "relu2":
         return theirs(module, x)
     return FeedForward.apply(*keeping(x.reshape(-1, x.shape[-1]), up.weight, down.weight)).view(*x.shape[:-1], -1)
 

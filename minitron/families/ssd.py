@@ -6,7 +6,7 @@ chunk at a time through the same few buffers: on a CPU fresh memory, and the way
 
 Letters: B batch, T tokens, L chunk length, Z chunks, M heads, G groups, R heads per group (M/G: head m is of rank m mod R
 in group m // R), P head dim, N state. Blocks lie as [B, G, ·, R, P]: the heads of a group are then one matrix for its B and C.
-Source: SSD (arXiv 2405.21060, §6, block decomposition); the backward pass is derived in `chunk_gradients`.
+Source: SSD (arXiv 2405.21060, §6, block decomposition); the backward pass is derived in `Sums.gradients`.
 """
 
 import functools
@@ -81,13 +81,13 @@ class Part:
     groups: slice
     num_groups: int
 
-    def heads(self, tensor, tokens=slice(None)):
+    def heads(self, tensor):
         """[B, T, M] or [B, T, M, P] → [B, G, T, R] or [B, G, T, R, P]."""
-        return tensor[self.rows, tokens].unflatten(2, (self.num_groups, -1))[:, :, self.groups].transpose(1, 2)
+        return tensor[self.rows].unflatten(2, (self.num_groups, -1))[:, :, self.groups].transpose(1, 2)
 
-    def grouped(self, tensor, tokens):
+    def grouped(self, tensor):
         """[B, T, G, N] → [B, G, T, N]."""
-        return tensor[self.rows, tokens, self.groups].transpose(1, 2)
+        return tensor[self.rows, :, self.groups].transpose(1, 2)
 
     def state(self, tensor):
         """[B, M, P, N] → [B, G, N, R, P]."""
@@ -117,25 +117,25 @@ class Block:
 class Sequence:
     """A part on its way through the chunks: what both passes need of dt and A, and the buffers of one chunk."""
 
-    def __init__(self, dt_BGTR, A_1G1R1, length: int):
+    def __init__(self, dt_BGTR, A_1G1R1, head_dim: int, length: int):
         self.tokens, self.length, self.shape = dt_BGTR.shape[2], length, dt_BGTR.shape[:2]
-        padded = F.pad(dt_BGTR, (0, 0, 0, -self.tokens % length)).unflatten(2, (-1, length))  # no step, no decay
+        self.padded = padded = F.pad(dt_BGTR, (0, 0, 0, -self.tokens % length)).unflatten(2, (-1, length))  # no step, no decay
         cum = torch.cumsum(padded * A_1G1R1.transpose(3, 4), dim=3)
         end = cum[:, :, :, -1:]
         to_end, steep = _exp(end - cum), (end < -STEEPEST_LOG).flatten(0, 1).any(0)[:, 0]
         from_end = torch.exp((cum - end).clamp_(max=STEEPEST_LOG)).masked_fill_(steep[:, None], 0.0)
         # Of every chunk: the cumulative log decay [B, G, L, R]; [B, G, L, R, 1] each: the step, the same with the decay from there to the end, that
-        # decay alone, and its inverse; the decay of a state over the chunk [B, G, 1, R, 1]; and which ranks are too steep to divide by it.
+        # decay alone, and its inverse; the decay of a state over the chunk [B, G, 1, R, P]; and which ranks are too steep to divide by it.
         self.cum, tokenwise = cum.unbind(2), (padded, padded * to_end, to_end, from_end)
         self.dt, self.dt_to_end, self.to_end, self.from_end = (each[..., None].unbind(2) for each in tokenwise)
-        self.whole = _exp(end.clone())[..., None].unbind(2)
+        self.whole = _exp(end.clone())[..., None].expand(*[-1] * 5, head_dim).contiguous().unbind(2)
         self.steep = [[rank for rank, is_steep in enumerate(ranks) if is_steep] for ranks in steep.tolist()]
         self.earlier = torch.ones(length, length, device=dt_BGTR.device).tril_()  # 1 where s ≤ l
         self.blocks: dict[tuple, Block] = {}
 
-    def chunks(self) -> list[slice]:
-        """Tokens of every chunk; the last may be shorter."""
-        return [slice(first, min(first + self.length, self.tokens)) for first in range(0, self.tokens, self.length)]
+    def split(self, *tensors, dim: int = 2):
+        """Every tensor's views of the chunks, tokens along `dim`; the last may be shorter."""
+        return [tensor.split(self.length, dim) for tensor in tensors]
 
     def buffer(self, name: str, *shape: int) -> Block:
         """Memory [B, G, *shape], the same for the same name and shape."""
@@ -149,7 +149,7 @@ class Chunk:
 
     def __init__(self, sequence: Sequence, number: int, x, B, C):
         length = x.shape[2]
-        self.sequence, self.x, self.B, self.C, self.shape = sequence, x, B, C, x.shape[2:]
+        self.sequence, self.number, self.x, self.B, self.C, self.shape = sequence, number, x, B, C, x.shape[2:]
         parts = [each[number] for each in (sequence.cum, sequence.dt, sequence.dt_to_end, sequence.to_end, sequence.from_end)]
         if length < sequence.length:
             parts = [part[:, :, :length] for part in parts]
@@ -178,7 +178,7 @@ def _exp(log):
 
 
 def chunk_outputs(chunk: Chunk, D, state: Block, after: Block, y) -> None:
-    """Fills y [B, G, L, R, P] and the state `after` the chunk from the one before it (the same memory, perhaps); D [1, G, 1, R, 1].
+    """Fills y [B, G, L, R, P] and the state `after` the chunk from the one before it (the same memory, perhaps); D [1, G, 1, R, P].
 
     With e_l the decay from token l to the chunk's end, u = x·dt·e and h the state before it, decayed to its end: y_l = (C_l·h + Σ_{s ≤ l} C_l·B_s u_s) / e_l
     + D·x_l, and the state after it is h + Σ B_s u_s. The heads of a group thus share their products. Steep heads, whose e is too
@@ -203,45 +203,62 @@ def _steep_outputs(chunk: Chunk, rank: int, state: Block):
     return carried.baddbmm_(decay.mul_(chunk.products), xd)
 
 
-def chunk_gradients(chunk: Chunk, A, D, y, gy, state, after, g_state: Block, gx, g_dt):
-    """Fills gx and g_dt [B, G, L, R, P or 1] and turns the gradient of the state after the chunk into that before it.
+class Sums:
+    """What the gradients of dt, A and D are made of: sums over P of gy·x, gy·y and, x·dt being xd, of g_xd·x, [B, G, Z, L, R] each; and, h being the
+    state after a chunk, Σ g·h, [B, G, Z, R]."""
 
-    Returns the gradients of A and D [1, G, 1, R, 1] and of B and C [B·G, L, N]. `state` and `after` are the states before and after the chunk.
+    def __init__(self, sequence: Sequence):
+        self.sequence, dt = sequence, sequence.padded
+        self.by_token, self.at_end = dt.new_zeros(3, *dt.shape), dt.new_empty(*dt.shape[:3], dt.shape[4])
 
-    With c the cumulative log decay: every path through exp(c_l) is y_l (without D) or the state at the chunk's end, and
-    every path through exp(−c_s) is x_s·dt_s. So the gradient of c needs only Σ_p gy·y, Σ_p g(x·dt)·x·dt and, at the
-    end, Σ g(state)·state.
+    def chunk(self, number: int, length: int):
+        """A chunk's gy·x, gy·y and g_xd·x, [B, G, L, R], and Σ g·h, [B, G, R], to fill."""
+        return *self.by_token[:, :, :, number, :length], self.at_end[:, :, number]
+
+    def gradients(self, A, D):
+        """Of dt [B, G, T, R], A and D [1, G, 1, R, 1] as they are.
+
+        With c the cumulative log decay, every path through exp(c_l) is y_l (without D) or the state at the chunk's end, and every path through
+        exp(−c_s) is xd_s. So the gradient of c needs only these sums.
+        """
+        (gy_x, gy_y, gxd_x), A, D = self.by_token, A.transpose(3, 4), D.transpose(3, 4)
+        g_log = (gy_y - D * gy_x - gxd_x * self.sequence.padded).flip(3).cumsum(3).flip(3).add_(self.at_end[:, :, :, None])
+        g_dt = torch.addcmul(gxd_x, g_log, A).flatten(2, 3)[:, :, : self.sequence.tokens]
+        gA, gD = (terms.sum((0, 2, 3))[None, :, None, :, None] for terms in (g_log * self.sequence.padded, gy_x))
+        return g_dt, gA, gD
+
+
+def chunk_gradients(chunk: Chunk, D, y, gy, state: Block, after, g_state: Block, gx, gB, gC, sums: Sums) -> None:
+    """Fills gx [B, G, L, R, P], gB, gC [B·G, L, N] and the chunk's sums, and turns the gradient of the state after the chunk into that before it.
+
+    D [1, G, 1, R, P]; y and gy lie as gx; `state` and `after` are the states before and after the chunk.
     """
     g_out, g_u, scratch = (chunk.sequence.buffer(name, *chunk.shape) for name in ("inside", "g_u", "scratch"))
-    gy_x = torch.mul(gy, chunk.x, out=scratch.all).sum(-1, keepdim=True)  # [B, G, L, R, 1], as the next two
-    gy_y = torch.mul(gy, y, out=scratch.all).sum(-1, keepdim=True)
+    gy_x, gy_y, gxd_x, at_end = sums.chunk(chunk.number, chunk.shape[0])
+    torch.sum(torch.mul(g_state.all, after, out=chunk.sequence.buffer("ends", *after.shape[2:]).all), (2, 4), out=at_end)
+    torch.sum(torch.mul(gy, chunk.x, out=scratch.all), -1, out=gy_x)
+    torch.sum(torch.mul(gy, y, out=scratch.all), -1, out=gy_y)
     torch.mul(gy, chunk.from_end, out=g_out.all)  # 0 of steep heads
 
-    decayed = chunk.sequence.buffer("decayed", *after.shape[2:])
-    g_end = torch.mul(g_state.all, after, out=decayed.all).sum((2, 4), keepdim=True)
-    torch.mul(state, chunk.whole, out=decayed.all)
     g_products = torch.bmm(g_out.flat, chunk.u.flat.transpose(1, 2))
-    steep = {rank: _steep_gradients(chunk, rank, state, gy, g_products) for rank in chunk.steep}
+    steep = {rank: _steep_gradients(chunk, rank, state.all, gy, g_products) for rank in chunk.steep}
     g_products.mul_(chunk.earlier)
-    gC = torch.bmm(g_products, chunk.B).baddbmm_(g_out.flat, decayed.flat.transpose(1, 2))
-    gB = torch.bmm(g_products.transpose(1, 2), chunk.C).baddbmm_(chunk.u.flat, g_state.flat.transpose(1, 2))
-    torch.bmm(chunk.products.transpose(1, 2), g_out.flat, out=g_u.flat)
-    g_u.flat.baddbmm_(chunk.B, g_state.flat)
+    torch.mul(g_out.all, chunk.whole, out=scratch.all)
+    gC.copy_(torch.bmm(g_products, chunk.B).baddbmm_(scratch.flat, state.flat.transpose(1, 2)))
+    gB.copy_(torch.bmm(g_products.transpose(1, 2), chunk.C).baddbmm_(chunk.u.flat, g_state.flat.transpose(1, 2)))
+    torch.bmm(chunk.products.transpose(1, 2), g_out.flat, out=g_u.flat).baddbmm_(chunk.B, g_state.flat)
     g_state.flat.baddbmm_(chunk.C.transpose(1, 2), g_out.flat)
     g_state.all.mul_(chunk.whole)
 
-    gxd_x = torch.mul(g_u.all, chunk.x, out=scratch.all).sum(-1, keepdim=True).mul_(chunk.to_end)
+    torch.sum(torch.mul(g_u.all, chunk.x, out=scratch.all), -1, out=gxd_x).mul_(chunk.to_end[..., 0])
     g_u.all.mul_(chunk.dt_to_end)
     for rank, (gxd, gC_rank, g_state_rank) in steep.items():
         gxd, x = gxd.view_as(g_u.all[..., rank, :]), chunk.x[..., rank, :]
         g_u.all[..., rank, :] += gxd * chunk.dt[..., rank, :]
-        gxd_x[..., rank, :] += (gxd * x).sum(-1, keepdim=True)
+        gxd_x[..., rank] += (gxd * x).sum(-1)
         gC += gC_rank
         g_state.all[..., rank, :] += g_state_rank.view_as(g_state.all[..., rank, :])
-    g_log = (gy_y - D * gy_x - gxd_x * chunk.dt).flip(2).cumsum(2).flip(2) + g_end
-    torch.addcmul(gxd_x, g_log, A, out=g_dt)
     torch.addcmul(g_u.all, gy, D, out=gx)
-    return (g_log * chunk.dt).sum((0, 2), keepdim=True), gy_x.sum((0, 2), keepdim=True), gB, gC
 
 
 def _steep_gradients(chunk: Chunk, rank: int, state, gy, g_products):
@@ -263,17 +280,25 @@ def state_blocks(start, num_chunks: int, needs_gradient: bool) -> tuple[torch.Te
     return states, blocks if needs_gradient else blocks * (num_chunks + 1)
 
 
+def add_gradients(part: Part, sums: Sums, A, D, g_dt, gA, gD) -> None:
+    """A part's, to those of dt [B, T, M], A and D [M]."""
+    of_dt, *of_heads = sums.gradients(part.per_head(A), part.per_head(D))
+    part.heads(g_dt).copy_(of_dt)
+    for gradient, own in zip((gA, gD), of_heads, strict=True):
+        part.per_head(gradient).add_(own)
+
+
 class _Scan(torch.autograd.Function):
     @staticmethod
     @own_precision
     def forward(ctx, x, dt, A, B, C, D, start, needs_gradient):
         y, final, saved = torch.empty(x.shape, device=x.device), torch.empty(start.shape, device=x.device), []
         for part in parts(len(x), *x.shape[2:], *B.shape[2:], x.device):
-            sequence = Sequence(part.heads(dt), part.per_head(A), CHUNK_TOKENS)
-            states, blocks = state_blocks(part.state(start), len(sequence.chunks()), needs_gradient)
-            for number, tokens in enumerate(sequence.chunks()):
-                chunk = Chunk(sequence, number, part.heads(x, tokens), *(_matrices(part.grouped(tensor, tokens)) for tensor in (B, C)))
-                chunk_outputs(chunk, part.per_head(D), blocks[number], blocks[number + 1], part.heads(y, tokens))
+            walk = _Walk(part, x, dt, A, B, C, D)
+            states, blocks = state_blocks(part.state(start), len(walk.xs), needs_gradient)
+            (ys,) = walk.sequence.split(part.heads(y))
+            for number, y_chunk in enumerate(ys):
+                chunk_outputs(walk.chunk(number), walk.D, blocks[number], blocks[number + 1], y_chunk)
             part.state(final).copy_(blocks[-1].all)
             saved.append(states)
         if needs_gradient:
@@ -288,22 +313,39 @@ class _Scan(torch.autograd.Function):
         gx, g_dt, gB, gC, g_start = (torch.empty(tensor.shape, device=x.device) for tensor in (x, dt, B, C, g_final))
         gA, gD = torch.zeros_like(A), torch.zeros_like(D)
         for part, states in zip(parts(len(x), *x.shape[2:], *B.shape[2:], x.device), saved, strict=True):
-            sequence = Sequence(part.heads(dt), part.per_head(A), CHUNK_TOKENS)
-            g_state = Block(part.state(g_final).contiguous())
-            for number, tokens in reversed(list(enumerate(sequence.chunks()))):
-                chunk = Chunk(sequence, number, part.heads(x, tokens), *(_matrices(part.grouped(tensor, tokens)) for tensor in (B, C)))
-                views = (part.heads(tensor, tokens) for tensor in (y, gy))
-                out = part.heads(gx, tokens), part.heads(g_dt, tokens)[..., None]
-                gA_part, gD_part, *g_matrices = chunk_gradients(
-                    chunk, part.per_head(A), part.per_head(D), *views, states[number], states[number + 1], g_state, *out
-                )
-                part.per_head(gA).add_(gA_part)
-                part.per_head(gD).add_(gD_part)
-                for gradient, own in zip((gB, gC), g_matrices, strict=True):
-                    view = part.grouped(gradient, tokens)
-                    view.copy_(own.view(view.shape))
+            walk = _Walk(part, x, dt, A, B, C, D)
+            g_state, sums = Block(part.state(g_final).contiguous()), Sums(walk.sequence)
+            views = list(zip(*walk.sequence.split(*(part.heads(tensor) for tensor in (y, gy, gx))), strict=True))
+            matrices = [torch.empty_like(tensor) for tensor in (walk.B, walk.C)]
+            g_matrices = list(zip(*walk.sequence.split(*matrices, dim=1), strict=True))
+            for number in reversed(range(len(views))):
+                y_chunk, gy_chunk, gx_chunk = views[number]
+                chunk_gradients(walk.chunk(number), walk.D, y_chunk, gy_chunk, Block(states[number]), states[number + 1], g_state, gx_chunk,
+                                *g_matrices[number], sums)  # fmt: skip
+            add_gradients(part, sums, A, D, g_dt, gA, gD)
+            for gradient, own in zip((gB, gC), matrices, strict=True):
+                view = part.grouped(gradient)
+                view.copy_(own.view(view.shape))
             part.state(g_start).copy_(g_state.all)
         return gx.to(x.dtype), g_dt, gA, gB.to(B.dtype), gC.to(C.dtype), gD, g_start, None
+
+
+class _Walk:
+    """A part of a scan's inputs on its way through the chunks."""
+
+    def __init__(self, part: Part, x, dt, A, B, C, D):
+        self.A, self.D = part.per_head(A), along_heads(part.per_head(D), x.shape[3])
+        self.sequence = Sequence(part.heads(dt), self.A, x.shape[3], CHUNK_TOKENS)
+        self.B, self.C = (_matrices(part.grouped(tensor)) for tensor in (B, C))
+        (self.xs,), self.Bs_and_Cs = self.sequence.split(part.heads(x)), self.sequence.split(self.B, self.C, dim=1)
+
+    def chunk(self, number: int) -> Chunk:
+        return Chunk(self.sequence, number, self.xs[number], *(matrices[number] for matrices in self.Bs_and_Cs))
+
+
+def along_heads(vector_1G1R1, head_dim: int):
+    """[1, G, 1, R, P], side by side in memory: elementwise work then goes by whole rows, not by a head's few numbers."""
+    return vector_1G1R1.expand(-1, -1, -1, -1, head_dim).contiguous()
 
 
 def _matrices(tensor):
