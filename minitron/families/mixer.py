@@ -81,19 +81,16 @@ class _Heart(torch.autograd.Function):
             walk, states = _Walk(ctx.sizes, part, dt, A, D), next(saved)
             walk.take([next(saved) for _ in walk.pieces])
             sums, g_state = Sums(walk.sequence), Block(torch.zeros_like(states[0]))
-            gB, gC = (torch.empty_like(tensor) for tensor in (walk.B, walk.C))
             g_totals = [walk.before_convolution(piece, conv_weight.shape[1]) for piece in walk.pieces]
-            g_x_total, *g_matrix_totals = walk.streams([total[:, : z.shape[1]] for total in g_totals])
-            tensors = (walk.own(gradient), walk.own(y), walk.own(z).float(), scale[part.rows, :, part.groups], walk.own(gz), g_x_total, gB, gC)
-            chunks = list(enumerate(zip(*walk.split(*tensors), strict=True)))
-            for number, (g_rows, y_rows, gate, scales, g_gate, g_x_rows, *g_matrices) in reversed(chunks):
+            g_streams = list(zip(*walk.streams([total[:, : z.shape[1]] for total in g_totals]), strict=True))
+            tensors = walk.split(walk.own(gradient), walk.own(y), walk.own(z).float(), scale[part.rows, :, part.groups], walk.own(gz))
+            for number, (g_rows, y_rows, gate, scales, g_gate) in reversed(list(enumerate(zip(*tensors, strict=True)))):
                 gy, gx = (walk.buffers(name, *y_rows.shape) for name in ("gy", "gx"))
                 gated_norm_back(g_rows, y_rows, gate, scales, gy, g_gate, walk.buffers)
-                chunk_gradients(walk.chunk(number), walk.D, walk.by_head(y_rows), walk.by_head(gy), Block(states[number]), states[number + 1], g_state,
-                                walk.by_head(gx), *g_matrices, sums)  # fmt: skip
-                torch.ops.aten.silu_backward.grad_input(gx, walk.x_totals[number], grad_input=g_x_rows)
-            for g_after, total, g_total in zip((gB, gC), walk.matrix_totals, g_matrix_totals, strict=True):
-                torch.ops.aten.silu_backward.grad_input(walk.ungrouped(g_after), walk.by_group(total), grad_input=walk.by_group(g_total))
+                gB_gC = chunk_gradients(walk.chunk(number), walk.D, walk.by_head(y_rows), walk.by_head(gy), Block(states[number]), states[number + 1],
+                                        g_state, walk.by_head(gx), sums)  # fmt: skip
+                for g_after, total, g_total in zip((gx, *map(walk.ungrouped, gB_gC)), walk.totals[number], g_streams[number], strict=True):
+                    torch.ops.aten.silu_backward.grad_input(g_after, total, grad_input=g_total)
             add_gradients(part, sums, A, D, g_dt, gA, gD)
             for piece, g_total in zip(walk.pieces, g_totals, strict=True):
                 own, taps, bias = convolve_back(g_total, xBC[part.rows, :, piece].float(), conv_weight[piece])
@@ -130,20 +127,19 @@ class _Walk:
         return self.sequence.split(*tensors, dim=1)
 
     def streams(self, pieces: list):
-        """x, B and C of tensors like `pieces`."""
+        """x [B, L, I], B and C [B, L, G, N] of tensors like `pieces`, chunk by chunk."""
         widths = (self.inner.stop - self.inner.start, *[self.num_groups * self.sizes.state] * 2)
-        return pieces if len(pieces) == 3 else pieces[0].split(widths, dim=2)
+        x, *matrices = pieces if len(pieces) == 3 else pieces[0].split(widths, dim=2)
+        return self.split(x, *(tensor.unflatten(2, (self.num_groups, -1)) for tensor in matrices))
 
     def take(self, totals: list) -> None:
         """The convolution's outputs, before silu, by piece."""
-        x, *self.matrix_totals = self.streams(totals)
-        (self.x_totals,) = self.split(x)
-        # As one batch of matrices, [B·G, T, N].
-        self.B, self.C = (self.silu(name, self.by_group(total).transpose(1, 2)).flatten(0, 1) for name, total in zip("BC", self.matrix_totals, strict=True))
-        self.matrices = list(zip(*self.split(self.B, self.C), strict=True))
+        self.totals = list(zip(*self.streams(totals), strict=True))
 
     def chunk(self, number: int) -> Chunk:
-        return Chunk(self.sequence, number, self.by_head(self.silu("x", self.x_totals[number])), *self.matrices[number])
+        x, *matrices = self.totals[number]
+        B, C = (self.silu(name, matrix.transpose(1, 2)).flatten(0, 1) for name, matrix in zip("BC", matrices, strict=True))
+        return Chunk(self.sequence, number, self.by_head(self.silu("x", x)), B, C)
 
     def silu(self, name: str, total):
         return torch.ops.aten.silu.out(total, out=self.buffers(name, *total.shape))
@@ -162,12 +158,8 @@ class _Walk:
         """[B, L, G·R·P] → [B, G, L, R, P]."""
         return rows.view(*rows.shape[:2], self.num_groups, -1, self.sizes.head_dim).transpose(1, 2)
 
-    def by_group(self, tensor):
-        """[B, T, G·N] → [B, T, G, N]."""
-        return tensor.unflatten(2, (self.num_groups, -1))
-
     def ungrouped(self, matrices):
-        """[B·G, T, N] → [B, T, G, N]."""
+        """[B·G, L, N] → [B, L, G, N]."""
         return matrices.unflatten(0, (-1, self.num_groups)).transpose(1, 2)
 
 

@@ -228,10 +228,10 @@ class Sums:
         return g_dt, gA, gD
 
 
-def chunk_gradients(chunk: Chunk, D, y, gy, state: Block, after, g_state: Block, gx, gB, gC, sums: Sums) -> None:
-    """Fills gx [B, G, L, R, P], gB, gC [B·G, L, N] and the chunk's sums, and turns the gradient of the state after the chunk into that before it.
+def chunk_gradients(chunk: Chunk, D, y, gy, state: Block, after, g_state: Block, gx, sums: Sums):
+    """Fills gx [B, G, L, R, P] and the chunk's sums, and turns the gradient of the state after the chunk into that before it.
 
-    D [1, G, 1, R, P]; y and gy lie as gx; `state` and `after` are the states before and after the chunk.
+    Returns those of B and C [B·G, L, N]. D [1, G, 1, R, P]; y and gy lie as gx; `state` and `after` are the states before and after the chunk.
     """
     g_out, g_u, scratch = (chunk.sequence.buffer(name, *chunk.shape) for name in ("inside", "g_u", "scratch"))
     gy_x, gy_y, gxd_x, at_end = sums.chunk(chunk.number, chunk.shape[0])
@@ -244,8 +244,8 @@ def chunk_gradients(chunk: Chunk, D, y, gy, state: Block, after, g_state: Block,
     steep = {rank: _steep_gradients(chunk, rank, state.all, gy, g_products) for rank in chunk.steep}
     g_products.mul_(chunk.earlier)
     torch.mul(g_out.all, chunk.whole, out=scratch.all)
-    gC.copy_(torch.bmm(g_products, chunk.B).baddbmm_(scratch.flat, state.flat.transpose(1, 2)))
-    gB.copy_(torch.bmm(g_products.transpose(1, 2), chunk.C).baddbmm_(chunk.u.flat, g_state.flat.transpose(1, 2)))
+    gC = torch.bmm(g_products, chunk.B).baddbmm_(scratch.flat, state.flat.transpose(1, 2))
+    gB = torch.bmm(g_products.transpose(1, 2), chunk.C).baddbmm_(chunk.u.flat, g_state.flat.transpose(1, 2))
     torch.bmm(chunk.products.transpose(1, 2), g_out.flat, out=g_u.flat).baddbmm_(chunk.B, g_state.flat)
     g_state.flat.baddbmm_(chunk.C.transpose(1, 2), g_out.flat)
     g_state.all.mul_(chunk.whole)
@@ -259,6 +259,7 @@ def chunk_gradients(chunk: Chunk, D, y, gy, state: Block, after, g_state: Block,
         gC += gC_rank
         g_state.all[..., rank, :] += g_state_rank.view_as(g_state.all[..., rank, :])
     torch.addcmul(g_u.all, gy, D, out=gx)
+    return gB, gC
 
 
 def _steep_gradients(chunk: Chunk, rank: int, state, gy, g_products):
@@ -316,16 +317,13 @@ class _Scan(torch.autograd.Function):
             walk = _Walk(part, x, dt, A, B, C, D)
             g_state, sums = Block(part.state(g_final).contiguous()), Sums(walk.sequence)
             views = list(zip(*walk.sequence.split(*(part.heads(tensor) for tensor in (y, gy, gx))), strict=True))
-            matrices = [torch.empty_like(tensor) for tensor in (walk.B, walk.C)]
-            g_matrices = list(zip(*walk.sequence.split(*matrices, dim=1), strict=True))
+            g_matrices = list(zip(*walk.sequence.split(*(part.grouped(tensor) for tensor in (gB, gC))), strict=True))
             for number in reversed(range(len(views))):
                 y_chunk, gy_chunk, gx_chunk = views[number]
-                chunk_gradients(walk.chunk(number), walk.D, y_chunk, gy_chunk, Block(states[number]), states[number + 1], g_state, gx_chunk,
-                                *g_matrices[number], sums)  # fmt: skip
+                g_own = chunk_gradients(walk.chunk(number), walk.D, y_chunk, gy_chunk, Block(states[number]), states[number + 1], g_state, gx_chunk, sums)
+                for view, own in zip(g_matrices[number], g_own, strict=True):
+                    view.copy_(own.view(view.shape))
             add_gradients(part, sums, A, D, g_dt, gA, gD)
-            for gradient, own in zip((gB, gC), matrices, strict=True):
-                view = part.grouped(gradient)
-                view.copy_(own.view(view.shape))
             part.state(g_start).copy_(g_state.all)
         return gx.to(x.dtype), g_dt, gA, gB.to(B.dtype), gC.to(C.dtype), gD, g_start, None
 
