@@ -140,32 +140,31 @@ class SplitProduct(torch.autograd.Function):
 
 
 class FeedForward(torch.autograd.Function):
-    """down · max(up · x, 0)² of rows [T, D], weights up [F, D] and down [D, F]; of what lies between, only that before the activation is kept."""
+    """down · max(up · x, 0)² of rows [T, D], weights up [F, D] and down [D, F]; of what lies between, only max(up · x, 0) is kept."""
 
     @staticmethod
     def forward(ctx, x_TD, up_FD, down_DF, needs_gradient):
         output, neurons, buffers = x_TD.new_empty(len(x_TD), len(down_DF)), len(up_FD), Buffers(x_TD.device)
-        before_TF = x_TD.new_empty(len(x_TD), neurons) if needs_gradient else None
+        positive_TF = x_TD.new_empty(len(x_TD), neurons) if needs_gradient else None
         for block in _blocks(len(x_TD), neurons):
             x = x_TD[block]
-            before = torch.mm(x, up_FD.t(), out=before_TF[block] if needs_gradient else buffers("active", len(x), neurons))
-            active = torch.clamp_min(before, 0, out=buffers("active", len(x), neurons))
-            torch.mm(active.mul_(active), down_DF.t(), out=output[block])
+            active = buffers("active", len(x), neurons)
+            positive = torch.mm(x, up_FD.t(), out=positive_TF[block] if needs_gradient else active).clamp_min_(0)
+            torch.mm(torch.mul(positive, positive, out=active), down_DF.t(), out=output[block])
         if needs_gradient:
-            ctx.save_for_backward(x_TD, up_FD, down_DF, before_TF)
+            ctx.save_for_backward(x_TD, up_FD, down_DF, positive_TF)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        x_TD, up_FD, down_DF, before_TF = ctx.saved_tensors
-        gx, g_up, g_down, buffers = torch.empty_like(x_TD), torch.zeros_like(up_FD), torch.zeros_like(down_DF), Buffers(x_TD.device)
-        for block in _blocks(*before_TF.shape):
-            x, g, before = x_TD[block], gradient[block], before_TF[block]
-            positive = torch.clamp_min(before, 0, out=buffers("positive", *before.shape))
-            active = torch.mul(positive, positive, out=buffers("active", *before.shape))
+        x_TD, up_FD, down_DF, positive_TF = ctx.saved_tensors
+        gx, g_up, g_down, buffers, twice_down = torch.empty_like(x_TD), torch.zeros_like(up_FD), torch.zeros_like(down_DF), Buffers(x_TD.device), 2 * down_DF
+        for block in _blocks(*positive_TF.shape):
+            x, g, positive = x_TD[block], gradient[block], positive_TF[block]
+            active = torch.mul(positive, positive, out=buffers("active", *positive.shape))
             g_down.addmm_(g.t(), active)
-            g_before = torch.mm(g, down_DF, out=active).mul_(positive.mul_(2))
+            g_before = torch.mm(g, twice_down, out=active).mul_(positive)
             g_up.addmm_(g_before.t(), x)
             torch.mm(g_before, up_FD, out=gx[block])
         return gx, g_up, g_down, None
