@@ -35,7 +35,7 @@ class Buffers:
 
 
 def _blocks(tokens: int, width: int) -> Iterator[slice]:
-    step = max(1, 2 * CORE_NUMBERS * torch.get_num_threads() // width)
+    step = max(1, 8 * CORE_NUMBERS * torch.get_num_threads() // width)
     return (slice(first, min(first + step, tokens)) for first in range(0, tokens, step))
 
 
