@@ -11,6 +11,7 @@ from distill.launch import Launch
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_parameters, count_total_parameters, layer_parameters
 from memory_budget.units import format_gib
+from minitron.families.chunks import CHUNK_TOKENS
 from minitron.training_settings import Optimizer, Precision, TrainSettings
 
 FLOAT32, BF16 = 4, 2
@@ -88,7 +89,7 @@ def _layer_numbers(model: Architecture, letter: str) -> int:
 def activation_bytes_per_token(student: Architecture, train: TrainSettings, *, on_gpu: bool) -> int:
     """What forward keeps for backward, up to the last hidden states."""
     width = BF16 if train.precision is Precision.bf16 else FLOAT32
-    by_blocks = not on_gpu and train.precision is Precision.float32  # families/blockwise.FeedForward
+    by_blocks = not on_gpu and train.precision is Precision.float32  # families/blockwise.FeedForward and mixer
     kept = [_layer_activations(student, letter, by_blocks=by_blocks) for letter in student.pattern]
     layers = len(kept) * student.hidden + max(kept, default=0) if train.gradient_checkpointing else sum(kept)
     return layers * width
@@ -107,8 +108,10 @@ def loss_bytes(student: Architecture, teacher: Architecture, tokens: int, *, on_
 
 def _layer_activations(model: Architecture, letter: str, *, by_blocks: bool) -> int:
     """Numbers a token that one layer keeps: its norm's input and output, and its mixer's own."""
-    if letter == "M":  # in_proj's output, the scan's, the gated norm's
+    if letter == "M":  # in_proj's output, the scan's, the gated norm's; on a CPU also the convolution's and the states between chunks
         mixer = model.mamba_inner + model.mamba_conv_channels + model.mamba_num_heads + 2 * model.mamba_inner
+        if by_blocks:
+            mixer += model.mamba_conv_channels + model.mamba_inner * model.mamba_state_size // CHUNK_TOKENS
     elif letter == "*":  # queries, keys, values, their weighted sum
         mixer = 2 * (model.num_attention_heads + model.num_key_value_heads) * model.attention_head_dim
     else:  # up's output, and unless it goes by blocks its relu and the square

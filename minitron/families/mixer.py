@@ -17,8 +17,21 @@ from torch.autograd.function import once_differentiable
 
 from minitron.families import ssd
 from minitron.families.blockwise import Buffers, FeedForward, Norm, SplitProduct, convolve, convolve_back, gated_norm, gated_norm_back
+from minitron.families.chunks import (
+    Block,
+    Chunk,
+    Part,
+    Sequence,
+    Sums,
+    add_gradients,
+    along_heads,
+    chunk_gradients,
+    chunk_outputs,
+    parts,
+    state_blocks,
+)
 from minitron.families.packed import by_document
-from minitron.families.ssd import Block, Chunk, Part, Sequence, Sums, add_gradients, along_heads, chunk_gradients, chunk_outputs, keeping, own_precision, state_blocks
+from minitron.families.ssd import keeping, own_precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +53,7 @@ class _Sizes:
         return self.inner, self.inner + 2 * self.groups * self.state, self.heads
 
     def parts(self, z) -> Iterator[Part]:
-        return ssd.parts(len(z), self.heads, self.head_dim, self.groups, self.state, z.device)
+        return parts(len(z), self.heads, self.head_dim, self.groups, self.state, z.device)
 
 
 class _Heart(torch.autograd.Function):
@@ -80,23 +93,15 @@ class _Heart(torch.autograd.Function):
         for part in ctx.sizes.parts(z):
             walk, states = _Walk(ctx.sizes, part, dt, A, D), next(saved)
             walk.take([next(saved) for _ in walk.pieces])
-            sums, g_state = Sums(walk.sequence), Block(torch.zeros_like(states[0]))
             g_totals = [walk.before_convolution(piece, conv_weight.shape[1]) for piece in walk.pieces]
-            g_streams = list(zip(*walk.streams([total[:, : z.shape[1]] for total in g_totals]), strict=True))
-            tensors = walk.split(walk.own(gradient), walk.own(y), walk.own(z).float(), scale[part.rows, :, part.groups], walk.own(gz))
-            for number, (g_rows, y_rows, gate, scales, g_gate) in reversed(list(enumerate(zip(*tensors, strict=True)))):
-                gy, gx = (walk.buffers(name, *y_rows.shape) for name in ("gy", "gx"))
-                gated_norm_back(g_rows, y_rows, gate, scales, gy, g_gate, walk.buffers)
-                gB_gC = chunk_gradients(walk.chunk(number), walk.D, walk.by_head(y_rows), walk.by_head(gy), Block(states[number]), states[number + 1],
-                                        g_state, walk.by_head(gx), sums)  # fmt: skip
-                for g_after, total, g_total in zip((gx, *map(walk.ungrouped, gB_gC)), walk.totals[number], g_streams[number], strict=True):
-                    torch.ops.aten.silu_backward.grad_input(g_after, total, grad_input=g_total)
+            rows = (walk.own(gradient), walk.own(y), walk.own(z).float(), scale[part.rows, :, part.groups], walk.own(gz))
+            sums = _chunks_back(walk, states, walk.split(*rows), walk.streams([total[:, : z.shape[1]] for total in g_totals]))
             add_gradients(part, sums, A, D, g_dt, gA, gD)
             for piece, g_total in zip(walk.pieces, g_totals, strict=True):
                 own, taps, bias = convolve_back(g_total, xBC[part.rows, :, piece].float(), conv_weight[piece])
                 g_taps[piece] += taps
                 g_bias[piece] += bias
-                if own.shape == xBC.shape:
+                if own.shape == xBC.shape:  # the whole batch at once: no copy
                     g_xBC = own
                 else:
                     g_xBC = torch.empty(xBC.shape, device=z.device) if g_xBC is None else g_xBC
@@ -106,6 +111,23 @@ class _Heart(torch.autograd.Function):
         return *own_types, g_dt.sum((0, 1)), gA, gD, g_taps, g_bias, None, None, None
 
 
+def _chunks_back(walk: "_Walk", states, rows: list, g_streams: list) -> Sums:
+    """From the last chunk to the first: fills the gradients of the gates and, before silu, of x, B and C.
+
+    `rows` by chunk: the outputs' gradients, y, gates, the norm's scales, room for the gates' gradients.
+    """
+    sums, g_state = Sums(walk.sequence), Block(torch.zeros_like(states[0]))
+    chunks = list(enumerate(zip(*rows, zip(*g_streams, strict=True), strict=True)))
+    for number, (g_rows, y_rows, gate, scales, g_gate, g_stream) in reversed(chunks):
+        gy, gx = (walk.buffers(name, *y_rows.shape) for name in ("gy", "gx"))
+        gated_norm_back(g_rows, y_rows, gate, scales, gy, g_gate, walk.buffers)
+        gB_gC = chunk_gradients(walk.chunk(number), walk.D, walk.by_head(y_rows), walk.by_head(gy), Block(states[number]), states[number + 1], g_state,
+                                walk.by_head(gx), sums)  # fmt: skip
+        for g_after, total, g_total in zip((gx, *map(walk.ungrouped, gB_gC)), walk.totals[number], g_stream, strict=True):
+            torch.ops.aten.silu_backward.grad_input(g_after, total, grad_input=g_total)
+    return sums
+
+
 class _Walk:
     """A part of the batch on its way through the mixer, and the ways to its tensors (views)."""
 
@@ -113,7 +135,7 @@ class _Walk:
         first, some, width = part.groups.start, part.groups.stop - part.groups.start, sizes.inner // sizes.groups
         self.sizes, self.part, self.num_groups, self.buffers = sizes, part, some, Buffers(dt.device)
         self.A, self.D = part.per_head(A).contiguous(), along_heads(part.per_head(D), sizes.head_dim)
-        self.sequence = Sequence(part.heads(dt), self.A, sizes.head_dim, ssd.CHUNK_TOKENS)
+        self.sequence = Sequence(part.heads(dt), self.A, sizes.head_dim)
         self.inner = slice(first * width, (first + some) * width)  # the part's channels of z, x and y
         # Its channels of the convolution: one piece where it has all groups, else x's, B's and C's.
         B, C = (slice(start + first * sizes.state, start + (first + some) * sizes.state) for start in (sizes.inner, sizes.inner + sizes.groups * sizes.state))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from minitron.families import blockwise, mixer, ssd
+from minitron.families import blockwise, chunks, mixer, ssd
 from minitron.families.nemotron_h import FAMILY
 
 # Taken at import, before any test can have put ours in their place.
@@ -69,7 +69,7 @@ def relative(left: torch.Tensor, right: torch.Tensor) -> float:
     return ((left.double() - right.double()).abs().max() / right.double().abs().max()).item()
 
 
-LENGTHS = [1, 2, 32 - 1, 32, 32 + 1, 3 * 32 - 5]
+LENGTHS = [1, 2, chunks.CHUNK_TOKENS - 1, chunks.CHUNK_TOKENS, chunks.CHUNK_TOKENS + 1, 3 * chunks.CHUNK_TOKENS - 5]
 
 
 @pytest.mark.parametrize("names", [NAMES, NAMES[:5]], ids=["with state and D", "from zeros"])
@@ -158,10 +158,10 @@ def test_heads_too_steep_to_divide_by_their_decay_are_as_exact(steepest, monkeyp
     tensors = draw(70, 2)
     weights = output_weights(tensors)
     gentle = gradients(ssd.scan, tensors, NAMES, weights)
-    monkeypatch.setattr(ssd, "STEEPEST_LOG", steepest)
+    monkeypatch.setattr(chunks, "STEEPEST_LOG", steepest)
     numbers = []
-    steep_rank = ssd.Chunk.steep_rank
-    monkeypatch.setattr(ssd.Chunk, "steep_rank", lambda chunk, rank: numbers.append(rank) or steep_rank(chunk, rank))
+    steep_rank = chunks.Chunk.steep_rank
+    monkeypatch.setattr(chunks.Chunk, "steep_rank", lambda chunk, rank: numbers.append(rank) or steep_rank(chunk, rank))
     y, final = call(ssd.scan, tensors, NAMES)
     expected_y, expected_final = call(sequential, in_float64(tensors), NAMES)
     assert relative(y, expected_y) <= 1e-5 and relative(final, expected_final) <= 1e-5
@@ -175,8 +175,8 @@ def test_heads_too_steep_to_divide_by_their_decay_are_as_exact(steepest, monkeyp
 def test_steep_heads_left_out_are_noticed(monkeypatch):
     """The control of the test above."""
     tensors = draw(70, 2)
-    monkeypatch.setattr(ssd, "STEEPEST_LOG", 20.0)
-    monkeypatch.setattr(ssd, "_steep_outputs", lambda chunk, rank, state: torch.zeros(chunk.C.shape[0], *chunk.shape[::2]))
+    monkeypatch.setattr(chunks, "STEEPEST_LOG", 20.0)
+    monkeypatch.setattr(chunks, "_steep_outputs", lambda chunk, rank, state: torch.zeros(chunk.C.shape[0], *chunk.shape[::2]))
     assert relative(call(ssd.scan, tensors, NAMES)[0], call(sequential, in_float64(tensors), NAMES)[0]) > 1e-2
 
 
@@ -225,7 +225,7 @@ def test_parts_of_any_size_give_the_same_scan_and_gradients(core_numbers, num_pa
     weights = output_weights(tensors)
     expected = gradients(sequential, in_float64(tensors), NAMES, weights)
     monkeypatch.setattr(blockwise, "CORE_NUMBERS", core_numbers)
-    assert len(list(ssd.parts(5, 4, 3, 2, 5, torch.device("cpu")))) == num_parts
+    assert len(list(chunks.parts(5, 4, 3, 2, 5, torch.device("cpu")))) == num_parts
     ours = gradients(ssd.scan, tensors, NAMES, weights)
     assert max(relative(ours[name], expected[name]) for name in NAMES) <= 1e-5
 
@@ -251,9 +251,9 @@ def test_bfloat16_inputs_are_computed_in_float32(monkeypatch):
 @pytest.mark.parametrize(("has_amx", "dtype", "expected"), [(True, torch.bfloat16, "bf16"), (True, torch.float32, None), (False, torch.bfloat16, None)])
 def test_products_are_in_bf16_only_where_inputs_are_and_the_cpu_has_amx(has_amx, dtype, expected, monkeypatch):
     """What is computed with: torch's own setting, seen from inside both passes, and as it was after them."""
-    before, seen, exp = torch.backends.mkldnn.matmul.fp32_precision, [], ssd._exp
+    before, seen, exp = torch.backends.mkldnn.matmul.fp32_precision, [], chunks._exp
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
-    monkeypatch.setattr(ssd, "_exp", lambda log: (seen.append(torch.backends.mkldnn.matmul.fp32_precision), exp(log))[1])
+    monkeypatch.setattr(chunks, "_exp", lambda log: (seen.append(torch.backends.mkldnn.matmul.fp32_precision), exp(log))[1])
     tensors = draw(40, 2)
     x = tensors["x"].to(dtype).requires_grad_()
     y, _ = ssd.scan(x, tensors["dt"], tensors["A"], tensors["B"], tensors["C"])
@@ -310,8 +310,8 @@ def test_a_wrong_decay_moves_logits_and_gradients(transformers_own, monkeypatch,
     model, ids = build_model(), token_ids(2, 75)
     expected, expected_gradients = logits_and_gradients(model, ids)
     ssd.install()
-    exp = ssd._exp
-    monkeypatch.setattr(ssd, "_exp", lambda log: exp(1.01 * log))
+    exp = chunks._exp
+    monkeypatch.setattr(chunks, "_exp", lambda log: exp(1.01 * log))
     ours, own_gradients = logits_and_gradients(model, ids)
     assert relative(ours, expected) > 1e-4 and relative(flat(own_gradients), flat(expected_gradients)) > 1e-4
     name = "model.layers.0.mixer.A_log"
@@ -326,6 +326,22 @@ def test_who_listens_inside_a_feed_forward_layer_hears_what_transformers_own_say
     ssd.install()
     assert relative(model(ids, use_cache=False).logits, expected) <= 1e-5
     assert len(heard) == 2 and relative(heard[1], heard[0]) <= 1e-5
+    hook.remove()
+    assert relative(model(ids, use_cache=False).logits, expected) <= 1e-5 and len(heard) == 2  # the control: nobody listens, nothing is said
+
+
+@pytest.mark.parametrize("part", ["in_proj", "out_proj"])
+def test_who_listens_inside_a_mixer_hears_what_transformers_own_says(part, transformers_own, build_model, token_ids):
+    """out_proj hears the norm with its weight, which is otherwise multiplied into out_proj's own."""
+    model, ids, heard = build_model(), token_ids(2, 60), []
+    mixers = [module for module in model.modules() if type(module).__name__ == "NemotronHMamba2Mixer"]
+    for layer in mixers:
+        torch.nn.init.uniform_(layer.norm.weight, 0.5, 2.0)
+    hook = getattr(mixers[0], part).register_forward_hook(lambda _module, arguments, output: heard.append((arguments[0].detach(), output.detach())))
+    expected = model(ids, use_cache=False).logits
+    ssd.install()
+    assert relative(model(ids, use_cache=False).logits, expected) <= 1e-5
+    assert len(heard) == 2 and all(relative(ours, theirs) <= 1e-5 for theirs, ours in zip(*heard, strict=True))
     hook.remove()
     assert relative(model(ids, use_cache=False).logits, expected) <= 1e-5 and len(heard) == 2  # the control: nobody listens, nothing is said
 
