@@ -50,13 +50,13 @@ class PlacedModel(Protocol):
         """Ids [B, T] to hidden states [B, T, D], for every batch."""
 
     def open_embedding(self):
-        """Context manager giving the module of the embeddings."""
+        """Context manager giving the module of the embeddings, as they are stored."""
 
     def visit(self, layers: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
         """The given layers in order, each ready to run; one is valid until the next is asked for."""
 
-    def open_head(self):
-        """Context manager giving the Head."""
+    def open_head(self, *, as_stored: bool = False):
+        """Context manager giving the Head; `as_stored`, it is to be read rather than run, and nothing is converted."""
 
 
 class WholeModel:
@@ -79,7 +79,7 @@ class WholeModel:
             yield layer, self.parts.layers[layer]
 
     @contextmanager
-    def open_head(self) -> Iterator[Head]:
+    def open_head(self, *, as_stored: bool = False) -> Iterator[Head]:
         yield Head(self.parts.norm, self.parts.head)
 
 
@@ -99,11 +99,11 @@ class StreamedModel:
 
     def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         with self.open_embedding() as embed:
-            return [embed(ids_BT) for ids_BT in batches]
+            return [embed(ids_BT).to(self.dtype) for ids_BT in batches]
 
     @contextmanager
     def open_embedding(self) -> Iterator[nn.Module]:
-        yield self._load(lambda: self.family.build_outside(self.config, "embed"), self.family.outside_names["embed"])
+        yield self._load_outside("embed", None)
 
     def visit(self, layers: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
         with ThreadPoolExecutor(max_workers=1) as reader:
@@ -115,20 +115,22 @@ class StreamedModel:
                 del block
 
     @contextmanager
-    def open_head(self) -> Iterator[Head]:
+    def open_head(self, *, as_stored: bool = False) -> Iterator[Head]:
         give_back_memory()  # a vocabulary's matrix does not fit where layers were
-        norm, head = (self._load(lambda part=part: self.family.build_outside(self.config, part), self.family.outside_names[part]) for part in ("norm", "head"))
-        yield Head(norm, head)
+        yield Head(*(self._load_outside(part, None if as_stored else self.dtype) for part in ("norm", "head")))
 
     def _load_layer(self, layer: int) -> nn.Module:
-        return self._load(lambda: self.family.build_layer(self.config, layer), f"layers.{layer}.")
+        return self._load(lambda: self.family.build_layer(self.config, layer), f"layers.{layer}.", self.dtype)
 
-    def _load(self, build: Callable[[], nn.Module], prefix: str) -> nn.Module:
-        """A module built without memory, its tensors read from disk."""
+    def _load_outside(self, part: str, dtype: torch.dtype | None) -> nn.Module:
+        return self._load(lambda: self.family.build_outside(self.config, part), self.family.outside_names[part], dtype)
+
+    def _load(self, build: Callable[[], nn.Module], prefix: str, dtype: torch.dtype | None) -> nn.Module:
+        """A module built without memory, its tensors read from disk; of this dtype, or as they are stored."""
         with torch.device("meta"):
             module = build()
         state = {name[len(prefix) :]: self.checkpoint.read(file_name) for name, file_name in self.names.items() if name.startswith(prefix)}
-        state = {name: tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        state = {name: tensor.to(self.device, dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
 

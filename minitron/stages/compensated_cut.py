@@ -205,13 +205,13 @@ def check_memory(plan: PruningPlan, recipe: Recipe, rows: np.ndarray, available:
     """Refuse to begin what `available` bytes cannot hold. Raises ValueError.
 
     At least: both models' residuals of all tokens in float32, and beside them two layers of the base and one of the student, the Gram matrix of a
-    fit, its factor and two matrices of its shape in float64, or the embeddings.
+    fit, its factor and two matrices of its shape in float64, or both models' embeddings in bf16.
     """
     teacher, student = plan.teacher, plan.student
     residuals = 4 * count_tokens(rows) * (teacher.hidden + student.hidden)
     of_teacher, of_student = (4 * max(layer_parameters(one, kind).total for kind in set(one.pattern)) for one in (teacher, student))
     fit = max((8 * (2 * inputs * inputs + 2 * inputs * outputs) for inputs, outputs in _solved_for(plan, recipe)), default=0)
-    beside = max(2 * of_teacher + of_student + fit, 4 * teacher.vocab * teacher.hidden)
+    beside = max(2 * of_teacher + of_student + fit, 2 * teacher.vocab * (teacher.hidden + student.hidden))
     if residuals + beside <= available:
         return
     fitting = len(rows) * (available - beside) // residuals
