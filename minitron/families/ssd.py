@@ -15,19 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch.autograd.function import once_differentiable
 
-from minitron.families.chunks import (
-    Block,
-    Chunk,
-    Part,
-    Sequence,
-    Sums,
-    add_gradients,
-    along_heads,
-    chunk_gradients,
-    chunk_outputs,
-    parts,
-    state_blocks,
-)
+from minitron.families import chunks
 
 
 def scan(x_BTMP, dt_BTM, A_M, B_BTGN, C_BTGN, D_M=None, initial_state=None):
@@ -81,12 +69,12 @@ class _Scan(torch.autograd.Function):
     @own_precision
     def forward(ctx, x, dt, A, B, C, D, start, needs_gradient):
         y, final, saved = torch.empty(x.shape, device=x.device), torch.empty(start.shape, device=x.device), []
-        for part in parts(len(x), *x.shape[2:], *B.shape[2:], x.device):
+        for part in chunks.parts(len(x), *x.shape[2:], *B.shape[2:], x.device):
             walk = _Walk(part, x, dt, A, B, C, D)
-            states, blocks = state_blocks(part.state(start), len(walk.xs), needs_gradient)
+            states, blocks = chunks.state_blocks(part.state(start), len(walk.xs), needs_gradient)
             (ys,) = walk.sequence.split(part.heads(y))
             for number, y_chunk in enumerate(ys):
-                chunk_outputs(walk.chunk(number), walk.D, blocks[number], blocks[number + 1], y_chunk)
+                chunks.chunk_outputs(walk.chunk(number), walk.D, blocks[number], blocks[number + 1], y_chunk)
             part.state(final).copy_(blocks[-1].all)
             saved.append(states)
         if needs_gradient:
@@ -100,17 +88,19 @@ class _Scan(torch.autograd.Function):
         x, dt, A, B, C, D, y, *saved = ctx.saved_tensors
         gx, g_dt, gB, gC, g_start = (torch.empty(tensor.shape, device=x.device) for tensor in (x, dt, B, C, g_final))
         gA, gD = torch.zeros_like(A), torch.zeros_like(D)
-        for part, states in zip(parts(len(x), *x.shape[2:], *B.shape[2:], x.device), saved, strict=True):
+        for part, states in zip(chunks.parts(len(x), *x.shape[2:], *B.shape[2:], x.device), saved, strict=True):
             walk = _Walk(part, x, dt, A, B, C, D)
-            g_state, sums = Block(part.state(g_final).contiguous()), Sums(walk.sequence)
+            g_state, sums = chunks.Block(part.state(g_final).contiguous()), chunks.Sums(walk.sequence)
             views = list(zip(*walk.sequence.split(*(part.heads(tensor) for tensor in (y, gy, gx))), strict=True))
             g_matrices = list(zip(*walk.sequence.split(*(part.grouped(tensor) for tensor in (gB, gC))), strict=True))
             for number in reversed(range(len(views))):
                 y_chunk, gy_chunk, gx_chunk = views[number]
-                g_own = chunk_gradients(walk.chunk(number), walk.D, y_chunk, gy_chunk, Block(states[number]), states[number + 1], g_state, gx_chunk, sums)
+                g_own = chunks.chunk_gradients(
+                    walk.chunk(number), walk.D, y_chunk, gy_chunk, chunks.Block(states[number]), states[number + 1], g_state, gx_chunk, sums
+                )
                 for view, own in zip(g_matrices[number], g_own, strict=True):
                     view.copy_(own.view(view.shape))
-            add_gradients(part, sums, A, D, g_dt, gA, gD)
+            chunks.add_gradients(part, sums, A, D, g_dt, gA, gD)
             part.state(g_start).copy_(g_state.all)
         return gx.to(x.dtype), g_dt, gA, gB.to(B.dtype), gC.to(C.dtype), gD, g_start, None
 
@@ -118,14 +108,14 @@ class _Scan(torch.autograd.Function):
 class _Walk:
     """A part of a scan's inputs on its way through the chunks."""
 
-    def __init__(self, part: Part, x, dt, A, B, C, D):
-        self.A, self.D = part.per_head(A), along_heads(part.per_head(D), x.shape[3])
-        self.sequence = Sequence(part.heads(dt), self.A, x.shape[3])
+    def __init__(self, part: chunks.Part, x, dt, A, B, C, D):
+        self.A, self.D = part.per_head(A), chunks.along_heads(part.per_head(D), x.shape[3])
+        self.sequence = chunks.Sequence(part.heads(dt), self.A, x.shape[3])
         self.B, self.C = (_matrices(part.grouped(tensor)) for tensor in (B, C))
         (self.xs,), self.Bs_and_Cs = self.sequence.split(part.heads(x)), self.sequence.split(self.B, self.C, dim=1)
 
-    def chunk(self, number: int) -> Chunk:
-        return Chunk(self.sequence, number, self.xs[number], *(matrices[number] for matrices in self.Bs_and_Cs))
+    def chunk(self, number: int) -> chunks.Chunk:
+        return chunks.Chunk(self.sequence, number, self.xs[number], *(matrices[number] for matrices in self.Bs_and_Cs))
 
 
 def _matrices(tensor):
