@@ -13,10 +13,11 @@ from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import format_gib
-from minitron.checkpoints import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, copy_companions, same_bits, save_model_weights, write_weights
+from minitron.checkpoints import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, copy_companions, same_bits
 from minitron.families.base import Family
 from minitron.importance.placement import StreamedModel
 from minitron.runtime import available_memory_bytes
+from minitron.shards import save_model_weights, write_weights
 from minitron.store import write_json
 
 CHECK_TOKENS = 48

@@ -6,7 +6,7 @@ arithmetic is the same modules on the same shapes, so on CPU the scores are equa
 
 import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,10 +107,12 @@ class StreamedModel:
 
     def visit(self, layers: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
         with ThreadPoolExecutor(max_workers=1) as reader:
-            pending = reader.submit(self._load_layer, layers[0]) if layers else None
-            for position, layer in enumerate(layers):
-                block = pending.result()
-                pending = reader.submit(self._load_layer, layers[position + 1]) if position + 1 < len(layers) else None
+            begun = None
+            for layer, following in zip(layers, [*layers[1:], None], strict=True):
+                stored = (begun or self._begin_reading(reader, layer)).result()
+                begun = None if following is None else self._begin_reading(reader, following)
+                block = self._load(lambda layer=layer: self.family.build_layer(self.config, layer), stored, self.dtype)
+                del stored
                 yield layer, block
                 del block
 
@@ -119,19 +121,26 @@ class StreamedModel:
         give_back_memory()  # a vocabulary's matrix does not fit where layers were
         yield Head(*(self._load_outside(part, None if as_stored else self.dtype) for part in ("norm", "head")))
 
-    def _load_layer(self, layer: int) -> nn.Module:
-        return self._load(lambda: self.family.build_layer(self.config, layer), f"layers.{layer}.", self.dtype)
+    def _begin_reading(self, reader: ThreadPoolExecutor, layer: int) -> Future[dict[str, torch.Tensor]]:
+        """A layer's tensors as stored. Their memory is asked for here, in the thread that lets it go again: another thread's does not come back to it."""
+        empty = self._empty(f"layers.{layer}.")
+        return reader.submit(self._fill, f"layers.{layer}.", empty)
+
+    def _empty(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {name[len(prefix) :]: self.checkpoint.empty(file_name) for name, file_name in self.names.items() if name.startswith(prefix)}
+
+    def _fill(self, prefix: str, empty: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: self.checkpoint.read(self.names[prefix + name], into=tensor).to(self.device) for name, tensor in empty.items()}
 
     def _load_outside(self, part: str, dtype: torch.dtype | None) -> nn.Module:
-        return self._load(lambda: self.family.build_outside(self.config, part), self.family.outside_names[part], dtype)
+        prefix = self.family.outside_names[part]
+        return self._load(lambda: self.family.build_outside(self.config, part), self._fill(prefix, self._empty(prefix)), dtype)
 
-    def _load(self, build: Callable[[], nn.Module], prefix: str, dtype: torch.dtype | None) -> nn.Module:
-        """A module built without memory, its tensors read from disk; of this dtype, or as they are stored."""
+    def _load(self, build: Callable[[], nn.Module], state: dict[str, torch.Tensor], dtype: torch.dtype | None) -> nn.Module:
+        """A module built without memory, of these tensors; in this dtype, or as they are stored."""
         with torch.device("meta"):
             module = build()
-        state = {name[len(prefix) :]: self.checkpoint.read(file_name) for name, file_name in self.names.items() if name.startswith(prefix)}
-        state = {name: tensor.to(self.device, dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-        module.load_state_dict(state, assign=True)
+        module.load_state_dict({name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}, assign=True)
         return module.eval().requires_grad_(False)
 
 

@@ -18,7 +18,7 @@ from minitron.pruning.basis import Basis, basis_without
 from minitron.pruning.plan import Indices, PruningPlan
 
 EMBED, READ, WRITE, WRITE_BIAS, NORM = "embed", "read", "write", "write bias", "norm"
-ROWS_AT_ONCE = 4096
+AT_ONCE = 4096  # rows or columns of a matrix: what they become is rounded while it is still in the processor's cache
 
 
 def stream_role(family: Family, row: TensorAxes) -> str | None:
@@ -113,15 +113,23 @@ def in_basis(tensor: torch.Tensor, role: str | None, basis: Basis, read: Callabl
     if role in (READ, EMBED):
         return _by_rows(tensor, basis.project if role == EMBED else read, basis.matrix_DK.shape[1], dtype)
     if role == WRITE:
-        return basis.project_columns(tensor).to(dtype)
+        return _by_columns(tensor, basis, dtype)
     if role == WRITE_BIAS:
         return basis.project(tensor).to(dtype)
     return tensor.to(dtype)
 
 
 def _by_rows(rows_VD: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor], width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows changed in float32 and rounded to `dtype` some at a time: of a vocabulary's worth there is no second float32 copy."""
+    """Rows changed in float32 and rounded to `dtype` some at a time: there is no second float32 copy."""
     result_VK = torch.empty(len(rows_VD), width, dtype=dtype, device=rows_VD.device)
-    for rows, result in zip(rows_VD.split(ROWS_AT_ONCE), result_VK.split(ROWS_AT_ONCE), strict=True):
+    for rows, result in zip(rows_VD.split(AT_ONCE), result_VK.split(AT_ONCE), strict=True):
         result.copy_(change(rows.float()))
     return result_VK
+
+
+def _by_columns(matrix_DI: torch.Tensor, basis: Basis, dtype: torch.dtype) -> torch.Tensor:
+    """A writing matrix in the basis, as _by_rows."""
+    result_KI = torch.empty(basis.matrix_DK.shape[1], matrix_DI.shape[1], dtype=dtype, device=matrix_DI.device)
+    for columns, result in zip(matrix_DI.split(AT_ONCE, 1), result_KI.split(AT_ONCE, 1), strict=True):
+        result.copy_(basis.project_columns(columns))
+    return result_KI

@@ -20,7 +20,7 @@ from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import layer_parameters
 from memory_budget.units import GIB, format_gib
-from minitron.checkpoints import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, read_header, write_weights
+from minitron.checkpoints import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, read_header
 from minitron.evaluation import batches_of, screening_rows, spread_rows
 from minitron.families.base import Family
 from minitron.importance.placement import StreamedModel, ids_and_mask
@@ -33,6 +33,7 @@ from minitron.pruning.refit import ridge_for
 from minitron.pruning.rotation import stream_basis
 from minitron.runtime import pick_device, process_memory_bytes
 from minitron.settings import PruneSettings
+from minitron.shards import write_weights
 from minitron.stages.models import base_folder
 
 BASIS_FILE = "basis.safetensors"

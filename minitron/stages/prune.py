@@ -9,7 +9,7 @@ from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import GIB, format_gib
-from minitron.checkpoints import Checkpoint, PlannedTensor, write_weights
+from minitron.checkpoints import Checkpoint, PlannedTensor
 from minitron.derived import base_stage
 from minitron.families import family_of
 from minitron.families.base import Family
@@ -19,6 +19,7 @@ from minitron.pruning.plan import PruningPlan, make_plan
 from minitron.publish import check_layer_by_layer, check_reload, model_card, write_companions
 from minitron.runtime import available_memory_bytes
 from minitron.settings import PruneMethod
+from minitron.shards import write_weights
 from minitron.stages.compensated_cut import BASIS_FILE, damage, write_compensated
 from minitron.stages.models import base_folder, scores_of
 from minitron.store import write_json

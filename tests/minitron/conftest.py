@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from memory_budget.architecture import Architecture
-from minitron.checkpoints import save_model_weights
 from minitron.families.nemotron_h import FAMILY
+from minitron.shards import save_model_weights
 from minitron.stages.teacher import TINY_CONFIG
 from minitron.store import write_json
 

@@ -270,8 +270,8 @@ def test_the_last_channels_left_out_leave_the_first_as_they_are():
 
 def test_a_product_by_the_basis_factors_is_that_by_its_matrix():
     basis, rows = basis_without(random_basis(32)[:, 28:]), torch.randn(3, 10, 32, generator=torch.Generator().manual_seed(1))
-    left_Dr, right_rK = basis.factors
-    assert left_Dr.shape == (32, 4) and right_rK.shape == (4, 28)
+    left_Kr, right_rK = basis.factors
+    assert left_Kr.shape == (28, 4) and right_rK.shape == (4, 28)
     weight = torch.linspace(0.5, 2, 32)
     assert torch.allclose(basis.project(rows), rows @ basis.matrix_DK, atol=1e-5)
     assert torch.allclose(basis.project(rows, weight), rows * weight @ basis.matrix_DK, atol=1e-5)

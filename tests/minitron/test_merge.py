@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from memory_budget.hf_config import read_config
-from minitron.checkpoints import PIECE_BYTES, Checkpoint, save_model_weights
+from minitron.checkpoints import PIECE_BYTES, Checkpoint
 from minitron.evaluation import batches_of, evaluation_rows, held_out_loss, screening_rows, spread_rows
 from minitron.families.nemotron_h import FAMILY
 from minitron.hand_over_settings import MergeSettings
+from minitron.shards import save_model_weights
 from minitron.stages.merge import Source, merged_tensors
 from minitron.store import write_json
 

@@ -8,8 +8,7 @@ import textwrap
 
 import pytest
 
-from minitron.checkpoints import write_json
-from minitron.store import DONE, find_result, finish, locked, stage_key
+from minitron.store import DONE, find_result, finish, locked, stage_key, write_json
 
 BASE = {"stage": "score", "version": 1, "settings": {"samples": 8, "seed": 0}, "input_keys": {"data": "aaa", "teacher": "bbb"}}
 
