@@ -231,15 +231,22 @@ class PlannedWeights:
         self.entries = {tensor.name: tensor for tensor in tensors}
 
     def empty(self, name: str) -> torch.Tensor:
+        """Memory for one whole tensor."""
         return torch.empty(self.entries[name].shape, dtype=DTYPES[self.entries[name].dtype])
 
     def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """One whole tensor, made anew; `into`, an empty(name), is filled and given."""
-        tensor, first = self.empty(name) if into is None else into, 0
-        for piece in self.entries[name].pieces():
+        tensor = self.empty(name) if into is None else into
+        for first, piece in self.read_rows(name):
             tensor[first : first + len(piece)] = piece
-            first += len(piece)
         return tensor
+
+    def read_rows(self, name: str, most_bytes: int = PIECE_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
+        """Its pieces as they are made, each with the number of its first row."""
+        first = 0
+        for piece in self.entries[name].pieces():
+            yield first, piece
+            first += len(piece)
 
 
 def copy_companions(source: Path, folder: Path) -> None:

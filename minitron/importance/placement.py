@@ -20,6 +20,8 @@ from memory_budget.architecture import Architecture
 from minitron.checkpoints import Checkpoint, PlannedWeights
 from minitron.families.base import Family
 
+ROWS_BYTES = 2**25  # of a vocabulary's matrix, which is never in memory whole where it is only looked up and rewritten
+
 
 def ids_and_mask(rows_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Ids that a model takes and the mask of real tokens, both [B, T]; None where all are real, which is cheaper to sum."""
@@ -39,6 +41,12 @@ class Head:
         return self.projection(self.norm(hidden)).float()
 
 
+def look_up(ids_BT: torch.Tensor, first: int, rows_VD: torch.Tensor, into_BTD: torch.Tensor) -> None:
+    """Embeds the ids that some rows of a table, from `first` on, have."""
+    here_BT = (ids_BT >= first) & (ids_BT < first + len(rows_VD))
+    into_BTD[here_BT] = rows_VD[ids_BT[here_BT] - first].to(into_BTD.dtype)
+
+
 class PlacedModel(Protocol):
     """A model that can be walked layer by layer."""
 
@@ -49,14 +57,14 @@ class PlacedModel(Protocol):
     def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Ids [B, T] to hidden states [B, T, D], for every batch."""
 
-    def open_embedding(self):
-        """Context manager giving the module of the embeddings, as they are stored."""
+    def stored_rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """A tensor outside the layers, by its canonical name and as it is stored, some rows at a time, each time with the number of the first."""
 
     def visit(self, layers: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
         """The given layers in order, each ready to run; one is valid until the next is asked for."""
 
-    def open_head(self, *, as_stored: bool = False):
-        """Context manager giving the Head; `as_stored`, it is to be read rather than run, and nothing is converted."""
+    def open_head(self):
+        """Context manager giving the Head."""
 
 
 class WholeModel:
@@ -70,16 +78,16 @@ class WholeModel:
     def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [self.parts.embed(ids_BT) for ids_BT in batches]
 
-    @contextmanager
-    def open_embedding(self) -> Iterator[nn.Module]:
-        yield self.parts.embed
+    def stored_rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        tensors = {self.family.canonical_name(file_name): tensor for file_name, tensor in self.model.state_dict().items()}
+        yield 0, tensors[name]
 
     def visit(self, layers: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
         for layer in layers:
             yield layer, self.parts.layers[layer]
 
     @contextmanager
-    def open_head(self, *, as_stored: bool = False) -> Iterator[Head]:
+    def open_head(self) -> Iterator[Head]:
         yield Head(self.parts.norm, self.parts.head)
 
 
@@ -98,12 +106,15 @@ class StreamedModel:
         keep_freed_memory()
 
     def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        with self.open_embedding() as embed:
-            return [embed(ids_BT).to(self.dtype) for ids_BT in batches]
+        residuals = [torch.empty(*ids_BT.shape, self.architecture.hidden, dtype=self.dtype, device=self.device) for ids_BT in batches]
+        for first, rows_VD in self.stored_rows(f"{self.family.outside_names['embed']}weight"):
+            for ids_BT, residual_BTD in zip(batches, residuals, strict=True):
+                look_up(ids_BT, first, rows_VD, residual_BTD)
+        return residuals
 
-    @contextmanager
-    def open_embedding(self) -> Iterator[nn.Module]:
-        yield self._load_outside("embed", None)
+    def stored_rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        for first, rows in self.checkpoint.read_rows(self.names[name], ROWS_BYTES):
+            yield first, rows.to(self.device)
 
     def visit(self, layers: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
         with ThreadPoolExecutor(max_workers=1) as reader:
@@ -111,15 +122,15 @@ class StreamedModel:
             for layer, following in zip(layers, [*layers[1:], None], strict=True):
                 stored = (begun or self._begin_reading(reader, layer)).result()
                 begun = None if following is None else self._begin_reading(reader, following)
-                block = self._load(lambda layer=layer: self.family.build_layer(self.config, layer), stored, self.dtype)
+                block = self._load(lambda layer=layer: self.family.build_layer(self.config, layer), stored)
                 del stored
                 yield layer, block
                 del block
 
     @contextmanager
-    def open_head(self, *, as_stored: bool = False) -> Iterator[Head]:
+    def open_head(self) -> Iterator[Head]:
         give_back_memory()  # a vocabulary's matrix does not fit where layers were
-        yield Head(*(self._load_outside(part, None if as_stored else self.dtype) for part in ("norm", "head")))
+        yield Head(*(self._load_outside(part) for part in ("norm", "head")))
 
     def _begin_reading(self, reader: ThreadPoolExecutor, layer: int) -> Future[dict[str, torch.Tensor]]:
         """A layer's tensors as stored. Their memory is asked for here, in the thread that lets it go again: another thread's does not come back to it."""
@@ -132,15 +143,15 @@ class StreamedModel:
     def _fill(self, prefix: str, empty: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: self.checkpoint.read(self.names[prefix + name], into=tensor).to(self.device) for name, tensor in empty.items()}
 
-    def _load_outside(self, part: str, dtype: torch.dtype | None) -> nn.Module:
+    def _load_outside(self, part: str) -> nn.Module:
         prefix = self.family.outside_names[part]
-        return self._load(lambda: self.family.build_outside(self.config, part), self._fill(prefix, self._empty(prefix)), dtype)
+        return self._load(lambda: self.family.build_outside(self.config, part), self._fill(prefix, self._empty(prefix)))
 
-    def _load(self, build: Callable[[], nn.Module], state: dict[str, torch.Tensor], dtype: torch.dtype | None) -> nn.Module:
-        """A module built without memory, of these tensors; in this dtype, or as they are stored."""
+    def _load(self, build: Callable[[], nn.Module], state: dict[str, torch.Tensor]) -> nn.Module:
+        """A module built without memory, of these tensors in the model's dtype."""
         with torch.device("meta"):
             module = build()
-        module.load_state_dict({name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}, assign=True)
+        module.load_state_dict({name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}, assign=True)
         return module.eval().requires_grad_(False)
 
 

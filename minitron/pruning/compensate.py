@@ -20,11 +20,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from minitron.families.base import HIDDEN
-from minitron.importance.placement import PlacedModel, ids_and_mask
+from minitron.importance.placement import PlacedModel, ids_and_mask, look_up
 from minitron.pruning.basis import Basis
 from minitron.pruning.cut import expected_shape, plan_cuts, required_names, row_of
 from minitron.pruning.plan import PruningPlan
@@ -77,7 +76,7 @@ def build_compensated(base: PlacedModel, plan: PruningPlan, batches: Sequence[to
         student = base.family.build(base.family.hf_config(config, plan.student))
     names = {base.family.canonical_name(name): name for name in student.state_dict()}
     tensors = CompensatedCut(base, plan, batches, basis, recipe, config=config, dtypes=dtypes).tensors()
-    student.load_state_dict({names[name]: tensor.float() for name, tensor in tensors}, assign=True)
+    student.load_state_dict({names[name]: torch.cat([piece.float() for piece in pieces]) for name, pieces in tensors}, assign=True)
     return student.eval()
 
 
@@ -108,17 +107,10 @@ class CompensatedCut:
         self.student_residuals: list[torch.Tensor] = []
 
     @torch.no_grad()
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The student's tensors by canonical name, layer by layer, but for those stored already. Raises ValueError naming the layer whose sums are
-        not finite or singular."""
-        with self.base.open_embedding() as embedding:
-            self.base_residuals = [embedding(ids_BT).float() for ids_BT in self.ids]
-            made = self._cut({f"{self.family.outside_names['embed']}weight": embedding.weight}, lambda: None)
-        del embedding  # 1.25 GiB of a 12B's, in bf16
-        (table_VK,) = made.values()
-        self.student_residuals = [F.embedding(ids_BT, table_VK).float() for ids_BT in self.ids]
-        yield from self._new(made.items())
-        del made, table_VK
+    def tensors(self) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
+        """The student's tensors by canonical name, layer by layer, but for those stored already; each as pieces that follow each other along the
+        first dimension and are made as they are asked for. Raises ValueError naming the layer whose sums are not finite or singular."""
+        yield from self._in_pieces(f"{self.family.outside_names['embed']}weight", self._embedding)
         positions, begun = {layer: position for position, layer in enumerate(self.plan.kept_layers)}, None
         for layer, base_block in self.base.visit(range(self.plan.teacher.num_layers)):
             if layer in positions:
@@ -129,18 +121,45 @@ class CompensatedCut:
             self.on_layer()
         yield from self._finish(begun)
         del begun
-        with self.base.open_head(as_stored=True) as head:
-            parts = {"norm": head.norm, "head": head.projection}
-            state = {f"{self.family.outside_names[part]}{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
-            yield from self._new(self._cut(state, lambda: self._reading(state, "the output head")).items())
+        outside = [f"{self.family.outside_names[part]}weight" for part in ("norm", "head")]
+        ((_, weight_D),) = self.base.stored_rows(outside[0])
+        if not set(outside) <= self.stored.keys():
+            reading = self._reading(weight_D, self.dtypes.get(outside[0], torch.float32), "the output head")
+            for name in outside:
+                yield from self._in_pieces(name, lambda name=name: (self._made(name, rows, reading) for _, rows in self.base.stored_rows(name)))
 
-    def _new(self, made: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, tensor) for name, tensor in made if name not in self.stored)
+    def _in_pieces(self, name: str, pieces: Callable[[], Iterator[torch.Tensor]]) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
+        """A tensor outside the layers, gone through to its end whoever wants it."""
+        making = pieces()
+        if name not in self.stored:
+            yield name, making
+        for _ in making:
+            pass
+
+    def _embedding(self) -> Iterator[torch.Tensor]:
+        """The student's table in pieces; on the way both models' tokens are looked up."""
+        name = f"{self.family.outside_names['embed']}weight"
+        stored = self.stored[name]() if name in self.stored else None
+        widths = self.plan.teacher.hidden, self.plan.student.hidden
+        self.base_residuals, self.student_residuals = ([torch.empty(*ids_BT.shape, width, device=self.base.device) for ids_BT in self.ids] for width in widths)
+        for first, rows_VD in self.base.stored_rows(name):
+            made_VK = self._made(name, rows_VD, None) if stored is None else stored[first : first + len(rows_VD)].to(self.base.device)
+            for ids_BT, base_BTD, student_BTK in zip(self.ids, self.base_residuals, self.student_residuals, strict=True):
+                look_up(ids_BT, first, rows_VD, base_BTD)
+                look_up(ids_BT, first, made_VK, student_BTK)
+            yield made_VK
+
+    def _new(self, made: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
+        return ((name, [tensor]) for name, tensor in made if name not in self.stored)
 
     def _begin(self, base_block: nn.Module, layer: int, position: int) -> _Begun:
         """The student's layer with its readers refitted."""
         state = {f"layers.{layer}.{name}": tensor for name, tensor in base_block.state_dict().items()}
-        made = self._cut(state, lambda: self._reading(state, f"layer {layer}"))
+        made = {target: self.stored[target]() for name in state if (target := self.cuts[name].target) in self.stored}
+        if len(made) < len(state):
+            (norm,) = [name for name in state if self.roles[name] == NORM]
+            reading = self._reading(state[norm], self.dtypes.get(norm, torch.float32), f"layer {layer}")
+            made |= {self.cuts[name].target: self._made(name, tensor, reading) for name, tensor in state.items() if self.cuts[name].target not in made}
         tensors = {name.removeprefix(f"layers.{position}."): tensor for name, tensor in made.items()}
         with torch.device("meta"):
             block = self.family.build_layer(self.student_config, position)
@@ -171,10 +190,9 @@ class CompensatedCut:
         handle.remove()
         return equations.solve(writer.weight, self.recipe.ridge, place=place)
 
-    def _reading(self, state: Mapping[str, torch.Tensor], place: str) -> _Reading:
-        """The norm's scale, then the matrix, both by least squares from n(y) to n(x)."""
-        (norm,) = [name for name in state if self.roles[name] == NORM]
-        weight_D, stored, basis_DK = state[norm].float(), self.dtypes.get(norm, torch.float32), self.basis.matrix_DK
+    def _reading(self, weight_D: torch.Tensor, stored: torch.dtype, place: str) -> _Reading:
+        """At a norm of this weight, to be stored so: its scale, then the matrix, both by least squares from n(y) to n(x)."""
+        weight_D, basis_DK = weight_D.float(), self.basis.matrix_DK
         alike = square = 0.0
         for wanted_ND, own_NK in self._normalised():
             alike += (self.basis.project(wanted_ND) * own_NK).sum(dtype=torch.float64)
@@ -192,23 +210,10 @@ class CompensatedCut:
         for base_BTD, student_BTK, mask in zip(self.base_residuals, self.student_residuals, self.masks, strict=True):
             yield real_tokens(normalised(base_BTD, self.epsilon), mask), real_tokens(normalised(student_BTK, self.epsilon), mask)
 
-    def _cut(self, state: Mapping[str, torch.Tensor], reading: Callable[[], _Reading | None]) -> dict[str, torch.Tensor]:
-        """Tensors of the base as the student has them, by its names: cut, folded, in its basis and in the dtypes they are stored in, or as stored.
-
-        The reading is asked for where not all of them are stored.
-        """
-        made = {target: self.stored[target]() for name in state if (target := self.cuts[name].target) in self.stored}
-        if len(made) == len(state):
-            return made
-        found = reading()
-        read = None if found is None else found.product(self.basis)
-        for name, tensor in state.items():
-            cut, role, dtype = self.cuts[name], self.roles[name], self.dtypes.get(name, torch.float32)
-            if cut.target in made:
-                continue
-            if role == NORM:
-                kept = torch.full((self.plan.student.hidden,), found.scale, dtype=dtype, device=tensor.device)
-            else:
-                kept = in_basis(cut.apply(tensor), role, self.basis, read, dtype)
-            made[cut.target] = kept.contiguous()
-        return made
+    def _made(self, name: str, tensor: torch.Tensor, reading: _Reading | None) -> torch.Tensor:
+        """A tensor of the base, or rows of it, as the student has it: cut, folded, in its basis and in the dtype it is stored in."""
+        cut, role, dtype = self.cuts[name], self.roles[name], self.dtypes.get(name, torch.float32)
+        if role == NORM:
+            return torch.full((self.plan.student.hidden,), reading.scale, dtype=dtype, device=tensor.device)
+        read = None if reading is None else reading.product(self.basis)
+        return in_basis(cut.apply(tensor), role, self.basis, read, dtype).contiguous()

@@ -4,14 +4,14 @@ A run that was interrupted goes on behind the last whole shard: what is on disk 
 """
 
 import os
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,7 +20,7 @@ from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import layer_parameters
 from memory_budget.units import GIB, format_gib
-from minitron.checkpoints import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, read_header
+from minitron.checkpoints import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, bytes_of, read_header
 from minitron.evaluation import batches_of, screening_rows, spread_rows
 from minitron.families.base import Family
 from minitron.importance.placement import StreamedModel, ids_and_mask
@@ -89,7 +89,7 @@ class MadeWeights:
         }  # fmt: skip
         self.cut = CompensatedCut(base, plan, batches, basis, recipe, config=base.config, dtypes=_stored_dtypes(base), stored=self.stored, on_layer=on_layer)
         self.tensors = self.cut.tensors()
-        self.waiting: dict[str, torch.Tensor] = {}  # made, and not yet asked for: of one layer at most
+        self.waiting: dict[str, list[torch.Tensor]] = {}  # made, and not yet asked for: of one layer at most
         self.checksums: dict[str, int] = {}
 
     def write(self, sliced: Sequence[PlannedTensor], *, max_shard_bytes: int) -> None:
@@ -105,14 +105,25 @@ class MadeWeights:
             return -1
         return int(name.split(".")[1]) if name.startswith("layers.") else self.plan.student.num_layers
 
-    def _take(self, name: str) -> list[torch.Tensor]:
+    def _take(self, name: str) -> Iterator[torch.Tensor]:
         if name in self.stored:  # in a shard of another size
-            return [self.stored[name]()]
+            yield self.stored[name]()
+            return
         while name not in self.waiting:
-            made, tensor = next(self.tensors)
-            self.waiting[made] = tensor.cpu()
-            self.checksums[made] = _checksum(self.waiting[made])
-        return [self.waiting.pop(name)]
+            made, pieces = next(self.tensors)
+            if made == name:
+                yield from self._summed(name, pieces)
+                return
+            self.waiting[made] = list(pieces)
+        yield from self._summed(name, self.waiting.pop(name))
+
+    def _summed(self, name: str, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        checksum = xxhash.xxh3_64()
+        for piece in pieces:
+            piece = piece.cpu()
+            checksum.update(bytes_of(piece))
+            yield piece
+        self.checksums[name] = checksum.intdigest()
 
     @torch.no_grad()
     def check(self, config: Mapping) -> str:
@@ -122,7 +133,10 @@ class MadeWeights:
         """
         written = Checkpoint(self.folder)
         for name, wanted in self.checksums.items():
-            if _checksum(written.read(self.family.file_name(name))) != wanted:
+            found = xxhash.xxh3_64()
+            for _, rows in written.read_rows(self.family.file_name(name)):
+                found.update(bytes_of(rows))
+            if found.intdigest() != wanted:
                 raise RuntimeError(f"{self.folder}: tensor {self.family.file_name(name)}, read back, is not what was made")
         if architecture_from_config(read_config(self.folder)) != architecture_from_config(config):
             raise RuntimeError(f"{self.folder}/config.json, read back, describes another architecture than was planned")
@@ -136,10 +150,6 @@ class MadeWeights:
             raise RuntimeError(f"{self.folder}, read back, gives residuals that differ by {difference:.1e} of the largest from those it was made with")
         compared = f"the {len(self.checksums)} tensors made now" if self.stored else "every tensor"
         return f"read back: {compared} equal, residuals of {found.shape[0] * found.shape[1]:,} tokens differ by {difference:.1e}"
-
-
-def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def compensated_model(context: StageContext, family: Family, plan: PruningPlan) -> nn.Module:

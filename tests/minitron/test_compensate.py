@@ -220,13 +220,17 @@ def test_padding_does_not_count(teacher, tiny, hard_plan, config_of, rows):
     assert not torch.allclose(plain["lm_head.weight"], other["lm_head.weight"], rtol=1e-3, atol=1e-4)
 
 
+def whole(made: CompensatedCut) -> dict[str, torch.Tensor]:
+    return {name: torch.cat(list(pieces)) for name, pieces in made.tensors()}
+
+
 def test_a_model_read_from_disk_layer_by_layer_is_cut_to_the_same_bits(tmp_path, teacher, tiny, hard_plan, config_of, rows, write_checkpoint):
     folder = write_checkpoint(tmp_path, teacher, config_of(tiny))
     streamed = StreamedModel(FAMILY, folder, read_config(folder), tiny, torch.device("cpu"))
 
     def made(base) -> dict[str, torch.Tensor]:
         basis = stream_basis(base, hard_plan, rows, rotate=True, config=config_of(tiny))
-        return dict(CompensatedCut(base, hard_plan, rows, basis, EVERY_PART, config=config_of(tiny)).tensors())
+        return whole(CompensatedCut(base, hard_plan, rows, basis, EVERY_PART, config=config_of(tiny)))
 
     one, other = made(streamed), made(WholeModel(FAMILY, teacher, tiny))
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
@@ -237,7 +241,7 @@ def test_tensors_have_the_dtypes_they_are_stored_in(teacher, tiny, hard_plan, co
     names = {FAMILY.canonical_name(name) for name in teacher.state_dict()}
     dtypes = {name: torch.float32 if name.endswith(("A_log", ".D")) else torch.bfloat16 for name in names}
     basis = stream_basis(base, hard_plan, rows, rotate=True, config=config)
-    made = dict(CompensatedCut(base, hard_plan, rows, basis, EVERY_PART, config=config, dtypes=dtypes).tensors())
+    made = whole(CompensatedCut(base, hard_plan, rows, basis, EVERY_PART, config=config, dtypes=dtypes))
     assert all(tensor.dtype == (torch.float32 if name.endswith(("A_log", ".D")) else torch.bfloat16) for name, tensor in made.items())
     model = build_compensated(base, hard_plan, rows, EVERY_PART, config=config, dtypes=dtypes)
     in_memory = {FAMILY.canonical_name(name): tensor for name, tensor in model.state_dict().items()}

@@ -102,7 +102,8 @@ def test_a_file_written_directly_is_what_was_given(disk, length):
 @pytest.mark.parametrize("direct", [False, True])
 def test_weights_written_and_read_either_way_are_the_same(tmp_path, direct):
     random = torch.Generator().manual_seed(0)
-    state = {"a": torch.randn(1500, 300, generator=random).bfloat16(), "odd": torch.randn(7, generator=random).bfloat16(), "b": torch.randn(900, 700, generator=random)}
+    state = {"a": torch.randn(1500, 300, generator=random).bfloat16(), "odd": torch.randn(7, generator=random).bfloat16()}
+    state["b"] = torch.randn(900, 700, generator=random)
     codes = {torch.bfloat16: "BF16", torch.float32: "F32"}
     planned = [PlannedTensor(name, codes[value.dtype], tuple(value.shape), lambda value=value: value.split(311)) for name, value in state.items()]
     write_weights(tmp_path, planned, max_shard_bytes=2**30, direct=direct)
