@@ -40,7 +40,7 @@ def random_directions(width: int, number: int, seed: int) -> torch.Tensor:
 def rotation_flops(plan: PruningPlan, shapes: dict[str, tuple[int, ...]]) -> int:
     """Of every matrix that meets the stream times the basis, as a product of two factors (minitron/pruning/basis.py)."""
     hidden, wide = plan.student.hidden, plan.teacher.hidden
-    return sum(2 * shape[0] * shape[1] // hidden * (wide - hidden) * (wide + hidden) for shape in shapes.values() if len(shape) == 2 and hidden in shape)
+    return sum(4 * shape[0] * shape[1] * (wide - hidden) for shape in shapes.values() if len(shape) == 2 and hidden in shape)
 
 
 def matrix_rate(width: int) -> float:

@@ -215,14 +215,14 @@ def _solved_for(plan: PruningPlan, recipe: Recipe) -> list[tuple[int, int]]:
 def check_memory(plan: PruningPlan, recipe: Recipe, rows: np.ndarray, available: int, where: str) -> None:
     """Refuse to begin what `available` bytes cannot hold. Raises ValueError.
 
-    At least: both models' residuals of all tokens in float32, and beside them two layers of the base and one of the student, the Gram matrix of a
-    fit, its factor and two matrices of its shape in float64, or both models' embeddings in bf16.
+    At least: both models' residuals of all tokens in float32, and beside them a layer of the base and one of the student, the base's next one in bf16,
+    and the Gram matrix of a fit, its factor and two matrices of its shape in float64.
     """
     teacher, student = plan.teacher, plan.student
     residuals = 4 * count_tokens(rows) * (teacher.hidden + student.hidden)
-    of_teacher, of_student = (4 * max(layer_parameters(one, kind).total for kind in set(one.pattern)) for one in (teacher, student))
+    of_teacher, of_student = (max(layer_parameters(one, kind).total for kind in set(one.pattern)) for one in (teacher, student))
     fit = max((8 * (2 * inputs * inputs + 2 * inputs * outputs) for inputs, outputs in _solved_for(plan, recipe)), default=0)
-    beside = max(2 * of_teacher + of_student + fit, 2 * teacher.vocab * (teacher.hidden + student.hidden))
+    beside = (4 + 2) * of_teacher + 4 * of_student + fit
     if residuals + beside <= available:
         return
     fitting = len(rows) * (available - beside) // residuals
