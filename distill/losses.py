@@ -19,6 +19,12 @@ def forward_kl(student_BTV: torch.Tensor, teacher_BTV: torch.Tensor, *, temperat
     return (divergence_BT if mask_BT is None else divergence_BT[mask_BT]).mean() * temperature**2
 
 
+def next_token_loss(logits_BTV: torch.Tensor, rows_BT: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of every next token that is no padding, nats per token: logits at t against the id at t + 1."""
+    vocabulary = logits_BTV.shape[-1]
+    return F.cross_entropy(logits_BTV[:, :-1].reshape(-1, vocabulary).float(), rows_BT[:, 1:].reshape(-1), ignore_index=PADDING)
+
+
 def next_token_labels(rows_BT: torch.Tensor) -> torch.Tensor:
     """What each position should predict, int64 [B, T]: the following id; PADDING where there is none in its document."""
     return F.pad(rows_BT[:, 1:].clamp(min=PADDING), (0, 1), value=PADDING).long()

@@ -134,3 +134,11 @@ def remove_states(folder: Path) -> None:
         shutil.rmtree(path)
     if (folder / STATES_FOLDER).exists() and not any((folder / STATES_FOLDER).iterdir()):
         (folder / STATES_FOLDER).rmdir()
+
+
+@torch.no_grad()
+def load_weights(state: State, model: torch.nn.Module) -> None:
+    """Copy a saved state's weights into a whole model."""
+    with safe_open(state.folder / TENSORS_FILE, framework="pt") as file:
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(file.get_tensor(f"model.{name}"))

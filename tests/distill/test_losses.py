@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from distill.batches import PADDING, split_padding
-from distill.losses import forward_kl, forward_kl_top_k, hidden_state_loss
+from distill.losses import forward_kl, forward_kl_top_k, hidden_state_loss, next_token_loss
 from distill.top_k import top_k_of_logits
 
 
@@ -66,6 +66,15 @@ def test_bfloat16_logits_are_reduced_in_float32(logits):
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(reference_kl(student, teacher), rel=1e-6)
 
 
+def test_next_token_loss_holds_each_position_against_the_following_id(logits):
+    ids = torch.randint(97, (2, 5), generator=torch.Generator().manual_seed(1))
+    log_probabilities = logits[0].double().log_softmax(-1)
+    expected = -torch.stack([log_probabilities[b, t, ids[b, t + 1]] for b in range(2) for t in range(4)]).mean()
+    assert next_token_loss(logits[0], ids).item() == pytest.approx(expected.item(), rel=1e-6)
+    same_position = F.cross_entropy(logits[0].reshape(-1, 97), ids.reshape(-1)).item()
+    assert next_token_loss(logits[0], ids).item() != pytest.approx(same_position, rel=1e-3)
+
+
 # Padding.
 
 LENGTHS = (5, 2, 4)
@@ -86,6 +95,14 @@ def mean_of_rows(losses: list[torch.Tensor], numbers: list[int]) -> float:
     return sum(loss.item() * number for loss, number in zip(losses, numbers, strict=True)) / sum(numbers)
 
 
+def test_next_token_loss_of_a_padded_batch_is_that_of_its_rows_one_by_one(padded):
+    logits, _, rows = padded
+    one_by_one = [next_token_loss(logits[b : b + 1, :length], rows[b : b + 1, :length]) for b, length in enumerate(LENGTHS)]
+    expected = mean_of_rows(one_by_one, [length - 1 for length in LENGTHS])
+    assert next_token_loss(logits, rows).item() == pytest.approx(expected, rel=1e-6)
+    assert next_token_loss(logits, rows.clamp(min=0)).item() != pytest.approx(expected, rel=1e-2)  # padding taken for tokens
+
+
 def test_forward_kl_of_a_padded_batch_is_that_of_its_rows_one_by_one(padded):
     student, teacher, rows = padded
     one_by_one = [forward_kl(student[b : b + 1, :length], teacher[b : b + 1, :length], temperature=2.0) for b, length in enumerate(LENGTHS)]
@@ -97,9 +114,10 @@ def test_forward_kl_of_a_padded_batch_is_that_of_its_rows_one_by_one(padded):
 def test_padding_gets_no_gradient(padded):
     student, teacher, rows = padded
     mask = split_padding(rows)[1]
-    logits = student.clone().requires_grad_()
-    forward_kl(logits, teacher, mask_BT=mask).backward()
-    assert logits.grad[~mask].abs().max() == 0 < logits.grad[mask].abs().max()
+    for loss in (lambda logits: forward_kl(logits, teacher, mask_BT=mask), lambda logits: next_token_loss(logits, rows)):
+        logits = student.clone().requires_grad_()
+        loss(logits).backward()
+        assert logits.grad[~mask].abs().max() == 0 < logits.grad[mask].abs().max()
 
 
 def test_a_mask_of_nothing_but_tokens_changes_no_bit(logits):
