@@ -5,6 +5,8 @@ other out before anything is read twice. O_DIRECT moves whole blocks between dis
 system does not have it, files are read and written as always.
 """
 
+import errno
+import fcntl
 import io
 import mmap
 import os
@@ -90,8 +92,16 @@ class DirectFile(io.RawIOBase):
     def _write_blocks(self) -> None:
         view = memoryview(self.buffer)[: -(-self.filled // BLOCK_BYTES) * BLOCK_BYTES]
         while len(view):
-            view = view[os.write(self.file, view) :]
+            try:
+                view = view[os.write(self.file, view) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._is_direct():
+                    raise
+                fcntl.fcntl(self.file, fcntl.F_SETFL, fcntl.fcntl(self.file, fcntl.F_GETFL) & ~_DIRECT)  # a disk of larger blocks, say
         self.filled = 0
+
+    def _is_direct(self) -> bool:
+        return bool(fcntl.fcntl(self.file, fcntl.F_GETFL) & _DIRECT)
 
     def fileno(self) -> int:
         return self.file

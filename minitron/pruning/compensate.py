@@ -110,7 +110,12 @@ class CompensatedCut:
     def tensors(self) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
         """The student's tensors by canonical name, layer by layer, but for those stored already; each as pieces that follow each other along the
         first dimension and are made as they are asked for. Raises ValueError naming the layer whose sums are not finite or singular."""
-        yield from self._in_pieces(f"{self.family.outside_names['embed']}weight", self._embedding)
+        table, norm, head = (f"{self.family.outside_names[part]}weight" for part in ("embed", "norm", "head"))
+        embedding = self._embedding(table)
+        if table not in self.stored:
+            yield table, embedding
+        for _ in embedding:  # to its end, whoever wants it
+            pass
         positions, begun = {layer: position for position, layer in enumerate(self.plan.kept_layers)}, None
         for layer, base_block in self.base.visit(range(self.plan.teacher.num_layers)):
             if layer in positions:
@@ -121,24 +126,16 @@ class CompensatedCut:
             self.on_layer()
         yield from self._finish(begun)
         del begun
-        outside = [f"{self.family.outside_names[part]}weight" for part in ("norm", "head")]
-        ((_, weight_D),) = self.base.stored_rows(outside[0])
-        if not set(outside) <= self.stored.keys():
-            reading = self._reading(weight_D, self.dtypes.get(outside[0], torch.float32), "the output head")
-            for name in outside:
-                yield from self._in_pieces(name, lambda name=name: (self._made(name, rows, reading) for _, rows in self.base.stored_rows(name)))
+        if not {norm, head} <= self.stored.keys():
+            ((_, weight_D),) = self.base.stored_rows(norm)
+            reading = self._reading(weight_D, self.dtypes.get(norm, torch.float32), "the output head")
+            yield from ((name, self._outside(name, reading)) for name in (norm, head) if name not in self.stored)
 
-    def _in_pieces(self, name: str, pieces: Callable[[], Iterator[torch.Tensor]]) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
-        """A tensor outside the layers, gone through to its end whoever wants it."""
-        making = pieces()
-        if name not in self.stored:
-            yield name, making
-        for _ in making:
-            pass
+    def _outside(self, name: str, reading: _Reading) -> Iterator[torch.Tensor]:
+        return (self._made(name, rows, reading) for _, rows in self.base.stored_rows(name))
 
-    def _embedding(self) -> Iterator[torch.Tensor]:
+    def _embedding(self, name: str) -> Iterator[torch.Tensor]:
         """The student's table in pieces; on the way both models' tokens are looked up."""
-        name = f"{self.family.outside_names['embed']}weight"
         stored = self.stored[name]() if name in self.stored else None
         widths = self.plan.teacher.hidden, self.plan.student.hidden
         self.base_residuals, self.student_residuals = ([torch.empty(*ids_BT.shape, width, device=self.base.device) for ids_BT in self.ids] for width in widths)
@@ -148,9 +145,6 @@ class CompensatedCut:
                 look_up(ids_BT, first, rows_VD, base_BTD)
                 look_up(ids_BT, first, made_VK, student_BTK)
             yield made_VK
-
-    def _new(self, made: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
-        return ((name, [tensor]) for name, tensor in made if name not in self.stored)
 
     def _begin(self, base_block: nn.Module, layer: int, position: int) -> _Begun:
         """The student's layer with its readers refitted."""
@@ -166,7 +160,7 @@ class CompensatedCut:
         block.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         return _Begun(block.eval(), layer, position, tensors)
 
-    def _finish(self, begun: _Begun) -> Iterator[tuple[str, torch.Tensor]]:
+    def _finish(self, begun: _Begun) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
         """Refits the layer's writer, moves the student's residuals behind the layer and gives the layer's tensors."""
         block = begun.block
         (name,) = [name for name in block.state_dict() if self.roles[f"layers.{begun.layer}.{name}"] == WRITE]
@@ -175,7 +169,8 @@ class CompensatedCut:
             begun.tensors[name] = self._writing(block, writer, f"layer {begun.layer}").to(begun.tensors[name].dtype)
             writer.weight.data = begun.tensors[name].float()
         self.student_residuals = [block(residual_BTK) for residual_BTK in self.student_residuals]
-        yield from self._new((f"layers.{begun.position}.{name}", tensor) for name, tensor in begun.tensors.items())
+        named = ((f"layers.{begun.position}.{name}", tensor) for name, tensor in begun.tensors.items())
+        yield from ((name, [tensor]) for name, tensor in named if name not in self.stored)
 
     def _writing(self, block: nn.Module, writer: nn.Linear, place: str) -> torch.Tensor:
         """The writer's matrix [K, I] by least squares."""

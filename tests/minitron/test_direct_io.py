@@ -99,6 +99,19 @@ def test_a_file_written_directly_is_what_was_given(disk, length):
     assert path.read_bytes() == data
 
 
+def test_a_disk_that_refuses_blocks_is_written_as_always(disk):
+    data, path = np.random.default_rng(2).bytes(3 * BLOCK_BYTES + 7), disk / "written"
+    for shift in (0, 8):  # memory that begins within a block is refused
+        with DirectFile(path) as file:
+            file.buffer = np.zeros(BUFFER_BYTES + 2 * BLOCK_BYTES, np.uint8)
+            first = -file.buffer.ctypes.data % BLOCK_BYTES + shift
+            file.buffer = file.buffer[first : first + BUFFER_BYTES]
+            file.write(memoryview(data))
+            file.flush()
+            assert file._is_direct() == (shift == 0)
+        assert path.read_bytes() == data
+
+
 @pytest.mark.parametrize("direct", [False, True])
 def test_weights_written_and_read_either_way_are_the_same(tmp_path, direct):
     random = torch.Generator().manual_seed(0)
