@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minitron.runtime import available_memory_bytes
+
 BLOCK_BYTES = 4096  # offsets, lengths and addresses are multiples of it: the largest block of disks in use
 BUFFER_BYTES = 2**24
 LEAST_BYTES = 2**20  # of a tensor that is read around the cache
@@ -25,8 +27,6 @@ _DIRECT = getattr(os, "O_DIRECT", 0)
 
 def would_not_stay(num_bytes: int) -> bool:
     """Whether so many bytes, read or written once, are more than half of what the page cache can have."""
-    from minitron.runtime import available_memory_bytes
-
     return bool(_DIRECT) and num_bytes > available_memory_bytes() // 2
 
 

@@ -43,18 +43,10 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """How the student reads the stream at one norm: w ∘ n(x) ≈ diag(w) · matrix · scale · n(y), the matrix being the basis where there is none."""
+    """How the student reads the stream at one norm: the norm's weight, one number, and what takes rows [V, D] of a matrix that reads there to [V, K]."""
 
-    weight_D: torch.Tensor
-    matrix_DK: torch.Tensor | None
     scale: float
-
-    def product(self, basis: Basis) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What takes rows [V, D] of a matrix that reads to [V, K]."""
-        if self.matrix_DK is None:
-            return lambda rows_VD: basis.project(rows_VD, self.weight_D)
-        folded_DK = self.weight_D[:, None] * self.matrix_DK
-        return lambda rows_VD: rows_VD @ folded_DK
+    rows: Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,11 +186,12 @@ class CompensatedCut:
             square += own_NK.square().sum(dtype=torch.float64)
         scale = float((alike / square).to(stored))
         if not self.recipe.refit_reading:
-            return _Reading(weight_D, None, scale)
+            return _Reading(scale, lambda rows_VD: self.basis.project(rows_VD, weight_D))
         equations = NormalEquations(basis_DK.shape[1], basis_DK.shape[0], basis_DK.device)
         for wanted_ND, own_NK in self._normalised():
             equations.add(scale * own_NK, wanted_ND)
-        return _Reading(weight_D, equations.solve(basis_DK, self.recipe.ridge, place=f"the stream before {place}"), scale)
+        folded_DK = weight_D[:, None] * equations.solve(basis_DK, self.recipe.ridge, place=f"the stream before {place}")
+        return _Reading(scale, lambda rows_VD: rows_VD @ folded_DK)
 
     def _normalised(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """n(x) [N, D] and n(y) [N, K] of every batch."""
@@ -210,5 +203,4 @@ class CompensatedCut:
         cut, role, dtype = self.cuts[name], self.roles[name], self.dtypes.get(name, torch.float32)
         if role == NORM:
             return torch.full((self.plan.student.hidden,), reading.scale, dtype=dtype, device=tensor.device)
-        read = None if reading is None else reading.product(self.basis)
-        return in_basis(cut.apply(tensor), role, self.basis, read, dtype).contiguous()
+        return in_basis(cut.apply(tensor), role, self.basis, reading and reading.rows, dtype).contiguous()
