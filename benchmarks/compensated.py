@@ -5,7 +5,7 @@ same base, and the losses are those of held-out rows that chose nothing. A secon
 Both sides are then distilled with the experiment's own optimiser, each at its best learning rate of one grid, found with the
 first seed. tokens_ratio is the smallest share of the tokens, each share with a schedule of its own, after which the compensated
 student is no worse than the slice after all of them: median over the seeds, null where no share below 1 was enough.
-Run: .venv/bin/python benchmarks/compensated.py --runs DIR [--seeds 3] [--tokens 80000] [--rates 0.01 0.005 0.002 0.001]
+Run: .venv/bin/python benchmarks/compensated.py --runs DIR [--seeds 3] [--tokens 260000] [--rates 0.01 0.005 0.002 0.001]
 """
 
 import argparse
@@ -30,9 +30,11 @@ from minitron.pruning.plan import PruningPlan, make_plan  # noqa: E402
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.5)
 RECIPES = {
     "rotation": Recipe(refit_reading=False, refit_writing=False),
+    "rotation by variance": Recipe("variance", refit_reading=False, refit_writing=False),
     "rotation, reading": Recipe(refit_writing=False),
     "rotation, writing": Recipe(refit_reading=False),
-    "reading, writing": Recipe(rotate=False),
+    "reading, writing": Recipe(directions=None),
+    "all, by variance": Recipe("variance"),
     "compensated": Recipe(),
 }
 
@@ -50,9 +52,8 @@ class Walked:
 
 
 def walk(runs: Path) -> Walked:
-    """`stage=prune` of the tiny experiment, in this folder's store; its first lap is cut plainly and distilled at the plain slice's best rate."""
-    settings = ("stage=prune", "prune.method=slice", "distill.train.learning_rate=0.005", "screen.train.learning_rate=0.005", "search.layers.high=null")
-    summary = walk_pipeline(runs, "compensated", *settings)
+    """`stage=prune` of the tiny experiment, in this folder's store."""
+    summary = walk_pipeline(runs, "compensated", "stage=prune")
     folder = Path(summary["stages"]["prune"]["path"])
     inputs = json.loads((folder / "done.json").read_text())["inputs"]
     store = folder.parent.parent
@@ -117,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True, help="folder for the walk's store; goes on where it was")
     parser.add_argument("--seeds", type=int, default=3, help="orders of the training rows")
-    parser.add_argument("--tokens", type=int, default=80_000, help="of the slice's distillation; the tiny experiment has 260,000")
+    parser.add_argument("--tokens", type=int, default=260_000, help="of the slice's distillation; 260,000 are those of the tiny experiment")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.005, 0.002, 0.001], help="the grid of learning rates, the same for both sides")
     options = parser.parse_args()
     walked = walk(options.runs)

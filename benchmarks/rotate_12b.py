@@ -29,7 +29,7 @@ from minitron.publish import write_companions  # noqa: E402
 from minitron.stages.compensated_cut import MadeWeights  # noqa: E402
 from minitron.stages.prune import planned_tensors  # noqa: E402
 
-RECIPE = Recipe(rotate=True, refit_reading=False, refit_writing=False)
+RECIPE = Recipe(refit_reading=False, refit_writing=False)
 
 
 def random_directions(width: int, number: int, seed: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ from minitron.pruning.compensate import Recipe, build_compensated  # noqa: E402
 from minitron.pruning.cut import build_pruned  # noqa: E402
 from minitron.pruning.plan import PruningPlan  # noqa: E402
 
-BATCH, FORWARD_BATCH, HELD_OUT_ROWS, CALIBRATION_ROWS = 4, 8, 96, 64
+BATCH, FORWARD_BATCH, HELD_OUT_ROWS, CALIBRATION_ROWS = 4, 8, 96, 128
 
 
 def walk_pipeline(runs: Path, run_name: str, *settings: str) -> dict:

@@ -52,6 +52,11 @@ def _ranks_compensated(settings: Settings, *widths: str) -> bool:
     return any(axis_of(settings, WIDTHS[width], base)[0] < getattr(base, width) for width in widths)
 
 
+def candidate_samples(settings: Settings) -> int:
+    """Calibration rows that candidates are ranked and cut on: the chosen one's own cut may have more."""
+    return settings.prune.samples if settings.screen.cut_samples is None else settings.screen.cut_samples
+
+
 def fixed_sizes(settings: Settings, teacher: Architecture) -> dict[str, int | str]:
     """What `search.fixed` asks for, its file's sizes first and the settings of its own over them; "num_layers" where only the depth is known."""
     given = settings.search.fixed.given()

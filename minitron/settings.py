@@ -46,6 +46,11 @@ class Thinking(Enum):
     off = "off"
 
 
+class Directions(Enum):
+    loss = "loss"
+    variance = "variance"
+
+
 class Criterion(Enum):
     iterative_mse = "iterative_mse"
     iterative_kl = "iterative_kl"
@@ -176,13 +181,14 @@ class ScreenSettings:
 
     cached: bool = True
     top_k: int = 128
+    cut_samples: int | None = None
     cache_batch: int = how(8)
     prompt_tokens: int = 32
     new_tokens: int = 32
     train: TrainSettings = field(default_factory=TrainSettings)
 
     def __post_init__(self) -> None:
-        at_least(self, "screen", 1, "top_k", "cache_batch", "prompt_tokens", "new_tokens")
+        at_least(self, "screen", 1, "top_k", "cache_batch", "prompt_tokens", "new_tokens", *(["cut_samples"] if self.cut_samples is not None else []))
         self.train.check("screen.train")
 
 
@@ -210,6 +216,8 @@ class PruneSettings:
     method: PruneMethod = PruneMethod.slice
     samples: int = 64
     rotate: bool = True
+    directions: Directions = Directions.loss
+    direction_samples: int = 8
     refit_reading: bool = True
     refit_writing: bool = True
     ridge: float = 1e-3
@@ -217,7 +225,7 @@ class PruneSettings:
     max_shard_gib: float = how(4.5)
 
     def __post_init__(self) -> None:
-        at_least(self, "prune", 1, "samples", "batch")
+        at_least(self, "prune", 1, "samples", "direction_samples", "batch")
         at_least(self, "prune", 0, "ridge")
         if self.max_shard_gib <= 0:
             raise ValueError(f"prune.max_shard_gib is {self.max_shard_gib}; it must be above 0")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.blends import phase_parts, rows_identity, rows_to_make, without_truncation
-from minitron.derived import base_stage, fewest_layers, floors, has_ladder, ranks_refitted, ranks_rotated
+from minitron.derived import base_stage, candidate_samples, fewest_layers, floors, has_ladder, ranks_refitted, ranks_rotated
 from minitron.hand_over_settings import MERGEABLE
 from minitron.measures.tasks import tasks_identity
 from minitron.setting_rules import key_settings
@@ -79,8 +79,8 @@ def _what_shortlist(settings: Settings) -> Any:
         "throughput": key_settings(settings.throughput),
         "teacher": teacher_identity(settings),
         "tiny": {**key_settings(settings.teacher.tiny), "vocab": settings.data.vocab} if settings.teacher.path is None else None,
-        **({"rotated_samples": settings.prune.samples} if ranks_rotated(settings) else {}),
-        **({"refitted": {"samples": settings.prune.samples, "ridge": settings.prune.ridge}} if ranks_refitted(settings) else {}),
+        **({"rotated_samples": candidate_samples(settings)} if ranks_rotated(settings) else {}),
+        **({"refitted": {"samples": candidate_samples(settings), "ridge": settings.prune.ridge}} if ranks_refitted(settings) else {}),
     }
 
 
@@ -97,8 +97,9 @@ def _what_distill_cache(settings: Settings) -> Any:
 
 
 def _what_screen(settings: Settings) -> Any:
-    cut = {"prune": key_settings(settings.prune)} if settings.prune.method is PruneMethod.compensated else {}
-    return {"candidate": settings.candidate, "seed": settings.seed, **key_settings(settings.screen), **cut}
+    cut = {"prune": {**key_settings(settings.prune), "samples": candidate_samples(settings)}} if settings.prune.method is PruneMethod.compensated else {}
+    short = {name: value for name, value in key_settings(settings.screen).items() if name != "cut_samples"}
+    return {"candidate": settings.candidate, "seed": settings.seed, **short, **cut}
 
 
 def _what_prune(settings: Settings) -> Any:

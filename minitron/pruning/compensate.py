@@ -3,7 +3,8 @@
 Base and student walk the layers in lock-step over the same calibration tokens, each with its own residual stream: x of the base, and
 y of the student, which should be Q_Kᵀx. Three parts, each of which can be left out:
 
-- The stream is written in the basis Q_K (rotation.py): the directions that hold most of it, or with `rotate` off the kept channels.
+- The stream is written in the basis Q_K (rotation.py) of the directions that the loss needs most or that hold most of it (directions.py), or of the
+  kept channels.
 - Reading. A layer wants n(x) and has s·n(y), s being its norm's weight, one number fitted to the calibration tokens. Least squares
   gives the matrix R [D, K] of n(x) ≈ R·s·n(y); every matrix W that reads becomes W·diag(w)·R, whatever W is. Without a refit R = Q_K.
 - Writing. The layer's last matrix is solved anew, from the student's own activations before it to what is missing in y to be
@@ -26,19 +27,21 @@ from minitron.families.base import HIDDEN
 from minitron.importance.placement import PlacedModel, ids_and_mask, look_up
 from minitron.pruning.basis import Basis
 from minitron.pruning.cut import expected_shape, plan_cuts, required_names, row_of
+from minitron.pruning.directions import stream_basis
 from minitron.pruning.plan import PruningPlan
 from minitron.pruning.refit import NormalEquations
-from minitron.pruning.rotation import NORM, WRITE, check_rms, in_basis, normalised, real_tokens, stream_basis, stream_role
+from minitron.pruning.rotation import NORM, WRITE, check_rms, in_basis, normalised, real_tokens, stream_role
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Which parts are on, and the weight of the cut without refits in those that are; see the file's top."""
+    """Which parts are on, and the weight of the cut without refits in those that are; see the file's top. Without directions nothing is rotated."""
 
-    rotate: bool = True
+    directions: str | None = "loss"
     refit_reading: bool = True
     refit_writing: bool = True
     ridge: float = 1e-3
+    direction_samples: int = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ def build_compensated(base: PlacedModel, plan: PruningPlan, batches: Sequence[to
                       basis: Basis | None = None, dtypes: Mapping[str, torch.dtype] = MappingProxyType({})) -> nn.Module:  # fmt: skip
     """The student as a float32 model in memory, rounded as `dtypes` say; see CompensatedCut. The basis is the plan's own unless one is given."""
     if basis is None:
-        basis = stream_basis(base, plan, batches, rotate=recipe.rotate, config=config)
+        basis = stream_basis(base, plan, batches, directions=recipe.directions, samples=recipe.direction_samples, config=config)
     with torch.device("meta"):
         student = base.family.build(base.family.hf_config(config, plan.student))
     names = {base.family.canonical_name(name): name for name in student.state_dict()}

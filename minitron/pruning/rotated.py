@@ -22,7 +22,8 @@ from minitron.families.base import Family
 from minitron.importance.placement import WholeModel
 from minitron.pruning.basis import Basis
 from minitron.pruning.cut import row_of, split_layer
-from minitron.pruning.rotation import NORM, READ, check_rms, in_basis, norm_inputs, principal_basis, stream_covariance, stream_role
+from minitron.pruning.directions import principal_basis, stream_covariance
+from minitron.pruning.rotation import NORM, READ, check_rms, in_basis, norm_inputs, stream_role
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
-"""Rotations of the residual stream: which orthogonal basis, and what tensors meet the stream.
+"""Rotations of the residual stream: what tensors meet the stream, and what they become in another basis.
 
 x ← x + mixer(w ∘ n(x)), with n RMSNorm without a weight, stays the same function when w is folded into the matrices that read the
 stream and every residual is written Qᵀx for an orthogonal Q: n looks at lengths alone, which Q keeps, so n(Qᵀx) = Qᵀn(x)
-(SliceGPT, arXiv 2401.15024, §3). A student of hidden size K keeps the K directions that hold most, in a basis Q_K of them (basis.py): what reads
-becomes W·Q_K, what writes Q_Kᵀ·W, embeddings E·Q_K. One Q serves every hidden size, since each keeps the first K of the same directions.
+(SliceGPT, arXiv 2401.15024, §3). A student of hidden size K keeps K directions (directions.py), in a basis Q_K of them (basis.py): what reads
+becomes W·Q_K, what writes Q_Kᵀ·W, embeddings E·Q_K.
 
 Letters: B batch, T tokens of a row, N tokens of a batch, D hidden of the base, K hidden of the student.
 """
@@ -14,8 +14,7 @@ import torch
 
 from minitron.families.base import HIDDEN, Family, TensorAxes
 from minitron.importance.placement import PlacedModel, ids_and_mask
-from minitron.pruning.basis import Basis, basis_without
-from minitron.pruning.plan import Indices, PruningPlan
+from minitron.pruning.basis import Basis
 
 EMBED, READ, WRITE, WRITE_BIAS, NORM = "embed", "read", "write", "write bias", "norm"
 AT_ONCE = 4096  # rows or columns of a matrix: what they become is rounded while it is still in the processor's cache
@@ -74,35 +73,6 @@ def norm_inputs(base: PlacedModel, batches: Sequence[torch.Tensor], on_layer: Ca
         residuals = [block(residual_BTD) for residual_BTD in residuals]
         on_layer()
     yield from ((None, tokens_ND) for tokens_ND in tokens("the output head"))
-
-
-def stream_covariance(base: PlacedModel, batches: Sequence[torch.Tensor], epsilon: float, on_layer: Callable[[], None] = lambda: None) -> torch.Tensor:
-    """Σ n nᵀ over tokens and norm inputs (every layer's and the last), n the normalised residual; float64 [D, D]. Raises ValueError as norm_inputs does."""
-    total_DD = torch.zeros(base.architecture.hidden, base.architecture.hidden, dtype=torch.float64, device=base.device)
-    for _, residual_ND in norm_inputs(base, batches, on_layer):
-        tokens_ND = normalised(residual_ND, epsilon).double()
-        total_DD.addmm_(tokens_ND.T, tokens_ND)
-    return total_DD
-
-
-def stream_basis(base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.Tensor], *, rotate: bool, config: dict,
-                 on_layer: Callable[[], None] = lambda: None) -> Basis:  # fmt: skip
-    """Q_K of a plan: of the principal directions, or the kept channels, also where hidden is not cut and there is nothing to choose."""
-    if rotate and plan.student.hidden < plan.teacher.hidden:
-        covariance_DD = stream_covariance(base, batches, check_rms(base.family, config), on_layer)
-        return basis_without(principal_basis(covariance_DD)[:, plan.student.hidden :])
-    return Basis(channel_basis(plan.kept(HIDDEN, -1), plan.teacher.hidden, base.device))
-
-
-def principal_basis(covariance_DD: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns [D, D], float32, by descending share of the covariance: the first K hold the most that K can."""
-    return torch.linalg.eigh(covariance_DD)[1].flip(1).float().contiguous()
-
-
-def channel_basis(kept: Indices | None, hidden: int, device: torch.device) -> torch.Tensor:
-    """The columns [D, K] of the identity that a plan keeps: no rotation, hidden channels as they are."""
-    everything = torch.eye(hidden, device=device)
-    return everything if kept is None else everything[:, list(kept)].contiguous()
 
 
 def in_basis(tensor: torch.Tensor, role: str | None, basis: Basis, read: Callable[[torch.Tensor], torch.Tensor] | None, dtype: torch.dtype) -> torch.Tensor:

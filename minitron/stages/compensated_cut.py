@@ -4,6 +4,7 @@ A run that was interrupted goes on behind the last whole shard: what is on disk 
 """
 
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import layer_parameters
 from memory_budget.units import GIB, format_gib
 from minitron.checkpoints import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, bytes_of, read_header
+from minitron.derived import candidate_samples
 from minitron.evaluation import batches_of, screening_rows, spread_rows
 from minitron.families.base import Family
 from minitron.importance.placement import StreamedModel, ids_and_mask
@@ -28,15 +30,17 @@ from minitron.pipeline import StageContext
 from minitron.pruning.basis import Basis
 from minitron.pruning.compensate import CompensatedCut, Recipe, build_compensated
 from minitron.pruning.damage import walked_loss
+from minitron.pruning.directions import stream_basis
 from minitron.pruning.plan import PruningPlan
 from minitron.pruning.refit import ridge_for
-from minitron.pruning.rotation import stream_basis
+from minitron.pruning.stream_moments import num_sites
 from minitron.runtime import pick_device, process_memory_bytes
 from minitron.settings import PruneSettings
 from minitron.shards import write_weights
 from minitron.stages.models import base_folder
 
 BASIS_FILE = "basis.safetensors"
+RESIDUALS_FOLDER = "residuals"
 SHARD_BYTES = 2**30  # at most: what an interrupted run loses
 SAME_RESIDUALS = 1e-4  # of the largest, after all layers, the same sums in another order
 
@@ -47,17 +51,22 @@ def write_compensated(context: StageContext, family: Family, plan: PruningPlan, 
     Raises ValueError as CompensatedCut does, and before anything is loaded where the device's memory is too small for it.
     """
     settings, source, device = context.settings.prune, base_folder(context), pick_device(context.settings)
-    rows, recipe = calibration_rows(context), _recipe(settings)
+    rows, recipe = calibration_rows(context, settings.samples), _recipe(settings)
     check_memory(plan, recipe, rows, *process_memory_bytes(device))
     base = _streamed(family, source, read_config(source), plan.teacher, device)
     batches = batches_of(rows, settings.batch, device)
     if note := few_tokens_note(plan, recipe, rows):
         context.console.say(f"    prune  {note}")
     kept_basis = context.folder / BASIS_FILE
-    turns = recipe.rotate and plan.student.hidden < plan.teacher.hidden and not kept_basis.exists()
-    with context.console.track("compensating", plan.teacher.num_layers * (1 + turns), "layers") as advance:
+    turns = plan.student.hidden < plan.teacher.hidden and not kept_basis.exists()
+    walks = 1 + turns * {"loss": 2, "variance": 1, None: 0}[recipe.directions]
+    with context.console.track("compensating", plan.teacher.num_layers * walks, "layers") as advance:
         if not kept_basis.exists():
-            write_basis(stream_basis(base, plan, batches, rotate=recipe.rotate, config=base.config, on_layer=lambda: advance(1)), kept_basis)
+            scratch = context.folder / RESIDUALS_FOLDER
+            basis = stream_basis(base, plan, batches, directions=recipe.directions, config=base.config, samples=recipe.direction_samples,
+                                 scratch=scratch, on_layer=lambda: advance(1))  # fmt: skip
+            shutil.rmtree(scratch, ignore_errors=True)
+            write_basis(basis, kept_basis)
         made = MadeWeights(base, plan, batches, read_basis(kept_basis, device), recipe, folder, on_layer=lambda: advance(1))
         if made.stored:
             context.console.say(f"    prune  {len(made.stored)} tensors are written already; going on behind them")
@@ -153,20 +162,21 @@ class MadeWeights:
 
 
 def compensated_model(context: StageContext, family: Family, plan: PruningPlan) -> nn.Module:
-    """What the prune stage would write of a plan, as a float32 model in memory. Raises ValueError as CompensatedCut does."""
+    """A candidate as the prune stage would write it, float32 and in memory, cut on the rows that candidates have. Raises ValueError as CompensatedCut does."""
     settings, source = context.settings.prune, base_folder(context)
     base = _streamed(family, source, read_config(source), plan.teacher, pick_device(context.settings))
-    batches = batches_of(calibration_rows(context), settings.batch, base.device)
+    batches = batches_of(calibration_rows(context, candidate_samples(context.settings)), settings.batch, base.device)
     return build_compensated(base, plan, batches, _recipe(settings), config=base.config, dtypes=_stored_dtypes(base))
 
 
 def _recipe(settings: PruneSettings) -> Recipe:
-    return Recipe(settings.rotate, settings.refit_reading, settings.refit_writing, settings.ridge)
+    directions = settings.directions.value if settings.rotate else None
+    return Recipe(directions, settings.refit_reading, settings.refit_writing, settings.ridge, settings.direction_samples)
 
 
-def calibration_rows(context: StageContext) -> np.ndarray:
-    """The rows of the train split, padding -1, that basis and refits are measured on."""
-    return spread_rows(np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r"), context.settings.prune.samples)
+def calibration_rows(context: StageContext, number: int) -> np.ndarray:
+    """Rows of the train split, padding -1, that basis and refits are measured on."""
+    return spread_rows(np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r"), number)
 
 
 def damage(context: StageContext, family: Family, plan: PruningPlan, sliced: list[PlannedTensor], folder: Path) -> dict[str, float]:
@@ -212,17 +222,23 @@ def _solved_for(plan: PruningPlan, recipe: Recipe) -> list[tuple[int, int]]:
     return reading + [(inner[kind], student.hidden) for kind in student.pattern] * recipe.refit_writing
 
 
+def _sums_for_directions(plan: PruningPlan, recipe: Recipe) -> int:
+    """Bytes of the moments of every norm and as much again for half of them (directions.py)."""
+    turns = recipe.directions == "loss" and plan.student.hidden < plan.teacher.hidden
+    return 3 * 8 * num_sites(plan.teacher.hidden, plan.teacher.num_layers) * plan.teacher.hidden**2 * turns
+
+
 def check_memory(plan: PruningPlan, recipe: Recipe, rows: np.ndarray, available: int, where: str) -> None:
     """Refuse to begin what `available` bytes cannot hold. Raises ValueError.
 
     At least: both models' residuals of all tokens in float32, and beside them a layer of the base and one of the student, the base's next one in bf16,
-    and the Gram matrix of a fit, its factor and two matrices of its shape in float64.
+    and in float64 either the Gram matrix of a fit, its factor and two matrices of its shape, or what directions are chosen by.
     """
     teacher, student = plan.teacher, plan.student
     residuals = 4 * count_tokens(rows) * (teacher.hidden + student.hidden)
     of_teacher, of_student = (max(layer_parameters(one, kind).total for kind in set(one.pattern)) for one in (teacher, student))
     fit = max((8 * (2 * inputs * inputs + 2 * inputs * outputs) for inputs, outputs in _solved_for(plan, recipe)), default=0)
-    beside = (4 + 2) * of_teacher + 4 * of_student + fit
+    beside = (4 + 2) * of_teacher + 4 * of_student + max(fit, _sums_for_directions(plan, recipe))
     if residuals + beside <= available:
         return
     fitting = len(rows) * (available - beside) // residuals

@@ -11,7 +11,7 @@ import torch
 
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
-from minitron.derived import ranks_refitted, ranks_rotated
+from minitron.derived import candidate_samples, ranks_refitted, ranks_rotated
 from minitron.evaluation import batches_of, screening_rows, spread_rows
 from minitron.families import family_of
 from minitron.pipeline import StageContext
@@ -106,7 +106,7 @@ def _sorted_base(context: StageContext, head_dim: int, students: Iterable[Archit
     family, settings = family_of(config), context.settings
     scores, architecture, model = scores_of(context.inputs["score"], settings), base_architecture(settings), family.load(folder, device=str(device))
     rotates, refits = ranks_rotated(settings), ranks_refitted(settings)
-    calibration = batches_of(calibration_rows(context), settings.prune.batch, device) if rotates or refits else []
+    calibration = batches_of(calibration_rows(context, candidate_samples(settings)), settings.prune.batch, device) if rotates or refits else []
     norm_scales = rotate_model(family, model, architecture, calibration, config=config) if rotates else {}
     sorted_base = SortedTeacher(family, model, config, architecture, scores, head_dim, norm_scales=norm_scales)
     if refits:

@@ -14,9 +14,10 @@ from minitron.pruning.basis import Basis, basis_without
 from minitron.pruning.compensate import CompensatedCut, Recipe, build_compensated
 from minitron.pruning.cut import build_pruned
 from minitron.pruning.damage import walked_loss
+from minitron.pruning.directions import principal_basis, stream_basis, stream_covariance
 from minitron.pruning.plan import PruningPlan
 from minitron.pruning.refit import NormalEquations, ridge_for
-from minitron.pruning.rotation import EMBED, NORM, READ, WRITE, principal_basis, stream_basis, stream_covariance, stream_role
+from minitron.pruning.rotation import EMBED, NORM, READ, WRITE, stream_role
 
 EVERY_PART = Recipe()
 RECIPES = [Recipe(refit_reading=reading, refit_writing=writing) for reading in (False, True) for writing in (False, True)]
@@ -91,7 +92,8 @@ def test_with_nothing_cut_the_principal_basis_changes_no_logit(teacher, tiny, ke
 
 
 def test_where_hidden_is_not_cut_the_channels_stay_as_they_are(teacher, tiny, keep_all, config_of, rows):
-    assert torch.equal(stream_basis(WholeModel(FAMILY, teacher, tiny), keep_all(), rows, rotate=True, config=config_of(tiny)).matrix_DK, torch.eye(32))
+    basis = stream_basis(WholeModel(FAMILY, teacher, tiny), keep_all(), rows, directions="loss", config=config_of(tiny))
+    assert torch.equal(basis.matrix_DK, torch.eye(32))
 
 
 def test_every_tensor_that_meets_the_stream_has_the_role_that_its_name_says():
@@ -138,7 +140,7 @@ def test_a_stream_that_lives_in_fewer_directions_is_cut_to_them_without_loss(rec
 def test_the_channels_of_a_plan_are_kept_where_rotation_is_off(build_model, keep_all, compensate, difference):
     wide = embed_in_wider_stream(build_model(seed=3, hidden=20), build_model, 20)
     plan = cut(keep_all(**{HIDDEN: {-1: tuple(range(20))}}), hidden=20)
-    student = compensate(wide, plan, Recipe(rotate=False))
+    student = compensate(wide, plan, Recipe(directions=None))
     assert torch.equal(student.model.embeddings.weight, wide.model.embeddings.weight[:, :20])
 
 
@@ -229,7 +231,7 @@ def test_a_model_read_from_disk_layer_by_layer_is_cut_to_the_same_bits(tmp_path,
     streamed = StreamedModel(FAMILY, folder, read_config(folder), tiny, torch.device("cpu"))
 
     def made(base) -> dict[str, torch.Tensor]:
-        basis = stream_basis(base, hard_plan, rows, rotate=True, config=config_of(tiny))
+        basis = stream_basis(base, hard_plan, rows, directions="loss", config=config_of(tiny))
         return whole(CompensatedCut(base, hard_plan, rows, basis, EVERY_PART, config=config_of(tiny)))
 
     one, other = made(streamed), made(WholeModel(FAMILY, teacher, tiny))
@@ -240,7 +242,7 @@ def test_tensors_have_the_dtypes_they_are_stored_in(teacher, tiny, hard_plan, co
     base, config = WholeModel(FAMILY, teacher, tiny), config_of(tiny)
     names = {FAMILY.canonical_name(name) for name in teacher.state_dict()}
     dtypes = {name: torch.float32 if name.endswith(("A_log", ".D")) else torch.bfloat16 for name in names}
-    basis = stream_basis(base, hard_plan, rows, rotate=True, config=config)
+    basis = stream_basis(base, hard_plan, rows, directions="loss", config=config)
     made = whole(CompensatedCut(base, hard_plan, rows, basis, EVERY_PART, config=config, dtypes=dtypes))
     assert all(tensor.dtype == (torch.float32 if name.endswith(("A_log", ".D")) else torch.bfloat16) for name, tensor in made.items())
     model = build_compensated(base, hard_plan, rows, EVERY_PART, config=config, dtypes=dtypes)
@@ -251,7 +253,7 @@ def test_tensors_have_the_dtypes_they_are_stored_in(teacher, tiny, hard_plan, co
 def test_the_directions_of_a_smaller_hidden_are_among_those_of_a_larger(teacher, tiny, keep_all, config_of, rows):
     base, config = WholeModel(FAMILY, teacher, tiny), config_of(tiny)
     plans = [cut(keep_all(**{HIDDEN: {-1: tuple(range(hidden))}}), hidden=hidden) for hidden in (16, 24)]
-    small, large = (stream_basis(base, plan, rows, rotate=True, config=config).matrix_DK for plan in plans)
+    small, large = (stream_basis(base, plan, rows, directions="variance", config=config).matrix_DK for plan in plans)
     assert torch.allclose(large @ (large.T @ small), small, atol=1e-5)
     assert not torch.allclose(small @ (small.T @ large), large, atol=1e-1)
 

@@ -19,7 +19,7 @@ from minitron.importance.placement import StreamedModel
 from minitron.pruning.basis import Basis
 from minitron.pruning.compensate import Recipe
 from minitron.pruning.plan import PruningPlan
-from minitron.settings import PruneMethod, PruneSettings, Settings
+from minitron.settings import Directions, PruneMethod, PruneSettings, ScreenSettings, Settings
 from minitron.stage_table import STAGES
 from minitron.stages.compensated_cut import BASIS_FILE, MadeWeights, check_memory, few_tokens_note
 from minitron.stages.prune import planned_tensors
@@ -143,8 +143,18 @@ def test_a_screen_knows_of_the_cut_where_it_is_compensated():
 
     compensated = {"method": PruneMethod.compensated}
     assert key() == key(ridge=0.1, samples=7, rotate=False) != key(**compensated) == key(**compensated, batch=3, max_shard_gib=1)
-    others = [key(**compensated, **other) for other in ({"samples": 7}, {"rotate": False}, {"refit_reading": False}, {"refit_writing": False}, {"ridge": 0.1})]
-    assert all(other != key(**compensated) for other in others)
+    others = ({"samples": 7}, {"rotate": False}, {"refit_reading": False}, {"refit_writing": False}, {"ridge": 0.1}, {"directions": Directions.variance},
+              {"direction_samples": 3})  # fmt: skip
+    assert all(key(**compensated, **other) != key(**compensated) for other in others)
+
+
+def test_candidates_may_be_cut_on_fewer_rows_than_the_chosen_one():
+    def key(stage: str, cut_samples: int | None, method: str = "compensated", **values) -> dict:
+        return STAGES[stage].what(Settings(prune=PruneSettings(method=PruneMethod[method], **values), screen=ScreenSettings(cut_samples=cut_samples)))
+
+    assert key("screen", 7) == key("screen", 7, samples=99) == key("screen", None, samples=7) != key("screen", None)
+    assert key("prune", 7) == key("prune", None) != key("prune", 7, samples=99)
+    assert key("screen", 7, "slice") == key("screen", None, "slice")
 
 
 def test_too_few_calibration_tokens_are_said_with_what_would_do(tiny, keep_all):
@@ -161,6 +171,9 @@ def test_too_few_calibration_tokens_are_said_with_what_would_do(tiny, keep_all):
         ("prune.method=cut", "expected one of [slice, compensated]"),
         ("prune.ridge=-1", "prune.ridge is -1.0; it must be at least 0"),
         ("prune.samples=0", "prune.samples is 0; it must be at least 1"),
+        ("prune.direction_samples=0", "prune.direction_samples is 0; it must be at least 1"),
+        ("prune.directions=all", "expected one of [loss, variance]"),
+        ("screen.cut_samples=0", "screen.cut_samples is 0; it must be at least 1"),
     ],
 )
 def test_settings_out_of_range_are_refused_in_one_line(override, said, door, tmp_path):
@@ -172,14 +185,15 @@ def test_memory_that_cannot_hold_the_cut_is_refused_before_it_begins_with_what_w
     teacher = architecture_from_config(read_config(CONF_FOLDER / "architectures" / "nemotron-nano-12b-v2-base.json"))
     plan = PruningPlan(teacher, replace(teacher, hidden=4480, ffn=15680), tuple(range(teacher.num_layers)), {})
     rows = np.zeros((64, 8192), dtype=np.int32)
-    needed = 4 * 64 * 8192 * (5120 + 4480) + 6 * 2 * 20480 * 5120 + 4 * (22656 + 10240) * 4480 + 8 * (2 * 15680**2 + 2 * 15680 * 4480)
-    check_memory(plan, Recipe(), rows, needed + 10**7, "this machine")
-    with pytest.raises(ValueError, match=r"64, 524,288 tokens: .* at least 25\.\d+ GiB, and this machine has 24.0+ GiB; prune.samples=\d+ would fit") as said:
+    residuals_and_layers = 4 * 64 * 8192 * (5120 + 4480) + 6 * 2 * 20480 * 5120 + 4 * (22656 + 10240) * 4480
+    check_memory(plan, Recipe("variance"), rows, residuals_and_layers + 8 * (2 * 15680**2 + 2 * 15680 * 4480) + 10**7, "this machine")
+    check_memory(plan, Recipe(), rows, residuals_and_layers + 3 * 8 * 10 * 5120**2 + 10**7, "this machine")  # ten sums of two moments
+    with pytest.raises(ValueError, match=r"64, 524,288 tokens: .* at least 26\.\d+ GiB, and this machine has 24.0+ GiB; prune.samples=\d+ would fit") as said:
         check_memory(plan, Recipe(), rows, 24 * GIB, "this machine")
     fitting = int(said.value.args[0].rpartition("samples=")[2].split()[0])
     check_memory(plan, Recipe(), rows[:fitting], 24 * GIB, "this machine")
     with pytest.raises(ValueError, match="would fit"):
         check_memory(plan, Recipe(), rows[: fitting + 1], 24 * GIB, "this machine")
-    check_memory(plan, Recipe(refit_reading=False, refit_writing=False), rows[: fitting + 1], 24 * GIB, "this machine")  # no Gram matrix
+    check_memory(plan, Recipe("variance", False, False), rows[: fitting + 1], 24 * GIB, "this machine")  # no Gram matrix
     with pytest.raises(ValueError, match="prune.method must be slice"):
         check_memory(plan, Recipe(), rows[:1], 4 * GIB, "this machine")

@@ -16,9 +16,9 @@ from minitron.importance.scores import aggregate
 from minitron.pruning.basis import Basis
 from minitron.pruning.compensate import Recipe, build_compensated
 from minitron.pruning.cut import build_pruned
+from minitron.pruning.directions import principal_basis, stream_covariance
 from minitron.pruning.plan import make_plan
 from minitron.pruning.rotated import rotate_model
-from minitron.pruning.rotation import principal_basis, stream_covariance
 from minitron.pruning.views import SortedTeacher
 from minitron.search_settings import AxisSettings, FixedSettings, SearchSettings
 from minitron.settings import PruneMethod, PruneSettings, Settings, TeacherSettings, TinyTeacherSettings
@@ -141,7 +141,7 @@ def test_they_are_what_the_compensated_cut_fits_where_its_stream_is_the_bases(ro
     """Where the cut loses directions that matter, it fits to what the student made of the stream; only before the first layer that is the same."""
     for model, hidden in ((narrow, 20), (teacher, 20)):
         plan = make_plan(tiny, replace(tiny, hidden=hidden), EVERYTHING, scores)
-        student = build_compensated(WholeModel(FAMILY, model, tiny), plan, rows, Recipe(refit_reading=False, refit_writing=False), config=config_of(tiny))
+        student = build_compensated(WholeModel(FAMILY, model, tiny), plan, rows, Recipe("variance", False, False), config=config_of(tiny))
         fitted = {FAMILY.canonical_name(name): tensor for name, tensor in student.named_parameters()}
         _, norm_scales = rotate(model, tiny)
         same = {name: scale_D[hidden - 1].item() == pytest.approx(fitted[name][0].item(), rel=1e-4) for name, scale_D in norm_scales.items()}
