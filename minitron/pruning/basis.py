@@ -37,12 +37,11 @@ class Basis:
         left_Kr, right_rK = self.factors
         kept_VK, last_Vr = rows_VD.reshape(-1, rows_VD.shape[-1]).split(left_Kr.shape, -1)
         if weight_D is None:
-            result_VK = torch.addmm(last_Vr, kept_VK, left_Kr) @ right_rK
-            result_VK += kept_VK
+            result_VK = torch.addmm(kept_VK, torch.addmm(last_Vr, kept_VK, left_Kr), right_rK)
         else:
             weight_K, weight_r = weight_D.split(left_Kr.shape)
-            result_VK = torch.addmm(last_Vr * weight_r, kept_VK, weight_K[:, None] * left_Kr) @ right_rK
-            result_VK.addcmul_(kept_VK, weight_K)
+            kept_VK = kept_VK * weight_K
+            result_VK = kept_VK.addmm_(torch.addmm(last_Vr * weight_r, kept_VK, left_Kr), right_rK)
         return result_VK.view(*rows_VD.shape[:-1], -1)
 
     def project_columns(self, matrix_DI: torch.Tensor) -> torch.Tensor:
@@ -52,9 +51,7 @@ class Basis:
             return self.matrix_DK.T @ matrix_DI
         left_Kr, right_rK = self.factors
         kept_KI, last_rI = matrix_DI.split(left_Kr.shape)
-        result_KI = right_rK.T @ torch.addmm(last_rI, left_Kr.T, kept_KI)
-        result_KI += kept_KI
-        return result_KI
+        return torch.addmm(kept_KI, right_rK.T, torch.addmm(last_rI, left_Kr.T, kept_KI))
 
 
 def basis_without(left_out_Dr: torch.Tensor) -> Basis:

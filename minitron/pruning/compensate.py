@@ -116,6 +116,7 @@ class CompensatedCut:
             if layer in positions:
                 if begun is not None:  # the base is now behind it and behind the layers removed after it
                     yield from self._finish(begun)
+                    begun = None  # its memory is the next one's
                 begun = self._begin(base_block, layer, positions[layer])
             self.base_residuals = [base_block(residual_BTD) for residual_BTD in self.base_residuals]
             self.on_layer()
