@@ -27,7 +27,7 @@ from minitron.importance.scores import ImportanceScores, WidthSums, aggregate
 from minitron.pruning.compensate import Recipe
 from minitron.pruning.plan import PruningPlan, make_plan
 
-WIDTH_ROWS, LAYER_ROWS, COMPENSATED_ROWS = 64, 16, 32  # conf's scoring.samples and layer_samples, the tiny experiment's prune.samples
+WIDTH_ROWS, LAYER_ROWS, COMPENSATED_ROWS = 64, 16, 32  # conf's scoring.samples and layer_samples, the tiny experiment's screen.cut_samples
 RULES = LayerRules(floors={"*": 2}, ceilings={})  # the tiny experiment's search.floors
 RATES = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08)
 FIRST_RATE = 0.005  # distill.train.learning_rate

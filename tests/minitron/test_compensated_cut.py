@@ -127,9 +127,9 @@ def test_a_screen_starts_from_the_cut_that_the_prune_stage_makes(walk, runs, sta
     chosen = json.loads((runs / "store" / "search" / inputs["search"] / "done.json").read_text())["facts"]["chosen"]["id"]
     screened = {}
     for method in ("compensated", "slice"):
-        still = ("stage=screen", f"candidate={chosen}", "screen.train.learning_rate=0", f"prune.method={method}", "screen.new_tokens=3")
+        still = ("screen.train.learning_rate=0", "screen.cut_samples=null", f"prune.method={method}", "screen.new_tokens=3")
         before = set(runs.glob("store/screen/*/done.json"))
-        finished = door(runs.parent, f"runs_folder={runs}", *walk.settings[1:], *still)
+        finished = door(runs.parent, f"runs_folder={runs}", *walk.settings[1:], "stage=screen", f"candidate={chosen}", *still)
         assert finished.returncode == 0, finished.stderr
         (done,) = set(runs.glob("store/screen/*/done.json")) - before
         screened[method] = json.loads(done.read_text())["facts"]["short_distill_loss"]
