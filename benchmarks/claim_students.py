@@ -116,7 +116,7 @@ class Students:
 
     def compensated(self, seed: int, student: Architecture) -> Student:
         calibration = self.rows(seed, COMPENSATED_ROWS)
-        return self._cut("compensated by loss", seed, student, None, lambda: self.sides.compensated(self.plan(seed, student), Recipe(), calibration))
+        return self._cut("compensated", seed, student, None, lambda: self.sides.compensated(self.plan(seed, student), Recipe(), calibration))
 
     def chosen_at_random(self, seed: int, student: Architecture) -> Student:
         """Units of every axis by chance; heads still as many from every group."""

@@ -6,7 +6,6 @@ A run that was interrupted goes on behind the last whole shard: what is on disk 
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -100,8 +99,7 @@ class MadeWeights:
         self.cut = CompensatedCut(base, plan, batches, basis, recipe, config=base.config, dtypes=_stored_dtypes(base), stored=self.stored, on_layer=on_layer)
         self.tensors = self.cut.tensors()
         self.waiting: dict[str, list[torch.Tensor]] = {}  # made, and not yet asked for: of one layer at most
-        self.summing = ThreadPoolExecutor(max_workers=1)  # while the next piece is made
-        self.checksums: dict[str, Future[int]] = {}
+        self.checksums: dict[str, int] = {}
 
     def write(self, sliced: Sequence[PlannedTensor], *, max_shard_bytes: int) -> None:
         """In the order in which they are made; whole shards of an interrupted run are kept."""
@@ -132,9 +130,9 @@ class MadeWeights:
         checksum = xxhash.xxh3_64()
         for piece in pieces:
             piece = piece.cpu()
-            self.summing.submit(checksum.update, bytes_of(piece))
+            checksum.update(bytes_of(piece))
             yield piece
-        self.checksums[name] = self.summing.submit(checksum.intdigest)
+        self.checksums[name] = checksum.intdigest()
 
     @torch.no_grad()
     def check(self, config: Mapping) -> str:
@@ -147,7 +145,7 @@ class MadeWeights:
             found = xxhash.xxh3_64()
             for _, rows in written.read_rows(self.family.file_name(name)):
                 found.update(bytes_of(rows))
-            if found.intdigest() != wanted.result():
+            if found.intdigest() != wanted:
                 raise RuntimeError(f"{self.folder}: tensor {self.family.file_name(name)}, read back, is not what was made")
         if architecture_from_config(read_config(self.folder)) != architecture_from_config(config):
             raise RuntimeError(f"{self.folder}/config.json, read back, describes another architecture than was planned")
