@@ -121,8 +121,9 @@ class StreamedModel:
             begun = None
             for layer, following in zip(layers, [*layers[1:], None], strict=True):
                 stored = (begun or self._begin_reading(reader, layer)).result()
+                begun = None if following is None else self._begin_reading(reader, following)
                 block = self._load(lambda layer=layer: self.family.build_layer(self.config, layer), stored)
-                begun = None if following is None else self._begin_reading(reader, following)  # into the memory that loading left
+                del stored
                 yield layer, block
                 del block
 
@@ -147,14 +148,11 @@ class StreamedModel:
         return self._load(lambda: self.family.build_outside(self.config, part), self._fill(prefix, self._empty(prefix)))
 
     def _load(self, build: Callable[[], nn.Module], state: dict[str, torch.Tensor]) -> nn.Module:
-        """A module built without memory, of these tensors in the model's dtype; `state` is empty afterwards."""
+        """A module built without memory, of these tensors in the model's dtype."""
         with torch.device("meta"):
             module = build()
-        module.load_state_dict({name: self._in_dtype(state.pop(name)) for name in list(state)}, assign=True)
+        module.load_state_dict({name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}, assign=True)
         return module.eval().requires_grad_(False)
-
-    def _in_dtype(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
 
 def _model_dtype(config: Mapping, checkpoint: Checkpoint | PlannedWeights) -> torch.dtype:
