@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from minitron.evaluation import batches_of, spread_rows
 from minitron.families.base import HIDDEN
 from minitron.importance.placement import PlacedModel
 from minitron.pruning.basis import Basis, basis_without
@@ -45,9 +46,8 @@ def stream_basis(base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.T
     epsilon = check_rms(base.family, config)
     if directions == "variance":
         return basis_without(principal_basis(stream_covariance(base, batches, epsilon, on_layer))[:, kept:])
-    rows_RT, size = torch.cat(list(batches)), len(batches[0])
-    some_RT = rows_RT[torch.linspace(0, len(rows_RT) - 1, min(samples, len(rows_RT))).long()]
-    return basis_without(least_needed(stream_moments(base, some_RT.split(size), epsilon, scratch=scratch, on_layer=on_layer), hidden - kept))
+    some = batches_of(spread_rows(torch.cat(list(batches)).cpu().numpy(), samples), len(batches[0]), base.device)
+    return basis_without(least_needed(stream_moments(base, some, epsilon, scratch=scratch, on_layer=on_layer), hidden - kept))
 
 
 def stream_covariance(base: PlacedModel, batches: Sequence[torch.Tensor], epsilon: float, on_layer: Callable[[], None] = lambda: None) -> torch.Tensor:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from memory_budget.architecture import Architecture
 from minitron.families.base import Family
 from minitron.importance.placement import Head, PlacedModel, ids_and_mask
 from minitron.pruning.cut import row_of
@@ -142,7 +143,7 @@ def _at_head(head: Head, normed_ND: torch.Tensor, generator: torch.Generator) ->
     return p_NV.scatter_add_(1, drawn_N1, -torch.ones_like(p_NV[:, :1])) @ folded_VD
 
 
-def _norm_of(block: nn.Module, family: Family, architecture, layer: int) -> nn.Module:
+def _norm_of(block: nn.Module, family: Family, architecture: Architecture, layer: int) -> nn.Module:
     """The norm that a layer reads the stream through."""
     (name,) = [name for name in block.state_dict() if stream_role(family, row_of(family, architecture, f"layers.{layer}.{name}")) == NORM]
     return block.get_submodule(name.removesuffix(".weight"))
