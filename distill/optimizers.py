@@ -1,5 +1,7 @@
 """The optimisers of a model's parameters."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -26,8 +28,53 @@ def build_optimizers(model: nn.Module, plan: TrainPlan) -> list[torch.optim.Opti
     fused = parameters[0].device.type == "cuda"
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=plan.learning_rate, betas=BETAS, fused=fused or None)]
     if plan.optimizer == "muon" and matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=plan.learning_rate, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        muon = torch.optim.Muon if multiplies_bf16(parameters[0].device) else Float32Muon
+        optimizers.append(muon(matrices, lr=plan.learning_rate, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether products of bf16 matrices are quick there: on GPUs, and on processors with units for them."""
+    capabilities = torch.cpu.get_capabilities()
+    return device.type != "cpu" or capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+
+
+class Float32Muon(torch.optim.Muon):
+    """Muon with adjust_lr_fn "match_rms_adamw", its updates made orthogonal in float32, with the same state.
+
+    torch does that in bf16 whatever the parameters are, and on a processor without bf16 products it then is most of a small model's step.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step; gives the closure's loss."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    update = _orthogonal(self._momentum(parameter, group), group)
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(update, alpha=-0.2 * math.sqrt(max(parameter.shape)) * group["lr"])
+        return loss
+
+    def _momentum(self, parameter: torch.Tensor, group: dict) -> torch.Tensor:
+        state, gradient = self.state[parameter], parameter.grad
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient, memory_format=torch.preserve_format)
+        mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        return gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+
+
+def _orthogonal(matrix: torch.Tensor, group: dict) -> torch.Tensor:
+    """The matrix with its singular values brought near 1, by Newton-Schulz iterations of the fifth order: X ← a·X + (b·G + c·G²)·X with G = XXᵀ."""
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    factor, gram_factor, square_factor = group["ns_coefficients"]
+    found = wide.float() / wide.float().norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = found @ found.T
+        found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=gram_factor, alpha=square_factor), found, beta=factor)
+    return found.T if wide is not matrix else found
 
 
 def _eight_bit() -> type[torch.optim.Optimizer]:
