@@ -3,18 +3,16 @@
 A seed stands for the calibration rows, the random choices and initialisations, and the order of the training rows; the teacher is one.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.sides import FORWARD_BATCH, Sides
+from benchmarks.sides import FORWARD_BATCH, Measured, Sides
 from distill.objectives import next_token_objective
 from memory_budget.architecture import Architecture
 from minitron.evaluation import batches_of
@@ -42,22 +40,6 @@ class Student:
 
 
 Side = Callable[[int], Student]  # of a seed
-
-
-class Measured:
-    """Numbers by name in a file that grows by a line each, so that an interrupted run goes on."""
-
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self.known = dict(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else {}
-
-    def get(self, name: str, measure: Callable[[], object]) -> object:
-        if name not in self.known:
-            self.known[name] = measure()
-            with self.path.open("a") as file:
-                file.write(json.dumps([name, self.known[name]]) + "\n")
-        return self.known[name]
 
 
 def group_blind(plan: PruningPlan, scores: ImportanceScores, *, by_score: bool = False) -> PruningPlan:

@@ -19,9 +19,9 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.claim_students import Bench, Measured, Side, moved_share  # noqa: E402
+from benchmarks.claim_students import Bench, Side, moved_share  # noqa: E402
 from benchmarks.ladder import kendall  # noqa: E402
-from benchmarks.sides import Sides, walk_pipeline  # noqa: E402
+from benchmarks.sides import Measured, Sides, walk_pipeline  # noqa: E402
 from memory_budget.architecture import Architecture  # noqa: E402
 from memory_budget.calculator import memory_report  # noqa: E402
 from memory_budget.parameters import count_total_parameters  # noqa: E402

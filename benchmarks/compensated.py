@@ -5,6 +5,8 @@ same base, and the losses are those of held-out rows that chose nothing. A secon
 Both sides are then distilled with the experiment's own optimiser, each at its best learning rate of one grid, found with the
 first seed. tokens_ratio is the smallest share of the tokens, each share with a schedule of its own, after which the compensated
 student is no worse than the slice after all of them: median over the seeds, null where no share below 1 was enough.
+What was measured lies in the --runs folder, by the key of the pruned student, and is not measured again; the same command beside it
+with --backwards shares the work.
 Run: .venv/bin/python benchmarks/compensated.py --runs DIR [--seeds 3] [--tokens 260000] [--rates 0.01 0.005 0.002 0.001]
 """
 
@@ -14,13 +16,15 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.sides import Sides, walk_pipeline  # noqa: E402
+from benchmarks.sides import Measured, Sides, walk_pipeline  # noqa: E402
 from memory_budget.architecture import Architecture  # noqa: E402
 from minitron.families import ssd  # noqa: E402
 from minitron.importance.scores import load_scores  # noqa: E402
@@ -41,7 +45,7 @@ RECIPES = {
 
 @dataclass(frozen=True, slots=True)
 class Walked:
-    """What the tiny experiment left: folders of the base, of the teacher, of the data and of the scores, and the chosen cut."""
+    """What the tiny experiment left: folders of the base, of the teacher, of the data and of the scores, the chosen cut and its stage's key."""
 
     base: Path
     teacher: Path
@@ -49,6 +53,7 @@ class Walked:
     scores: Path
     architecture: Architecture
     kept_layers: tuple[int, ...]
+    key: str
 
 
 def walk(runs: Path) -> Walked:
@@ -59,8 +64,9 @@ def walk(runs: Path) -> Walked:
     store = folder.parent.parent
     plan = json.loads((folder / "plan.json").read_text())
     base = store / "distill" / summary["depth_lap"]["stages"]["distill"]["key"]
-    return Walked(base / "checkpoint", Path(summary["models"]["teacher"]["path"]), Path(summary["stages"]["data"]["path"]),
-                  store / "score" / inputs["score"] / "scores.safetensors", Architecture(**plan["student"]), tuple(plan["kept_layers"]))  # fmt: skip
+    teacher, data = Path(summary["models"]["teacher"]["path"]), Path(summary["stages"]["data"]["path"])
+    scores = store / "score" / inputs["score"] / "scores.safetensors"
+    return Walked(base / "checkpoint", teacher, data, scores, Architecture(**plan["student"]), tuple(plan["kept_layers"]), folder.name)
 
 
 def harder(student: Architecture) -> Architecture:
@@ -68,16 +74,18 @@ def harder(student: Architecture) -> Architecture:
     return replace(student, hidden=student.hidden * 2 // 3, ffn=student.ffn // 2)
 
 
-def measure_damage(sides: Sides, plan: PruningPlan) -> dict[str, float]:
+def measure_damage(sides: Sides, plan: PruningPlan, measured: Measured) -> dict[str, float]:
     """Nats per token that each method adds to the base's held-out loss."""
-    base = sides.loss(sides.model)
-    added = {"slice": sides.loss(sides.sliced(plan)) - base}
-    print(f"\n{plan.student.hidden} of {plan.teacher.hidden} hidden, {plan.student.ffn} of {plan.teacher.ffn} neurons, {plan.student.mamba_num_heads} of "
-          f"{plan.teacher.mamba_num_heads} Mamba heads; base {base:.3f} nats/token", flush=True)  # fmt: skip
-    for name, recipe in RECIPES.items():
-        added[name] = sides.loss(sides.compensated(plan, recipe)) - base
-    for name, value in added.items():
-        print(f"  {name:20}{value:+8.4f} nats/token {value / added['slice']:8.3f} of the slice's", flush=True)
+    student, teacher = plan.student, plan.teacher
+    sizes = (f"{student.hidden} of {teacher.hidden} hidden, {student.ffn} of {teacher.ffn} neurons, {student.mamba_num_heads} of "
+             f"{teacher.mamba_num_heads} Mamba heads")  # fmt: skip
+    base = measured.get("base", lambda: sides.loss(sides.model))
+    print(f"\n{sizes}; base {base:.3f} nats/token", flush=True)
+    makers = {"slice": lambda: sides.sliced(plan)} | {name: lambda recipe=recipe: sides.compensated(plan, recipe) for name, recipe in RECIPES.items()}
+    added = {}
+    for name, make in makers.items():
+        added[name] = measured.get(f"{sizes}: {name}", lambda make=make: sides.loss(make())) - base
+        print(f"  {name:20}{added[name]:+8.4f} nats/token {added[name] / added['slice']:8.3f} of the slice's", flush=True)
     return added
 
 
@@ -85,22 +93,38 @@ def best_rate(losses: dict[float, float]) -> float:
     return min(losses, key=losses.get)
 
 
-def measure_tokens(sides: Sides, plan: PruningPlan, options) -> dict:
+class Distilled:
+    """Held-out losses of both sides after so many tokens, at a rate, with a seed."""
+
+    def __init__(self, sides: Sides, plan: PruningPlan, measured: Measured):
+        self.sides, self.measured = sides, measured
+        makers = {"slice": lambda: sides.sliced(plan), "compensated": lambda: sides.compensated(plan, Recipe())}
+        self.start = {name: cache(partial(_with_state, make)) for name, make in makers.items()}
+
+    def loss(self, name: str, tokens: int, rate: float, seed: int) -> float:
+        def trained() -> float:
+            student, state = self.start[name]()
+            student.load_state_dict(state)
+            return self.sides.trained(student, tokens, rate, seed)
+
+        return self.measured.get(f"{name}, {tokens} tokens, rate {rate:g}, seed {seed}", trained)
+
+
+def _with_state(make: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    student = make()
+    return student, {name: value.clone() for name, value in student.state_dict().items()}
+
+
+def measure_tokens(distilled: Distilled, options) -> dict:
     """Held-out losses of both sides after every share of the tokens, per seed, each at its best rate."""
-    makers: dict[str, Callable[[], nn.Module]] = {"slice": lambda: sides.sliced(plan), "compensated": lambda: sides.compensated(plan, Recipe())}
     results: dict[str, dict[float, list[float]]] = {"slice": {}, "compensated": {}}
     rates: dict[str, dict[float, float]] = {"slice": {}, "compensated": {}}
-    for name, share in [("slice", 1.0), *(("compensated", share) for share in (*SHARES, 1.0))]:
-        made, tokens = makers[name](), int(options.tokens * share)
-        state = {key: value.clone() for key, value in made.state_dict().items()}
-
-        def after(rate: float, seed: int, made=made, state=state, tokens=tokens) -> float:
-            made.load_state_dict(state)
-            return sides.trained(made, tokens, rate, seed)
-
-        found = {rate: after(rate, 0) for rate in (options.rates if share else options.rates[:1])}
+    work = [("slice", 1.0), *(("compensated", share) for share in (*SHARES, 1.0))]
+    for name, share in reversed(work) if options.backwards else work:
+        tokens = int(options.tokens * share)
+        found = {rate: distilled.loss(name, tokens, rate, 0) for rate in (options.rates if share else options.rates[:1])}
         rate = rates[name][share] = best_rate(found)
-        losses = results[name][share] = [found[rate], *(after(rate, seed) for seed in range(1, options.seeds))]
+        losses = results[name][share] = [found[rate], *(distilled.loss(name, tokens, rate, seed) for seed in range(1, options.seeds))]
         tried = ", ".join(f"{key:g}: {value:.4f}" for key, value in found.items())
         print(f"  {name:14}{tokens:>9,} tokens  rate {rate:<7g}{' '.join(f'{loss:.4f}' for loss in losses)}   (first seed at {tried})", flush=True)
     return {"results": results, "rates": rates}
@@ -120,20 +144,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="orders of the training rows")
     parser.add_argument("--tokens", type=int, default=260_000, help="of the slice's distillation; 260,000 are those of the tiny experiment")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.005, 0.002, 0.001], help="the grid of learning rates, the same for both sides")
+    parser.add_argument("--backwards", action="store_true", help="distil in the other order, beside a process that does not")
     options = parser.parse_args()
     walked = walk(options.runs)
     ssd.install()
     sides = Sides(walked.base, walked.teacher, walked.data)
     scores = load_scores(walked.scores, tokens="mean", samples="l2")
     plan = make_plan(sides.architecture, walked.architecture, walked.kept_layers, scores)
-    damage = measure_damage(sides, plan)
-    harder_damage = measure_damage(sides, make_plan(sides.architecture, harder(walked.architecture), walked.kept_layers, scores))
+    measured = Measured(options.runs / "measured" / f"{walked.key}.jsonl")
+    damage = measure_damage(sides, plan, measured)
+    harder_damage = measure_damage(sides, make_plan(sides.architecture, harder(walked.architecture), walked.kept_layers, scores), measured)
     print(f"\nheld-out nats/token after distillation, {options.seeds} seeds")
-    measured = measure_tokens(sides, plan, options)
-    results = measured["results"]
+    found = measure_tokens(Distilled(sides, plan, measured), options)
+    results = found["results"]
     difference = statistics.mean(results["compensated"][1.0]) - statistics.mean(results["slice"][1.0])
     ratios = {"damage_ratio": damage["compensated"] / damage["slice"], "tokens_ratio": tokens_ratio(results), "final_loss_difference": difference}
-    print(json.dumps({"benchmark": "compensated", "ratios": ratios, "damage": damage, "harder_damage": harder_damage, "tokens": options.tokens, **measured}))
+    print(json.dumps({"benchmark": "compensated", "ratios": ratios, "damage": damage, "harder_damage": harder_damage, "tokens": options.tokens, **found}))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,25 @@ def walk_pipeline(runs: Path, run_name: str, *settings: str) -> dict:
     if subprocess.run(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.DEVNULL).returncode != 0:
         sys.exit(f"error: {' '.join(command)} failed")
     return json.loads((runs / run_name / "summary.json").read_text())
+
+
+class Measured:
+    """Numbers by name in a file that grows by a line each: an interrupted run goes on, and runs side by side share what they find."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    def get(self, name: str, measure: Callable[[], object]) -> object:
+        known = self._known()
+        if name not in known:
+            known[name] = measure()
+            with self.path.open("a") as file:
+                file.write(json.dumps([name, known[name]]) + "\n")
+        return known[name]
+
+    def _known(self) -> dict[str, object]:
+        return dict(json.loads(line) for line in self.path.read_text().splitlines()) if self.path.exists() else {}
 
 
 class RememberingTeacher(nn.Module):

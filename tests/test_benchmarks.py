@@ -94,6 +94,11 @@ def claims(repository) -> ModuleType:
 
 
 @pytest.fixture
+def sides(claims) -> ModuleType:
+    return importlib.import_module("benchmarks.sides")
+
+
+@pytest.fixture
 def claim_students(claims) -> ModuleType:
     return importlib.import_module("benchmarks.claim_students")
 
@@ -131,13 +136,14 @@ def test_the_best_rate_is_walked_to_from_either_side(claim_students):
         assert claim_students.best_rate(lambda rate, lowest=lowest: abs(math.log(rate / lowest))) == lowest
 
 
-def test_what_was_measured_is_not_measured_again(claim_students, tmp_path):
-    for value in (1.5, 2.5):
-        assert claim_students.Measured(tmp_path / "of" / "a.jsonl").get("loss", lambda value=value: value) == 1.5
-    assert claim_students.Measured(tmp_path / "of" / "a.jsonl").get("other loss", lambda: 2.5) == 2.5
+def test_what_was_measured_is_not_measured_again(sides, tmp_path):
+    one, beside = (sides.Measured(tmp_path / "of" / "a.jsonl") for _ in range(2))
+    for value, measured in ((1.5, one), (2.5, beside)):
+        assert measured.get("loss", lambda value=value: value) == 1.5
+    assert one.get("other loss", lambda: 2.5) == 2.5
 
 
-def test_a_remembered_teacher_gives_what_the_teacher_gives(claims):
+def test_a_remembered_teacher_gives_what_the_teacher_gives(sides):
     class Counted(nn.Module):
         calls = 0
 
@@ -146,7 +152,7 @@ def test_a_remembered_teacher_gives_what_the_teacher_gives(claims):
             return ids_BT * 2
 
     teacher = Counted()
-    remembering = importlib.import_module("benchmarks.sides").RememberingTeacher(teacher)
+    remembering = sides.RememberingTeacher(teacher)
     for first in (0, 5, 0, 5):
         assert torch.equal(remembering.base_model(torch.arange(first, first + 4)), torch.arange(first, first + 4) * 2)
     assert teacher.calls == 2

@@ -19,6 +19,7 @@ from distill.batches import split_padding
 from memory_budget.architecture import Architecture
 from minitron.checkpoints import Checkpoint, PlannedWeights
 from minitron.families.base import Family
+from minitron.stored_linear import load_to_compute
 
 ROWS_BYTES = 2**25  # of a vocabulary's matrix, which is never in memory whole where it is only looked up and rewritten
 
@@ -148,11 +149,10 @@ class StreamedModel:
         return self._load(lambda: self.family.build_outside(self.config, part), self._fill(prefix, self._empty(prefix)))
 
     def _load(self, build: Callable[[], nn.Module], state: dict[str, torch.Tensor]) -> nn.Module:
-        """A module built without memory, of these tensors in the model's dtype."""
+        """A module of these tensors that computes in the model's dtype."""
         with torch.device("meta"):
             module = build()
-        module.load_state_dict({name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}, assign=True)
-        return module.eval().requires_grad_(False)
+        return load_to_compute(module, state, self.dtype)
 
 
 def _model_dtype(config: Mapping, checkpoint: Checkpoint | PlannedWeights) -> torch.dtype:

@@ -31,6 +31,7 @@ from minitron.pruning.directions import stream_basis
 from minitron.pruning.plan import PruningPlan
 from minitron.pruning.refit import NormalEquations
 from minitron.pruning.rotation import NORM, WRITE, check_rms, in_basis, normalised, real_tokens, stream_role
+from minitron.stored_linear import load_to_compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class _Reading:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """A layer of the student that is final but for its writer, as it computes (float32) and as it is stored."""
+    """A layer of the student that is final but for its writer, as it computes (in float32) and as it is stored."""
 
     block: nn.Module
     layer: int
@@ -153,8 +154,7 @@ class CompensatedCut:
         tensors = {name.removeprefix(f"layers.{position}."): tensor for name, tensor in made.items()}
         with torch.device("meta"):
             block = self.family.build_layer(self.student_config, position)
-        block.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-        return _Begun(block.eval(), layer, position, tensors)
+        return _Begun(load_to_compute(block, tensors, torch.float32), layer, position, tensors)
 
     def _finish(self, begun: _Begun) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
         """Refits the layer's writer, moves the student's residuals behind the layer and gives the layer's tensors."""
@@ -162,8 +162,7 @@ class CompensatedCut:
         (name,) = [name for name in block.state_dict() if self.roles[f"layers.{begun.layer}.{name}"] == WRITE]
         if self.recipe.refit_writing and f"layers.{begun.position}.{name}" not in self.stored:
             writer = block.get_submodule(name.removesuffix(".weight"))
-            begun.tensors[name] = self._writing(block, writer, f"layer {begun.layer}").to(begun.tensors[name].dtype)
-            writer.weight.data = begun.tensors[name].float()
+            writer.weight.data = begun.tensors[name] = self._writing(block, writer, f"layer {begun.layer}").to(begun.tensors[name].dtype)
         self.student_residuals = [block(residual_BTK) for residual_BTK in self.student_residuals]
         named = ((f"layers.{begun.position}.{name}", tensor) for name, tensor in begun.tensors.items())
         yield from ((name, [tensor]) for name, tensor in named if name not in self.stored)

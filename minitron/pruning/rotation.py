@@ -17,7 +17,7 @@ from minitron.importance.placement import PlacedModel, ids_and_mask
 from minitron.pruning.basis import Basis
 
 EMBED, READ, WRITE, WRITE_BIAS, NORM = "embed", "read", "write", "write bias", "norm"
-AT_ONCE = 1024  # rows or columns of a matrix: what they become is rounded while it is still in the processor's cache
+AT_ONCE = 512  # rows or columns of a matrix: what they become is rounded while it is still in the processor's cache
 
 
 def stream_role(family: Family, row: TensorAxes) -> str | None:

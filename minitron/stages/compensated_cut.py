@@ -52,8 +52,9 @@ def write_compensated(context: StageContext, family: Family, plan: PruningPlan, 
     """
     settings, source, device = context.settings.prune, base_folder(context), pick_device(context.settings)
     rows, recipe = calibration_rows(context, settings.samples), _recipe(settings)
-    check_memory(plan, recipe, rows, *process_memory_bytes(device))
     base = _streamed(family, source, read_config(source), plan.teacher, device)
+    widest = max(dtype.itemsize for dtype in _stored_dtypes(base).values())
+    check_memory(plan, recipe, rows, *process_memory_bytes(device), number_bytes=widest)
     batches = batches_of(rows, settings.batch, device)
     if note := few_tokens_note(plan, recipe, rows):
         context.console.say(f"    prune  {note}")
@@ -228,17 +229,17 @@ def _sums_for_directions(plan: PruningPlan, recipe: Recipe) -> int:
     return 3 * 8 * num_sites(plan.teacher.hidden, plan.teacher.num_layers) * plan.teacher.hidden**2 * turns
 
 
-def check_memory(plan: PruningPlan, recipe: Recipe, rows: np.ndarray, available: int, where: str) -> None:
+def check_memory(plan: PruningPlan, recipe: Recipe, rows: np.ndarray, available: int, where: str, *, number_bytes: int) -> None:
     """Refuse to begin what `available` bytes cannot hold. Raises ValueError.
 
-    At least: both models' residuals of all tokens in float32, and beside them a layer of the base and one of the student, the base's next one in bf16,
-    and in float64 either the Gram matrix of a fit, its factor and two matrices of its shape, or what directions are chosen by.
+    At least: both models' residuals of all tokens in float32, and beside them two layers of the base and one of the student as stored, `number_bytes` a
+    number, and in float64 either the Gram matrix of a fit, its factor and two matrices of its shape, or what directions are chosen by.
     """
     teacher, student = plan.teacher, plan.student
     residuals = 4 * count_tokens(rows) * (teacher.hidden + student.hidden)
     of_teacher, of_student = (max(layer_parameters(one, kind).total for kind in set(one.pattern)) for one in (teacher, student))
     fit = max((8 * (2 * inputs * inputs + 2 * inputs * outputs) for inputs, outputs in _solved_for(plan, recipe)), default=0)
-    beside = (4 + 2) * of_teacher + 4 * of_student + max(fit, _sums_for_directions(plan, recipe))
+    beside = number_bytes * (2 * of_teacher + of_student) + max(fit, _sums_for_directions(plan, recipe))
     if residuals + beside <= available:
         return
     fitting = len(rows) * (available - beside) // residuals

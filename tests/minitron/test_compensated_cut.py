@@ -185,15 +185,15 @@ def test_memory_that_cannot_hold_the_cut_is_refused_before_it_begins_with_what_w
     teacher = architecture_from_config(read_config(CONF_FOLDER / "architectures" / "nemotron-nano-12b-v2-base.json"))
     plan = PruningPlan(teacher, replace(teacher, hidden=4480, ffn=15680), tuple(range(teacher.num_layers)), {})
     rows = np.zeros((64, 8192), dtype=np.int32)
-    residuals_and_layers = 4 * 64 * 8192 * (5120 + 4480) + 6 * 2 * 20480 * 5120 + 4 * (22656 + 10240) * 4480
-    check_memory(plan, Recipe("variance"), rows, residuals_and_layers + 8 * (2 * 15680**2 + 2 * 15680 * 4480) + 10**7, "this machine")
-    check_memory(plan, Recipe(), rows, residuals_and_layers + 3 * 8 * 10 * 5120**2 + 10**7, "this machine")  # ten sums of two moments
-    with pytest.raises(ValueError, match=r"64, 524,288 tokens: .* at least 26\.\d+ GiB, and this machine has 24.0+ GiB; prune.samples=\d+ would fit") as said:
-        check_memory(plan, Recipe(), rows, 24 * GIB, "this machine")
+    residuals_and_layers = 4 * 64 * 8192 * (5120 + 4480) + 2 * (2 * 2 * 20480 * 5120 + (22656 + 10240) * 4480)
+    check_memory(plan, Recipe("variance"), rows, residuals_and_layers + 8 * (2 * 15680**2 + 2 * 15680 * 4480) + 10**7, "this machine", number_bytes=2)
+    check_memory(plan, Recipe(), rows, residuals_and_layers + 3 * 8 * 10 * 5120**2 + 10**7, "this machine", number_bytes=2)  # ten sums of two moments
+    with pytest.raises(ValueError, match=r"64, 524,288 tokens: .* at least 25\.\d+ GiB, and this machine has 24.0+ GiB; prune.samples=\d+ would fit") as said:
+        check_memory(plan, Recipe(), rows, 24 * GIB, "this machine", number_bytes=2)
     fitting = int(said.value.args[0].rpartition("samples=")[2].split()[0])
-    check_memory(plan, Recipe(), rows[:fitting], 24 * GIB, "this machine")
+    check_memory(plan, Recipe(), rows[:fitting], 24 * GIB, "this machine", number_bytes=2)
     with pytest.raises(ValueError, match="would fit"):
-        check_memory(plan, Recipe(), rows[: fitting + 1], 24 * GIB, "this machine")
-    check_memory(plan, Recipe("variance", False, False), rows[: fitting + 1], 24 * GIB, "this machine")  # no Gram matrix
+        check_memory(plan, Recipe(), rows[: fitting + 1], 24 * GIB, "this machine", number_bytes=2)
+    check_memory(plan, Recipe("variance", False, False), rows[: fitting + 1], 24 * GIB, "this machine", number_bytes=2)  # no Gram matrix
     with pytest.raises(ValueError, match="prune.method must be slice"):
-        check_memory(plan, Recipe(), rows[:1], 4 * GIB, "this machine")
+        check_memory(plan, Recipe(), rows[:1], 4 * GIB, "this machine", number_bytes=2)
