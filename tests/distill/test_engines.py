@@ -12,6 +12,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 
 from distill.launch import Launch, read_launch
+from distill.optimizers import multiplies_bf16
 from distill.sharing import check_sharing
 from distill.states import TENSORS_FILE, newest_state
 
@@ -83,6 +84,19 @@ def test_in_bf16_two_processes_follow_the_curve_as_far_as_it_tells(engine, alone
     assert codes == [0, 0], printed
     losses, expected = [step["loss"] for step in launched_steps(tmp_path)], [record.loss for record in alone[1]]
     assert losses == pytest.approx(expected, rel=5e-2) and losses != pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_muon_walks_the_curve_of_one_process(engine, alone, worker, launch, tmp_path):
+    """Each matrix is made orthogonal as a whole, though a process of fsdp2 holds rows of it. AdamW's curve is another."""
+    one, two, records = tmp_path / "one", tmp_path / "two", []
+    one.mkdir(), two.mkdir()
+    worker.run(one, {"optimizer": "muon"}, on_step=records.append)
+    codes, printed = launch(engine, two, plan={"optimizer": "muon"}, seed=2)
+    assert codes == [0, 0], printed
+    losses, tolerance = [step["loss"] for step in launched_steps(two)], 1e-2 if multiplies_bf16(torch.device("cpu")) else 1e-5
+    assert losses == pytest.approx([record.loss for record in records], rel=tolerance)
+    assert losses != pytest.approx([record.loss for record in alone[1]], rel=tolerance)
 
 
 def test_a_mean_per_process_would_leave_the_curve(alone, worker, tmp_path):
