@@ -18,6 +18,8 @@ CHUNK_VALUES = 2**25  # logits of a chunk: 256 tokens of a vocabulary of 131,072
 CPU_CHUNK_VALUES = 2**20  # on a CPU, where small chunks stay near the processor; but never fewer tokens than a product of matrices is quick with
 CPU_CHUNK_TOKENS = 256
 CPU_BLOCK_VALUES = 2**19  # logits passed over at once on a CPU: 2 MiB of each kind, so that the passes run in its cache
+# A product as small as this some BLAS kernels (MKL's for AVX2) add up term after term: over a vocabulary of 140,000 that is 1e-5 off. So many terms at a time.
+SMALL_VALUES, TERMS = 2**12, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,10 +273,14 @@ def _operands(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> tuple[torch.T
 
 def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
     """out = left · right in float32, without rounding to the operands' dtype."""
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    else:
+    if left.dtype != out.dtype:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
+    elif out.numel() <= SMALL_VALUES and left.shape[1] > TERMS:
+        out.zero_()
+        for some_left, some_right in zip(left.split(TERMS, 1), right.split(TERMS), strict=True):
+            out += some_left @ some_right
+    else:
+        torch.mm(left, right, out=out)
 
 
 def _multiply_add(left: torch.Tensor, right: torch.Tensor, total: torch.Tensor) -> None:
