@@ -15,13 +15,13 @@ from torch import nn
 from benchmarks.sides import FORWARD_BATCH, Measured, Sides
 from distill.objectives import next_token_objective
 from memory_budget.architecture import Architecture
-from minitron.evaluation import batches_of
 from minitron.families.base import MAMBA_HEAD
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.activations import measure_width
 from minitron.importance.layers import Block, SweepLimits, measure_round
 from minitron.importance.removal import LayerRules, rank_iteratively, rank_once
 from minitron.importance.scores import ImportanceScores, WidthSums, aggregate
+from minitron.measures.held_out import batches_of
 from minitron.pruning.compensate import Recipe
 from minitron.pruning.plan import PruningPlan, make_plan
 

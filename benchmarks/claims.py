@@ -26,7 +26,7 @@ from memory_budget.architecture import Architecture  # noqa: E402
 from memory_budget.calculator import memory_report  # noqa: E402
 from memory_budget.parameters import count_total_parameters  # noqa: E402
 from memory_budget.workload import Workload  # noqa: E402
-from minitron.families import ssd  # noqa: E402
+from minitron.mamba import ssd  # noqa: E402
 
 DOUBLE = {"hidden": 192, "ffn": 768, "num_attention_heads": 12, "num_key_value_heads": 3, "mamba_num_heads": 24, "mamba_num_groups": 3}
 TEACHERS = {"tiny": {}, "double": DOUBLE}

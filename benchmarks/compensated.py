@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.sides import Measured, Sides, walk_pipeline  # noqa: E402
 from memory_budget.architecture import Architecture  # noqa: E402
-from minitron.families import ssd  # noqa: E402
 from minitron.importance.scores import load_scores  # noqa: E402
+from minitron.mamba import ssd  # noqa: E402
 from minitron.pruning.compensate import Recipe  # noqa: E402
 from minitron.pruning.plan import PruningPlan, make_plan  # noqa: E402
 

@@ -35,7 +35,7 @@ from distill.chunked_loss import Head, chunked_loss  # noqa: E402
 from distill.objectives import head_of  # noqa: E402
 from distill.plan import StepRecord, TrainPlan  # noqa: E402
 from distill.trainer import distill  # noqa: E402
-from minitron.families import ssd  # noqa: E402
+from minitron.mamba import ssd  # noqa: E402
 
 SIDES = ("trl", "ours")
 BATCH, LENGTH, RATE, CLIP = 4, 256, 1e-4, 1.0

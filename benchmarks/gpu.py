@@ -1,7 +1,7 @@
 """What the tool does on one GPU: scoring, screening, the loss, distillation steps and the memory report, at the 12B's shape.
 
 Weights are random, of the published sizes, made on the device; nothing is downloaded. Both sides of a ratio run in turns, medians.
-Model FLOPs utilisation (MFU) counts the products that the models define (minitron/training_time.py), not what checkpointing computes
+Model FLOPs utilisation (MFU) counts the products that the models define (minitron/training/time.py), not what checkpointing computes
 again, and divides by the vendor's dense bf16 rate where it is known here.
 Run: .venv/bin/python benchmarks/gpu.py [--out FOLDER]; on a machine without GPU `--device cpu --tiny` runs every row on toys.
 """
@@ -34,23 +34,23 @@ from memory_budget.hf_config import architecture_from_config, read_config  # noq
 from memory_budget.parameters import count_total_parameters  # noqa: E402
 from memory_budget.units import GIB  # noqa: E402
 from memory_budget.workload import Workload  # noqa: E402
-from minitron.families import ssd  # noqa: E402
-from minitron.families.kernels import check_gpu  # noqa: E402
+from minitron.checkpoints.placement import WholeModel  # noqa: E402
 from minitron.families.nemotron_h import FAMILY  # noqa: E402
 from minitron.importance.activations import measure_width  # noqa: E402
 from minitron.importance.layers import Block, SweepLimits, measure_round  # noqa: E402
-from minitron.importance.placement import WholeModel  # noqa: E402
 from minitron.importance.removal import LayerRules, rank_iteratively  # noqa: E402
 from minitron.importance.scores import ImportanceScores, aggregate  # noqa: E402
+from minitron.machine.device import process_memory_bytes  # noqa: E402
+from minitron.mamba import ssd  # noqa: E402
+from minitron.mamba.kernels import check_gpu  # noqa: E402
 from minitron.pruning.plan import subsequence_layers  # noqa: E402
 from minitron.pruning.views import SortedTeacher  # noqa: E402
-from minitron.runtime import process_memory_bytes  # noqa: E402
-from minitron.screening import measure_batch  # noqa: E402
+from minitron.search.distances import measure_batch  # noqa: E402
+from minitron.settings.teachers import CONF_FOLDER  # noqa: E402
+from minitron.settings.training import Precision, TrainSettings  # noqa: E402
 from minitron.stages.training import train_plan  # noqa: E402
-from minitron.teachers import CONF_FOLDER  # noqa: E402
-from minitron.training_memory import training_memory  # noqa: E402
-from minitron.training_settings import Precision, TrainSettings  # noqa: E402
-from minitron.training_time import training_flops  # noqa: E402
+from minitron.training.memory import training_memory  # noqa: E402
+from minitron.training.time import training_flops  # noqa: E402
 
 CONFIG = read_config(CONF_FOLDER / "architectures" / "nemotron-nano-12b-v2-base.json")
 NANO_12B = architecture_from_config(CONFIG)

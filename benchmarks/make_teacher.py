@@ -21,12 +21,12 @@ from memory_budget.architecture import Architecture  # noqa: E402
 from memory_budget.hf_config import architecture_from_config, read_config  # noqa: E402
 from memory_budget.parameters import count_total_parameters  # noqa: E402
 from memory_budget.units import GIB  # noqa: E402
-from minitron.checkpoints import PIECE_BYTES, PlannedTensor  # noqa: E402
+from minitron.checkpoints.files import PIECE_BYTES, PlannedTensor  # noqa: E402
+from minitron.checkpoints.shards import write_weights  # noqa: E402
 from minitron.families.nemotron_h import FAMILY  # noqa: E402
 from minitron.pruning.cut import expected_shape, required_names, row_of  # noqa: E402
-from minitron.shards import write_weights  # noqa: E402
-from minitron.store import write_json  # noqa: E402
-from minitron.teachers import CONF_FOLDER  # noqa: E402
+from minitron.settings.teachers import CONF_FOLDER  # noqa: E402
+from minitron.walk.store import write_json  # noqa: E402
 
 PRESETS = {"nano2-12b": CONF_FOLDER / "architectures" / "nemotron-nano-12b-v2-base.json"}
 

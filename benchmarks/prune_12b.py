@@ -25,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from memory_budget.architecture import Architecture  # noqa: E402
 from memory_budget.hf_config import architecture_from_config, read_config  # noqa: E402
 from memory_budget.units import GIB  # noqa: E402
-from minitron.checkpoints import Checkpoint, PlannedTensor  # noqa: E402
-from minitron.families import family_of, ssd  # noqa: E402
+from minitron.checkpoints.files import Checkpoint, PlannedTensor  # noqa: E402
+from minitron.checkpoints.publish import check_layer_by_layer, write_companions  # noqa: E402
+from minitron.checkpoints.shards import write_weights  # noqa: E402
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_HEAD, Family  # noqa: E402
+from minitron.families.known import family_of  # noqa: E402
 from minitron.importance.scores import ImportanceScores  # noqa: E402
+from minitron.mamba import ssd  # noqa: E402
 from minitron.pruning.plan import PruningPlan, make_plan, subsequence_layers  # noqa: E402
-from minitron.publish import check_layer_by_layer, write_companions  # noqa: E402
-from minitron.shards import write_weights  # noqa: E402
 from minitron.stages.prune import planned_tensors  # noqa: E402
 
 # Nemotron-Nano-9B-v2 (arXiv 2508.14444): the published student's depth and widths.

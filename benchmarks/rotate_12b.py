@@ -19,13 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.prune_12b import SHARD_BYTES, cut, drop_from_cache, emptied, published_student  # noqa: E402
 from memory_budget.hf_config import architecture_from_config, read_config  # noqa: E402
-from minitron.checkpoints import Checkpoint  # noqa: E402
-from minitron.families import family_of, ssd  # noqa: E402
-from minitron.importance.placement import StreamedModel  # noqa: E402
+from minitron.checkpoints.files import Checkpoint  # noqa: E402
+from minitron.checkpoints.placement import StreamedModel  # noqa: E402
+from minitron.checkpoints.publish import write_companions  # noqa: E402
+from minitron.families.known import family_of  # noqa: E402
+from minitron.mamba import ssd  # noqa: E402
 from minitron.pruning.basis import basis_without  # noqa: E402
 from minitron.pruning.compensate import Recipe  # noqa: E402
 from minitron.pruning.plan import PruningPlan  # noqa: E402
-from minitron.publish import write_companions  # noqa: E402
 from minitron.stages.compensated_cut import MadeWeights  # noqa: E402
 from minitron.stages.prune import planned_tensors  # noqa: E402
 

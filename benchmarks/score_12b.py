@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from memory_budget.hf_config import architecture_from_config, read_config  # noqa: E402
 from memory_budget.parameters import count_parameters  # noqa: E402
-from minitron.families import family_of, ssd  # noqa: E402
+from minitron.checkpoints.placement import StreamedModel  # noqa: E402
+from minitron.families.known import family_of  # noqa: E402
 from minitron.importance.activations import measure_width  # noqa: E402
-from minitron.importance.placement import StreamedModel  # noqa: E402
+from minitron.mamba import ssd  # noqa: E402
 
 
 def matrix_rate(seconds: float = 5.0) -> float:

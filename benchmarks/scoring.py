@@ -19,12 +19,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from memory_budget.architecture import Architecture  # noqa: E402
-from minitron.families import ssd  # noqa: E402
+from minitron.checkpoints.placement import WholeModel  # noqa: E402
 from minitron.families.nemotron_h import FAMILY  # noqa: E402
 from minitron.importance.activations import measure_width  # noqa: E402
 from minitron.importance.layers import Block, SweepLimits, measure_round  # noqa: E402
-from minitron.importance.placement import WholeModel  # noqa: E402
 from minitron.importance.removal import LayerRules, rank_iteratively  # noqa: E402
+from minitron.mamba import ssd  # noqa: E402
 from minitron.stages.teacher import TINY_CONFIG  # noqa: E402
 
 ARCHITECTURE = Architecture(

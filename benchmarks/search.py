@@ -114,15 +114,15 @@ def screening(repeats: int) -> tuple[dict[str, float], dict]:
     """Ratios and figures of zero-shot screening on views; torch is imported here, the filter does without."""
     import torch
 
-    from minitron.families import ssd
+    from minitron.checkpoints.placement import WholeModel
     from minitron.families.nemotron_h import FAMILY
     from minitron.importance.activations import measure_width
-    from minitron.importance.placement import WholeModel
     from minitron.importance.scores import aggregate
+    from minitron.mamba import ssd
     from minitron.pruning.cut import build_pruned
     from minitron.pruning.plan import make_plan
     from minitron.pruning.views import SortedTeacher
-    from minitron.screening import measure_batch
+    from minitron.search.distances import measure_batch
     from minitron.stages.teacher import TINY_CONFIG
 
     ssd.install()

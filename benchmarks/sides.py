@@ -20,9 +20,9 @@ from distill.objectives import LossFunction, distillation_loss  # noqa: E402
 from distill.plan import TrainPlan  # noqa: E402
 from distill.trainer import train  # noqa: E402
 from memory_budget.hf_config import architecture_from_config, read_config  # noqa: E402
-from minitron.evaluation import batches_of, evaluation_rows, held_out_loss, spread_rows  # noqa: E402
+from minitron.checkpoints.placement import WholeModel  # noqa: E402
 from minitron.families.nemotron_h import FAMILY  # noqa: E402
-from minitron.importance.placement import WholeModel  # noqa: E402
+from minitron.measures.held_out import batches_of, evaluation_rows, held_out_loss, spread_rows  # noqa: E402
 from minitron.pruning.compensate import Recipe, build_compensated  # noqa: E402
 from minitron.pruning.cut import build_pruned  # noqa: E402
 from minitron.pruning.plan import PruningPlan  # noqa: E402

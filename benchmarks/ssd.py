@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distill.objectives import next_token_objective  # noqa: E402
 from memory_budget.architecture import Architecture  # noqa: E402
 from memory_budget.parameters import count_parameters  # noqa: E402
-from minitron.families import mixer, ssd  # noqa: E402
 from minitron.families.nemotron_h import FAMILY  # noqa: E402
+from minitron.mamba import mixer, ssd  # noqa: E402
 from minitron.stages.teacher import TINY_CONFIG  # noqa: E402
 
 ARCHITECTURE = Architecture(

@@ -28,17 +28,17 @@ from hydra.errors import HydraException, MissingConfigException  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException  # noqa: E402
 
-from minitron.settings import Settings  # noqa: E402
-from minitron.teachers import CONF_FOLDER  # noqa: E402
+from minitron.settings.run import Settings  # noqa: E402
+from minitron.settings.teachers import CONF_FOLDER  # noqa: E402
 
 ConfigStore.instance().store(name="settings_schema", node=Settings)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_FOLDER), config_name="run")
 def _run(config: DictConfig) -> None:
-    from minitron import processes
-    from minitron.console import Console
-    from minitron.pipeline import run_pipeline
+    from minitron.machine import processes
+    from minitron.walk.console import Console
+    from minitron.walk.pipeline import run_pipeline
 
     with users_mistakes():
         run_pipeline(_settings(config), Console(quiet=processes.rank() > 0))

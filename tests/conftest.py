@@ -41,7 +41,7 @@ _SERVER = """
 import json, os, sys, traceback
 sys.argv = ["run.py"]
 import minitron.run
-from minitron import pipeline
+from minitron.walk import pipeline
 from minitron.stages import data, distill, distill_cache, evaluate, export, generate, merge, prune, report, score, screen, search, shortlist, teacher
 from minitron.stages import teacher_cache, zero_shot
 from transformers.models.nemotron_h import modeling_nemotron_h

@@ -14,12 +14,12 @@ from torch import nn
 
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
-from minitron.checkpoints import Checkpoint
+from minitron.checkpoints.files import Checkpoint
+from minitron.checkpoints.shards import write_weights
 from minitron.families.base import MAMBA_HEAD
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.scores import ImportanceScores
 from minitron.pruning.plan import check_is_cut, make_plan
-from minitron.shards import write_weights
 
 
 def load_script(repository: Path, name: str) -> ModuleType:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from minitron.checkpoints.placement import PlacedModel, ids_and_mask
 from minitron.families.base import HIDDEN, Tap
-from minitron.importance.placement import PlacedModel, ids_and_mask
 from minitron.importance.scores import WidthSums
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minitron.importance.placement import Head, PlacedModel, ids_and_mask
+from minitron.checkpoints.placement import Head, PlacedModel, ids_and_mask
 
 CRITERIA = ("mse", "kl", "loss")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from minitron.store import Result, locked, stage_key, write_json
+from minitron.walk.store import Result, locked, stage_key, write_json
 
 VERSION = 1  # rises when measurements change for the same settings
 

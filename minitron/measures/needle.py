@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from distill.batches import PADDING
-from minitron.evaluate_settings import NeedleSettings
+from minitron.settings.evaluate import NeedleSettings
 
 WORD = re.compile(r"[Ġ▁][a-z]{3,}")  # with the space before it, as byte-level and SentencePiece tokenizers write it
 MOST_WORDS = 1024

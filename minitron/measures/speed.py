@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distill.batches import PADDING
-from minitron.evaluate_settings import SpeedSettings
+from minitron.settings.evaluate import SpeedSettings
 
 REPETITIONS = 3
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from minitron.documents import content_digest
-from minitron.evaluate_settings import EvaluateSettings
-from minitron.store import stage_key, write_json
+from minitron.settings.evaluate import EvaluateSettings
+from minitron.text.documents import content_digest
+from minitron.walk.store import stage_key, write_json
 
 EXTRA = "install it with: pip install 'minitron[eval]'"
 # What a task's YAML, its code or its dataset can do wrong when it is loaded.

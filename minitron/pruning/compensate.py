@@ -23,15 +23,15 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from minitron.checkpoints.placement import PlacedModel, ids_and_mask, look_up
+from minitron.checkpoints.stored_linear import load_to_compute
 from minitron.families.base import HIDDEN
-from minitron.importance.placement import PlacedModel, ids_and_mask, look_up
 from minitron.pruning.basis import Basis
 from minitron.pruning.cut import expected_shape, plan_cuts, required_names, row_of
 from minitron.pruning.directions import stream_basis
 from minitron.pruning.plan import PruningPlan
 from minitron.pruning.refit import NormalEquations
 from minitron.pruning.rotation import NORM, WRITE, check_rms, in_basis, normalised, real_tokens, stream_role
-from minitron.stored_linear import load_to_compute
 
 
 @dataclass(frozen=True, slots=True)

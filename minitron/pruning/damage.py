@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from distill.batches import PADDING, split_padding
-from minitron.importance.placement import PlacedModel
+from minitron.checkpoints.placement import PlacedModel
 
 
 @torch.no_grad()

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from minitron.evaluation import batches_of, spread_rows
+from minitron.checkpoints.placement import PlacedModel
 from minitron.families.base import HIDDEN
-from minitron.importance.placement import PlacedModel
+from minitron.measures.held_out import batches_of, spread_rows
 from minitron.pruning.basis import Basis, basis_without
 from minitron.pruning.plan import Indices, PruningPlan
 from minitron.pruning.rotation import check_rms, norm_inputs, normalised

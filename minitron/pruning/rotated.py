@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from memory_budget.architecture import Architecture
+from minitron.checkpoints.placement import WholeModel
 from minitron.families.base import Family
-from minitron.importance.placement import WholeModel
 from minitron.pruning.basis import Basis
 from minitron.pruning.cut import row_of, split_layer
 from minitron.pruning.directions import principal_basis, stream_covariance

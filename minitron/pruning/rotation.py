@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from minitron.checkpoints.placement import PlacedModel, ids_and_mask
 from minitron.families.base import HIDDEN, Family, TensorAxes
-from minitron.importance.placement import PlacedModel, ids_and_mask
 from minitron.pruning.basis import Basis
 
 EMBED, READ, WRITE, WRITE_BIAS, NORM = "embed", "read", "write", "write bias", "norm"

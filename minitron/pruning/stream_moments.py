@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from memory_budget.architecture import Architecture
+from minitron.checkpoints.placement import Head, PlacedModel, ids_and_mask
 from minitron.families.base import Family
-from minitron.importance.placement import Head, PlacedModel, ids_and_mask
 from minitron.pruning.cut import row_of
 from minitron.pruning.rotation import NORM, normalised, real_tokens, stream_role
 

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from memory_budget.architecture import Architecture
+from minitron.checkpoints.placement import WholeModel, ids_and_mask
 from minitron.families.base import MAMBA_HEAD
-from minitron.importance.placement import WholeModel, ids_and_mask
 from minitron.pruning.cut import expected_shape
 from minitron.pruning.refit import NormalEquations
 from minitron.pruning.rotation import WRITE, real_tokens, stream_role

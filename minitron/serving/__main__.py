@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Generator
 
-from minitron.prompts import Tags
+from minitron.generation.prompts import Tags
 from minitron.serving.client import Reply, ThinkingBudgetClient
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import openai
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from minitron.prompts import Tags, write_prompt
+from minitron.generation.prompts import Tags, write_prompt
 from minitron.serving.errors import in_one_line
 
 CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # a text ends in it where its last token is only part of a character

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from minitron.pipeline import StageContext
 from minitron.stages.models import given_checkpoint
+from minitron.walk.pipeline import StageContext
 
 
 def run(context: StageContext) -> dict:

@@ -21,12 +21,12 @@ from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import layer_parameters
 from memory_budget.units import GIB, format_gib
-from minitron.checkpoints import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, bytes_of, read_header
-from minitron.derived import candidate_samples
-from minitron.evaluation import batches_of, screening_rows, spread_rows
+from minitron.checkpoints.files import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, bytes_of, read_header
+from minitron.checkpoints.placement import StreamedModel, ids_and_mask
+from minitron.checkpoints.shards import write_weights
 from minitron.families.base import Family
-from minitron.importance.placement import StreamedModel, ids_and_mask
-from minitron.pipeline import StageContext
+from minitron.machine.device import pick_device, process_memory_bytes
+from minitron.measures.held_out import batches_of, screening_rows, spread_rows
 from minitron.pruning.basis import Basis
 from minitron.pruning.compensate import CompensatedCut, Recipe, build_compensated
 from minitron.pruning.damage import walked_loss
@@ -34,10 +34,10 @@ from minitron.pruning.directions import stream_basis
 from minitron.pruning.plan import PruningPlan
 from minitron.pruning.refit import ridge_for
 from minitron.pruning.stream_moments import num_sites
-from minitron.runtime import pick_device, process_memory_bytes
-from minitron.settings import PruneSettings
-from minitron.shards import write_weights
+from minitron.settings.derived import candidate_samples
+from minitron.settings.run import PruneSettings
 from minitron.stages.models import base_folder
+from minitron.walk.pipeline import StageContext
 
 BASIS_FILE = "basis.safetensors"
 RESIDUALS_FOLDER = "residuals"

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from distill.batches import count_tokens
-from minitron import arithmetic, text
-from minitron.documents import read_documents, source_title
-from minitron.pipeline import StageContext
-from minitron.rows import SplitRows
-from minitron.settings import DataSettings
-from minitron.store import write_json
-from minitron.teachers import teacher_architecture, teacher_folder
+from minitron.settings.run import DataSettings
+from minitron.settings.teachers import teacher_architecture, teacher_folder
+from minitron.text import arithmetic
+from minitron.text import embedded as text
+from minitron.text.documents import read_documents, source_title
+from minitron.text.rows import SplitRows
+from minitron.walk.pipeline import StageContext
+from minitron.walk.store import write_json
 
 DOCUMENTS_AT_ONCE = 32
 

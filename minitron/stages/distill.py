@@ -20,21 +20,21 @@ from distill.trainer import HeldOut, real_tokens, train_phases
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
-from minitron.blends import DATA_ROWS, phase_parts
-from minitron.checkpoints import DTYPES, Checkpoint
-from minitron.evaluation import batches_of, screening_rows, spread_rows
-from minitron.families import family_of
+from minitron.checkpoints.files import DTYPES, Checkpoint
+from minitron.checkpoints.publish import model_card, state_tensors, write_planned
 from minitron.families.base import HIDDEN, Family
-from minitron.pipeline import StageContext
-from minitron.publish import model_card, state_tensors, write_planned
-from minitron.runtime import pick_device, process_memory_bytes
+from minitron.families.known import family_of
+from minitron.machine.device import pick_device, process_memory_bytes
+from minitron.measures.held_out import batches_of, screening_rows, spread_rows
+from minitron.settings.teachers import teacher_architecture
+from minitron.settings.training import DistillSettings
 from minitron.stages.models import result_model_folder
 from minitron.stages.teacher_cache import cached_rows, open_cache
 from minitron.stages.training import tracked_steps, train_plan
-from minitron.teachers import teacher_architecture
-from minitron.training_memory import check_fits, training_memory
-from minitron.training_settings import DistillSettings
-from minitron.training_time import check_time, training_flops
+from minitron.text.blends import DATA_ROWS, phase_parts
+from minitron.training.memory import check_fits, training_memory
+from minitron.training.time import check_time, training_flops
+from minitron.walk.pipeline import StageContext
 
 
 def run(context: StageContext) -> dict:

@@ -1,7 +1,7 @@
 """distill_cache: the teacher's likeliest tokens at every position that the student learns from, so that it can learn without the teacher."""
 
-from minitron.pipeline import StageContext
 from minitron.stages.teacher_cache import cached_rows, write_cache
+from minitron.walk.pipeline import StageContext
 
 
 def run(context: StageContext) -> dict:

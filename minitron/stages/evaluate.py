@@ -18,19 +18,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distill.batches import count_tokens
 from memory_budget.hf_config import architecture_from_config, read_config
-from minitron.console import Advance
-from minitron.evaluate_settings import EvaluateSettings, SpeedSettings
-from minitron.evaluation import batches_of, by_position, by_source, evaluation_rows, spread_rows, token_sums
-from minitron.families import family_of
+from minitron.families.known import family_of
+from minitron.machine.device import pick_device
+from minitron.measures.held_out import batches_of, by_position, by_source, evaluation_rows, spread_rows, token_sums
 from minitron.measures.kept import kept, measurements_folder
 from minitron.measures.needle import Vocabulary, measure_needle, vocabulary_of
 from minitron.measures.speed import machine_of, make_prompts, measure_speed
 from minitron.measures.tasks import load_task, run_task, task_identity
-from minitron.pipeline import StageContext
-from minitron.runtime import pick_device
-from minitron.setting_rules import key_settings
+from minitron.settings.evaluate import EvaluateSettings, SpeedSettings
+from minitron.settings.rules import key_settings
 from minitron.stages.models import result_model_folder
-from minitron.store import write_json
+from minitron.walk.console import Advance
+from minitron.walk.pipeline import StageContext
+from minitron.walk.store import write_json
 
 SMALLEST_LOSS_NATS = 0.01
 MODELS = {"teacher": "teacher", "pruned": "prune", "student": "distill"}

@@ -11,22 +11,22 @@ from typing import Any
 from distill.states import best_state, newest_state
 from memory_budget.hf_config import read_config
 from memory_budget.units import GIB, format_gib
-from minitron.checkpoints import Checkpoint, PlannedTensor
-from minitron.compatibility import Finding, Folder, check_folder, verdicts
-from minitron.console import Console
-from minitron.export_card import Exported, Licence, distilled, export_card, licence_of
-from minitron.families import family_of
+from minitron.checkpoints.files import Checkpoint, PlannedTensor
+from minitron.checkpoints.publish import state_tensors, write_planned
 from minitron.families.base import Family
-from minitron.hand_over_settings import StudentState
-from minitron.pipeline import Lap, inputs_of, order_of, stage_folder
-from minitron.publish import state_tensors, write_planned
-from minitron.report_text import nats
-from minitron.setting_rules import key_settings
-from minitron.settings import Settings, Stage
+from minitron.families.known import family_of
+from minitron.hand_over.card import Exported, Licence, distilled, export_card, licence_of
+from minitron.hand_over.compatibility import Finding, Folder, check_folder, verdicts
+from minitron.report.summary import build_summary
+from minitron.report.text import nats
+from minitron.settings.hand_over import StudentState
+from minitron.settings.rules import key_settings
+from minitron.settings.run import Settings, Stage
+from minitron.settings.teachers import HUB_ID
 from minitron.stages.models import result_model_folder
-from minitron.store import locked, write_json
-from minitron.summary import build_summary
-from minitron.teachers import HUB_ID
+from minitron.walk.console import Console
+from minitron.walk.pipeline import Lap, inputs_of, order_of, stage_folder
+from minitron.walk.store import locked, write_json
 
 MARK_FILE, MADE_BY = "export.json", "minitron, stage=export"
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from transformers import AutoTokenizer, TextStreamer
 
 from memory_budget.hf_config import read_config
-from minitron.console import Console
-from minitron.families import family_of
-from minitron.generation import generate
-from minitron.pipeline import Lap
-from minitron.prompts import Tags, write_prompt
-from minitron.runtime import pick_device
-from minitron.settings import Settings, Thinking
+from minitron.families.known import family_of
+from minitron.generation.generate import generate
+from minitron.generation.prompts import Tags, write_prompt
+from minitron.generation.thinking import count_reasoning
+from minitron.machine.device import pick_device
+from minitron.settings.run import Settings, Thinking
 from minitron.stages.models import result_model_folder
-from minitron.thinking import count_reasoning
+from minitron.walk.console import Console
+from minitron.walk.pipeline import Lap
 
 STAGE_OF = {"teacher": "teacher", "pruned": "prune", "student": "distill"}
 

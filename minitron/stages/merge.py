@@ -10,14 +10,14 @@ import torch
 
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB, format_gib
-from minitron.checkpoints import DTYPES, PIECE_BYTES, Checkpoint, PlannedTensor
-from minitron.families import family_of
+from minitron.checkpoints.files import DTYPES, PIECE_BYTES, Checkpoint, PlannedTensor
+from minitron.checkpoints.publish import model_card, write_planned
 from minitron.families.base import Family
-from minitron.hand_over_settings import MERGEABLE
-from minitron.pipeline import StageContext
-from minitron.publish import model_card, write_planned
+from minitron.families.known import family_of
+from minitron.settings.hand_over import MERGEABLE
 from minitron.stages.merge_sweep import best_of, said_of, sweep_lines, try_weights
 from minitron.stages.models import result_model_folder
+from minitron.walk.pipeline import StageContext
 
 # What of config.json two checkpoints may differ in: where they come from, how they are stored, run or were initialised, what generation starts and ends with.
 FREE_KEYS = frozenset({

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from minitron.checkpoints import PlannedTensor, PlannedWeights
-from minitron.evaluation import batches_of, held_out_loss, screening_rows, spread_rows
+from minitron.checkpoints.files import PlannedTensor, PlannedWeights
 from minitron.families.base import Family
-from minitron.pipeline import StageContext
-from minitron.report_text import nats
-from minitron.runtime import pick_device
-from minitron.store import write_json
+from minitron.machine.device import pick_device
+from minitron.measures.held_out import batches_of, held_out_loss, screening_rows, spread_rows
+from minitron.report.text import nats
+from minitron.walk.pipeline import StageContext
+from minitron.walk.store import write_json
 
 FILE = "sweep.json"
 Tried = dict[str, Any]  # {"weights": one per checkpoint, "loss_nats_per_token"}

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from memory_budget.hf_config import architecture_from_config, read_config
-from minitron.derived import base_stage
-from minitron.pipeline import StageContext
-from minitron.settings import Settings
-from minitron.store import Result
+from minitron.settings.derived import base_stage
+from minitron.settings.run import Settings
+from minitron.walk.pipeline import StageContext
+from minitron.walk.store import Result
 
 SCORES_FILE = "scores.safetensors"
 
@@ -32,8 +32,8 @@ def scores_of(score: Result, settings: Settings) -> Any:
 
 def given_checkpoint(folder: Path, name: str) -> dict:
     """Facts of a stage that is handed its model: the checkpoint's headers are held against its config. Raises ValueError."""
-    from minitron.checkpoints import Checkpoint
-    from minitron.families import family_of
+    from minitron.checkpoints.files import Checkpoint
+    from minitron.families.known import family_of
     from minitron.pruning.cut import check_tensors
 
     config = read_config(folder)

@@ -3,12 +3,12 @@
 import numpy as np
 
 from distill.batches import count_tokens
-from minitron.blends import rows_to_make
-from minitron.documents import source_title
-from minitron.pipeline import StageContext
-from minitron.rows import SplitRows
+from minitron.settings.teachers import teacher_folder
 from minitron.stages.data import tokenise
-from minitron.teachers import teacher_folder
+from minitron.text.blends import rows_to_make
+from minitron.text.documents import source_title
+from minitron.text.rows import SplitRows
+from minitron.walk.pipeline import StageContext
 
 
 def run(context: StageContext) -> dict:

@@ -9,21 +9,21 @@ from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import GIB, format_gib
-from minitron.checkpoints import Checkpoint, PlannedTensor
-from minitron.derived import base_stage
-from minitron.families import family_of
+from minitron.checkpoints.files import Checkpoint, PlannedTensor
+from minitron.checkpoints.publish import check_layer_by_layer, check_reload, model_card, write_companions
+from minitron.checkpoints.shards import write_weights
 from minitron.families.base import Family
-from minitron.pipeline import StageContext
+from minitron.families.known import family_of
+from minitron.machine.device import available_memory_bytes
 from minitron.pruning.cut import TensorCut, build_pruned, plan_cuts
 from minitron.pruning.plan import PruningPlan, make_plan
-from minitron.publish import check_layer_by_layer, check_reload, model_card, write_companions
-from minitron.runtime import available_memory_bytes
-from minitron.settings import PruneMethod
-from minitron.shards import write_weights
+from minitron.settings.derived import base_stage
+from minitron.settings.run import PruneMethod
+from minitron.settings.teachers import base_architecture
 from minitron.stages.compensated_cut import BASIS_FILE, damage, write_compensated
 from minitron.stages.models import base_folder, scores_of
-from minitron.store import write_json
-from minitron.teachers import base_architecture
+from minitron.walk.pipeline import StageContext
+from minitron.walk.store import write_json
 
 
 def run(context: StageContext) -> dict:

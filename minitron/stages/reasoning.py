@@ -6,13 +6,13 @@ from dataclasses import asdict
 from transformers import AutoTokenizer
 
 from memory_budget.hf_config import read_config
-from minitron.arithmetic import held_out_problems
-from minitron.budget_curve import budget_curve
-from minitron.families import family_of
-from minitron.pipeline import StageContext
-from minitron.runtime import pick_device
+from minitron.families.known import family_of
+from minitron.machine.device import pick_device
+from minitron.measures.budget_curve import budget_curve
 from minitron.stages.models import result_model_folder
-from minitron.store import write_json
+from minitron.text.arithmetic import held_out_problems
+from minitron.walk.pipeline import StageContext
+from minitron.walk.store import write_json
 
 MODELS = {"teacher": "teacher", "student": "distill", "student_whole": "distill_whole"}
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron.console import Console
-from minitron.pipeline import Lap
-from minitron.plots import draw_plots
-from minitron.report_page import page_html, page_markdown
-from minitron.settings import Settings, Stage
+from minitron.report.page import page_html, page_markdown
+from minitron.report.plots import draw_plots
+from minitron.report.summary import METRICS_FILE, MODEL_STAGES, SEARCH_FILES, build_summary
+from minitron.settings.run import Settings, Stage
 from minitron.stages.models import result_model_folder
-from minitron.store import Result, locked
-from minitron.summary import METRICS_FILE, MODEL_STAGES, SEARCH_FILES, build_summary
+from minitron.walk.console import Console
+from minitron.walk.pipeline import Lap
+from minitron.walk.store import Result, locked
 
 
 def run(settings: Settings, laps: Sequence[Lap], console: Console) -> None:

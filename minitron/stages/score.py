@@ -9,21 +9,21 @@ import torch
 
 from memory_budget.hf_config import read_config
 from memory_budget.units import GIB
-from minitron.derived import base_stage, fewest_layers, layer_rules
-from minitron.evaluation import batches_of, spread_rows
-from minitron.families import family_of
+from minitron.checkpoints.placement import PlacedModel, StreamedModel, WholeModel
+from minitron.families.known import family_of
 from minitron.importance.activations import measure_width
 from minitron.importance.layers import Block, RoundSums, SweepLimits, measure_round
-from minitron.importance.placement import PlacedModel, StreamedModel, WholeModel
 from minitron.importance.removal import Removal, rank_iteratively, rank_once
 from minitron.importance.scores import WidthSums, aggregate, load_sums
-from minitron.pipeline import StageContext
-from minitron.processes import rank, sum_over_processes, world_size
-from minitron.runtime import pick_device
-from minitron.settings import Criterion, Placement
+from minitron.machine.device import pick_device
+from minitron.machine.processes import rank, sum_over_processes, world_size
+from minitron.measures.held_out import batches_of, spread_rows
+from minitron.settings.derived import base_stage, fewest_layers, layer_rules
+from minitron.settings.run import Criterion, Placement
+from minitron.settings.teachers import base_architecture
 from minitron.stages.models import SCORES_FILE, base_folder
-from minitron.store import write_json
-from minitron.teachers import base_architecture
+from minitron.walk.pipeline import StageContext
+from minitron.walk.store import write_json
 
 LAYERS_FILE = "layers.json"
 

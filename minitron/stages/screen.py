@@ -13,21 +13,21 @@ from distill.states import remove_states
 from distill.trainer import train_phases
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
-from minitron.evaluation import held_out_loss, longest_prompt
-from minitron.families import family_of
+from minitron.families.known import family_of
+from minitron.machine.device import pick_device
+from minitron.measures.held_out import held_out_loss, longest_prompt
 from minitron.measures.speed import decode_tokens_per_second
-from minitron.pipeline import StageContext
 from minitron.pruning.cut import build_pruned
 from minitron.pruning.plan import make_plan
-from minitron.runtime import pick_device
-from minitron.settings import PruneMethod
+from minitron.settings.run import PruneMethod
+from minitron.settings.teachers import base_architecture
 from minitron.stages.compensated_cut import compensated_model
 from minitron.stages.models import base_folder, result_model_folder, scores_of
 from minitron.stages.teacher_cache import cached_rows, open_cache
 from minitron.stages.training import tracked_steps, train_plan
 from minitron.stages.zero_shot import screening_batches
-from minitron.teachers import base_architecture
-from minitron.tracking import Tracker, open_candidate
+from minitron.walk.pipeline import StageContext
+from minitron.walk.tracking import Tracker, open_candidate
 
 
 def run(context: StageContext) -> dict:

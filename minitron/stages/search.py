@@ -9,10 +9,10 @@ import numpy as np
 
 from memory_budget.architecture import Architecture
 from memory_budget.units import format_gib
-from minitron.pipeline import StageContext
-from minitron.search_settings import Select
-from minitron.store import write_json
-from minitron.tracking import record_search
+from minitron.settings.search import Select
+from minitron.walk.pipeline import StageContext
+from minitron.walk.store import write_json
+from minitron.walk.tracking import record_search
 from nas.exchange import write_export_config
 from nas.pareto import pareto_front
 from nas.select import Choice, loss_within, lowest_loss, weighted

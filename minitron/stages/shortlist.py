@@ -11,13 +11,13 @@ from memory_budget.budget import PRESETS, Budget
 from memory_budget.calculator import memory_report
 from memory_budget.units import GIB, format_gib
 from memory_budget.workload import Workload
-from minitron.derived import axis_of, fixed_sizes, floors, ranks_refitted, ranks_rotated
-from minitron.pipeline import StageContext
-from minitron.search_settings import Shortlist
-from minitron.settings import Settings
+from minitron.settings.derived import axis_of, fixed_sizes, floors, ranks_refitted, ranks_rotated
+from minitron.settings.run import Settings
+from minitron.settings.search import Shortlist
+from minitron.settings.teachers import base_architecture
 from minitron.stages.layer_order import order_and_damage
 from minitron.stages.models import scores_of
-from minitron.teachers import base_architecture
+from minitron.walk.pipeline import StageContext
 from nas.candidates import Candidates, enumerate_candidates, enumerate_fitting
 from nas.depth import kept_layers
 from nas.filters import Filters, advice
@@ -191,7 +191,7 @@ def _shortlist(context: StageContext, candidates: Candidates, damage: list[float
         return largest(candidates, search.shortlist_size)
     if "score" not in context.inputs:  # nothing measured: what a candidate keeps of the teacher's parameters
         return diversified(candidates, candidates.parameters / candidates.parameters.max(), search.shortlist_size)
-    from minitron.screening import retained_importance
+    from minitron.search.distances import retained_importance
 
     scores = scores_of(context.inputs["score"], context.settings)
     return diversified(candidates, retained_importance(candidates, scores, damage), search.shortlist_size)

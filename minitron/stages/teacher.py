@@ -8,14 +8,14 @@ from distill.objectives import next_token_objective
 from distill.states import remove_states
 from distill.trainer import train
 from memory_budget.parameters import count_total_parameters
+from minitron.checkpoints.publish import check_reload, model_card, write_model
 from minitron.families.nemotron_h import FAMILY as NEMOTRON_H
-from minitron.pipeline import StageContext
-from minitron.publish import check_reload, model_card, write_model
-from minitron.runtime import pick_device
+from minitron.machine.device import pick_device
+from minitron.settings.teachers import TINY_POSITIONS, teacher_architecture, teacher_folder
 from minitron.stages.models import given_checkpoint
 from minitron.stages.training import tracked_steps, train_plan
-from minitron.store import write_json
-from minitron.teachers import TINY_POSITIONS, teacher_architecture, teacher_folder
+from minitron.walk.pipeline import StageContext
+from minitron.walk.store import write_json
 
 END_OF_TEXT_ID, PAD_ID = 0, 1  # the first two special tokens of the tokenizer trained in data
 TINY_CONFIG = {

@@ -10,12 +10,12 @@ from distill.teacher_cache import TeacherCache, write_teacher_cache
 from distill.top_k import TopK, top_k_of_hidden
 from memory_budget.hf_config import read_config
 from memory_budget.units import format_gib
-from minitron.evaluation import spread_rows
-from minitron.families import family_of
-from minitron.pipeline import StageContext
-from minitron.runtime import pick_device
+from minitron.families.known import family_of
+from minitron.machine.device import pick_device
+from minitron.measures.held_out import spread_rows
 from minitron.stages.models import result_model_folder
-from minitron.store import Result
+from minitron.walk.pipeline import StageContext
+from minitron.walk.store import Result
 
 CACHE_FOLDER = "cache"
 

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from enum import Enum
 
 from distill.plan import StepRecord, TrainPlan
-from minitron.pipeline import StageContext
-from minitron.tracking import Tracker, open_tracker
-from minitron.training_settings import TrainSettings
+from minitron.settings.training import TrainSettings
+from minitron.walk.pipeline import StageContext
+from minitron.walk.tracking import Tracker, open_tracker
 
 METRICS_FILE = "metrics.jsonl"
 UNTRACKED = ("loss", "step", "total_steps", "recent_loss", "seconds", "phase")

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from minitron.blends import without_truncation
-from minitron.pipeline import StageContext
 from minitron.stages import phase_rows
+from minitron.text.blends import without_truncation
+from minitron.walk.pipeline import StageContext
 
 
 def run(context: StageContext) -> dict:

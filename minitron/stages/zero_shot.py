@@ -11,18 +11,18 @@ import torch
 
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
-from minitron.derived import candidate_samples, ranks_refitted, ranks_rotated
-from minitron.evaluation import batches_of, screening_rows, spread_rows
-from minitron.families import family_of
-from minitron.pipeline import StageContext
+from minitron.families.known import family_of
+from minitron.machine.device import pick_device
+from minitron.measures.held_out import batches_of, screening_rows, spread_rows
 from minitron.pruning.rotated import rotate_model
 from minitron.pruning.views import SortedTeacher, View
 from minitron.pruning.width_refits import refit_widths
-from minitron.runtime import pick_device
-from minitron.screening import Distance, best_first, measure_batch
+from minitron.search.distances import Distance, best_first, measure_batch
+from minitron.settings.derived import candidate_samples, ranks_refitted, ranks_rotated
+from minitron.settings.teachers import base_architecture
 from minitron.stages.compensated_cut import calibration_rows
 from minitron.stages.models import base_folder, result_model_folder, scores_of
-from minitron.teachers import base_architecture
+from minitron.walk.pipeline import StageContext
 
 PART_FILE = "zero_shot.partial.jsonl"
 

@@ -4,11 +4,11 @@ import re
 
 import pytest
 
-from minitron.arithmetic import Problem, held_out_problems, problem_documents, problems
-from minitron.documents import read_documents
-from minitron.reasoning_settings import ArithmeticSettings, ReasoningSettings
-from minitron.settings import DataSettings
-from minitron.training_settings import DistillSettings, PhaseSettings, SourceSettings
+from minitron.settings.reasoning import ArithmeticSettings, ReasoningSettings
+from minitron.settings.run import DataSettings
+from minitron.settings.training import DistillSettings, PhaseSettings, SourceSettings
+from minitron.text.arithmetic import Problem, held_out_problems, problem_documents, problems
+from minitron.text.documents import read_documents
 
 SOME = ArithmeticSettings(problems=3000, most_operands=4)
 

@@ -9,12 +9,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from distill.batches import BlendBatches
-from minitron.blends import DATA_ROWS, phase_parts, rows_to_make, without_truncation
-from minitron.documents import read_documents
-from minitron.reasoning import truncate_reasoning
-from minitron.settings import DataSettings, Settings
-from minitron.text import Document
-from minitron.training_settings import DistillSettings, PhaseSettings, SourceSettings
+from minitron.settings.run import DataSettings, Settings
+from minitron.settings.training import DistillSettings, PhaseSettings, SourceSettings
+from minitron.text.blends import DATA_ROWS, phase_parts, rows_to_make, without_truncation
+from minitron.text.documents import read_documents
+from minitron.text.embedded import Document
+from minitron.text.traces import truncate_reasoning
 
 
 def source(number: int, rows: int) -> np.ndarray:

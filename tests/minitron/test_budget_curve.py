@@ -9,11 +9,11 @@ import torch
 from transformers import AutoTokenizer
 
 from memory_budget.hf_config import read_config
-from minitron.arithmetic import held_out_problems
-from minitron.budget_curve import answer_of, budget_curve
-from minitron.families import family_of
-from minitron.generation import Tags
-from minitron.reasoning_settings import ArithmeticSettings
+from minitron.families.known import family_of
+from minitron.generation.generate import Tags
+from minitron.measures.budget_curve import answer_of, budget_curve
+from minitron.settings.reasoning import ArithmeticSettings
+from minitron.text.arithmetic import held_out_problems
 
 ARITHMETIC = ArithmeticSettings(problems=1000, most_operands=3)
 MINIATURE = (

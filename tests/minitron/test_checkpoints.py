@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from minitron.checkpoints import DTYPES, INDEX_FILE, SINGLE_FILE, Checkpoint, PlannedTensor, copy_companions, read_header
+from minitron.checkpoints.files import DTYPES, INDEX_FILE, SINGLE_FILE, Checkpoint, PlannedTensor, copy_companions, read_header
+from minitron.checkpoints.shards import save_model_weights, write_weights
 from minitron.families.nemotron_h import FAMILY
-from minitron.shards import save_model_weights, write_weights
-from minitron.store import write_json
+from minitron.walk.store import write_json
 
 KIB = 1024
 

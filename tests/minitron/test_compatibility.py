@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from minitron.compatibility import RULES, Folder, check_folder, verdicts
+from minitron.hand_over.compatibility import RULES, Folder, check_folder, verdicts
 
 GOOD = {
     "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-", "num_hidden_layers": 5,

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from memory_budget.hf_config import architecture_from_config, read_config
+from minitron.checkpoints.placement import StreamedModel, WholeModel
 from minitron.families.base import FFN, HIDDEN, MAMBA_HEAD
 from minitron.families.nemotron_h import FAMILY
-from minitron.importance.placement import StreamedModel, WholeModel
 from minitron.pruning.basis import Basis, basis_without
 from minitron.pruning.compensate import CompensatedCut, Recipe, build_compensated
 from minitron.pruning.cut import build_pruned
@@ -290,7 +290,7 @@ def test_factors_are_kept_only_where_they_save_work():
 
 
 def test_the_loss_by_a_walk_is_that_of_the_whole_model(teacher, tiny, rows):
-    from minitron.evaluation import held_out_loss
+    from minitron.measures.held_out import held_out_loss
 
     padded = torch.cat([rows[0], torch.full((8, 5), -1)], dim=1)
     assert walked_loss(WholeModel(FAMILY, teacher, tiny), [padded, rows[1]]) == pytest.approx(held_out_loss(teacher, [padded, rows[1]]), rel=1e-6)

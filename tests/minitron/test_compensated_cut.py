@@ -13,18 +13,18 @@ from transformers import AutoModelForCausalLM
 
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
-from minitron.checkpoints import Checkpoint
+from minitron.checkpoints.files import Checkpoint
+from minitron.checkpoints.placement import StreamedModel
 from minitron.families.nemotron_h import FAMILY
-from minitron.importance.placement import StreamedModel
 from minitron.pruning.basis import Basis
 from minitron.pruning.compensate import Recipe
 from minitron.pruning.plan import PruningPlan
-from minitron.settings import Directions, PruneMethod, PruneSettings, ScreenSettings, Settings
-from minitron.stage_table import STAGES
+from minitron.settings.run import Directions, PruneMethod, PruneSettings, ScreenSettings, Settings
+from minitron.settings.teachers import CONF_FOLDER
 from minitron.stages.compensated_cut import BASIS_FILE, MadeWeights, check_memory, few_tokens_note
 from minitron.stages.prune import planned_tensors
-from minitron.store import write_json
-from minitron.teachers import CONF_FOLDER
+from minitron.walk.stage_table import STAGES
+from minitron.walk.store import write_json
 
 COMPENSATED = ("stage=prune", "prune.method=compensated")
 

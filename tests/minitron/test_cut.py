@@ -12,15 +12,15 @@ import torch
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
-from minitron.checkpoints import Checkpoint
+from minitron.checkpoints.files import Checkpoint
+from minitron.checkpoints.shards import write_weights
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_CHANNEL, MAMBA_HEAD
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.scores import ImportanceScores
 from minitron.pruning.cut import TensorCut, build_pruned, check_tensors, cut_state, expected_shape, plan_cuts, required_names, row_of
 from minitron.pruning.plan import PruningPlan, check_is_cut, make_plan, subsequence_layers, top, top_per_group
-from minitron.shards import write_weights
+from minitron.settings.teachers import CONF_FOLDER
 from minitron.stages.prune import planned_tensors
-from minitron.teachers import CONF_FOLDER
 
 NANO_9B_PATTERN = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from minitron.checkpoints import Checkpoint, PlannedTensor
-from minitron.direct_io import BLOCK_BYTES, BUFFER_BYTES, LEAST_BYTES, DirectFile, empty_tensor, fill_tensor, would_not_stay
-from minitron.runtime import available_memory_bytes
-from minitron.shards import write_weights
+from minitron.checkpoints.direct_io import BLOCK_BYTES, BUFFER_BYTES, LEAST_BYTES, DirectFile, empty_tensor, fill_tensor, would_not_stay
+from minitron.checkpoints.files import Checkpoint, PlannedTensor
+from minitron.checkpoints.shards import write_weights
+from minitron.machine.device import available_memory_bytes
 
 MIB = 2**20
 

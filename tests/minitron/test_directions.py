@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from minitron.checkpoints.placement import WholeModel
 from minitron.families.base import HIDDEN
 from minitron.families.nemotron_h import FAMILY
-from minitron.importance.placement import WholeModel
 from minitron.pruning.directions import expected_rise, least_needed, stream_basis
 from minitron.pruning.rotation import normalised
 from minitron.pruning.stream_moments import Moments, num_sites, stream_moments

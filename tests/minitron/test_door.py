@@ -14,7 +14,7 @@ from memory_budget.calculator import memory_report
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
 from memory_budget.workload import Workload
-from minitron.teachers import CONF_FOLDER
+from minitron.settings.teachers import CONF_FOLDER
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("--cfg", "job"), ("--cfg", "job", "experiment=nano2", "stage=prune")])

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from minitron.evaluate_settings import EvaluateSettings
 from minitron.measures.tasks import load_task, task_identity, tasks_identity
+from minitron.settings.evaluate import EvaluateSettings
 
 MODELS = ("teacher", "pruned", "student")
 WORDS = ("import", "return", "self", "class", "def", "if", "else", "for", "while", "try", "except", "raise", "with", "yield", "None", "True")

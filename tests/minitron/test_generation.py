@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LogitsProcessorList
 
-from minitron.generation import generate
-from minitron.prompts import write_prompt
-from minitron.text import train_tokenizer
-from minitron.thinking import ThinkingBudget, count_reasoning
+from minitron.generation.generate import generate
+from minitron.generation.prompts import write_prompt
+from minitron.generation.thinking import ThinkingBudget, count_reasoning
+from minitron.text.embedded import train_tokenizer
 
 OPEN = [5, 6]
 LENGTH = 60

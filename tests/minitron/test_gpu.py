@@ -14,9 +14,9 @@ from transformers.models.nemotron_h import modeling_nemotron_h as modeling
 from memory_budget.architecture import Architecture
 from memory_budget.calculator import memory_report
 from memory_budget.workload import Workload
-from minitron.families.kernels import KERNELS, check_bf16, check_gpu, check_kernels, check_numbers
 from minitron.families.nemotron_h import FAMILY
-from minitron.runtime import _say_once
+from minitron.machine.device import _say_once
+from minitron.mamba.kernels import KERNELS, check_bf16, check_gpu, check_kernels, check_numbers
 from minitron.stages.teacher import TINY_CONFIG
 
 CPU, VERSIONS = torch.device("cpu"), {"mamba-ssm": "2.3.2", "causal-conv1d": "1.7.0"}

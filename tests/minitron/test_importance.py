@@ -11,11 +11,11 @@ from torch import nn
 
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
+from minitron.checkpoints.placement import StreamedModel, WholeModel
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_HEAD
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.activations import measure_width
 from minitron.importance.layers import Block, SweepLimits, measure_round, run_layers
-from minitron.importance.placement import StreamedModel, WholeModel
 from minitron.importance.removal import LayerRules, Removal, check_rules, rank_iteratively, rank_once, removable_layers
 from minitron.importance.scores import ImportanceScores, aggregate, load_scores, load_sums
 

@@ -117,9 +117,9 @@ def stage_context(tmp_path):
     from omegaconf import OmegaConf
 
     import minitron.run  # noqa: F401 registers the schema
-    from minitron.console import Console
-    from minitron.pipeline import StageContext
-    from minitron.teachers import CONF_FOLDER
+    from minitron.settings.teachers import CONF_FOLDER
+    from minitron.walk.console import Console
+    from minitron.walk.pipeline import StageContext
 
     def context(*overrides):
         with initialize_config_dir(str(CONF_FOLDER), version_base="1.3"):

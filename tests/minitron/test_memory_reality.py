@@ -8,7 +8,7 @@ import torch
 from memory_budget.calculator import memory_report
 from memory_budget.hf_config import architecture_from_config
 from memory_budget.workload import Workload
-from minitron.families import mixer
+from minitron.mamba import mixer
 
 TOKENS = 11
 TRANSFORMERS_OWN = {(owner, name): getattr(owner, name) for owner, name, _ in mixer.replacements()}  # before any test puts ours in their place

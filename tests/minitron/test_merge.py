@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from memory_budget.hf_config import read_config
-from minitron.checkpoints import PIECE_BYTES, Checkpoint
-from minitron.evaluation import batches_of, evaluation_rows, held_out_loss, screening_rows, spread_rows
+from minitron.checkpoints.files import PIECE_BYTES, Checkpoint
+from minitron.checkpoints.shards import save_model_weights
 from minitron.families.nemotron_h import FAMILY
-from minitron.hand_over_settings import MergeSettings
-from minitron.shards import save_model_weights
+from minitron.measures.held_out import batches_of, evaluation_rows, held_out_loss, screening_rows, spread_rows
+from minitron.settings.hand_over import MergeSettings
 from minitron.stages.merge import Source, merged_tensors
-from minitron.store import write_json
+from minitron.walk.store import write_json
 
 VOCABULARY = {"model": {"vocab": {"a": 0, "b": 1, "<old>": 2}}}
 

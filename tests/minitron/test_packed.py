@@ -8,7 +8,7 @@ import torch
 from distill.batches import PADDING, document_numbers, mark_start, split_padding
 from distill.losses import next_token_labels
 from distill.objectives import distillation_loss, head_of
-from minitron.families import mixer
+from minitron.mamba import mixer
 
 LENGTHS = ((7, 41, 2, 12), (30, 33))  # of the documents of two rows; the second has one place to spare
 

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from memory_budget.hf_config import read_config
 from memory_budget.parameters import count_total_parameters
-from minitron.checkpoints import SINGLE_FILE, Checkpoint, PlannedTensor
+from minitron.checkpoints.files import SINGLE_FILE, Checkpoint, PlannedTensor
+from minitron.checkpoints.publish import check_layer_by_layer, check_reload, model_card, write_model
+from minitron.checkpoints.shards import save_model_weights
 from minitron.families.nemotron_h import FAMILY
-from minitron.publish import check_layer_by_layer, check_reload, model_card, write_model
-from minitron.shards import save_model_weights
-from minitron.store import write_json
+from minitron.walk.store import write_json
 
 COMPANIONS = {
     "tokenizer.json": b'{"version":  "1.0",\r\n "added_tokens": []}',

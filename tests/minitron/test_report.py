@@ -16,18 +16,18 @@ from memory_budget.architecture import Architecture
 from memory_budget.calculator import memory_report
 from memory_budget.parameters import count_total_parameters
 from memory_budget.workload import Workload
-from minitron.console import Console
-from minitron.laps import depth_lap, width_lap
-from minitron.pipeline import Lap
-from minitron.plots import PLOTS, draw_plots
-from minitron.plots_search import non_dominated
-from minitron.report_page import page_html, page_markdown
-from minitron.report_search import candidates_table, choice_sentences, pattern_lines
-from minitron.report_verdict import verdict
-from minitron.settings import BudgetSettings, Settings, TeacherSettings, TinyTeacherSettings, WorkloadSettings
+from minitron.report.page import page_html, page_markdown
+from minitron.report.plots import PLOTS, draw_plots
+from minitron.report.plots_search import non_dominated
+from minitron.report.search import candidates_table, choice_sentences, pattern_lines
+from minitron.report.summary import MOST_CURVE_POINTS, SEARCH_FILES, best_first, build_summary, removed_layers, thinned_curve
+from minitron.report.verdict import verdict
+from minitron.settings.run import BudgetSettings, Settings, TeacherSettings, TinyTeacherSettings, WorkloadSettings
 from minitron.stages import report
-from minitron.store import Result, finish
-from minitron.summary import MOST_CURVE_POINTS, SEARCH_FILES, best_first, build_summary, removed_layers, thinned_curve
+from minitron.walk.console import Console
+from minitron.walk.laps import depth_lap, width_lap
+from minitron.walk.pipeline import Lap
+from minitron.walk.store import Result, finish
 
 STAGES = ("data", "teacher", "score", "shortlist", "teacher_cache", "screen L8-F32", "screen L8-F24", "search", "prune", "distill", "evaluate")
 SECTIONS = ("data", "teacher", "score", "shortlist", "teacher_cache", "screen", "search", "prune", "distill", "evaluate")
@@ -460,7 +460,7 @@ def test_a_plot_is_drawn_again_only_when_its_data_changed(summary, tmp_path):
 
 
 def test_a_plot_of_the_first_lap_is_drawn_again_when_its_losses_change(two_laps, tmp_path, monkeypatch):
-    monkeypatch.setattr("minitron.plots.PLOTS", {"depth_lap.png": PLOTS["depth_lap.png"]})
+    monkeypatch.setattr("minitron.report.plots.PLOTS", {"depth_lap.png": PLOTS["depth_lap.png"]})
     draw_plots(two_laps, tmp_path)
     drawn = (tmp_path / "depth_lap.png").read_bytes()
     two_laps["depth_lap"]["stages"]["score"]["cached"] = True
@@ -489,8 +489,8 @@ def test_the_page_of_an_unchanged_run_loads_neither_torch_nor_matplotlib(whole, 
     code = f"""
 import json, sys
 from pathlib import Path
-from minitron.plots import draw_plots
-from minitron.report_page import page_html, page_markdown
+from minitron.report.plots import draw_plots
+from minitron.report.page import page_html, page_markdown
 summary = json.loads(Path({str(folder / "summary.json")!r}).read_text())
 page = page_html(page_markdown(summary, draw_plots(summary, Path({str(folder)!r}))), "")
 print(len(page) > 1000, [name for name in ("torch", "transformers", "matplotlib") if name in sys.modules])

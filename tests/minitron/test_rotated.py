@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from memory_budget.hf_config import architecture_from_config
+from minitron.checkpoints.placement import WholeModel
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.activations import measure_width
-from minitron.importance.placement import WholeModel
 from minitron.importance.scores import aggregate
 from minitron.pruning.basis import Basis
 from minitron.pruning.compensate import Recipe, build_compensated
@@ -20,9 +20,9 @@ from minitron.pruning.directions import principal_basis, stream_covariance
 from minitron.pruning.plan import make_plan
 from minitron.pruning.rotated import rotate_model
 from minitron.pruning.views import SortedTeacher
-from minitron.search_settings import AxisSettings, FixedSettings, SearchSettings
-from minitron.settings import PruneMethod, PruneSettings, Settings, TeacherSettings, TinyTeacherSettings
-from minitron.stage_table import STAGES
+from minitron.settings.run import PruneMethod, PruneSettings, Settings, TeacherSettings, TinyTeacherSettings
+from minitron.settings.search import AxisSettings, FixedSettings, SearchSettings
+from minitron.walk.stage_table import STAGES
 
 EPSILON, EVERYTHING, SOME = 1e-5, tuple(range(9)), (0, 1, 2, 3, 5, 7, 8)
 CUTS = {

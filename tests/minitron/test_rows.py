@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from distill.batches import count_tokens
-from minitron.rows import Packer, SplitRows, document_rows, windows
-from minitron.settings import DataSettings
-from minitron.training_settings import Rows
+from minitron.settings.run import DataSettings
+from minitron.settings.training import Rows
+from minitron.text.rows import Packer, SplitRows, document_rows, windows
 
 
 def documents_of(row: np.ndarray) -> set[int]:

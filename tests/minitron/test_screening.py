@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 
 from memory_budget.workload import Workload
-from minitron.checkpoints import Checkpoint
-from minitron.evaluation import batches_of, evaluate, held_out_loss, spread_rows
+from minitron.checkpoints.files import Checkpoint
+from minitron.checkpoints.placement import WholeModel
+from minitron.checkpoints.shards import write_weights
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.activations import measure_width
-from minitron.importance.placement import WholeModel
 from minitron.importance.scores import aggregate
+from minitron.measures.held_out import batches_of, evaluate, held_out_loss, spread_rows
 from minitron.measures.speed import decode_tokens_per_second
 from minitron.pruning.cut import build_pruned
 from minitron.pruning.plan import make_plan
-from minitron.screening import retained_importance
-from minitron.shards import write_weights
+from minitron.search.distances import retained_importance
 from minitron.stages.prune import planned_tensors
-from minitron.store import write_json
+from minitron.walk.store import write_json
 from nas.candidates import enumerate_candidates
 from nas.space import SearchSpace
 

@@ -12,12 +12,12 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from minitron.families.nemotron_h import FAMILY
-from minitron.generation import generate
-from minitron.prompts import Tags, write_prompt
+from minitron.generation.generate import generate
+from minitron.generation.prompts import Tags, write_prompt
 from minitron.serving import Reply, ThinkingBudgetClient
 from minitron.serving.__main__ import main
 from minitron.serving.errors import in_one_line
-from minitron.store import write_json
+from minitron.walk.store import write_json
 
 PROMPT = "What is 3 plus 4?"
 TEMPLATE = "{{ messages[-1].content }} A: {% if enable_thinking is defined %}{{ '<think>' if enable_thinking else '<think></think>' }}{% endif %}"

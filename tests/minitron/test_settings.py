@@ -3,11 +3,11 @@
 import pytest
 
 from memory_budget.architecture import Architecture
-from minitron.derived import axis_of
-from minitron.search_settings import AxisSettings, FixedSettings, SearchSettings
-from minitron.setting_rules import key_settings
-from minitron.settings import DataSettings, EvaluateSettings, PruneSettings, ScoringSettings, Settings, Stage, TeacherSettings
-from minitron.training_settings import DistillSettings, Optimizer, TrainSettings
+from minitron.settings.derived import axis_of
+from minitron.settings.rules import key_settings
+from minitron.settings.run import DataSettings, EvaluateSettings, PruneSettings, ScoringSettings, Settings, Stage, TeacherSettings
+from minitron.settings.search import AxisSettings, FixedSettings, SearchSettings
+from minitron.settings.training import DistillSettings, Optimizer, TrainSettings
 
 
 def test_a_how_setting_leaves_the_key_settings_as_they_are():

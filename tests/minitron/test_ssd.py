@@ -1,6 +1,6 @@
 """The Mamba-2 scan and convolution in plain torch against the sequential recurrence in float64 and transformers' own path.
 
-Letters as in minitron/families/ssd.py: B batch, T tokens, M heads, P head dim, G groups, N state, E channels, K kernel.
+Letters as in minitron/mamba/ssd.py: B batch, T tokens, M heads, P head dim, G groups, N state, E channels, K kernel.
 """
 
 import math
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from minitron.families import blockwise, chunks, mixer, ssd
 from minitron.families.nemotron_h import FAMILY
+from minitron.mamba import blockwise, chunks, mixer, ssd
 
 # Taken at import, before any test can have put ours in their place.
 TRANSFORMERS_OWN = [(owner, name, getattr(owner, name)) for owner, name, _ in mixer.replacements()]

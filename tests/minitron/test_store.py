@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from minitron.store import DONE, find_result, finish, locked, stage_key, write_json
+from minitron.walk.store import DONE, find_result, finish, locked, stage_key, write_json
 
 BASE = {"stage": "score", "version": 1, "settings": {"samples": 8, "seed": 0}, "input_keys": {"data": "aaa", "teacher": "bbb"}}
 
@@ -109,7 +109,7 @@ def test_a_lock_ends_with_its_process(tmp_path, environment):
     holds = """
         import sys, time
         from pathlib import Path
-        from minitron.store import locked
+        from minitron.walk.store import locked
         with locked(Path(sys.argv[1]), print):
             print("held", flush=True)
             time.sleep(60)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from minitron.stored_linear import AT_ONCE, StoredLinear, load_to_compute
+from minitron.checkpoints.stored_linear import AT_ONCE, StoredLinear, load_to_compute
 
 TOKENS, INPUTS, OUTPUTS = (2, 5), 24, AT_ONCE + 40  # more than one piece
 

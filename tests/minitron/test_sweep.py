@@ -14,10 +14,10 @@ from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 from wandb.sdk.lib.config_util import save_config_file_from_dict
 
-from minitron.settings import Settings, Stage, Tracking
-from minitron.store import locked
-from minitron.teachers import CONF_FOLDER
-from minitron.tracking import open_candidate
+from minitron.settings.run import Settings, Stage, Tracking
+from minitron.settings.teachers import CONF_FOLDER
+from minitron.walk.store import locked
+from minitron.walk.tracking import open_candidate
 
 SWEEP = CONF_FOLDER / "sweeps" / "candidates.yaml"
 PARALLEL = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")

@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from minitron import text
-from minitron.text import Document, embedded_documents, train_tokenizer
+from minitron.text import embedded as text
+from minitron.text.embedded import Document, embedded_documents, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import torch
 from distill.engine import open_engine
 from distill.launch import Launch
 from memory_budget.units import GIB
-from minitron.families import ssd
+from minitron.mamba import ssd
+from minitron.settings.training import Optimizer, TrainSettings
 from minitron.stages.training import train_plan
-from minitron.training_memory import FLOAT32, activation_bytes_per_token, check_fits, loss_bytes, training_memory
-from minitron.training_settings import Optimizer, TrainSettings
+from minitron.training.memory import FLOAT32, activation_bytes_per_token, check_fits, loss_bytes, training_memory
 
 LENGTH = 64
 
@@ -126,7 +126,7 @@ def test_what_cannot_fit_is_refused_with_what_to_do(tiny):
 def test_the_published_student_needs_slices(tiny):
     """9B float32 with AdamW and a 12B teacher in bf16: 165 GiB in one process, about an eighth of it in eight."""
     from memory_budget.hf_config import architecture_from_config, read_config
-    from minitron.teachers import CONF_FOLDER
+    from minitron.settings.teachers import CONF_FOLDER
 
     teacher = architecture_from_config(read_config(CONF_FOLDER / "architectures" / "nemotron-nano-12b-v2-base.json"))
     student = replace(teacher, pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", hidden=4480, ffn=15680)

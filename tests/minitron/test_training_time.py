@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minitron.training_settings import Precision, TrainSettings
-from minitron.training_time import check_time, training_flops
+from minitron.settings.training import Precision, TrainSettings
+from minitron.training.time import check_time, training_flops
 
 CPU = torch.device("cpu")
 

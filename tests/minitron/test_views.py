@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from memory_budget.parameters import count_total_parameters
-from minitron.evaluation import evaluate
+from minitron.checkpoints.placement import WholeModel
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.activations import measure_width
-from minitron.importance.placement import WholeModel
 from minitron.importance.scores import aggregate
+from minitron.measures.held_out import evaluate
 from minitron.pruning.cut import build_pruned
 from minitron.pruning.plan import make_plan
 from minitron.pruning.views import SortedTeacher
-from minitron.screening import best_first, measure_batch
+from minitron.search.distances import best_first, measure_batch
 
 EVERYTHING = tuple(range(9))
 SOME = (0, 1, 2, 3, 5, 7, 8)

@@ -17,9 +17,9 @@ import torch
 from transformers import AutoTokenizer
 
 from memory_budget.hf_config import read_config
-from minitron.families import family_of
-from minitron.generation import generate
-from minitron.prompts import Tags, write_prompt
+from minitron.families.known import family_of
+from minitron.generation.generate import generate
+from minitron.generation.prompts import Tags, write_prompt
 from minitron.serving import ThinkingBudgetClient
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")

@@ -13,7 +13,7 @@ from memory_budget.calculator import memory_report
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
 from memory_budget.workload import Workload
-from minitron.checkpoints import Checkpoint
+from minitron.checkpoints.files import Checkpoint
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.scores import load_scores
 from minitron.pruning.cut import build_pruned

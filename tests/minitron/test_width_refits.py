@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from minitron.checkpoints.placement import WholeModel
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.activations import measure_width
-from minitron.importance.placement import WholeModel
 from minitron.importance.scores import aggregate
 from minitron.pruning.refit import NormalEquations
 from minitron.pruning.views import SortedTeacher
 from minitron.pruning.width_refits import refit_widths
-from minitron.search_settings import AxisSettings, FixedSettings, SearchSettings
-from minitron.settings import PruneMethod, PruneSettings, Settings, TeacherSettings, TinyTeacherSettings
-from minitron.stage_table import STAGES
+from minitron.settings.run import PruneMethod, PruneSettings, Settings, TeacherSettings, TinyTeacherSettings
+from minitron.settings.search import AxisSettings, FixedSettings, SearchSettings
+from minitron.walk.stage_table import STAGES
 
 RIDGE, EVERYTHING = 0.01, tuple(range(9))  # of "M-M*-M-*-"
 CUTS = {  # what is cut, and a layer of the kind with its writer

@@ -1,0 +1,256 @@
+"""Checkpoints streamed piece by piece: a model never has to be in memory, nor has a tensor.
+
+Reading goes through plain file reads, not a memory map, so that what was read does not count as resident
+memory, and around the page cache (direct_io.py) where the files are too large to stay in it.
+"""
+
+import hashlib
+import json
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minitron.checkpoints.direct_io import empty_tensor, fill_tensor, would_not_stay
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+FINGERPRINT_BYTES = 4096  # of each tensor
+# Large enough for a disk's full rate, small enough that a piece is still in the processor's cache when it is cut and written.
+PIECE_BYTES = 2**24
+# Carried over byte for byte from the teacher's folder, where present.
+COMPANION_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies on disk; `name` is the name in the file, `offset` counts from the file's start."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+    @property
+    def num_elements(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+class Checkpoint:
+    """The safetensors files of one model folder: names, shapes and dtypes read at once, weights on demand."""
+
+    def __init__(self, folder: Path, *, file: str | None = None, direct: bool | None = None):
+        """Read every shard's header. Raises ValueError for a missing folder, shard or tensor, or a truncated file.
+
+        `file` is the one file to read where it is not named as a model's, a saved state's say; `direct` says whether to read around
+        the page cache, else the files' size decides.
+        """
+        self.folder = Path(folder)
+        files, indexed = _shard_files(self.folder) if file is None else ([self.folder / file], set())
+        self.files = files
+        self.entries = {entry.name: entry for path in files for entry in read_header(path)}
+        self.direct = would_not_stay(sum(entry.num_bytes for entry in self.entries.values())) if direct is None else direct
+        missing = sorted(indexed - set(self.entries))
+        if missing:
+            raise ValueError(f"checkpoint {self.folder}: tensor {missing[0]} is listed in {INDEX_FILE} but in none of its shards")
+
+    def empty(self, name: str) -> torch.Tensor:
+        """Memory for one whole tensor, in its stored dtype and shape."""
+        entry = self.entries[name]
+        return empty_tensor(entry.shape, DTYPES[entry.dtype], entry.offset, direct=self.direct)
+
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """One whole tensor, in its stored dtype and shape; `into`, an empty(name), is filled and given."""
+        entry = self.entries[name]
+        return self._fill(self.empty(name) if into is None else into, entry, entry.offset)
+
+    def read_rows(self, name: str, most_bytes: int = PIECE_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
+        """A tensor in pieces of at most so many bytes (at least a row), as (number of the first row, rows); a row is an index of the first dimension."""
+        entry = self.entries[name]
+        rows, *rest = entry.shape
+        step = max(1, most_bytes * rows // max(entry.num_bytes, 1))
+        for first in range(0, rows, step):
+            offset = entry.offset + first * entry.num_bytes // rows
+            piece = empty_tensor((min(step, rows - first), *rest), DTYPES[entry.dtype], offset, direct=self.direct)
+            yield first, self._fill(piece, entry, offset)
+
+    def _fill(self, tensor: torch.Tensor, entry: TensorEntry, offset: int) -> torch.Tensor:
+        """The file's bytes from `offset` on as a tensor. Raises ValueError where they are not all there."""
+        if missing := fill_tensor(tensor, entry.path, offset, direct=self.direct):
+            raise ValueError(f"checkpoint {entry.path}: tensor {entry.name} ends early, {missing} bytes are missing")
+        return tensor
+
+    def planned(self, name: str, *, new_name: str, dtype: str) -> "PlannedTensor":
+        """A tensor to be written again, under another name and in another dtype, read when its turn comes."""
+
+        def pieces() -> Iterator[torch.Tensor]:
+            return (rows.to(DTYPES[dtype]) for _, rows in self.read_rows(name))
+
+        return PlannedTensor(new_name, dtype, self.entries[name].shape, pieces)
+
+    def holds(self, tensor: "PlannedTensor") -> bool:
+        """Whether the tensor of that name is the planned one, bit for bit."""
+        entry = self.entries.get(tensor.name)
+        if entry is None or (entry.dtype, entry.shape) != (tensor.dtype, tensor.shape):
+            return False
+        offset = entry.offset
+        for piece in tensor.pieces():
+            stored = empty_tensor(piece.shape, piece.dtype, offset, direct=self.direct)
+            if not same_bits(self._fill(stored, entry, offset), piece):
+                return False
+            offset += piece.nbytes
+        return True
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(entry.num_elements for entry in self.entries.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hex digits over config.json, tokenizer files, the shards' sizes, every tensor's name, dtype and shape, and its first bytes.
+
+        Not over all 24 GB of weights, but two trainings of one architecture, whose headers are equal, differ in every tensor.
+        """
+        config = b"".join(path.read_bytes() for path in (self.folder / name for name in ("config.json", *COMPANION_FILES)) if path.exists())
+        rows = sorted((entry.name, entry.dtype, entry.shape, entry.path.name) for entry in self.entries.values())
+        sizes = [(path.name, path.stat().st_size) for path in self.files]
+        digest = hashlib.sha256(config + json.dumps([rows, sizes]).encode())
+        for entry in sorted(self.entries.values(), key=lambda entry: entry.name):
+            with open(entry.path, "rb", buffering=0) as file:
+                file.seek(entry.offset)
+                digest.update(file.read(min(entry.num_bytes, FINGERPRINT_BYTES)))
+        return digest.hexdigest()[:12]
+
+
+def bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's memory, or that of a contiguous copy."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equality that takes NaNs of the same bits for equal, and 0 and −0 not."""
+    return one.dtype == other.dtype and one.shape == other.shape and np.array_equal(bytes_of(one), bytes_of(other))
+
+
+def _shard_files(folder: Path) -> tuple[list[Path], set[str]]:
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {folder} is not a folder")
+    if (folder / INDEX_FILE).exists():
+        try:
+            weight_map = dict(json.loads((folder / INDEX_FILE).read_text())["weight_map"].items())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"checkpoint {folder / INDEX_FILE} is not a safetensors index with a weight_map ({error})") from None
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+        for path in files:
+            if not path.exists():
+                raise ValueError(f"checkpoint {folder}: shard {path.name} is listed in {INDEX_FILE} but missing")
+        return files, set(weight_map)
+    if (folder / SINGLE_FILE).exists():
+        return [folder / SINGLE_FILE], set()
+    raise ValueError(f"checkpoint {folder} holds no weights; expected {SINGLE_FILE} or {INDEX_FILE}")
+
+
+def read_header(path: Path) -> list[TensorEntry]:
+    """The tensors of one safetensors file. Raises ValueError where the file is truncated or its header unreadable."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + header_bytes > size:
+            raise ValueError(f"checkpoint {path} is truncated: {size} bytes do not hold its header")
+        try:
+            header = json.loads(file.read(header_bytes))
+            rows = [(name, row["dtype"], tuple(row["shape"]), *row["data_offsets"]) for name, row in header.items() if name != "__metadata__"]
+        except ValueError:
+            raise ValueError(f"checkpoint {path} is not a safetensors file: its header is not JSON") from None
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(f"checkpoint {path} is not a safetensors file: its header does not list tensors") from None
+    base = 8 + header_bytes
+    entries = []
+    for name, dtype, shape, begin, end in rows:
+        if base + end > size:
+            raise ValueError(f"checkpoint {path} is truncated: tensor {name} ends at byte {base + end}, the file at {size}")
+        if dtype not in DTYPES:
+            raise ValueError(f"checkpoint {path}: tensor {name} has dtype {dtype}; supported: {', '.join(DTYPES)}")
+        entry = TensorEntry(name, path, dtype, shape, base + begin, end - begin)
+        if entry.num_bytes != entry.num_elements * DTYPES[dtype].itemsize:
+            raise ValueError(f"checkpoint {path}: tensor {name} has {entry.num_bytes} bytes; {dtype} {list(shape)} needs another number")
+        entries.append(entry)
+    return entries
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor to write: its file name, dtype code and shape are known before its values are made.
+
+    `pieces` makes them: one tensor or several that follow each other along the first dimension.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[torch.Tensor]]
+
+    @property
+    def num_bytes(self) -> int:
+        return int(torch.Size(self.shape).numel()) * DTYPES[self.dtype].itemsize
+
+
+class PlannedWeights:
+    """Planned tensors read like those of a Checkpoint that has been written."""
+
+    def __init__(self, tensors: Iterable[PlannedTensor]):
+        self.entries = {tensor.name: tensor for tensor in tensors}
+
+    def empty(self, name: str) -> torch.Tensor:
+        """Memory for one whole tensor."""
+        return torch.empty(self.entries[name].shape, dtype=DTYPES[self.entries[name].dtype])
+
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """One whole tensor, made anew; `into`, an empty(name), is filled and given."""
+        tensor = self.empty(name) if into is None else into
+        for first, piece in self.read_rows(name):
+            tensor[first : first + len(piece)] = piece
+        return tensor
+
+    def read_rows(self, name: str, most_bytes: int = PIECE_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
+        """Its pieces as they are made, each with the number of its first row."""
+        first = 0
+        for piece in self.entries[name].pieces():
+            yield first, piece
+            first += len(piece)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Carry tokenizer, chat template and generation config over, byte for byte."""
+    for name in COMPANION_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)

@@ -1,0 +1,160 @@
+"""Writing a model folder that any runtime loads unchanged, and checking it by reading it back."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from distill.states import TENSORS_FILE
+from memory_budget.architecture import Architecture
+from memory_budget.hf_config import architecture_from_config, read_config
+from memory_budget.parameters import count_total_parameters
+from memory_budget.units import format_gib
+from minitron.checkpoints.files import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, copy_companions, same_bits
+from minitron.checkpoints.placement import StreamedModel
+from minitron.checkpoints.shards import save_model_weights, write_weights
+from minitron.families.base import Family
+from minitron.machine.device import available_memory_bytes
+from minitron.walk.store import write_json
+
+CHECK_TOKENS = 48
+LAYER_CHECK_TOKENS = 8
+
+
+def write_model(folder: Path, family: Family, model: nn.Module, *, config: dict, dtypes: Mapping[str, torch.dtype], companions: Path,
+                card: str, max_shard_bytes: int) -> None:  # fmt: skip
+    """Write a model in memory as a checkpoint: weights, config, tokenizer files and model card.
+
+    `dtypes` maps canonical tensor names to the dtype each is stored in.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {name: family.canonical_name(name) for name in model.state_dict()}
+    state = {family.file_name(names[name]): tensor.detach().to(dtypes[names[name]]) for name, tensor in model.state_dict().items()}
+    save_model_weights(state, folder, max_shard_bytes=max_shard_bytes)
+    write_companions(folder, config=config, companions=companions, card=card)
+
+
+def state_tensors(family: Family, state: Path, *, like: Checkpoint) -> list[PlannedTensor]:
+    """The weights of a training's saved state, whatever engine made it, in the names and dtypes of the checkpoint that was trained."""
+    weights = Checkpoint(state, file=TENSORS_FILE)
+    names = {family.canonical_name(name.removeprefix("model.")): name for name in weights.entries if name.startswith("model.")}
+    entries = {family.canonical_name(entry.name): entry for entry in like.entries.values()}
+    return [weights.planned(names[name], new_name=family.file_name(name), dtype=entry.dtype) for name, entry in entries.items()]
+
+
+def write_planned(folder: Path, family: Family, planned: Sequence[PlannedTensor], *, config: dict, companions: Path, card: str, max_shard_bytes: int,
+                  on_bytes: Callable[[int], None] = lambda _: None) -> str:  # fmt: skip
+    """Write planned tensors, never a whole model in memory, as a checkpoint: weights, config, tokenizer files and model card; then read it back.
+
+    Gives what the check says. Whole shards that an earlier attempt at the same left are kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder, planned, max_shard_bytes=max_shard_bytes, on_bytes=on_bytes)
+    write_companions(folder, config=config, companions=companions, card=card)
+    return check_written(folder, family, planned, config)
+
+
+def write_companions(folder: Path, *, config: dict, companions: Path, card: str) -> None:
+    """Everything of a model folder but the weights."""
+    write_json(folder / "config.json", config)
+    copy_companions(companions, folder)
+    (folder / "README.md").write_text(card)
+
+
+@torch.no_grad()
+def check_reload(folder: Path, family: Family, model: nn.Module, *, tolerance: float = 1e-5) -> float:
+    """Load the folder as a user would and compare its logits with the model in memory.
+
+    Returns the largest difference relative to the largest logit; raises RuntimeError above the tolerance, or where
+    the parameters on disk are not the number that config.json's architecture has.
+    """
+    planned = count_total_parameters(architecture_from_config(read_config(folder)))
+    written = Checkpoint(folder).num_parameters
+    if planned != written:
+        raise RuntimeError(f"{folder} holds {written:,} parameters, its config.json has {planned:,}")
+    reloaded = family.load(folder, dtype=torch.float32)
+    vocabulary = reloaded.config.vocab_size
+    ids = torch.randint(vocabulary, (2, CHECK_TOKENS), generator=torch.Generator().manual_seed(0))
+    device = next(model.parameters()).device
+    expected = model.eval()(ids.to(device), use_cache=False).logits.float().cpu()
+    difference = ((reloaded(ids, use_cache=False).logits - expected).abs().max() / expected.abs().max()).item()
+    if not difference <= tolerance:
+        raise RuntimeError(f"{folder}, read back, gives logits that differ by {difference:.2e} of the largest; at most {tolerance:.0e} is rounding")
+    return difference
+
+
+@torch.no_grad()
+def check_written(folder: Path, family: Family, planned: Sequence[PlannedTensor], config: dict) -> str:
+    """Hold a folder against the tensors planned for it, made anew: by the models' logits where two fit in memory, else layer by layer.
+
+    Gives a sentence on what was found; raises RuntimeError as the two checks do.
+    """
+    if 3 * 4 * count_total_parameters(architecture_from_config(config)) >= available_memory_bytes():
+        check_layer_by_layer(folder, family, planned, config)
+        return "reloaded layer by layer, every tensor and every layer's output equal"
+    model, weights = family.build(config), PlannedWeights(planned)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(weights.read(family.file_name(family.canonical_name(name))))
+    return f"reloaded, logits differ by {check_reload(folder, family, model):.1e}"
+
+
+@torch.no_grad()
+def check_layer_by_layer(folder: Path, family: Family, planned: Sequence[PlannedTensor], config: dict, *,
+                         on_layer: Callable[[], None] = lambda: None) -> None:  # fmt: skip
+    """check_reload for a model too large for memory: the folder against the tensors and config.json planned for it, a layer at a time.
+
+    Every tensor must be the planned one, bit for bit, and every layer, built as the folder's config.json says, must do to
+    a few tokens what the planned layer does in memory. Two layers of each side are in memory at once, or the output
+    head. Raises RuntimeError where something differs or the logits are not finite.
+    """
+    written, architecture = Checkpoint(folder), architecture_from_config(config)
+    if {name: (entry.dtype, entry.shape) for name, entry in written.entries.items()} != {tensor.name: (tensor.dtype, tensor.shape) for tensor in planned}:
+        raise RuntimeError(f"{folder} holds other tensors than were planned")
+    if architecture_from_config(read_config(folder)) != architecture:
+        raise RuntimeError(f"{folder}/config.json, read back, describes another architecture than was planned")
+    device = torch.device("cpu")
+    found = StreamedModel(family, folder, read_config(folder), architecture, device)
+    expected = StreamedModel(family, folder, config, architecture, device, weights=PlannedWeights(planned))
+    for tensor in planned:  # those that no layer brings, or that a layer converts
+        by_layer = family.canonical_name(tensor.name).startswith("layers.") and DTYPES[tensor.dtype] == found.dtype
+        if not by_layer and not written.holds(tensor):
+            raise RuntimeError(f"{folder}: tensor {tensor.name}, read back, is not what was planned")
+    ids_BT = torch.randint(architecture.vocab, (1, LAYER_CHECK_TOKENS), generator=torch.Generator().manual_seed(0))
+    (hidden_BTD,), layers = found.embed([ids_BT]), range(architecture.num_layers)
+    for (layer, one), (_, other) in zip(found.visit(layers), expected.visit(layers), strict=True):
+        for name, tensor in other.state_dict().items():
+            if not same_bits(one.state_dict()[name], tensor):
+                raise RuntimeError(f"{folder}: tensor {name} of layer {layer}, read back, is not what was planned")
+        before, hidden_BTD = hidden_BTD, one(hidden_BTD)
+        if not torch.equal(hidden_BTD, other(before)):
+            raise RuntimeError(f"{folder}: layer {layer}, read back, does something else to {LAYER_CHECK_TOKENS} tokens than the layer planned")
+        on_layer()
+    with found.open_head() as head:
+        if not torch.isfinite(head.logits(hidden_BTD)).all():
+            raise RuntimeError(f"{folder}, read back, gives logits that are not finite")
+
+
+def model_card(title: str, *, lines: list[str], architecture: Architecture, base: str | None,
+               metadata: Mapping[str, str] = MappingProxyType({})) -> str:  # fmt: skip
+    """README.md of a model folder: what it is, what it came from, its sizes; `metadata` is more of what the Hub reads at its top."""
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [minitron, pruning, distillation]"]
+    head += [f"base_model: {base}"] if base and "/" in base and not base.startswith("/") else []
+    head += [f"{name}: {json.dumps(value)}" for name, value in metadata.items()]  # a JSON string is a YAML one
+    parameters = count_total_parameters(architecture)
+    sizes = [
+        ("parameters", f"{parameters:,}"),
+        ("weights in bf16", format_gib(2 * parameters)),
+        ("layers", f"{architecture.num_layers} (`{architecture.pattern}`)"),
+        ("hidden", str(architecture.hidden)),
+        ("FFN", str(architecture.ffn)),
+        ("attention", f"{architecture.num_attention_heads} query heads, {architecture.num_key_value_heads} KV heads × {architecture.attention_head_dim}"),
+        ("Mamba-2", f"{architecture.mamba_num_heads} heads × {architecture.mamba_head_dim}, {architecture.mamba_num_groups} groups, "
+                    f"state {architecture.mamba_state_size}"),
+        ("vocabulary", f"{architecture.vocab:,}"),
+    ]  # fmt: skip
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in sizes)]
+    letters = "Pattern letters: M Mamba-2, `*` attention, - FFN."
+    return "\n".join([*head, "---", "", f"# {title}", "", *lines, "", *table, "", letters, ""])

@@ -1,0 +1,150 @@
+"""The card of an exported student (README.md): what it is, where it comes from, what it needs, and who can load it."""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memory_budget.units import format_gib
+from minitron.checkpoints.publish import model_card
+from minitron.hand_over.compatibility import Finding, programs_of, verdicts
+from minitron.report.evaluation import tasks_table
+from minitron.report.summary import sequences_text
+from minitron.report.text import Summary, escaped, nats, table
+from minitron.report.verdict import evaluations, how_to_read, models_table
+from minitron.walk.pipeline import Lap
+
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
+LICENCE_KEYS = ("license", "license_name", "license_link")
+PARTS = {"weights": "weights", "kv_cache": "KV cache", "ssm_state": "SSM state", "conv_state": "convolution state", "activations": "activations"}
+# Settings that say where a run is and not what it makes; the rest repeats it.
+NOT_REPEATED = ("stage=", "export.", "merge.", "runs_folder=", "run_name=", "tracking=", "device=")
+
+
+@dataclass(frozen=True, slots=True)
+class Licence:
+    """What a teacher's folder says of its licence: the card's metadata, and files of that name."""
+
+    metadata: Mapping[str, str]
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """Which weights are exported: their name, how they were distilled in a sentence, and whether the evaluation is of them."""
+
+    name: str
+    trained: str
+    is_final: bool
+
+
+def licence_of(folder: Path) -> Licence:
+    """The licence of a model folder. Raises ValueError where its card's metadata cannot be read."""
+    from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError
+
+    card, metadata = folder / "README.md", {}
+    if card.exists():
+        try:
+            metadata = metadata_load(card) or {}
+        except (ValueError, YAMLError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{card}, the teacher's card, must have metadata in YAML, where its licence is looked for: {reason}") from None
+    files = sorted({path for pattern in LICENCE_FILES for path in folder.glob(pattern) if path.is_file()})
+    return Licence({key: str(metadata[key]) for key in LICENCE_KEYS if metadata.get(key)}, tuple(files))
+
+
+def licence_note(licence: Licence, teacher: str) -> str:
+    """What a person who passes the student on has to know."""
+    if not licence.metadata and not licence.files:
+        return f"Unknown: the folder of the teacher ({escaped(teacher)}) has no LICENSE file, and its card names none. Find out before you pass this model on."
+    named = licence.metadata.get("license_name") or licence.metadata.get("license")
+    link = licence.metadata.get("license_link")
+    parts = [f"A derivative of {escaped(teacher)}" + (f", whose card says **{escaped(named)}**" if named else "") + (f" ({link})" if link else "") + "."]
+    parts += [f"The teacher's {', '.join(f'[{path.name}]({path.name})' for path in licence.files)} is carried over."] if licence.files else []
+    return " ".join([*parts, "What it asks of derivatives holds for this model."])
+
+
+def export_card(summary: Summary, laps: Sequence[Lap], exported: Exported, *, licence: Licence, findings: Sequence[Finding], arguments: Sequence[str]) -> str:
+    """README.md of an export. `arguments` are those of the command, from which the one that repeats the run is made."""
+    from memory_budget.architecture import Architecture
+
+    teacher = laps[-1].results["teacher"].facts["name"]
+    student = summary["models"]["pruned"]  # of the same architecture, and there before the distillation is done
+    head = model_card(exported.name, lines=[exported.trained], architecture=Architecture(**student["architecture"]), base=teacher, metadata=licence.metadata)
+    sections = {
+        "Lineage": "\n".join(f"{number}. {step}" for number, step in enumerate(_lineage(summary, laps, exported), 1)),
+        "Licence": licence_note(licence, teacher),
+        "Memory": _memory(summary, student),
+        "Evaluation": _evaluation(summary, exported),
+        "Use": USE,
+        "Other programs": _programs(findings),
+        "Made by": _made_by(summary, arguments),
+    }
+    return head + "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
+
+
+def _lineage(summary: Summary, laps: Sequence[Lap], exported: Exported) -> Iterator[str]:
+    """Teacher, then what every lap cut and distilled, with tokens and losses as far as they were measured."""
+    teacher = summary["models"]["teacher"]
+    losses = {name: f" Held-out loss {nats(found['loss_nats_per_token'])} nats per token." for name, found in evaluations(summary).items()}
+    yield f"Teacher: {escaped(laps[-1].results['teacher'].facts['name'])}, {teacher['parameters']:,} parameters.{losses.get('teacher', '')}"
+    for lap in laps[:-1]:
+        yield escaped(lap.results["prune"].facts["description"])
+        yield distilled(lap.results["distill"].facts)
+    yield escaped(laps[-1].results["prune"].facts["description"]) + losses.get("pruned", "")
+    yield exported.trained + (losses.get("student", "") if exported.is_final else "")
+
+
+def distilled(facts: Mapping[str, Any]) -> str:
+    """How a finished distillation went, in a sentence."""
+    kl = facts["final_kl_nats_per_token"]
+    at_the_end = "" if kl is None else f", to a KL of {nats(kl)} nats per token"
+    return f"Distilled from the teacher on {facts['tokens']:,} tokens in {facts['steps']:,} steps{at_the_end}."
+
+
+def _memory(summary: Summary, student: Mapping[str, Any]) -> str:
+    budget, memory = summary["budget"], student["memory_bytes"]
+    rows = [(label, format_gib(memory[part])) for part, label in PARTS.items() if memory[part]]
+    rows += [("**total**", f"**{format_gib(memory['total'])}**"), (f"budget ({escaped(budget['name'])})", format_gib(budget["bytes"]))]
+    fits = "It fits" if memory["total"] <= budget["bytes"] else "It does **not** fit"
+    text = f"{fits} the budget when serving {sequences_text(budget['workload'])}. {how_to_read({**summary, 'models': {}})}"
+    return f"{table(('what for', 'memory'), rows)}\n\n{text}"
+
+
+def _evaluation(summary: Summary, exported: Exported) -> str:
+    if not exported.is_final or not evaluations(summary):
+        return "These weights were not evaluated." if exported.is_final else "These weights are a state of the distillation; they were not evaluated."
+    return "\n\n".join(part for part in (models_table(summary), how_to_read(summary), tasks_table(summary)) if part)
+
+
+def _programs(findings: Sequence[Finding]) -> str:
+    """What each program makes of the folder, then every field that was looked at."""
+    marks = {True: "yes", False: "**no**", None: "not known"}
+    blocks = ["From config.json and the files alone; nothing was run."]
+    for text, (program, own) in zip(verdicts(findings), programs_of(findings).items(), strict=True):
+        rows = [f"| `{finding.field}` | {escaped(finding.value)} | {escaped(finding.rule)} | {marks[finding.accepted]} |" for finding in own]
+        blocks += [f"- {escaped(text)}.", "\n".join([f"| {program} | here | rule | accepted |", "|---|---|---|---|", *rows])]
+    return "\n\n".join(blocks)
+
+
+def repeating_command(arguments: Sequence[str]) -> str:
+    """The command that makes the same student again: the settings given, without those that say only where things are."""
+    return shlex.join(["python", "-m", "minitron.run", *(argument for argument in arguments if not argument.lstrip("+").startswith(NOT_REPEATED))])
+
+
+def _made_by(summary: Summary, arguments: Sequence[str]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    text = f"Every setting in full, and the keys of the stages, are in [export.json](export.json). Seed {summary['seed']}; {versions}."
+    return f"```\n{repeating_command(arguments)}\n```\n\n{text}"
+
+
+USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
+```
+
+With vLLM: `vllm serve FOLDER --mamba_ssm_cache_dtype float32`; with a smaller state accuracy drops."""

@@ -1,0 +1,51 @@
+"""Accuracy against the thinking budget: problems answered by greedy text whose reasoning is closed after so many tokens."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from minitron.generation.generate import Tags, generate
+from minitron.generation.thinking import count_reasoning
+from minitron.text.arithmetic import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetPoint:
+    """What a budget of reasoning tokens comes to. accuracy is the share of right answers, standard_error its binomial one."""
+
+    budget: int
+    accuracy: float
+    standard_error: float
+    mean_reasoning_tokens: float
+    most_reasoning_tokens: int
+
+
+def budget_curve(model: nn.Module, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], budgets: Sequence[int], *, batch: int,
+                 new_tokens: int, on_problems: Callable[[int], None] = lambda _: None) -> list[BudgetPoint]:  # fmt: skip
+    """A point for each budget. `new_tokens` are the most of an answer, its reasoning included; `on_problems` hears how many were answered."""
+    return [_point(model, tokenizer, problems, budget, batch, new_tokens, on_problems) for budget in budgets]
+
+
+def _point(model: nn.Module, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], budget: int, batch: int, new_tokens: int,
+           on_problems: Callable[[int], None]) -> BudgetPoint:  # fmt: skip
+    tags, right, reasoning = Tags(), 0, []
+    open_ids, close_ids = tags.ids(tokenizer)
+    for start in range(0, len(problems), batch):
+        part = problems[start : start + batch]
+        made = generate(model, tokenizer, [problem.question + tags.opening for problem in part], new_tokens=new_tokens, thinking_budget=budget, tags=tags)
+        for problem, ids in zip(part, made, strict=True):
+            reasoning.append(count_reasoning([*open_ids, *ids], open_ids, close_ids))
+            right += answer_of(tokenizer.decode(ids), tokenizer.eos_token, tags) == problem.answer
+        on_problems(len(part))
+    assert max(reasoning) <= budget, f"{max(reasoning)} reasoning tokens under a budget of {budget}"
+    accuracy = right / len(problems)
+    error = (accuracy * (1 - accuracy) / len(problems)) ** 0.5
+    return BudgetPoint(budget, accuracy, error, sum(reasoning) / len(reasoning), max(reasoning))
+
+
+def answer_of(text: str, end_of_text: str, tags: Tags) -> str | None:
+    """What stands between the first closing tag and the end of the text, without the spaces around it; None where one of the two is missing."""
+    answer, ended, _ = text.partition(tags.closing)[2].partition(end_of_text)
+    return answer.strip() if ended else None

@@ -1,0 +1,183 @@
+"""The report as a page, from summary.json alone: what came of the run first, then every stage, then how to repeat it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from memory_budget.units import format_gib
+from minitron.report.evaluation import evaluation_blocks
+from minitron.report.search import architecture_table, candidates_table, choice_sentences, pattern_lines, screens_table, table_notes
+from minitron.report.summary import REASONERS, chosen_candidate
+from minitron.report.text import Summary, duration, escaped, image, nats, sentence, table
+from minitron.report.verdict import evaluations, how_to_read, models_table, verdict
+
+BEFORE_THE_LAPS = ("data", "teacher")
+STYLE = """
+body { font: 16px/1.55 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 64rem; margin: 2rem auto; padding: 0 1.2rem; }
+h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 2.4rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; font-size: .88rem; }
+th, td { border: 1px solid #d5d5d5; padding: .35rem .45rem; } td { white-space: nowrap; } td:last-child { white-space: normal; }
+td code { white-space: nowrap; } th { background: #f4f4f4; text-align: left; vertical-align: bottom; }
+img { max-width: 100%; display: block; } p > em { color: #555; font-size: .92rem; }
+code, pre { font: .88em/1.45 ui-monospace, Menlo, Consolas, monospace; background: #f6f6f6; }
+code { padding: .1em .25em; overflow-wrap: anywhere; } pre { padding: .8rem; overflow-x: auto; } pre code { padding: 0; font-size: 1em; overflow-wrap: normal; }
+"""
+
+
+class Which(Enum):
+    """Which lap a section tells of; how its plots' captions begin."""
+
+    only = ""
+    depth = "First lap: "
+    widths = "Second lap: "
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One lap as it is told of: its part of the summary, the PNG files there are, and its headings' level."""
+
+    summary: Summary
+    lap: Summary
+    plots: Sequence[str]
+    which: Which
+    level: str
+
+    def plot(self, name: str, caption: str) -> str:
+        text = self.which.value + caption
+        return image(self.plots, name, text[:1].upper() + text[1:])
+
+
+def page_markdown(summary: Summary, plots: Sequence[str]) -> str:
+    """report.md; `plots` names the PNG files beside it."""
+    blocks = [f"# Run {escaped(summary['run_name'])}", verdict(summary), models_table(summary), how_to_read(summary)]
+    blocks += [image(plots, "memory.png", "Memory of teacher and student, by what it is for"), *_laps(summary, plots)]
+    versions = table(("package", "version"), summary["versions"].items())
+    folders = [f"{name} `{model['path']}`" for name, model in summary["models"].items() if model["path"]]
+    blocks += ["## Where and how", f"Checkpoints: {', '.join(folders)}." if folders else "", "Every figure of this page is in [summary.json](summary.json)."]
+    blocks += [f"Seed {summary['seed']}; the command:", f"```\n{summary['command']}\n```", versions]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def page_html(markdown: str, title: str) -> str:
+    """report.html: the same page, with images by their relative paths."""
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_html_text(title)}</title><style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n'
+
+
+def _laps(summary: Summary, plots: Sequence[str]) -> Iterator[str]:
+    """The stages of the one lap; or what comes before two laps, and each with what it alone did."""
+    first, second = summary["depth_lap"], summary["stages"]
+    if not first:
+        yield from _stage_sections(Part(summary, summary, plots, Which.only, "##"), second)
+        return
+    yield from _stage_sections(Part(summary, first, plots, Which.only, "##"), [name for name in first["stages"] if name in BEFORE_THE_LAPS])
+    yield "## First lap: depth"
+    yield "Layers go first, at full width, and what is left is distilled; the second lap cuts widths from that checkpoint. Its teacher stays the same."
+    depth = Part(summary, first, plots, Which.depth, "###")
+    yield depth.plot("depth_lap.png", "every depth's loss, and the distillation of the one chosen")
+    yield from _stage_sections(depth, [name for name in first["stages"] if name not in BEFORE_THE_LAPS])
+    yield "## Second lap: widths"
+    shared = [name for name in second if name in first["stages"] and first["stages"][name]["key"] == second[name]["key"]]
+    yield "" if len(second) > len(shared) else "Nothing of it is done yet."
+    yield from _stage_sections(Part(summary, summary, plots, Which.widths, "###"), [name for name in second if name not in shared])
+
+
+def _stage_sections(part: Part, names: Iterable[str]) -> Iterator[str]:
+    """A section a stage; the screened candidates share one."""
+    names = list(names)
+    screens = [name for name in names if name.startswith("screen ")]
+    for name in names:
+        stage = part.lap["stages"][name]
+        if name not in screens:
+            yield from (f"{part.level} {name}", _headline(part, name), _stage_facts(stage))
+            yield from STAGE_BLOCKS[name](part) if name in STAGE_BLOCKS else ()
+        elif name == screens[0]:
+            yield f"{part.level} screen"
+            yield "Every finalist distilled briefly, on the same rows in the same order, from one cache of the teacher's outputs."
+            yield screens_table(part.lap)
+
+
+def _headline(part: Part, name: str) -> str:
+    """The stage's own line, but for two that can say more, or less: a share won back is only given where something was lost, by the verdict."""
+    if name == "evaluate":
+        losses = [f"{model} {nats(result['loss_nats_per_token'])}" for model, result in evaluations(part.summary).items()]
+        return f"Held-out loss in nats per token: {', '.join(losses)}."
+    if name == "search":
+        return " ".join(choice_sentences(part.lap))
+    return sentence(part.lap["stages"][name]["headline"])
+
+
+def _stage_facts(stage: Mapping[str, Any]) -> str:
+    when = "already done by an earlier run, which took" if stage["cached"] else "done in this run, in"
+    return f"*{when[:1].upper()}{when[1:]} {duration(stage['seconds'])} · process memory up to {format_gib(stage['peak_rss_bytes'])} · key `{stage['key']}`*"
+
+
+def _teacher_blocks(part: Part) -> list[str]:
+    return [part.plot("teacher_training.png", "loss of the teacher while it was trained")]
+
+
+def _score_blocks(part: Part) -> list[str]:
+    """Layers were scored by the first lap, the widths that are cut by the last."""
+    blocks = []
+    if part.which is not Which.widths:
+        some_at_floor = None in part.summary["importance"]["first_round_scores"]
+        note = "Layers without a bar are of a kind that may not lose more of them." if some_at_floor and "layer_importance.png" in part.plots else ""
+        blocks += [part.plot("layer_importance.png", "importance of every layer before any was removed"), note]
+    if part.which is not Which.depth:
+        blocks += [part.plot("width_importance.png", "importance of the units of every axis, sorted, one line a layer")]
+    return blocks
+
+
+def _search_blocks(part: Part) -> list[str]:
+    summary, candidates = part.summary, part.lap["candidates"]
+    blocks = []
+    if part.which is not Which.depth:
+        student = summary["models"].get("student", chosen_candidate(summary))
+        blocks += [architecture_table(summary["models"]["teacher"], student)]
+    if part.which is not Which.widths:
+        blocks += [pattern_lines(summary)]
+    blocks += [candidates_table(candidates), table_notes(summary, part.lap)]
+    if part.which is not Which.depth:
+        blocks += [part.plot("candidates.png", "memory and loss of the shortlist; numbers are those of the table")]
+        blocks += [part.plot("pareto.png", "loss against modelled speed; numbers are those of the table")]
+    return blocks
+
+
+def _shortlist_blocks(part: Part) -> list[str]:
+    """The table as far as it is measured, where the search has not chosen of it yet."""
+    return [] if "search" in part.lap["stages"] else [candidates_table(part.lap["candidates"]), table_notes(part.summary, part.lap)]
+
+
+def _distill_blocks(part: Part) -> list[str]:
+    caption = "KL to the teacher while distilling, and held-out loss"
+    return [] if part.which is Which.depth else [part.plot("distillation.png", caption)]
+
+
+def _evaluate_blocks(part: Part) -> list[str]:
+    return evaluation_blocks(part.summary, part.plot)
+
+
+def _reasoning_blocks(part: Part) -> list[str]:
+    curves = part.summary["reasoning"]["curves"]
+    rows = [[REASONERS[name], *(f"{100 * point['accuracy']:.1f} ± {100 * point['standard_error']:.1f}" for point in points)] for name, points in curves.items()]
+    head = ("right answers (%) with a budget of", *(str(point["budget"]) for point in curves["teacher"]))
+    return [part.plot("thinking_budget.png", "right answers by the tokens of reasoning allowed, then closed"), table(head, rows)]
+
+
+STAGE_BLOCKS: Mapping[str, Callable[[Part], list[str]]] = {
+    "teacher": _teacher_blocks,
+    "score": _score_blocks,
+    "shortlist": _shortlist_blocks,
+    "search": _search_blocks,
+    "distill": _distill_blocks,
+    "evaluate": _evaluate_blocks,
+    "reasoning": _reasoning_blocks,
+}
+
+
+def _html_text(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -1,0 +1,143 @@
+"""How the report tells of the search: why this architecture, what every candidate measured, which layers went."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from memory_budget.architecture import LAYER_KINDS
+from memory_budget.units import format_gib
+from minitron.report.summary import best_first, chosen_candidate, cut_pattern, highest_rung, removed_layers
+from minitron.report.text import Summary, change, duration, escaped, nats, speed, table
+
+Candidate = Mapping[str, Any]
+
+KIND_NAMES = {"M": "Mamba-2", "*": "attention", "-": "FFN", "E": "MoE"}
+SIZES = (
+    ("hidden", "hidden width", "M*-E"),
+    ("ffn", "FFN neurons", "-"),
+    ("mamba_num_heads", "Mamba-2 heads", "M"),
+    ("mamba_head_dim", "Mamba-2 head dim", "M"),
+    ("mamba_num_groups", "Mamba-2 groups", "M"),
+    ("mamba_state_size", "Mamba-2 state", "M"),
+    ("num_attention_heads", "query heads", "*"),
+    ("num_key_value_heads", "KV heads", "*"),
+    ("attention_head_dim", "attention head dim", "*"),
+    ("moe_num_experts", "experts", "E"),
+    ("moe_ffn", "expert neurons", "E"),
+    ("vocab", "vocabulary", "M*-E"),
+)
+RUNG_NAMES = {"short_distill_loss": "after a short distillation", "zero_shot_loss": "zero-shot"}
+MEASURES: Sequence[tuple[str, str, Callable[[Any], str]]] = (
+    ("short_distill_loss", "loss after short distillation (nats/token)", nats),
+    ("zero_shot_loss", "zero-shot loss (nats/token)", nats),
+    ("zero_shot_kl", "zero-shot KL (nats/token)", nats),
+    ("modelled_tokens_per_second", "modelled speed (tokens/s)", speed),
+    ("tokens_per_second", "decode here (tokens/s)", speed),
+)
+
+
+def choice_sentences(lap: Summary) -> list[str]:
+    """What was chosen from how many, by which rule, and how near the others came; nothing before the search."""
+    chosen, candidates, search = chosen_candidate(lap), lap["candidates"], lap["search"]
+    if chosen is None:
+        return []
+    name = f"**{escaped(chosen['id'])}**"
+    if len(candidates) == 1:
+        return [f"{name} is {search['reason']}."]
+    briefly = sum(candidate["short_distill_loss"] is not None for candidate in candidates)
+    fit = "leave room for widths that fit" if search["later_widths"] else "fit"
+    steps = [f"{search['num_fitting']:,} {fit}", f"{len(candidates)} came on the shortlist", f"{briefly} of them were distilled briefly" if briefly else ""]
+    what = "depths" if search["later_widths"] else "architectures"
+    opening = f"{name} was chosen of {search['num_candidates']:,} {what} ({', '.join(step for step in steps if step)}): {escaped(search['reason'])}."
+    return [opening, *_rivals(chosen, candidates)]
+
+
+def _rivals(chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
+    """How far the best other is, by the losses that decided; and what the rung below would have taken."""
+    rung, sentences = highest_rung(candidates), []
+    others = [one for one in best_first(candidates) if not one["chosen"] and rung is not None and one[rung] is not None]
+    if others:
+        other, behind = others[0]["id"], others[0][rung] - chosen[rung]
+        side = "higher" if behind >= 0 else "lower"
+        sentences.append(f"Of the others the best by loss {RUNG_NAMES[rung]}, {escaped(other)}, is {nats(abs(behind))} nats/token {side}.")
+    measured = [candidate for candidate in candidates if candidate["zero_shot_loss"] is not None]
+    if rung == "short_distill_loss" and measured:
+        first = min(measured, key=lambda candidate: candidate["zero_shot_loss"])
+        sentences.append("It was first by zero-shot loss too." if first["chosen"] else f"By zero-shot loss alone {escaped(first['id'])} was first.")
+    return sentences
+
+
+def candidates_table(candidates: Sequence[Candidate]) -> str:
+    """The shortlist, those that got furthest first and of them the lowest loss; a column for every rung that was measured."""
+    known = [measure for measure in MEASURES if any(candidate[measure[0]] is not None for candidate in candidates)]
+    rows = []
+    for place, candidate in enumerate(best_first(candidates), start=1):
+        cells = ["–" if candidate[name] is None else text(candidate[name]) for name, _, text in known]
+        name = f"{place}. **{escaped(candidate['id'])}**" if candidate["chosen"] else f"{place}. {escaped(candidate['id'])}"
+        sizes = (f"{candidate['parameters']:,}", format_gib(candidate["memory_bytes"]["total"]).removesuffix(" GiB"))
+        rows.append((name, *cells, *sizes, _note(candidate)))
+    return table(("candidate", *(title for _, title, _ in known), "parameters", "memory (GiB)", "note"), rows)
+
+
+def _note(candidate: Candidate) -> str:
+    """That a candidate is the chosen one, or on the Pareto front, or why it was not to be chosen."""
+    remarks = ["**chosen**" if candidate["chosen"] else "", "front" if candidate["on_pareto_front"] else "", escaped(candidate.get("note", ""))]
+    return ", ".join(remark for remark in remarks if remark)
+
+
+def table_notes(summary: Summary, lap: Summary) -> str:
+    """How to read the candidates' table: what each measure is of, and what a dash means."""
+    candidates = lap["candidates"]
+
+    def measured(name: str) -> bool:
+        return any(candidate[name] is not None for candidate in candidates)
+
+    notes = []
+    if measured("zero_shot_loss"):
+        notes.append("Zero-shot: cut, not trained; KL is to the teacher. Losses here are on held-out rows of their own: compare them within this table only.")
+    if measured("modelled_tokens_per_second"):
+        load = summary["throughput"]
+        batch = f"{load['batch']:,} at once" if load["batch"] else "as many at once as fit the budget"
+        notes.append(f"Modelled speed: the most that {escaped(load['device'])} could reach (a roofline), "
+                     f"{load['input_tokens']:,} tokens in and {load['output_tokens']:,} out, {batch}.")  # fmt: skip
+    if any(candidate["on_pareto_front"] for candidate in candidates):
+        notes.append("Front: on the Pareto front, so no other is as good in loss, memory and modelled speed and better in one of them.")
+    if lap["search"].get("later_widths"):
+        notes.append("Memory is at full width; the widths that are cut next bring it under the budget.")
+    return " ".join(notes)
+
+
+def screens_table(lap: Summary) -> str:
+    """The short distillations: what each gave, from how many tokens, in which time."""
+    measured, rows = {candidate["id"]: candidate for candidate in lap["candidates"]}, []
+    for label, stage in lap["stages"].items():
+        if label.startswith("screen "):
+            candidate = measured[label.removeprefix("screen ")]
+            loss = "diverged" if candidate["short_distill_loss"] is None else nats(candidate["short_distill_loss"])
+            tokens = candidate.get("short_distill_tokens")
+            when = "earlier run" if stage["cached"] else "this run"
+            rows.append((escaped(candidate["id"]), loss, "–" if tokens is None else f"{tokens:,}", duration(stage["seconds"]), when, f"`{stage['key']}`"))
+    return table(("id", "held-out loss (nats/token)", "tokens", "time", "done in", "key"), rows)
+
+
+def architecture_table(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> str:
+    """Sizes side by side; only of the kinds of layers that the teacher has."""
+    before, after = teacher["architecture"], student["architecture"]
+    rows = [("layers", len(before["pattern"]), len(after["pattern"]))]
+    rows += [(f"– {KIND_NAMES[kind]}", before["pattern"].count(kind), after["pattern"].count(kind)) for kind in LAYER_KINDS if kind in before["pattern"]]
+    rows += [(label, before[name], after[name]) for name, label, kinds in SIZES if set(kinds) & set(before["pattern"])]
+    rows += [("parameters", teacher["parameters"], student["parameters"])]
+    return table(("", "teacher", "student", "change"), [(label, f"{old:,}", f"{new:,}", change(old, new)) for label, old, new in rows])
+
+
+def pattern_lines(summary: Summary) -> str:
+    """The pattern of the model that is cut with the removed layers marked underneath, as a code block."""
+    pattern, removed, cut = cut_pattern(summary), removed_layers(summary), "base" if summary["base"] else "teacher"
+    if not removed:
+        return "No layer is removed."
+    ruler = "".join(f"{layer:<10}" for layer in range(0, len(pattern), 10))
+    marks = "".join("^" if layer in removed else " " for layer in range(len(pattern))).rstrip()
+    student = "".join(" " if layer in removed else letter for layer, letter in enumerate(pattern)).rstrip()
+    lines = [f"layer    {ruler.rstrip()}", f"{cut:<7}  {pattern}", f"removed  {marks}", f"student  {student}"]
+    of = "the given base's " if summary["base"] else ""
+    listed = f"{len(removed)} of {of}{len(pattern)} layers removed: {', '.join(map(str, removed))}. Letters: M Mamba-2, `*` attention, - FFN."
+    return "```\n" + "\n".join(lines) + "\n```\n\n" + listed

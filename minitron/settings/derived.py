@@ -1,0 +1,102 @@
+"""What follows from settings and the teacher's config.json alone: floors, options per axis, a fixed architecture, which stages there are."""
+
+from pathlib import Path
+
+from memory_budget.architecture import Architecture
+from minitron.importance.removal import LayerRules
+from minitron.settings.run import PruneMethod, Settings
+from minitron.settings.teachers import base_architecture
+from nas.exchange import read_export_config
+from nas.space import WIDTHS, Floors, axis_options
+
+KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}
+
+
+def floors(settings: Settings) -> Floors:
+    """Least number of layers per kind, by letter."""
+    return {KIND_LETTERS[kind]: number for kind, number in settings.search.floors.items()}
+
+
+def layer_rules(settings: Settings) -> LayerRules:
+    """What may go when layers are removed."""
+    ceilings = {KIND_LETTERS[kind]: number for kind, number in settings.scoring.ceilings.items() if number is not None}
+    return LayerRules(floors(settings), ceilings, tuple(settings.scoring.protect))
+
+
+def base_stage(settings: Settings) -> str:
+    """The stage whose model is cut: the teacher itself, or a base of its own."""
+    return "teacher" if settings.base.path is None else "base"
+
+
+def has_ladder(settings: Settings) -> bool:
+    """Whether finalists are distilled before one is chosen: not without weights, nor where there is one candidate only."""
+    search = settings.search
+    return bool(search.finalists) and search.shortlist_size > 1 and not search.layer_order and not search.fixed.given()
+
+
+def ranks_rotated(settings: Settings) -> bool:
+    """Whether candidates are ranked zero-shot in the stream's principal directions: as they will be cut, where any hidden size is cut at all."""
+    return settings.prune.rotate and _ranks_compensated(settings, "hidden")
+
+
+def ranks_refitted(settings: Settings) -> bool:
+    """Whether candidates are ranked zero-shot with what writes to the stream refitted for their neurons and heads, where any are cut at all."""
+    return settings.prune.refit_writing and _ranks_compensated(settings, *(width for width in WIDTHS if width != "hidden"))
+
+
+def _ranks_compensated(settings: Settings, *widths: str) -> bool:
+    """Whether there is something to rank that will be cut compensated, and along one of these widths."""
+    if settings.prune.method is not PruneMethod.compensated or settings.search.layer_order or settings.search.fixed.given():
+        return False
+    base = base_architecture(settings)
+    return any(axis_of(settings, WIDTHS[width], base)[0] < getattr(base, width) for width in widths)
+
+
+def candidate_samples(settings: Settings) -> int:
+    """Calibration rows that candidates are ranked and cut on: the chosen one's own cut may have more."""
+    return settings.prune.samples if settings.screen.cut_samples is None else settings.screen.cut_samples
+
+
+def fixed_sizes(settings: Settings, teacher: Architecture) -> dict[str, int | str]:
+    """What `search.fixed` asks for, its file's sizes first and the settings of its own over them; "num_layers" where only the depth is known."""
+    given = settings.search.fixed.given()
+    path = given.pop("file", None)
+    if path is None:
+        return given
+    try:
+        imported = read_export_config(Path(path), teacher)
+    except ValueError as error:
+        raise ValueError(f"search.fixed.file: {error}") from None
+    sizes = {name: value for name, value in imported.sizes.items() if value != getattr(teacher, name)}
+    depth = {"num_layers": imported.num_layers} if imported.pattern is None else {"pattern": imported.pattern}
+    return {**sizes, **depth, **given}
+
+
+def fewest_layers(settings: Settings) -> int:
+    """The depth that layer removal must reach: the smallest option of the search, or the fixed one's."""
+    base = base_architecture(settings)
+    if settings.search.fixed.given():
+        fixed = fixed_sizes(settings, base)
+        return len(fixed["pattern"]) if "pattern" in fixed else fixed.get("num_layers", base.num_layers)
+    return axis_of(settings, "layers", base)[0]
+
+
+def axis_of(settings: Settings, axis: str, teacher: Architecture) -> tuple[int, ...]:
+    """Options of one axis of the search. Bounds up to 1 are shares of the teacher's value, rounded up to whole steps below it."""
+    value, natural = {
+        "layers": (teacher.num_layers, 1),
+        "hidden": (teacher.hidden, 128 if teacher.hidden >= 2048 else 16),
+        "ffn": (teacher.ffn, 64),
+        "mamba_heads": (teacher.mamba_num_heads, teacher.mamba_num_groups),
+        "mamba_channels": (teacher.mamba_head_dim, 8),
+        "attention_heads": (teacher.num_attention_heads, teacher.num_key_value_heads),
+    }[axis]
+    given = getattr(settings.search, axis)
+    step = natural if given.step is None else given.step
+
+    def bound(number: float | None) -> int | None:
+        if number is None or number > 1:
+            return None if number is None else int(number)
+        return value - int(value * (1 - number) + 1e-9) // max(step, 1) * step
+
+    return axis_options(axis, value, given.values, bound(given.low), bound(given.high), step)

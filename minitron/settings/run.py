@@ -1,0 +1,292 @@
+"""Every setting, typed and checked. What each means stands beside its default in conf/.
+
+A setting is *what* (it changes results and is part of a stage's key) or *how* (devices, logging, shard
+sizes), marked by `how()`. The checks run when the settings are built, before any work.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from minitron.settings.evaluate import EvaluateSettings
+from minitron.settings.hand_over import ExportSettings, MergeSettings
+from minitron.settings.reasoning import ArithmeticSettings, ReasoningSettings
+from minitron.settings.rules import at_least, check_kinds, check_share, how
+from minitron.settings.search import SearchSettings, ThroughputSettings
+from minitron.settings.training import DistillSettings, Rows, TrainSettings
+
+
+class Stage(Enum):
+    data = "data"
+    teacher = "teacher"
+    score = "score"
+    shortlist = "shortlist"
+    teacher_cache = "teacher_cache"
+    screen = "screen"
+    search = "search"
+    prune = "prune"
+    phase_rows = "phase_rows"
+    distill_cache = "distill_cache"
+    distill = "distill"
+    whole_rows = "whole_rows"
+    distill_whole = "distill_whole"
+    merge = "merge"
+    evaluate = "evaluate"
+    reasoning = "reasoning"
+    report = "report"
+    export = "export"
+    generate = "generate"
+    all = "all"
+
+
+FROM_WHAT_IS_DONE = (Stage.report, Stage.export, Stage.generate)  # they run nothing else
+
+
+class Thinking(Enum):
+    on = "on"
+    off = "off"
+
+
+class Directions(Enum):
+    loss = "loss"
+    variance = "variance"
+
+
+class Criterion(Enum):
+    iterative_mse = "iterative_mse"
+    iterative_kl = "iterative_kl"
+    mse = "mse"
+    kl = "kl"
+    loss = "loss"
+    block_influence = "block_influence"
+
+
+class Placement(Enum):
+    device = "device"
+    stream = "stream"
+
+
+class PruneMethod(Enum):
+    slice = "slice"
+    compensated = "compensated"
+
+
+class Tracking(Enum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass(kw_only=True, slots=True)
+class TinyTeacherSettings:
+    pattern: str = ""
+    hidden: int = 0
+    ffn: int = 0
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    attention_head_dim: int = 0
+    mamba_num_heads: int = 0
+    mamba_head_dim: int = 0
+    mamba_num_groups: int = 0
+    mamba_state_size: int = 0
+    mamba_conv_kernel: int = 4
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherSettings:
+    path: str | None = None
+    revision: str | None = None
+    config: str | None = None
+    tiny: TinyTeacherSettings = field(default_factory=TinyTeacherSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+    def __post_init__(self) -> None:
+        self.train.check("teacher.train")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataSettings:
+    files: list[str] | None = None
+    dataset: str | None = None
+    arithmetic: ArithmeticSettings = field(default_factory=ArithmeticSettings)
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
+    dataset_split: str = "train"
+    text_field: str = "text"
+    messages_field: str | None = None
+    truncated_share: float = 0.0
+    max_documents: int | None = None
+    rows: Rows = Rows.windows
+    sequence_length: int = 256
+    vocab: int = 2048
+    max_train_tokens: int | None = None
+    max_heldout_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least(self, "data", 2, "sequence_length")
+        at_least(self, "data", 300, "vocab")  # 256 bytes and the special tokens come first
+        at_least(self, "data", 1, "max_documents")
+        at_least(self, "data", self.sequence_length, "max_train_tokens", "max_heldout_tokens")  # of one row
+        check_share("data.truncated_share", self.truncated_share)
+        if self.files and self.dataset:
+            raise ValueError(f"data.files and data.dataset ({self.dataset!r}) are both given; one of them must be null")
+        if self.arithmetic.problems and (self.files or self.dataset):
+            raise ValueError(f"data.arithmetic.problems is {self.arithmetic.problems}, but data.files or data.dataset is given; it must then be 0")
+        for name in ("dataset_config", "dataset_revision"):
+            if getattr(self, name) is not None and not self.dataset:
+                raise ValueError(f"data.{name} is {getattr(self, name)!r}, but data.dataset is not given; both must be, or neither")
+
+
+@dataclass(kw_only=True, slots=True)
+class ScoringSettings:
+    samples: int = 64
+    batch: int = how(4)
+    layer_samples: int = 32
+    criterion: Criterion = Criterion.iterative_mse
+    normalised: bool = True
+    protect: list[int] = field(default_factory=list)
+    ceilings: dict[str, int | None] = field(default_factory=dict)
+    placement: Placement = how(Placement.device)
+    block_tokens: int = how(65536)
+    branch_rows: int = how(64)
+    logits_tokens: int = how(256)
+    reuse_gib: float = how(1.0)
+
+    def __post_init__(self) -> None:
+        at_least(self, "scoring", 1, "samples", "batch", "layer_samples", "block_tokens", "branch_rows", "logits_tokens")
+        at_least(self, "scoring", 0, "reuse_gib")
+        check_kinds("scoring.ceilings", self.ceilings)
+
+
+@dataclass(kw_only=True, slots=True)
+class WorkloadSettings:
+    context_tokens: int = 131072
+    batch: int = 1
+    weights_dtype: str = "bf16"
+    kv_dtype: str = "bf16"
+    ssm_dtype: str = "float32"
+    activation_tokens: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class BudgetSettings:
+    name: str = "a10g"
+    device_gib: float | None = None
+    cushion_fraction: float = 0.05
+    set_aside_gib: float = 0.0
+
+
+@dataclass(kw_only=True, slots=True)
+class ScreenSettings:
+    """The short distillation that every finalist gets, from one shared cache of teacher outputs or beside the teacher itself."""
+
+    cached: bool = True
+    top_k: int = 128
+    cut_samples: int | None = None
+    cache_batch: int = how(8)
+    prompt_tokens: int = 32
+    new_tokens: int = 32
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+    def __post_init__(self) -> None:
+        at_least(self, "screen", 1, "top_k", "cache_batch", "prompt_tokens", "new_tokens", *(["cut_samples"] if self.cut_samples is not None else []))
+        self.train.check("screen.train")
+
+
+@dataclass(kw_only=True, slots=True)
+class BaseSettings:
+    path: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class DepthLapSettings:
+    """The first of two laps: depth alone is cut and distilled, then widths are cut from that checkpoint."""
+
+    enabled: bool = False
+    tokens: int = 65536
+    screen_tokens: int = 65536
+
+    def __post_init__(self) -> None:
+        at_least(self, "depth_lap", 1, "tokens", "screen_tokens")
+
+
+@dataclass(kw_only=True, slots=True)
+class PruneSettings:
+    """The cut; what stands between method and max_shard_gib is of the compensated one."""
+
+    method: PruneMethod = PruneMethod.slice
+    samples: int = 64
+    rotate: bool = True
+    directions: Directions = Directions.loss
+    direction_samples: int = 8
+    refit_reading: bool = True
+    refit_writing: bool = True
+    ridge: float = 1e-3
+    batch: int = how(8)
+    max_shard_gib: float = how(4.5)
+
+    def __post_init__(self) -> None:
+        at_least(self, "prune", 1, "samples", "direction_samples", "batch")
+        at_least(self, "prune", 0, "ridge")
+        if self.max_shard_gib <= 0:
+            raise ValueError(f"prune.max_shard_gib is {self.max_shard_gib}; it must be above 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateSettings:
+    new_tokens: int = how(512)
+    temperature: float = how(0.0)
+    top_p: float = how(1.0)
+    thinking_tags: list[str] = field(default_factory=lambda: ["<think>", "</think>"], metadata={"how": True})
+
+    def __post_init__(self) -> None:
+        at_least(self, "generate", 1, "new_tokens")
+        at_least(self, "generate", 0, "temperature")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"generate.top_p is {self.top_p}; it must be above 0 and at most 1")
+        if len(self.thinking_tags) != 2 or not all(self.thinking_tags):
+            raise ValueError(f"generate.thinking_tags is {list(self.thinking_tags)}; it must be two texts, what opens reasoning and what closes it")
+
+
+@dataclass(kw_only=True, slots=True)
+class Settings:
+    stage: Stage = Stage.all
+    candidate: str | None = None
+    prompt: str | None = how(None)
+    checkpoint: str = how("student")
+    thinking: Thinking | None = how(None)
+    thinking_budget: int | None = how(None)
+    run_name: str = "tiny"
+    runs_folder: str = "runs"
+    seed: int = 0
+    device: str = how("auto")
+    tracking: Tracking = how(Tracking.disabled)
+    data: DataSettings = field(default_factory=DataSettings)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    base: BaseSettings = field(default_factory=BaseSettings)
+    depth_lap: DepthLapSettings = field(default_factory=DepthLapSettings)
+    scoring: ScoringSettings = field(default_factory=ScoringSettings)
+    workload: WorkloadSettings = field(default_factory=WorkloadSettings)
+    budget: BudgetSettings = field(default_factory=BudgetSettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    screen: ScreenSettings = field(default_factory=ScreenSettings)
+    throughput: ThroughputSettings = field(default_factory=ThroughputSettings)
+    prune: PruneSettings = field(default_factory=PruneSettings)
+    distill: DistillSettings = field(default_factory=DistillSettings)
+    merge: MergeSettings = field(default_factory=MergeSettings)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+    generate: GenerateSettings = field(default_factory=GenerateSettings)
+
+    def __post_init__(self) -> None:
+        if not self.run_name or "/" in self.run_name or self.run_name.startswith(".") or self.run_name == "store":
+            raise ValueError(f"run_name is {self.run_name!r}; it must be one folder name, not starting with a dot, and not 'store'")
+        if self.data.rows is Rows.packed:
+            raise ValueError("data.rows is packed; it must be windows or documents (distill.phases[].rows may be packed)")
+        if self.distill.loss.hidden_weight and self.prune.method is PruneMethod.compensated and self.prune.rotate:
+            raise ValueError(f"distill.loss.hidden_weight is {self.distill.loss.hidden_weight:g}, but prune.rotate turns hidden states into another basis; "
+                             "one of them must be off (0, false)")  # fmt: skip
+        if self.thinking_budget is not None and self.thinking_budget < 0:
+            raise ValueError(f"thinking_budget is {self.thinking_budget}; it must be at least 0 (null: no limit)")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device is {self.device!r}; it must be auto, cpu or cuda")

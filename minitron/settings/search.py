@@ -1,0 +1,119 @@
+"""Settings of the search: the space, its filters, the shortlist, the choice, and the throughput model."""
+
+from dataclasses import dataclass, field, fields
+from enum import Enum
+
+from minitron.settings.rules import at_least, check_kinds, how
+
+
+class Shortlist(Enum):
+    diversified = "diversified"
+    largest = "largest"
+
+
+class Select(Enum):
+    lowest_loss = "lowest_loss"
+    loss_within = "loss_within"
+    weighted = "weighted"
+
+
+class Aggregation(Enum):
+    mean = "mean"
+    l2 = "l2"
+
+
+@dataclass(kw_only=True, slots=True)
+class AxisSettings:
+    """Options of one axis; low and high up to 1 are shares of the teacher's value, a null step is the axis's own."""
+
+    values: list[int] | None = None
+    low: float | None = None
+    high: float | None = None
+    step: int | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class FixedSettings:
+    """An architecture the user already knows; None keeps the teacher's value, all None means none is given."""
+
+    file: str | None = None
+    pattern: str | None = None
+    hidden: int | None = None
+    ffn: int | None = None
+    mamba_num_heads: int | None = None
+    mamba_head_dim: int | None = None
+    num_attention_heads: int | None = None
+
+    def given(self) -> dict[str, int | str]:
+        """The values that are set."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+@dataclass(kw_only=True, slots=True)
+class LaterWidthsSettings:
+    """Widths that a later cut will reach, against which the budget is held; None: the candidate's own."""
+
+    hidden: int | None = None
+    ffn: int | None = None
+    mamba_num_heads: int | None = None
+
+    def given(self) -> dict[str, int]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+@dataclass(kw_only=True, slots=True)
+class SearchSettings:
+    layers: AxisSettings = field(default_factory=AxisSettings)
+    hidden: AxisSettings = field(default_factory=AxisSettings)
+    ffn: AxisSettings = field(default_factory=AxisSettings)
+    mamba_heads: AxisSettings = field(default_factory=AxisSettings)
+    mamba_channels: AxisSettings = field(default_factory=AxisSettings)
+    attention_heads: AxisSettings = field(default_factory=AxisSettings)
+    floors: dict[str, int] = field(default_factory=dict)
+    layer_order: str | None = None
+    fixed: FixedSettings = field(default_factory=FixedSettings)
+    later_widths: LaterWidthsSettings = field(default_factory=LaterWidthsSettings)
+    max_parameters: int | None = None
+    min_gib: float | None = None
+    max_gib: float | None = None
+    min_tokens_per_second: float | None = None
+    aggregate_tokens: Aggregation = Aggregation.mean
+    aggregate_samples: Aggregation = Aggregation.l2
+    shortlist: Shortlist = Shortlist.diversified
+    shortlist_size: int = 8
+    screen_samples: int = 16
+    finalists: int = 4
+    select: Select = Select.lowest_loss
+    loss_within: float = 0.02
+    weights: dict[str, float] = field(default_factory=dict)
+    listed: int = how(100_000)
+
+    def __post_init__(self) -> None:
+        at_least(self, "search", 1, "shortlist_size", "screen_samples", "max_parameters", "listed")
+        at_least(self, "search", 0, "finalists", "loss_within", "min_gib", "max_gib", "min_tokens_per_second")
+        check_kinds("search.floors", self.floors)
+        for name, weight in self.weights.items():
+            if name not in ("loss", "memory", "throughput"):
+                raise ValueError(f"search.weights names {name!r}; it must be loss, memory or throughput")
+            if not weight >= 0:
+                raise ValueError(f"search.weights.{name} is {weight}; it must be at least 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class ThroughputSettings:
+    """A roofline: what the named device could reach at best."""
+
+    device: str = "a10g"
+    gb_per_second: float | None = None
+    tflops: float | None = None
+    input_tokens: int = 8192
+    output_tokens: int = 16384
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least(self, "throughput", 1, "input_tokens", "output_tokens", "batch")
+        if (self.gb_per_second is None) != (self.tflops is None):
+            raise ValueError("throughput.gb_per_second and throughput.tflops belong together; give both for a device of your own, or neither")
+        for name in ("gb_per_second", "tflops"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"throughput.{name} is {getattr(self, name)}; it must be above 0")

@@ -1,0 +1,87 @@
+"""Which teacher a run is about: its config.json, its folder, its identity. Loads no weights and no torch."""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from memory_budget.architecture import Architecture, check_architecture
+from memory_budget.hf_config import architecture_from_config, read_config
+from minitron.settings.run import Settings
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+# Beside the package in a checkout, inside it in an installed wheel.
+CONF_FOLDER = next((folder for folder in (_PACKAGE.parent / "conf", _PACKAGE / "conf") if (folder / "run.yaml").exists()), _PACKAGE.parent / "conf")
+TINY_POSITIONS = 131072  # the tiny teacher's max_position_embeddings
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+def teacher_architecture(settings: Settings) -> Architecture:
+    """Sizes of the teacher, from its config.json alone. Raises ValueError for a path that is no checkpoint."""
+    if settings.teacher.path is None:
+        tiny = Architecture(model_type="nemotron_h", vocab=settings.data.vocab, **asdict(settings.teacher.tiny))
+        check_architecture(tiny)
+        return tiny
+    return architecture_from_config(teacher_config(settings))
+
+
+def base_architecture(settings: Settings) -> Architecture:
+    """Sizes of the model that is cut: the teacher, or the checkpoint of `base.path`. Raises ValueError where that is none of the teacher's kin."""
+    teacher = teacher_architecture(settings)
+    if settings.base.path is None:
+        return teacher
+    if not Path(settings.base.path).is_dir():
+        raise ValueError(f"base.path is {settings.base.path!r}; it must be the folder of a checkpoint")
+    base = architecture_from_config(read_config(settings.base.path))
+    for name in ("model_type", "vocab"):
+        if getattr(base, name) != getattr(teacher, name):
+            raise ValueError(f"base.path {settings.base.path!r} has the {name} {getattr(base, name)}; it must be the teacher's, {getattr(teacher, name)}")
+    return base
+
+
+def teacher_config(settings: Settings) -> dict:
+    """The parsed config.json of `teacher.path`: from its folder, from `teacher.config`, or from the Hub."""
+    path = settings.teacher.path
+    if Path(path).is_dir():
+        return read_config(path)
+    if settings.teacher.config is not None:
+        named = Path(settings.teacher.config)
+        return read_config(named if named.exists() else CONF_FOLDER / named)
+    return read_config(_from_hub(settings, "config.json"))
+
+
+def max_positions(settings: Settings) -> int:
+    """Tokens that a sequence may have: `max_position_embeddings`. NemotronH embeds no positions; it is what was trained or promised."""
+    return TINY_POSITIONS if settings.teacher.path is None else int(teacher_config(settings)["max_position_embeddings"])
+
+
+def teacher_identity(settings: Settings) -> str:
+    """What a key says of the teacher: sizes for the tiny one, else config.json and, where there are weights, their headers."""
+    if settings.teacher.path is None:
+        return "tiny"
+    config = json.dumps(teacher_config(settings), sort_keys=True)
+    return hashlib.sha256(f"{settings.teacher.revision}{config}".encode()).hexdigest()[:12]
+
+
+def teacher_folder(settings: Settings) -> Path:
+    """The folder of `teacher.path` with its weights, downloaded from the Hub if it is an id there."""
+    path = Path(settings.teacher.path)
+    return path.resolve() if path.is_dir() else _from_hub(settings, None)
+
+
+def _from_hub(settings: Settings, file: str | None) -> Path:
+    """One file, or the whole model with None, through the Hub's own cache. Raises ValueError where there is none."""
+    path = settings.teacher.path
+    if not HUB_ID.match(path):
+        raise ValueError(f"teacher.path is {path!r}: no folder is there, and it is no Hub id of the form owner/name")
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        if file is not None:
+            return Path(hf_hub_download(path, file, revision=settings.teacher.revision))
+        return Path(snapshot_download(path, revision=settings.teacher.revision, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"teacher.path is {path!r}: no folder is there, and the Hub gave nothing ({type(error).__name__}: {reason})") from None

@@ -1,0 +1,128 @@
+"""What distillation will hold in each process, counted from the two architectures before anything is loaded.
+
+Weights, gradients, optimiser and teacher are exact counts of numbers. Activations and loss are estimates: the tensors that the
+modules' backward passes keep and those of the chunked loss, named below. Not counted: the allocator's own share, and buffers of communication.
+"""
+
+from dataclasses import dataclass, fields
+
+from distill.chunked_loss import chunk_tokens
+from distill.launch import Launch
+from memory_budget.architecture import Architecture
+from memory_budget.parameters import count_parameters, count_total_parameters, layer_parameters
+from memory_budget.units import format_gib
+from minitron.mamba.chunks import CHUNK_TOKENS
+from minitron.settings.training import Optimizer, Precision, TrainSettings
+
+FLOAT32, BF16 = 4, 2
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingMemory:
+    """Bytes in each process. `gathered` is what a sharded engine holds whole for a while: what is outside the layers, and the
+    largest layer twice, since the next one is fetched while one runs.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    teacher: int
+    gathered: int
+    activations: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    def describe(self) -> str:
+        """One line for the terminal."""
+        parts = ", ".join(f"{f.name} {format_gib(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name))
+        return f"each process will hold about {format_gib(self.total)}: {parts}"
+
+
+def training_memory(student: Architecture, teacher: Architecture, train: TrainSettings, launch: Launch, *, sequence_length: int,
+                    teacher_bytes_per_number: int, on_gpu: bool) -> TrainingMemory:  # fmt: skip
+    """The plan of one phase under a launch.
+
+    DeepSpeed keeps, beside the weights that compute, a float32 copy of its slice of them (ZeRO, arXiv 1910.02054, §5).
+    """
+    numbers, processes = count_total_parameters(student), launch.world_size
+    zero = launch.engine.startswith("zero")
+    computing = BF16 if zero and train.precision is Precision.bf16 else FLOAT32
+    optimizer_slices = processes if zero or launch.is_sharded else 1
+    weight_slices = processes if launch.is_sharded else 1
+    master = FLOAT32 * numbers // processes if zero else 0
+    rows = train.micro_batch or train.batch // processes
+    return TrainingMemory(
+        weights=computing * numbers // weight_slices + master,
+        gradients=computing * numbers // optimizer_slices,
+        optimizer=_moment_bytes(student, train.optimizer) // optimizer_slices,
+        teacher=teacher_bytes_per_number * count_total_parameters(teacher) // weight_slices,
+        gathered=computing * _gathered(student) + teacher_bytes_per_number * _gathered(teacher) if launch.is_sharded else 0,
+        activations=rows * sequence_length * activation_bytes_per_token(student, train, on_gpu=on_gpu),
+        loss=loss_bytes(student, teacher, rows * sequence_length, on_gpu=on_gpu),
+    )
+
+
+def _moment_bytes(student: Architecture, optimizer: Optimizer) -> int:
+    """AdamW keeps two float32 a parameter, Muon one for each of the layers' matrices; with 8 bits two bytes, and two float32 for every 256."""
+    numbers = 2 * count_total_parameters(student)
+    if optimizer is Optimizer.adamw_8bit:
+        return numbers + numbers * FLOAT32 // 256
+    if optimizer is Optimizer.muon:
+        numbers -= sum(copies * out * into for letter in student.pattern for copies, out, into in layer_parameters(student, letter).matrices)
+    return numbers * FLOAT32
+
+
+def _gathered(model: Architecture) -> int:
+    kinds = count_parameters(model)
+    largest = max((_layer_numbers(model, letter) for letter in set(model.pattern)), default=0)
+    return kinds["embedding"] + kinds["head"] + model.hidden + 2 * largest
+
+
+def _layer_numbers(model: Architecture, letter: str) -> int:
+    layer = layer_parameters(model, letter)
+    return sum(copies * out * into for copies, out, into in layer.matrices) + layer.others + model.hidden
+
+
+def activation_bytes_per_token(student: Architecture, train: TrainSettings, *, on_gpu: bool) -> int:
+    """What forward keeps for backward, up to the last hidden states."""
+    width = BF16 if train.precision is Precision.bf16 else FLOAT32
+    by_blocks = not on_gpu and train.precision is Precision.float32  # families/blockwise.FeedForward and mixer
+    kept = [_layer_activations(student, letter, by_blocks=by_blocks) for letter in student.pattern]
+    layers = len(kept) * student.hidden + max(kept, default=0) if train.gradient_checkpointing else sum(kept)
+    return layers * width
+
+
+def loss_bytes(student: Architecture, teacher: Architecture, tokens: int, *, on_gpu: bool) -> int:
+    """What the chunked loss of so many tokens at once holds, float32.
+
+    Of one chunk the logits of student and teacher; on a GPU also the divergence's scratch and the cross-entropy's gradient, which a
+    CPU makes for a few rows at a time. Of all tokens the hidden states of both and the student's gradient; the output matrix's
+    gradient, beside the one it is added to.
+    """
+    chunk = min(tokens, chunk_tokens(student.vocab, on_cpu=not on_gpu)) * student.vocab
+    return FLOAT32 * ((4 if on_gpu else 2) * chunk + tokens * (2 * student.hidden + teacher.hidden) + student.vocab * student.hidden)
+
+
+def _layer_activations(model: Architecture, letter: str, *, by_blocks: bool) -> int:
+    """Numbers a token that one layer keeps: its norm's input and output, and its mixer's own."""
+    if letter == "M":  # in_proj's output, the scan's, the gated norm's; on a CPU also the convolution's and the states between chunks
+        mixer = model.mamba_inner + model.mamba_conv_channels + model.mamba_num_heads + 2 * model.mamba_inner
+        if by_blocks:
+            mixer += model.mamba_conv_channels + model.mamba_inner * model.mamba_state_size // CHUNK_TOKENS
+    elif letter == "*":  # queries, keys, values, their weighted sum
+        mixer = 2 * (model.num_attention_heads + model.num_key_value_heads) * model.attention_head_dim
+    else:  # up's output, and unless it goes by blocks its relu and the square
+        mixer = model.ffn if by_blocks else 3 * model.ffn
+    return 2 * model.hidden + mixer
+
+
+def check_fits(memory: TrainingMemory, available_bytes: int, place: str) -> None:
+    """Raises ValueError where a process has less than the plan wants."""
+    if memory.total > available_bytes:
+        raise ValueError(
+            f"distill: {memory.describe()}; {place} has {format_gib(available_bytes)}. Lower distill.train.micro_batch, set "
+            "distill.train.gradient_checkpointing=true, or launch more processes with conf/accelerate/fsdp2.yaml or zero3.yaml"
+        )

@@ -1,0 +1,48 @@
+"""The published two laps: depth is cut and distilled first, then widths are cut from that checkpoint (N2, arXiv 2508.14444).
+
+Both go through the same stages; only their settings differ, and these two functions say how.
+"""
+
+from dataclasses import replace
+
+from minitron.settings.derived import axis_of
+from minitron.settings.reasoning import ReasoningSettings
+from minitron.settings.run import FROM_WHAT_IS_DONE, BaseSettings, Settings, Stage
+from minitron.settings.search import AxisSettings, FixedSettings, LaterWidthsSettings
+from minitron.settings.teachers import teacher_architecture
+from minitron.stages.models import result_model_folder
+from minitron.walk.store import Result
+
+WIDTH_AXES = {"hidden": "hidden", "ffn": "ffn", "mamba_heads": "mamba_num_heads"}
+BEFORE_CUTTING = (Stage.data, Stage.teacher, Stage.score)
+
+
+def depth_lap(settings: Settings) -> Settings | None:
+    """The first lap's settings: depth alone, held against the smallest widths that the second may choose; None for a walk of one lap.
+
+    A search from config.json alone (search.layer_order without weights) looks at depth and widths in one lap, and a merge of checkpoints
+    that no lap makes needs none.
+    """
+    if not settings.depth_lap.enabled or (settings.stage in (Stage.shortlist, Stage.search) and settings.search.layer_order):
+        return None
+    if settings.stage is Stage.merge and set(settings.merge.stages()) <= {"teacher"}:
+        return None
+    search, fixed, teacher = settings.search, settings.search.fixed, teacher_architecture(settings)
+    later = {field: axis_of(settings, axis, teacher)[0] for axis, field in WIDTH_AXES.items()}
+    depths = len(axis_of(settings, "layers", teacher))
+    search = replace(
+        search, **dict.fromkeys((*WIDTH_AXES, "mamba_channels", "attention_heads"), AxisSettings()), shortlist_size=max(2, depths), finalists=depths,
+        fixed=FixedSettings(pattern=fixed.pattern, file=fixed.file), later_widths=LaterWidthsSettings(**later),
+        max_parameters=None, min_gib=None, max_gib=None, min_tokens_per_second=None,
+    )  # fmt: skip
+    screen = replace(settings.screen, train=replace(settings.screen.train, tokens=settings.depth_lap.screen_tokens))
+    distill = replace(settings.distill, phases=[], train=replace(settings.distill.train, tokens=settings.depth_lap.tokens))
+    stage = settings.stage if settings.stage in (*BEFORE_CUTTING, *FROM_WHAT_IS_DONE) else Stage.distill
+    return replace(settings, stage=stage, candidate=None, search=search, screen=screen, distill=distill, reasoning=ReasoningSettings())
+
+
+def width_lap(settings: Settings, depth_student: Result) -> Settings:
+    """The second lap's settings: widths alone, cut from the first lap's student; the teacher still teaches."""
+    search = replace(settings.search, layers=AxisSettings(), layer_order=None, floors={}, fixed=replace(settings.search.fixed, pattern=None))
+    scoring = replace(settings.scoring, protect=[], ceilings={})
+    return replace(settings, base=BaseSettings(path=str(result_model_folder(depth_student))), search=search, scoring=scoring)
