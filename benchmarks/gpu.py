@@ -48,8 +48,8 @@ from minitron.pruning.views import SortedTeacher  # noqa: E402
 from minitron.search.distances import measure_batch  # noqa: E402
 from minitron.settings.teachers import CONF_FOLDER  # noqa: E402
 from minitron.settings.training import Precision, TrainSettings  # noqa: E402
-from minitron.stages.training import train_plan  # noqa: E402
 from minitron.training.memory import training_memory  # noqa: E402
+from minitron.training.steps import train_plan  # noqa: E402
 from minitron.training.time import training_flops  # noqa: E402
 
 CONFIG = read_config(CONF_FOLDER / "architectures" / "nemotron-nano-12b-v2-base.json")

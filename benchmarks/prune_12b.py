@@ -32,8 +32,8 @@ from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_HEAD, Fami
 from minitron.families.known import family_of  # noqa: E402
 from minitron.importance.scores import ImportanceScores  # noqa: E402
 from minitron.mamba import ssd  # noqa: E402
+from minitron.pruning.disk_to_disk import planned_tensors  # noqa: E402
 from minitron.pruning.plan import PruningPlan, make_plan, subsequence_layers  # noqa: E402
-from minitron.stages.prune import planned_tensors  # noqa: E402
 
 # Nemotron-Nano-9B-v2 (arXiv 2508.14444): the published student's depth and widths.
 PATTERN, HIDDEN_SIZE, FFN_SIZE = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", 4480, 15680

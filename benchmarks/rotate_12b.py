@@ -26,9 +26,9 @@ from minitron.families.known import family_of  # noqa: E402
 from minitron.mamba import ssd  # noqa: E402
 from minitron.pruning.basis import basis_without  # noqa: E402
 from minitron.pruning.compensate import Recipe  # noqa: E402
+from minitron.pruning.compensated_cut import MadeWeights  # noqa: E402
+from minitron.pruning.disk_to_disk import planned_tensors  # noqa: E402
 from minitron.pruning.plan import PruningPlan  # noqa: E402
-from minitron.stages.compensated_cut import MadeWeights  # noqa: E402
-from minitron.stages.prune import planned_tensors  # noqa: E402
 
 RECIPE = Recipe(refit_reading=False, refit_writing=False)
 

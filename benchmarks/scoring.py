@@ -25,7 +25,7 @@ from minitron.importance.activations import measure_width  # noqa: E402
 from minitron.importance.layers import Block, SweepLimits, measure_round  # noqa: E402
 from minitron.importance.removal import LayerRules, rank_iteratively  # noqa: E402
 from minitron.mamba import ssd  # noqa: E402
-from minitron.stages.teacher import TINY_CONFIG  # noqa: E402
+from minitron.training.tiny_teacher import TINY_CONFIG  # noqa: E402
 
 ARCHITECTURE = Architecture(
     model_type="nemotron_h", pattern="M-M-M*-M-M-M*-M-M*-M-M*-", hidden=256, vocab=4096, ffn=1024, num_attention_heads=8, num_key_value_heads=2,

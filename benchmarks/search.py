@@ -123,7 +123,7 @@ def screening(repeats: int) -> tuple[dict[str, float], dict]:
     from minitron.pruning.plan import make_plan
     from minitron.pruning.views import SortedTeacher
     from minitron.search.distances import measure_batch
-    from minitron.stages.teacher import TINY_CONFIG
+    from minitron.training.tiny_teacher import TINY_CONFIG
 
     ssd.install()
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ from memory_budget.architecture import Architecture  # noqa: E402
 from memory_budget.parameters import count_parameters  # noqa: E402
 from minitron.families.nemotron_h import FAMILY  # noqa: E402
 from minitron.mamba import mixer, ssd  # noqa: E402
-from minitron.stages.teacher import TINY_CONFIG  # noqa: E402
+from minitron.training.tiny_teacher import TINY_CONFIG  # noqa: E402
 
 ARCHITECTURE = Architecture(
     model_type="nemotron_h", pattern="M-M-M*-M-M*-", hidden=256, vocab=4096, ffn=1024, num_attention_heads=8, num_key_value_heads=2,

@@ -42,8 +42,18 @@ import json, os, sys, traceback
 sys.argv = ["run.py"]
 import minitron.run
 from minitron.walk import pipeline
-from minitron.stages import data, distill, distill_cache, evaluate, export, generate, merge, prune, report, score, screen, search, shortlist, teacher
-from minitron.stages import teacher_cache, zero_shot
+from minitron.text import tokenise as data
+from minitron.training import distillation as distill, tiny_teacher as teacher
+from minitron.stages import distill_cache
+from minitron.measures import evaluation as evaluate
+from minitron.hand_over import export, merge
+from minitron.generation import answer as generate
+from minitron.pruning import disk_to_disk as prune
+from minitron.report import files as report
+from minitron.importance import scoring as score
+from minitron.search import screen, choice as search, shortlist
+from minitron.training import teacher_cache
+from minitron.search import zero_shot
 from transformers.models.nemotron_h import modeling_nemotron_h
 for line in sys.stdin:
     command = json.loads(line)

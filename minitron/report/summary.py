@@ -13,9 +13,9 @@ from typing import Any
 from memory_budget.calculator import memory_report
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
+from minitron.search.shortlist import budget_of, workload_of
 from minitron.settings.run import Settings
 from minitron.settings.teachers import base_architecture, teacher_architecture
-from minitron.stages.shortlist import budget_of, workload_of
 from minitron.walk.pipeline import Lap
 from minitron.walk.store import Result
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minitron.stages.models import given_checkpoint
+from minitron.walk.models import given_checkpoint
 from minitron.walk.pipeline import StageContext
 
 

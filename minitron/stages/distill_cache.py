@@ -1,6 +1,6 @@
 """distill_cache: the teacher's likeliest tokens at every position that the student learns from, so that it can learn without the teacher."""
 
-from minitron.stages.teacher_cache import cached_rows, write_cache
+from minitron.training.teacher_cache import cached_rows, write_cache
 from minitron.walk.pipeline import StageContext
 
 

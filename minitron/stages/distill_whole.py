@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from minitron.stages import distill
 from minitron.text.blends import without_truncation
+from minitron.training import distillation as distill
 from minitron.walk.pipeline import StageContext
 
 

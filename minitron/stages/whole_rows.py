@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from minitron.stages import phase_rows
+from minitron.text import phase_rows
 from minitron.text.blends import without_truncation
 from minitron.walk.pipeline import StageContext
 

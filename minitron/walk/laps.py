@@ -10,7 +10,7 @@ from minitron.settings.reasoning import ReasoningSettings
 from minitron.settings.run import FROM_WHAT_IS_DONE, BaseSettings, Settings, Stage
 from minitron.settings.search import AxisSettings, FixedSettings, LaterWidthsSettings
 from minitron.settings.teachers import teacher_architecture
-from minitron.stages.models import result_model_folder
+from minitron.walk.models import result_model_folder
 from minitron.walk.store import Result
 
 WIDTH_AXES = {"hidden": "hidden", "ffn": "ffn", "mamba_heads": "mamba_num_heads"}

@@ -28,7 +28,7 @@ from minitron.text.arithmetic import held_out_problems
 from minitron.text.blends import rows_to_make
 from minitron.text.documents import check_source
 from minitron.walk.console import Console
-from minitron.walk.stage_table import STAGES
+from minitron.walk.stage_table import STAGES, WORKED_IN
 from minitron.walk.store import Result, find_result, finish, locked, stage_key
 from minitron.walk.tracking import record_finished
 
@@ -72,7 +72,7 @@ class Lap:
 
 def run_pipeline(settings: Settings, console: Console) -> None:
     """Run what is asked for, then write the run's summary and report; export and generate take what is done and leave both alone."""
-    from minitron.stages import report
+    from minitron.report import files as report
     from minitron.walk.laps import depth_lap, width_lap
 
     check_before_work(settings)
@@ -106,7 +106,7 @@ def run_pipeline(settings: Settings, console: Console) -> None:
 def _use(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
     """Export or generate, in the first process."""
     if processes.rank() == 0:
-        importlib.import_module(f"minitron.stages.{settings.stage.value}").run(settings, laps, console)
+        importlib.import_module(f"minitron.{WORKED_IN[settings.stage.value]}").run(settings, laps, console)
 
 
 def run_stages(settings: Settings, console: Console, given: Mapping[str, Result] = MappingProxyType({})) -> Lap:
@@ -150,8 +150,8 @@ def other_screens(lap: Lap) -> dict[str, Result]:
 
 def check_before_work(settings: Settings) -> None:
     """Everything that can be refused from settings and config.json alone. Raises ValueError."""
-    from minitron.stages.layer_order import given_layer_order
-    from minitron.stages.shortlist import check_search
+    from minitron.search.layer_order import given_layer_order
+    from minitron.search.shortlist import check_search
 
     check_source(settings.data)
     check_sharing(settings.teacher.train.batch, settings.teacher.train.micro_batch, 1)
@@ -273,7 +273,7 @@ def _run(name: str, settings: Settings, folder: Path, results: Mapping[str, Resu
     spec = STAGES[name]
     inputs = inputs_of(name, settings, results)
     started = time.monotonic()
-    facts = importlib.import_module(f"minitron.stages.{name}").run(StageContext(settings, folder, inputs, console))
+    facts = importlib.import_module(f"minitron.{WORKED_IN.get(name, f'stages.{name}')}").run(StageContext(settings, folder, inputs, console))
     return {
         "stage": name,
         "key": folder.name,

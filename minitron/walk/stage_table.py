@@ -65,6 +65,12 @@ def _what_base(settings: Settings) -> Any:
     return {"weights": Checkpoint(folder).fingerprint, "folder": str(folder.resolve())}
 
 
+WORKED_IN = {
+    "data": "text.tokenise", "phase_rows": "text.phase_rows", "teacher": "training.tiny_teacher", "teacher_cache": "training.teacher_cache",
+    "score": "importance.scoring", "shortlist": "search.shortlist", "screen": "search.screen", "search": "search.choice", "prune": "pruning.disk_to_disk",
+    "distill": "training.distillation", "evaluate": "measures.evaluation", "reasoning": "measures.reasoning", "merge": "hand_over.merge",
+    "export": "hand_over.export", "generate": "generation.answer",
+}  # fmt: skip
 CHOOSING = ("finalists", "select", "loss_within", "weights")  # of the search's settings, those that the shortlist does not know
 
 

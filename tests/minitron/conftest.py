@@ -15,7 +15,7 @@ from torch import nn
 from memory_budget.architecture import Architecture
 from minitron.checkpoints.shards import save_model_weights
 from minitron.families.nemotron_h import FAMILY
-from minitron.stages.teacher import TINY_CONFIG
+from minitron.training.tiny_teacher import TINY_CONFIG
 from minitron.walk.store import write_json
 
 torch.set_num_threads(1)  # matrices this small only lose by more, and threads of several processes block each other

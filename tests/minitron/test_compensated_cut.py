@@ -18,11 +18,11 @@ from minitron.checkpoints.placement import StreamedModel
 from minitron.families.nemotron_h import FAMILY
 from minitron.pruning.basis import Basis
 from minitron.pruning.compensate import Recipe
+from minitron.pruning.compensated_cut import BASIS_FILE, MadeWeights, check_memory, few_tokens_note
+from minitron.pruning.disk_to_disk import planned_tensors
 from minitron.pruning.plan import PruningPlan
 from minitron.settings.run import Directions, PruneMethod, PruneSettings, ScreenSettings, Settings
 from minitron.settings.teachers import CONF_FOLDER
-from minitron.stages.compensated_cut import BASIS_FILE, MadeWeights, check_memory, few_tokens_note
-from minitron.stages.prune import planned_tensors
 from minitron.walk.stage_table import STAGES
 from minitron.walk.store import write_json
 

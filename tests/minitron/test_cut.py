@@ -18,9 +18,9 @@ from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_CHANNEL, M
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.scores import ImportanceScores
 from minitron.pruning.cut import TensorCut, build_pruned, check_tensors, cut_state, expected_shape, plan_cuts, required_names, row_of
+from minitron.pruning.disk_to_disk import planned_tensors
 from minitron.pruning.plan import PruningPlan, check_is_cut, make_plan, subsequence_layers, top, top_per_group
 from minitron.settings.teachers import CONF_FOLDER
-from minitron.stages.prune import planned_tensors
 
 NANO_9B_PATTERN = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
 

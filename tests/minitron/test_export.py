@@ -17,7 +17,7 @@ from distill.states import best_state, load_weights, newest_state
 from minitron.checkpoints.publish import model_card
 from minitron.families.nemotron_h import FAMILY
 from minitron.hand_over.card import licence_note, licence_of, repeating_command
-from minitron.stages.export import check_place, check_push, is_export
+from minitron.hand_over.export import check_place, check_push, is_export
 
 IDS = torch.arange(40).reshape(2, 20) * 7
 

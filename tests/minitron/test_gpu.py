@@ -17,7 +17,7 @@ from memory_budget.workload import Workload
 from minitron.families.nemotron_h import FAMILY
 from minitron.machine.device import _say_once
 from minitron.mamba.kernels import KERNELS, check_bf16, check_gpu, check_kernels, check_numbers
-from minitron.stages.teacher import TINY_CONFIG
+from minitron.training.tiny_teacher import TINY_CONFIG
 
 CPU, VERSIONS = torch.device("cpu"), {"mamba-ssm": "2.3.2", "causal-conv1d": "1.7.0"}
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

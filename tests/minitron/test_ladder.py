@@ -11,7 +11,7 @@ import pytest
 
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
-from minitron.stages.search import choose
+from minitron.search.choice import choose
 
 LAPS = ("depth_lap.enabled=true", "depth_lap.tokens=4000", "depth_lap.screen_tokens=2000")
 

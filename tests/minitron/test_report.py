@@ -16,6 +16,7 @@ from memory_budget.architecture import Architecture
 from memory_budget.calculator import memory_report
 from memory_budget.parameters import count_total_parameters
 from memory_budget.workload import Workload
+from minitron.report import files as report
 from minitron.report.page import page_html, page_markdown
 from minitron.report.plots import PLOTS, draw_plots
 from minitron.report.plots_search import non_dominated
@@ -23,7 +24,6 @@ from minitron.report.search import candidates_table, choice_sentences, pattern_l
 from minitron.report.summary import MOST_CURVE_POINTS, SEARCH_FILES, best_first, build_summary, removed_layers, thinned_curve
 from minitron.report.verdict import verdict
 from minitron.settings.run import BudgetSettings, Settings, TeacherSettings, TinyTeacherSettings, WorkloadSettings
-from minitron.stages import report
 from minitron.walk.console import Console
 from minitron.walk.laps import depth_lap, width_lap
 from minitron.walk.pipeline import Lap

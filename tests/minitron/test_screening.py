@@ -18,9 +18,9 @@ from minitron.importance.scores import aggregate
 from minitron.measures.held_out import batches_of, evaluate, held_out_loss, spread_rows
 from minitron.measures.speed import decode_tokens_per_second
 from minitron.pruning.cut import build_pruned
+from minitron.pruning.disk_to_disk import planned_tensors
 from minitron.pruning.plan import make_plan
 from minitron.search.distances import retained_importance
-from minitron.stages.prune import planned_tensors
 from minitron.walk.store import write_json
 from nas.candidates import enumerate_candidates
 from nas.space import SearchSpace

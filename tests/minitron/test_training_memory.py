@@ -12,8 +12,8 @@ from distill.launch import Launch
 from memory_budget.units import GIB
 from minitron.mamba import ssd
 from minitron.settings.training import Optimizer, TrainSettings
-from minitron.stages.training import train_plan
 from minitron.training.memory import FLOAT32, activation_bytes_per_token, check_fits, loss_bytes, training_memory
+from minitron.training.steps import train_plan
 
 LENGTH = 64
 

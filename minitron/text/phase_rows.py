@@ -4,10 +4,10 @@ import numpy as np
 
 from distill.batches import count_tokens
 from minitron.settings.teachers import teacher_folder
-from minitron.stages.data import tokenise
 from minitron.text.blends import rows_to_make
 from minitron.text.documents import source_title
 from minitron.text.rows import SplitRows
+from minitron.text.tokenise import tokenise
 from minitron.walk.pipeline import StageContext
 
 

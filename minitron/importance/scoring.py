@@ -21,7 +21,7 @@ from minitron.measures.held_out import batches_of, spread_rows
 from minitron.settings.derived import base_stage, fewest_layers, layer_rules
 from minitron.settings.run import Criterion, Placement
 from minitron.settings.teachers import base_architecture
-from minitron.stages.models import SCORES_FILE, base_folder
+from minitron.walk.models import SCORES_FILE, base_folder
 from minitron.walk.pipeline import StageContext
 from minitron.walk.store import write_json
 

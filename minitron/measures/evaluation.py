@@ -27,8 +27,8 @@ from minitron.measures.speed import machine_of, make_prompts, measure_speed
 from minitron.measures.tasks import load_task, run_task, task_identity
 from minitron.settings.evaluate import EvaluateSettings, SpeedSettings
 from minitron.settings.rules import key_settings
-from minitron.stages.models import result_model_folder
 from minitron.walk.console import Advance
+from minitron.walk.models import result_model_folder
 from minitron.walk.pipeline import StageContext
 from minitron.walk.store import write_json
 

@@ -11,12 +11,12 @@ from memory_budget.budget import PRESETS, Budget
 from memory_budget.calculator import memory_report
 from memory_budget.units import GIB, format_gib
 from memory_budget.workload import Workload
+from minitron.search.layer_order import order_and_damage
 from minitron.settings.derived import axis_of, fixed_sizes, floors, ranks_refitted, ranks_rotated
 from minitron.settings.run import Settings
 from minitron.settings.search import Shortlist
 from minitron.settings.teachers import base_architecture
-from minitron.stages.layer_order import order_and_damage
-from minitron.stages.models import scores_of
+from minitron.walk.models import scores_of
 from minitron.walk.pipeline import StageContext
 from nas.candidates import Candidates, enumerate_candidates, enumerate_fitting
 from nas.depth import kept_layers
@@ -126,7 +126,7 @@ def run(context: StageContext) -> dict:
     _write_csv(context.folder / CANDIDATES_CSV, candidates, rows, settings.search.listed)
     best_first = list(entries)
     if "score" in context.inputs and len(rows) > 1:
-        from minitron.stages.zero_shot import measure_zero_shot
+        from minitron.search.zero_shot import measure_zero_shot
 
         measured = measure_zero_shot(context, entries)
         entries = {name: {**entry, **measured.means[name]} for name, entry in entries.items()}

@@ -10,8 +10,8 @@ from minitron.report.page import page_html, page_markdown
 from minitron.report.plots import draw_plots
 from minitron.report.summary import METRICS_FILE, MODEL_STAGES, SEARCH_FILES, build_summary
 from minitron.settings.run import Settings, Stage
-from minitron.stages.models import result_model_folder
 from minitron.walk.console import Console
+from minitron.walk.models import result_model_folder
 from minitron.walk.pipeline import Lap
 from minitron.walk.store import Result, locked
 

@@ -13,7 +13,7 @@ from memory_budget.units import format_gib
 from minitron.families.known import family_of
 from minitron.machine.device import pick_device
 from minitron.measures.held_out import spread_rows
-from minitron.stages.models import result_model_folder
+from minitron.walk.models import result_model_folder
 from minitron.walk.pipeline import StageContext
 from minitron.walk.store import Result
 

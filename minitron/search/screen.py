@@ -17,15 +17,15 @@ from minitron.families.known import family_of
 from minitron.machine.device import pick_device
 from minitron.measures.held_out import held_out_loss, longest_prompt
 from minitron.measures.speed import decode_tokens_per_second
+from minitron.pruning.compensated_cut import compensated_model
 from minitron.pruning.cut import build_pruned
 from minitron.pruning.plan import make_plan
+from minitron.search.zero_shot import screening_batches
 from minitron.settings.run import PruneMethod
 from minitron.settings.teachers import base_architecture
-from minitron.stages.compensated_cut import compensated_model
-from minitron.stages.models import base_folder, result_model_folder, scores_of
-from minitron.stages.teacher_cache import cached_rows, open_cache
-from minitron.stages.training import tracked_steps, train_plan
-from minitron.stages.zero_shot import screening_batches
+from minitron.training.steps import tracked_steps, train_plan
+from minitron.training.teacher_cache import cached_rows, open_cache
+from minitron.walk.models import base_folder, result_model_folder, scores_of
 from minitron.walk.pipeline import StageContext
 from minitron.walk.tracking import Tracker, open_candidate
 

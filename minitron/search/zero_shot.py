@@ -14,14 +14,14 @@ from memory_budget.hf_config import read_config
 from minitron.families.known import family_of
 from minitron.machine.device import pick_device
 from minitron.measures.held_out import batches_of, screening_rows, spread_rows
+from minitron.pruning.compensated_cut import calibration_rows
 from minitron.pruning.rotated import rotate_model
 from minitron.pruning.views import SortedTeacher, View
 from minitron.pruning.width_refits import refit_widths
 from minitron.search.distances import Distance, best_first, measure_batch
 from minitron.settings.derived import candidate_samples, ranks_refitted, ranks_rotated
 from minitron.settings.teachers import base_architecture
-from minitron.stages.compensated_cut import calibration_rows
-from minitron.stages.models import base_folder, result_model_folder, scores_of
+from minitron.walk.models import base_folder, result_model_folder, scores_of
 from minitron.walk.pipeline import StageContext
 
 PART_FILE = "zero_shot.partial.jsonl"

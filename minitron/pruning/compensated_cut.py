@@ -36,7 +36,7 @@ from minitron.pruning.refit import ridge_for
 from minitron.pruning.stream_moments import num_sites
 from minitron.settings.derived import candidate_samples
 from minitron.settings.run import PruneSettings
-from minitron.stages.models import base_folder
+from minitron.walk.models import base_folder
 from minitron.walk.pipeline import StageContext
 
 BASIS_FILE = "basis.safetensors"

@@ -15,13 +15,13 @@ from minitron.checkpoints.shards import write_weights
 from minitron.families.base import Family
 from minitron.families.known import family_of
 from minitron.machine.device import available_memory_bytes
+from minitron.pruning.compensated_cut import BASIS_FILE, damage, write_compensated
 from minitron.pruning.cut import TensorCut, build_pruned, plan_cuts
 from minitron.pruning.plan import PruningPlan, make_plan
 from minitron.settings.derived import base_stage
 from minitron.settings.run import PruneMethod
 from minitron.settings.teachers import base_architecture
-from minitron.stages.compensated_cut import BASIS_FILE, damage, write_compensated
-from minitron.stages.models import base_folder, scores_of
+from minitron.walk.models import base_folder, scores_of
 from minitron.walk.pipeline import StageContext
 from minitron.walk.store import write_json
 

@@ -9,8 +9,8 @@ from memory_budget.hf_config import read_config
 from minitron.families.known import family_of
 from minitron.machine.device import pick_device
 from minitron.measures.budget_curve import budget_curve
-from minitron.stages.models import result_model_folder
 from minitron.text.arithmetic import held_out_problems
+from minitron.walk.models import result_model_folder
 from minitron.walk.pipeline import StageContext
 from minitron.walk.store import write_json
 

@@ -13,8 +13,8 @@ from minitron.generation.prompts import Tags, write_prompt
 from minitron.generation.thinking import count_reasoning
 from minitron.machine.device import pick_device
 from minitron.settings.run import Settings, Thinking
-from minitron.stages.models import result_model_folder
 from minitron.walk.console import Console
+from minitron.walk.models import result_model_folder
 from minitron.walk.pipeline import Lap
 
 STAGE_OF = {"teacher": "teacher", "pruned": "prune", "student": "distill"}

@@ -14,9 +14,9 @@ from minitron.checkpoints.files import DTYPES, PIECE_BYTES, Checkpoint, PlannedT
 from minitron.checkpoints.publish import model_card, write_planned
 from minitron.families.base import Family
 from minitron.families.known import family_of
+from minitron.hand_over.merge_sweep import best_of, said_of, sweep_lines, try_weights
 from minitron.settings.hand_over import MERGEABLE
-from minitron.stages.merge_sweep import best_of, said_of, sweep_lines, try_weights
-from minitron.stages.models import result_model_folder
+from minitron.walk.models import result_model_folder
 from minitron.walk.pipeline import StageContext
 
 # What of config.json two checkpoints may differ in: where they come from, how they are stored, run or were initialised, what generation starts and ends with.

@@ -23,8 +23,8 @@ from minitron.settings.hand_over import StudentState
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings, Stage
 from minitron.settings.teachers import HUB_ID
-from minitron.stages.models import result_model_folder
 from minitron.walk.console import Console
+from minitron.walk.models import result_model_folder
 from minitron.walk.pipeline import Lap, inputs_of, order_of, stage_folder
 from minitron.walk.store import locked, write_json
 

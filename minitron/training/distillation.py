@@ -28,12 +28,12 @@ from minitron.machine.device import pick_device, process_memory_bytes
 from minitron.measures.held_out import batches_of, screening_rows, spread_rows
 from minitron.settings.teachers import teacher_architecture
 from minitron.settings.training import DistillSettings
-from minitron.stages.models import result_model_folder
-from minitron.stages.teacher_cache import cached_rows, open_cache
-from minitron.stages.training import tracked_steps, train_plan
 from minitron.text.blends import DATA_ROWS, phase_parts
 from minitron.training.memory import check_fits, training_memory
+from minitron.training.steps import tracked_steps, train_plan
+from minitron.training.teacher_cache import cached_rows, open_cache
 from minitron.training.time import check_time, training_flops
+from minitron.walk.models import result_model_folder
 from minitron.walk.pipeline import StageContext
 
 

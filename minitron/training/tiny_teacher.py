@@ -12,8 +12,8 @@ from minitron.checkpoints.publish import check_reload, model_card, write_model
 from minitron.families.nemotron_h import FAMILY as NEMOTRON_H
 from minitron.machine.device import pick_device
 from minitron.settings.teachers import TINY_POSITIONS, teacher_architecture, teacher_folder
-from minitron.stages.models import given_checkpoint
-from minitron.stages.training import tracked_steps, train_plan
+from minitron.training.steps import tracked_steps, train_plan
+from minitron.walk.models import given_checkpoint
 from minitron.walk.pipeline import StageContext
 from minitron.walk.store import write_json
 
