@@ -1,11 +1,11 @@
-# make demo | make test | make install | make gpu-check | make vllm-check. Each target sets up .venv first if pyproject.toml or constraints.txt changed.
+# make demo | make test | make install | make house | make gpu-check | make vllm-check. Each target sets up .venv first if pyproject.toml or constraints.txt changed.
 PYTHON ?= python3
 VENV := .venv
 VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install demo test test-slow gpu-check vllm-check clean
+.PHONY: install demo house test test-slow gpu-check vllm-check clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -24,6 +24,10 @@ $(VENV)/installed-test: $(VENV)/installed
 
 demo: $(VENV)/installed
 	$(BIN)/python -m minitron.run
+
+# Rooms and arrows of docs/architecture.md, drawn from the imports.
+house:
+	$(PYTHON) docs/house.py
 
 # Waiting threads sleep instead of spinning: on a busy machine that is the difference between minutes and hours.
 test: $(VENV)/installed-test

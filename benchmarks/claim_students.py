@@ -21,9 +21,9 @@ from minitron.importance.activations import measure_width
 from minitron.importance.layers import Block, SweepLimits, measure_round
 from minitron.importance.removal import LayerRules, rank_iteratively, rank_once
 from minitron.importance.scores import ImportanceScores, WidthSums, aggregate
-from minitron.measures.held_out import batches_of
 from minitron.pruning.compensate import Recipe
 from minitron.pruning.plan import PruningPlan, make_plan
+from minitron.text.samples import batches_of
 
 WIDTH_ROWS, LAYER_ROWS, COMPENSATED_ROWS = 64, 16, 32  # conf's scoring.samples and layer_samples, the tiny experiment's screen.cut_samples
 RULES = LayerRules(floors={"*": 2}, ceilings={})  # the tiny experiment's search.floors

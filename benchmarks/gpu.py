@@ -25,8 +25,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distill.chunked_loss import Head, chunked_loss  # noqa: E402
-from distill.engine import open_engine  # noqa: E402
-from distill.launch import Launch  # noqa: E402
+from distill.engines.launch import Launch  # noqa: E402
+from distill.engines.opening import open_engine  # noqa: E402
 from distill.objectives import distillation_loss  # noqa: E402
 from memory_budget.architecture import Architecture  # noqa: E402
 from memory_budget.calculator import memory_report  # noqa: E402
@@ -41,9 +41,8 @@ from minitron.importance.layers import Block, SweepLimits, measure_round  # noqa
 from minitron.importance.removal import LayerRules, rank_iteratively  # noqa: E402
 from minitron.importance.scores import ImportanceScores, aggregate  # noqa: E402
 from minitron.machine.device import process_memory_bytes  # noqa: E402
-from minitron.mamba import ssd  # noqa: E402
+from minitron.mamba import mixer  # noqa: E402
 from minitron.mamba.kernels import check_gpu  # noqa: E402
-from minitron.pruning.plan import subsequence_layers  # noqa: E402
 from minitron.pruning.views import SortedTeacher  # noqa: E402
 from minitron.search.distances import measure_batch  # noqa: E402
 from minitron.settings.teachers import CONF_FOLDER  # noqa: E402
@@ -51,6 +50,7 @@ from minitron.settings.training import Precision, TrainSettings  # noqa: E402
 from minitron.training.memory import training_memory  # noqa: E402
 from minitron.training.steps import train_plan  # noqa: E402
 from minitron.training.time import training_flops  # noqa: E402
+from nas.depth import subsequence_layers  # noqa: E402
 
 CONFIG = read_config(CONF_FOLDER / "architectures" / "nemotron-nano-12b-v2-base.json")
 NANO_12B = architecture_from_config(CONFIG)
@@ -329,7 +329,7 @@ def main() -> int:
         if device.type == "cuda":
             check_gpu(device)
         else:
-            ssd.install()
+            mixer.install()
 
         def say(name: str, figures: Figures) -> None:
             rows[name] = figures

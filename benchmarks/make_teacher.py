@@ -24,7 +24,7 @@ from memory_budget.units import GIB  # noqa: E402
 from minitron.checkpoints.files import PIECE_BYTES, PlannedTensor  # noqa: E402
 from minitron.checkpoints.shards import write_weights  # noqa: E402
 from minitron.families.nemotron_h import FAMILY  # noqa: E402
-from minitron.pruning.cut import expected_shape, required_names, row_of  # noqa: E402
+from minitron.families.table import expected_shape, required_names, row_of  # noqa: E402
 from minitron.settings.teachers import CONF_FOLDER  # noqa: E402
 from minitron.walk.store import write_json  # noqa: E402
 

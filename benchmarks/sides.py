@@ -22,10 +22,11 @@ from distill.trainer import train  # noqa: E402
 from memory_budget.hf_config import architecture_from_config, read_config  # noqa: E402
 from minitron.checkpoints.placement import WholeModel  # noqa: E402
 from minitron.families.nemotron_h import FAMILY  # noqa: E402
-from minitron.measures.held_out import batches_of, evaluation_rows, held_out_loss, spread_rows  # noqa: E402
+from minitron.measures.held_out import held_out_loss  # noqa: E402
 from minitron.pruning.compensate import Recipe, build_compensated  # noqa: E402
 from minitron.pruning.cut import build_pruned  # noqa: E402
 from minitron.pruning.plan import PruningPlan  # noqa: E402
+from minitron.text.samples import batches_of, evaluation_rows, spread_rows  # noqa: E402
 
 BATCH, FORWARD_BATCH, HELD_OUT_ROWS, CALIBRATION_ROWS = 4, 8, 96, 128
 

@@ -22,7 +22,7 @@ from distill.objectives import next_token_objective  # noqa: E402
 from memory_budget.architecture import Architecture  # noqa: E402
 from memory_budget.parameters import count_parameters  # noqa: E402
 from minitron.families.nemotron_h import FAMILY  # noqa: E402
-from minitron.mamba import mixer, ssd  # noqa: E402
+from minitron.mamba import mixer  # noqa: E402
 from minitron.training.tiny_teacher import TINY_CONFIG  # noqa: E402
 
 ARCHITECTURE = Architecture(
@@ -77,7 +77,7 @@ def measure_model(repeats: int) -> dict[str, float]:
         model.zero_grad(set_to_none=True)
         loss().backward()
 
-    sides = {"transformers": (put_back, their_loss), "minitron": (ssd.install, own_loss), "minitron bf16": (ssd.install, own_loss_in_bf16)}
+    sides = {"transformers": (put_back, their_loss), "minitron": (mixer.install, own_loss), "minitron bf16": (mixer.install, own_loss_in_bf16)}
     times: dict[str, list[float]] = {}
     losses = {}
     for name, (choose, loss) in sides.items():  # once unmeasured: threads, caches and libraries come up

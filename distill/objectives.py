@@ -12,8 +12,9 @@ from torch import nn
 
 from distill.batches import document_numbers, split_padding
 from distill.chunked_loss import Head, LossRecipe, chunked_cross_entropy, chunked_loss
-from distill.engine import Unread, place_teacher
-from distill.launch import Launch
+from distill.engines.engine import Unread
+from distill.engines.launch import Launch
+from distill.engines.opening import place_teacher
 from distill.losses import hidden_state_loss, next_token_labels
 from distill.teacher_cache import TeacherCache
 from distill.top_k import TopK

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import safe_open
 
-from distill.engine import Engine, Entry
+from distill.engines.engine import Engine, Entry
 
 STATES_FOLDER, TENSORS_FILE, FACTS_FILE = "states", "tensors.safetensors", "state.json"
 BEST = "best"  # the weights with the lowest held-out loss

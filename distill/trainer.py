@@ -16,12 +16,13 @@ from torch import nn
 
 from distill.batches import RowBatches, split_padding
 from distill.chunked_loss import LossRecipe
-from distill.engine import Engine, Unread, open_engine
-from distill.launch import Launch
+from distill.engines.engine import Engine, Unread
+from distill.engines.launch import Launch
+from distill.engines.opening import open_engine
+from distill.engines.sharing import check_sharing, micro_batches
 from distill.objectives import LossFunction, distillation_loss
 from distill.plan import HOW, Phase, StepRecord, TrainPlan
 from distill.schedule import learning_rate
-from distill.sharing import check_sharing, micro_batches
 from distill.states import BEST, newest_state, restore_state, save_state
 
 SINGLE = Launch()

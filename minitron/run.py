@@ -31,7 +31,24 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from minitron.settings.run import Settings  # noqa: E402
 from minitron.settings.teachers import CONF_FOLDER  # noqa: E402
 
+
+def stage_lines() -> str:
+    """What --help says of the stages, in the order of a walk: the first sentence of each one's file."""
+    from minitron.walk.table import order_of, stages, stored_stages
+
+    walk = order_of(Settings())
+    groups = {
+        "Stages of a walk, each of which runs what it needs first (stage=all, the default, runs them and writes the report)": walk,
+        "Stages that run where settings ask for them, or by name": [name for name in stored_stages() if name not in walk],
+        "Stages that use what is done and run nothing else": [name for name in stages() if name not in stored_stages()],
+    }
+    says = {name: sys.modules[f"minitron.stages.{name}"].__doc__.partition("\n")[0] for name in stages()}
+    return "\n\n".join("\n".join([f"{title}:", *(f"  {name:<14} {says[name]}" for name in names)]) for title, names in groups.items())
+
+
+_asked_for_help = {"--help", "-h"} & set(sys.argv)
 ConfigStore.instance().store(name="settings_schema", node=Settings)
+ConfigStore.instance().store(group="hydra/help", name="with_stages", node={"footer": stage_lines() if _asked_for_help else ""})
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_FOLDER), config_name="run")

@@ -19,7 +19,8 @@ from minitron.checkpoints.shards import write_weights
 from minitron.families.base import MAMBA_HEAD
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.scores import ImportanceScores
-from minitron.pruning.plan import check_is_cut, make_plan
+from minitron.pruning.plan import make_plan
+from nas.depth import check_is_cut
 
 
 def load_script(repository: Path, name: str) -> ModuleType:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.util
 import subprocess
 import sys
 import typing
@@ -14,6 +15,9 @@ import yaml
 from minitron.settings.run import Settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+_SPEC = importlib.util.spec_from_file_location("house", REPOSITORY / "docs" / "house.py")
+house = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(house)
 PACKAGES = ("memory_budget", "nas", "distill", "minitron")
 # What each package may import of the house, and of the world (None: anything).
 ALLOWED = {
@@ -23,7 +27,7 @@ ALLOWED = {
     "minitron": (set(PACKAGES), None),
 }
 ONLY_IN = {"hydra": "minitron/run.py", "omegaconf": "minitron/run.py", "wandb": "minitron/walk/tracking.py"}
-MOST_LINES = 400
+MOST_LINES, MOST_MODULES = 400, 16
 
 
 def modules(root: Path) -> Iterator[Path]:
@@ -86,6 +90,98 @@ def test_a_planted_import_is_caught(tmp_path, file, line):
 
 def test_the_walk_of_imports_reads_every_package():
     assert {path.relative_to(REPOSITORY).parts[0] for path in modules(REPOSITORY)} == set(PACKAGES)
+
+
+def planted(root: Path, files: dict[str, str]) -> Path:
+    """A house of these files alone."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    return root
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = house.imports(REPOSITORY)
+    assert len(graph) > 150 and house.circle(graph) == []
+
+
+@pytest.mark.parametrize("line", ["from minitron.text import rows", "import minitron.text.rows as rows", "def inside():\n    from minitron.text.rows import cut"])
+def test_a_planted_circle_of_files_is_caught(tmp_path, line):
+    graph = house.imports(planted(tmp_path, {"minitron/text/rows.py": "import minitron.text.blends", "minitron/text/blends.py": line}))
+    assert set(house.circle(graph)) == {"minitron.text.rows", "minitron.text.blends"}
+
+
+def test_no_rooms_import_each_other_in_a_circle():
+    assert house.circle(house.rooms(house.imports(REPOSITORY))) == []
+
+
+def test_a_planted_circle_of_rooms_is_caught_where_no_files_make_one(tmp_path):
+    files = {"minitron/text/a.py": "import minitron.walk.b", "minitron/walk/b.py": "", "minitron/walk/c.py": "import minitron.text.a"}
+    graph = house.imports(planted(tmp_path, files))
+    assert house.circle(graph) == [] and set(house.circle(house.rooms(graph))) == {"text", "walk"}
+
+
+def test_the_walk_imports_no_stage():
+    assert [name for name, targets in house.imports(REPOSITORY).items() if house.room_of(name) != "stages" and "stages" in map(house.room_of, targets)] == []
+
+
+def test_the_page_draws_the_rooms_and_arrows_that_the_code_has():
+    page = house.PAGE.read_text(encoding="utf-8")
+    assert house.page_with(page, house.picture(house.rooms(house.imports(REPOSITORY)))) == page, "make house draws it anew"
+
+
+def test_a_new_arrow_between_rooms_changes_the_page():
+    graph = house.rooms(house.imports(REPOSITORY))
+    assert house.picture({**graph, "report": graph["report"] | {"machine"}}) != house.picture(graph)
+
+
+def full_folders(root: Path) -> list[str]:
+    """Folders of the packages, beside stages/, with more than 16 modules."""
+    folders = {path.parent for path in modules(root)} - {root / "minitron" / "stages"}
+    return [folder.relative_to(root).as_posix() for folder in sorted(folders) if len([*folder.glob("*.py")]) - 1 > MOST_MODULES]
+
+
+def test_no_folder_is_fuller_than_16_modules():
+    assert full_folders(REPOSITORY) == []
+
+
+def test_a_seventeenth_module_is_caught(tmp_path):
+    names = [f"module_{number}" for number in range(17)] + ["__init__"]
+    root = planted(tmp_path, {f"minitron/{folder}/{name}.py": "" for name in names for folder in ("stages", "text")})
+    assert full_folders(root) == ["minitron/text"]
+
+
+def rooms_without_a_word(root: Path) -> list[str]:
+    """Folders whose __init__.py is anything but a paragraph that says what belongs in them."""
+    files = [folder / "__init__.py" for folder in sorted({path.parent for path in modules(root)})]
+    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
+    return [file.relative_to(root).as_posix() for file, tree in trees.items() if len(tree.body) != 1 or len(ast.get_docstring(tree) or "") < 80]
+
+
+def test_every_room_says_what_belongs_in_it_and_nothing_else():
+    assert rooms_without_a_word(REPOSITORY) == []
+
+
+@pytest.mark.parametrize("text", ["", '"""Rows."""', f'"""{"What belongs here. " * 6}"""\n\nfrom minitron.text.rows import SplitRows'])
+def test_a_room_without_a_word_or_that_hands_names_on_is_caught(tmp_path, text):
+    assert rooms_without_a_word(planted(tmp_path, {"minitron/text/__init__.py": text})) == ["minitron/text/__init__.py"]
+
+
+def only_hand_on(root: Path) -> list[str]:
+    """Modules that do nothing but import names for others."""
+    handing = (ast.Import, ast.ImportFrom, ast.Expr)
+    bodies = {path: ast.parse(path.read_text(encoding="utf-8")).body for path in modules(root) if path.name != "__init__.py"}
+    passes = {path for path, body in bodies.items() if all(isinstance(node, handing) or "__all__" in ast.dump(node) for node in body)}
+    return [path.relative_to(root).as_posix() for path in sorted(passes)]
+
+
+def test_no_module_only_hands_names_on():
+    assert only_hand_on(REPOSITORY) == []
+
+
+def test_a_module_that_only_hands_names_on_is_caught(tmp_path):
+    text = '"""Rows."""\nfrom minitron.text.rows import SplitRows\n__all__ = ["SplitRows"]'
+    assert only_hand_on(planted(tmp_path, {"minitron/rows.py": text, "minitron/text/rows.py": "SplitRows = 1"})) == ["minitron/rows.py"]
 
 
 @pytest.mark.parametrize(("packages", "loads"), [(("memory_budget", "nas"), False), (("distill",), True)])

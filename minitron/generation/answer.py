@@ -1,4 +1,4 @@
-"""generate: text from a finished checkpoint, printed as it comes; it runs no other stage and keeps nothing."""
+"""Text from a finished checkpoint, printed as it comes; it runs no other stage and keeps nothing."""
 
 import time
 from collections.abc import Sequence
@@ -14,16 +14,13 @@ from minitron.generation.thinking import count_reasoning
 from minitron.machine.device import pick_device
 from minitron.settings.run import Settings, Thinking
 from minitron.walk.console import Console
-from minitron.walk.models import result_model_folder
-from minitron.walk.pipeline import Lap
+from minitron.walk.stage import Lap
 
 STAGE_OF = {"teacher": "teacher", "pruned": "prune", "student": "distill"}
 
 
-def run(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
+def print_answer(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
     """Prints what `settings.checkpoint` goes on with after `settings.prompt`."""
-    if settings.prompt is None:
-        raise ValueError("prompt has no value; stage=generate needs one, e.g. prompt='What is a list?'")
     wanted, folder = settings.generate, checkpoint_folder(settings, laps)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tags = Tags(*wanted.thinking_tags)
@@ -46,7 +43,7 @@ def checkpoint_folder(settings: Settings, laps: Sequence[Lap]) -> Path:
         result = laps[-1].results.get(STAGE_OF[name])
         if result is None or (name == "student" and len(laps) == 1 and settings.depth_lap.enabled):
             raise ValueError(f"checkpoint is {name!r}, which is not there yet under these settings; run stage={STAGE_OF[name]} first, or give a folder")
-        return result_model_folder(result)
+        return result.model_folder
     if not (Path(name) / "config.json").is_file():
         raise ValueError(f"checkpoint is {name!r}; it must be {', '.join(STAGE_OF)}, or the folder of a checkpoint")
     return Path(name)

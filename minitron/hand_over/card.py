@@ -13,7 +13,7 @@ from minitron.report.evaluation import tasks_table
 from minitron.report.summary import sequences_text
 from minitron.report.text import Summary, escaped, nats, table
 from minitron.report.verdict import evaluations, how_to_read, models_table
-from minitron.walk.pipeline import Lap
+from minitron.walk.stage import Lap
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
 LICENCE_KEYS = ("license", "license_name", "license_link")

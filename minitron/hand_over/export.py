@@ -1,4 +1,4 @@
-"""export: everything of the student in one folder, from what is done; it runs no other stage and is made anew every time."""
+"""Everything of the student in one folder, from what is done; it runs no other stage and is made anew every time."""
 
 import json
 import shutil
@@ -24,9 +24,9 @@ from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings, Stage
 from minitron.settings.teachers import HUB_ID
 from minitron.walk.console import Console
-from minitron.walk.models import result_model_folder
-from minitron.walk.pipeline import Lap, inputs_of, order_of, stage_folder
+from minitron.walk.stage import Lap
 from minitron.walk.store import locked, write_json
+from minitron.walk.table import inputs_of, order_of, stage_folder
 
 MARK_FILE, MADE_BY = "export.json", "minitron, stage=export"
 
@@ -40,14 +40,14 @@ class Student:
     exported: Exported
 
 
-def run(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
+def export_student(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
     """Writes the export's folder beside its place and renames it into it. Raises ValueError naming what is missing or in the way."""
     wanted, lap = settings.export, laps[-1]
     folder = Path(wanted.folder) if wanted.folder else Path(settings.runs_folder) / settings.run_name / "export"
     check_place(folder, overwrite=wanted.overwrite)
     check_push(wanted.push)
     check_done(lap, wanted.state)
-    family = family_of(read_config(result_model_folder(lap.results["prune"])))
+    family = family_of(read_config(lap.results["prune"].model_folder))
     partial = folder.with_name(f".{folder.name}.partial")
     with locked(folder, console.say):
         shutil.rmtree(partial, ignore_errors=True)
@@ -115,7 +115,7 @@ def _student(family: Family, lap: Lap, state: StudentState) -> Student:
     """The distilled checkpoint, or a saved state of its distillation in the pruned checkpoint's names and dtypes."""
     name = f"{lap.results['teacher'].facts['name']}, pruned and distilled"
     if state is StudentState.student:
-        checkpoint = Checkpoint(result_model_folder(lap.results["distill"]))
+        checkpoint = Checkpoint(lap.results["distill"].model_folder)
         planned = [checkpoint.planned(entry.name, new_name=entry.name, dtype=entry.dtype) for entry in checkpoint.entries.values()]
         return Student(planned, checkpoint.folder, Exported(name, distilled(lap.results["distill"].facts), is_final=True))
     folder = stage_folder("distill", lap.settings, lap.results)
@@ -124,7 +124,7 @@ def _student(family: Family, lap: Lap, state: StudentState) -> Student:
         other = {StudentState.newest: "its last one is export.state=student" if "distill" in lap.results else "none is saved yet",
                  StudentState.best: "the first is kept after distill.held_out_every steps, without it none is"}[state]  # fmt: skip
         raise ValueError(f"export.state is {state.name}, but there is no such state of the distillation in {folder}: {other}")
-    pruned, record = Checkpoint(result_model_folder(lap.results["prune"])), saved.facts["record"]
+    pruned, record = Checkpoint(lap.results["prune"].model_folder), saved.facts["record"]
     trained = f"Distilled from the teacher on {record['tokens']:,} tokens, {record['step'] + 1:,} of {record['total_steps']:,} steps: a state saved on the way"
     if state is StudentState.best and saved.facts["best"] is not None:
         trained += f", the one with the lowest held-out loss ({nats(saved.facts['best'])} nats per token)"
@@ -135,7 +135,7 @@ def _student(family: Family, lap: Lap, state: StudentState) -> Student:
 def _write(partial: Path, family: Family, student: Student, laps: Sequence[Lap], console: Console) -> list[Finding]:
     """The whole export in a folder of its own; gives what other programs would say to it."""
     settings, results, config = laps[-1].settings, laps[-1].results, read_config(student.companions)
-    licence = licence_of(result_model_folder(results["teacher"]))
+    licence = licence_of(results["teacher"].model_folder)
     files = [path.name for path in student.companions.iterdir()]
     findings = check_folder(Folder(config, [tensor.name for tensor in student.planned], files, own_tokenizer=settings.teacher.path is None))
     card = export_card(build_summary(laps), laps, student.exported, licence=licence, findings=findings, arguments=sys.argv[1:])

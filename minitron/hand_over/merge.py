@@ -1,4 +1,4 @@
-"""merge: a weighted mean of checkpoints of one architecture, streamed from disk to disk."""
+"""A weighted mean of checkpoints of one architecture, streamed from disk to disk."""
 
 import functools
 import json
@@ -16,8 +16,7 @@ from minitron.families.base import Family
 from minitron.families.known import family_of
 from minitron.hand_over.merge_sweep import best_of, said_of, sweep_lines, try_weights
 from minitron.settings.hand_over import MERGEABLE
-from minitron.walk.models import result_model_folder
-from minitron.walk.pipeline import StageContext
+from minitron.walk.stage import StageContext
 
 # What of config.json two checkpoints may differ in: where they come from, how they are stored, run or were initialised, what generation starts and ends with.
 FREE_KEYS = frozenset({
@@ -41,7 +40,7 @@ class Source:
         return self.checkpoint.folder
 
 
-def run(context: StageContext) -> dict:
+def merge_checkpoints(context: StageContext) -> dict:
     """Writes checkpoint/: the weighted mean, with the first checkpoint's dtypes, config and tokenizer; read back before done."""
     first = read_config(_folder_of(context, context.settings.merge.checkpoints[0]))
     family, architecture = family_of(first), architecture_from_config(first)
@@ -73,7 +72,7 @@ def weighted(sources: Sequence[Source], shares: Sequence[float]) -> list[Source]
 
 
 def _folder_of(context: StageContext, label: str) -> Path:
-    return result_model_folder(context.inputs[label]) if label in MERGEABLE else Path(label).resolve()
+    return context.inputs[label].model_folder if label in MERGEABLE else Path(label).resolve()
 
 
 def _sources(context: StageContext, family: Family) -> list[Source]:

@@ -10,9 +10,10 @@ import torch
 from minitron.checkpoints.files import PlannedTensor, PlannedWeights
 from minitron.families.base import Family
 from minitron.machine.device import pick_device
-from minitron.measures.held_out import batches_of, held_out_loss, screening_rows, spread_rows
+from minitron.measures.held_out import held_out_loss
 from minitron.report.text import nats
-from minitron.walk.pipeline import StageContext
+from minitron.text.samples import batches_of, screening_rows, spread_rows
+from minitron.walk.stage import StageContext
 from minitron.walk.store import write_json
 
 FILE = "sweep.json"

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from minitron.settings.derived import KIND_LETTERS, floors
+from minitron.settings.run import Settings
+
 Ask = Callable[[Sequence[int], Sequence[int]], Mapping[int, float]]
 
 
@@ -14,6 +17,11 @@ class LayerRules:
     ceilings: Mapping[str, int]
     protected: tuple[int, ...] = ()
 
+
+def layer_rules(settings: Settings) -> LayerRules:
+    """What may go when layers are removed."""
+    ceilings = {KIND_LETTERS[kind]: number for kind, number in settings.scoring.ceilings.items() if number is not None}
+    return LayerRules(floors(settings), ceilings, tuple(settings.scoring.protect))
 
 @dataclass(frozen=True, slots=True)
 class Removal:

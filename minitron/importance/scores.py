@@ -10,6 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_HEAD
+from minitron.settings.run import Settings
+from minitron.walk.store import Result
+
+SCORES_FILE = "scores.safetensors"  # in a score stage's folder
 
 Site = tuple[str, int]
 # Rows of a site's sums: Σ over samples of the mean |a| over tokens, its square, the L2 over tokens, its square.
@@ -95,5 +99,11 @@ def aggregate(sums: WidthSums, *, tokens: str = "mean", samples: str = "l2") -> 
 
 
 def load_scores(path: Path, *, tokens: str = "mean", samples: str = "l2") -> ImportanceScores:
-    """The scores of a finished score stage under an aggregation."""
+    """The scores of a file of WidthSums under an aggregation."""
     return aggregate(load_sums(path), tokens=tokens, samples=samples)
+
+
+def scores_of(score: Result, settings: Settings) -> ImportanceScores:
+    """The scores of a finished score stage, under the aggregation of the settings."""
+    search = settings.search
+    return load_scores(score.folder / SCORES_FILE, tokens=search.aggregate_tokens.name, samples=search.aggregate_samples.name)

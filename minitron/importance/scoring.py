@@ -1,4 +1,4 @@
-"""score: width importance and block influence by one walk, layer importance by leaving layers out."""
+"""Width importance and block influence by one walk, layer importance by leaving layers out."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,22 +13,21 @@ from minitron.checkpoints.placement import PlacedModel, StreamedModel, WholeMode
 from minitron.families.known import family_of
 from minitron.importance.activations import measure_width
 from minitron.importance.layers import Block, RoundSums, SweepLimits, measure_round
-from minitron.importance.removal import Removal, rank_iteratively, rank_once
-from minitron.importance.scores import WidthSums, aggregate, load_sums
+from minitron.importance.removal import Removal, layer_rules, rank_iteratively, rank_once
+from minitron.importance.scores import SCORES_FILE, WidthSums, aggregate, load_sums
 from minitron.machine.device import pick_device
 from minitron.machine.processes import rank, sum_over_processes, world_size
-from minitron.measures.held_out import batches_of, spread_rows
-from minitron.settings.derived import base_stage, fewest_layers, layer_rules
+from minitron.settings.derived import base_stage, fewest_layers
 from minitron.settings.run import Criterion, Placement
 from minitron.settings.teachers import base_architecture
-from minitron.walk.models import SCORES_FILE, base_folder
-from minitron.walk.pipeline import StageContext
+from minitron.text.samples import batches_of, spread_rows
+from minitron.walk.stage import StageContext
 from minitron.walk.store import write_json
 
 LAYERS_FILE = "layers.json"
 
 
-def run(context: StageContext) -> dict:
+def score_model(context: StageContext) -> dict:
     """Writes scores.safetensors (sums per site) and layers.json (order of removal with every round's scores)."""
     settings = context.settings
     model = _placed(context)
@@ -61,7 +60,7 @@ def _width_curves(width: WidthSums) -> dict[str, dict[str, list[float]]]:
 
 def _placed(context: StageContext) -> PlacedModel:
     settings = context.settings
-    folder = base_folder(context)
+    folder = context.base_folder
     config, device = read_config(folder), pick_device(settings)
     family, architecture = family_of(config), base_architecture(settings)
     if settings.scoring.placement is Placement.stream:

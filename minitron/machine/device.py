@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from minitron.mamba import ssd
+from minitron.mamba import mixer
 from minitron.mamba.kernels import check_bf16, unusable_kernel
 from minitron.settings.run import Settings
 
@@ -19,7 +19,7 @@ def pick_device(settings: Settings) -> torch.device:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but torch sees no CUDA device; use cpu or auto")
     if settings.device == "cpu" or not torch.cuda.is_available():
-        ssd.install()
+        mixer.install()
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     check_bf16(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))

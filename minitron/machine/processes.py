@@ -20,7 +20,7 @@ def _group():
     """torch.distributed, all processes in it: what is exchanged here are sums in main memory."""
     import torch.distributed as distributed
 
-    from distill.launch import join_processes
+    from distill.engines.launch import join_processes
 
     join_processes()
     return distributed

@@ -1,4 +1,4 @@
-"""NemotronH on a CPU without Mamba's kernels: what takes transformers' place once `ssd.install` puts it there.
+"""NemotronH on a CPU without Mamba's kernels: what takes transformers' place once `mixer.install` puts it there.
 
 The heart of a Mamba-2 mixer (convolution, scan, gated norm) goes a chunk of tokens at a time from the input projection's
 output to the output projection's input, so that what lies between is made once, in memory that is used again.
@@ -262,3 +262,9 @@ def _method(ours: Callable, theirs: Callable) -> Callable:
 
     forward.in_place_of = theirs
     return forward
+
+
+def install() -> None:
+    """Put our functions for a CPU in the place of transformers' NemotronH's, in this process from here on: the one place where that happens."""
+    for owner, name, function in replacements():
+        setattr(owner, name, function)

@@ -121,11 +121,3 @@ class _Walk:
 def _matrices(tensor):
     """[B, G, L, N] → [B·G, L, N] in float32."""
     return tensor.float().contiguous().flatten(0, 1)
-
-
-def install() -> None:
-    """Put our functions for a CPU in the place of transformers' NemotronH's, in this process from here on: the one place where that happens."""
-    from minitron.mamba.mixer import replacements  # which is built of this module
-
-    for owner, name, function in replacements():
-        setattr(owner, name, function)

@@ -1,4 +1,4 @@
-"""evaluate: teacher, pruned and student measured alike: held-out text, speed, a long-context probe, tasks of lm-eval.
+"""Teacher, pruned and student measured alike: held-out text, speed, a long-context probe, tasks of lm-eval.
 
 Every measurement of a checkpoint is kept by itself (minitron.measures.kept), so what was measured before, by this run or another, is
 not measured again; a model is loaded only where something of it is missing.
@@ -20,16 +20,16 @@ from distill.batches import count_tokens
 from memory_budget.hf_config import architecture_from_config, read_config
 from minitron.families.known import family_of
 from minitron.machine.device import pick_device
-from minitron.measures.held_out import batches_of, by_position, by_source, evaluation_rows, spread_rows, token_sums
+from minitron.measures.held_out import by_position, by_source, token_sums
 from minitron.measures.kept import kept, measurements_folder
 from minitron.measures.needle import Vocabulary, measure_needle, vocabulary_of
 from minitron.measures.speed import machine_of, make_prompts, measure_speed
 from minitron.measures.tasks import load_task, run_task, task_identity
 from minitron.settings.evaluate import EvaluateSettings, SpeedSettings
 from minitron.settings.rules import key_settings
+from minitron.text.samples import batches_of, evaluation_rows, spread_rows
 from minitron.walk.console import Advance
-from minitron.walk.models import result_model_folder
-from minitron.walk.pipeline import StageContext
+from minitron.walk.stage import StageContext
 from minitron.walk.store import write_json
 
 SMALLEST_LOSS_NATS = 0.01
@@ -61,10 +61,10 @@ class Models:
         return self._loaded[name]
 
 
-def run(context: StageContext) -> dict:
+def evaluate_models(context: StageContext) -> dict:
     """Writes <model>.json per model."""
     device = pick_device(context.settings)
-    models = Models({name: result_model_folder(context.inputs[stage]) for name, stage in MODELS.items()}, device)
+    models = Models({name: context.inputs[stage].model_folder for name, stage in MODELS.items()}, device)
     measures = list(_measures(context, models))
     store = context.folder.parent.parent
     measured = {}

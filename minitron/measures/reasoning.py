@@ -1,4 +1,4 @@
-"""reasoning: accuracy against the thinking budget, of the teacher, the student, and the student that learned from whole traces alone."""
+"""Accuracy against the thinking budget, of the teacher, the student, and the student that learned from whole traces alone."""
 
 import json
 from dataclasses import asdict
@@ -10,21 +10,20 @@ from minitron.families.known import family_of
 from minitron.machine.device import pick_device
 from minitron.measures.budget_curve import budget_curve
 from minitron.text.arithmetic import held_out_problems
-from minitron.walk.models import result_model_folder
-from minitron.walk.pipeline import StageContext
+from minitron.walk.stage import StageContext
 from minitron.walk.store import write_json
 
 MODELS = {"teacher": "teacher", "student": "distill", "student_whole": "distill_whole"}
 
 
-def run(context: StageContext) -> dict:
+def measure_reasoning(context: StageContext) -> dict:
     """Writes <model>.json per model, each kept if the stage is interrupted."""
     settings, wanted = context.settings, context.settings.reasoning
     problems = held_out_problems(settings.data.arithmetic)[: wanted.problems]
     measured = {}
     with context.console.track("answering", len(MODELS) * len(wanted.budgets) * len(problems), "problems") as advance:
         for name, stage in MODELS.items():
-            path, folder = context.folder / f"{name}.json", result_model_folder(context.inputs[stage])
+            path, folder = context.folder / f"{name}.json", context.inputs[stage].model_folder
             if path.exists():
                 advance(len(wanted.budgets) * len(problems))
             else:

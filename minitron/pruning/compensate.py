@@ -26,8 +26,9 @@ from torch import nn
 from minitron.checkpoints.placement import PlacedModel, ids_and_mask, look_up
 from minitron.checkpoints.stored_linear import load_to_compute
 from minitron.families.base import HIDDEN
+from minitron.families.table import expected_shape, required_names, row_of
 from minitron.pruning.basis import Basis
-from minitron.pruning.cut import expected_shape, plan_cuts, required_names, row_of
+from minitron.pruning.cut import plan_cuts
 from minitron.pruning.directions import stream_basis
 from minitron.pruning.plan import PruningPlan
 from minitron.pruning.refit import NormalEquations

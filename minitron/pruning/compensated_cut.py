@@ -26,7 +26,6 @@ from minitron.checkpoints.placement import StreamedModel, ids_and_mask
 from minitron.checkpoints.shards import write_weights
 from minitron.families.base import Family
 from minitron.machine.device import pick_device, process_memory_bytes
-from minitron.measures.held_out import batches_of, screening_rows, spread_rows
 from minitron.pruning.basis import Basis
 from minitron.pruning.compensate import CompensatedCut, Recipe, build_compensated
 from minitron.pruning.damage import walked_loss
@@ -36,8 +35,8 @@ from minitron.pruning.refit import ridge_for
 from minitron.pruning.stream_moments import num_sites
 from minitron.settings.derived import candidate_samples
 from minitron.settings.run import PruneSettings
-from minitron.walk.models import base_folder
-from minitron.walk.pipeline import StageContext
+from minitron.text.samples import batches_of, screening_rows, spread_rows
+from minitron.walk.stage import StageContext
 
 BASIS_FILE = "basis.safetensors"
 RESIDUALS_FOLDER = "residuals"
@@ -50,7 +49,7 @@ def write_compensated(context: StageContext, family: Family, plan: PruningPlan, 
 
     Raises ValueError as CompensatedCut does, and before anything is loaded where the device's memory is too small for it.
     """
-    settings, source, device = context.settings.prune, base_folder(context), pick_device(context.settings)
+    settings, source, device = context.settings.prune, context.base_folder, pick_device(context.settings)
     rows, recipe = calibration_rows(context, settings.samples), _recipe(settings)
     base = _streamed(family, source, read_config(source), plan.teacher, device)
     widest = max(dtype.itemsize for dtype in _stored_dtypes(base).values())
@@ -164,7 +163,7 @@ class MadeWeights:
 
 def compensated_model(context: StageContext, family: Family, plan: PruningPlan) -> nn.Module:
     """A candidate as the prune stage would write it, float32 and in memory, cut on the rows that candidates have. Raises ValueError as CompensatedCut does."""
-    settings, source = context.settings.prune, base_folder(context)
+    settings, source = context.settings.prune, context.base_folder
     base = _streamed(family, source, read_config(source), plan.teacher, pick_device(context.settings))
     batches = batches_of(calibration_rows(context, candidate_samples(context.settings)), settings.batch, base.device)
     return build_compensated(base, plan, batches, _recipe(settings), config=base.config, dtypes=_stored_dtypes(base))
@@ -182,7 +181,7 @@ def calibration_rows(context: StageContext, number: int) -> np.ndarray:
 
 def damage(context: StageContext, family: Family, plan: PruningPlan, sliced: list[PlannedTensor], folder: Path) -> dict[str, float]:
     """Held-out loss in nats per token of the base, of its plain slice and of the compensated cut in `folder`, on the rows that screen candidates."""
-    settings, source = context.settings, base_folder(context)
+    settings, source = context.settings, context.base_folder
     device, config = pick_device(settings), read_config(folder)
     rows = np.load(context.inputs["data"].folder / "heldout.npy", mmap_mode="r")
     batches = batches_of(spread_rows(screening_rows(rows), settings.search.screen_samples), settings.prune.batch, device)

@@ -1,7 +1,6 @@
 """Cutting tensors by the family's axis table. One cutter for every family; nothing is matched by size."""
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -9,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from memory_budget.architecture import Architecture
-from minitron.families.base import Dimension, Family, TensorAxes
+from minitron.families.base import Dimension, Family
+from minitron.families.table import check_tensors, row_of, split_layer
 from minitron.pruning.plan import PruningPlan
 
 # numpy knows no bf16 and no fp8; moving numbers needs only their size.
@@ -90,59 +89,6 @@ def kept_indices(family: Family, plan: PruningPlan, name: str) -> tuple[torch.Te
     """What a plan keeps of each dimension of the tensor of this canonical name; None where all stays."""
     sizes, (layer, _) = family.axis_sizes(plan.teacher), split_layer(name)
     return tuple(_kept_of_dimension(dimension, sizes, lambda axis: plan.kept(axis, layer)) for dimension in row_of(family, plan.teacher, name).dimensions)
-
-
-def split_layer(name: str) -> tuple[int | None, str]:
-    """("layers.7.mixer.D") → (7, "mixer.D"); a tensor outside the layers has layer None. Raises ValueError for `layers.` without a number."""
-    if not name.startswith("layers."):
-        return None, name
-    match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-    if match is None:
-        raise ValueError(f"tensor {name} is not named layers.NUMBER.…, as tensors of a layer are")
-    return int(match[1]), match[2]
-
-
-def row_of(family: Family, architecture: Architecture, name: str) -> TensorAxes:
-    """The table's row for a canonical tensor name. Raises ValueError where none or two match."""
-    layer, suffix = split_layer(name)
-    if layer is not None and layer >= architecture.num_layers:
-        raise ValueError(f"tensor {name} belongs to layer {layer}; the pattern has {architecture.num_layers} layers")
-    kinds = ("",) if layer is None else (architecture.pattern[layer], "any")
-    rows = [row for row in family.table if row.suffix == suffix and row.kind in kinds]
-    if len(rows) != 1:
-        raise ValueError(f"tensor {name} is matched by {len(rows)} rows of the {family.model_type} axis table; it must be exactly 1")
-    return rows[0]
-
-
-def expected_shape(family: Family, architecture: Architecture, row: TensorAxes) -> tuple[int, ...]:
-    sizes = family.axis_sizes(architecture)
-    return tuple(sum(prod(sizes[axis] for axis in segment) for segment in dimension) for dimension in row.dimensions)
-
-
-def check_tensors(family: Family, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Hold a checkpoint's tensors against its config. Raises ValueError naming the tensor that is wrong, missing or too many."""
-    for name, shape in shapes.items():
-        row = row_of(family, architecture, name)
-        expected = expected_shape(family, architecture, row)
-        if tuple(shape) != expected:
-            raise ValueError(f"tensor {name} has shape {list(shape)}; config.json says {list(expected)}")
-        if not _has(architecture, row):
-            raise ValueError(f"tensor {name} is in the checkpoint, but config.json describes a model without it ({row.only_if} is false)")
-    for name in required_names(family, architecture):
-        if name not in shapes:
-            raise ValueError(f"tensor {name} is missing from the checkpoint; config.json's pattern needs it")
-
-
-def required_names(family: Family, architecture: Architecture) -> Iterator[str]:
-    """Every tensor the pattern and the architecture's bias flags call for."""
-    rows = [row for row in family.table if _has(architecture, row)]
-    yield from (row.suffix for row in rows if row.kind == "")
-    for layer, kind in enumerate(architecture.pattern):
-        yield from (f"layers.{layer}.{row.suffix}" for row in rows if row.kind in (kind, "any"))
-
-
-def _has(architecture: Architecture, row: TensorAxes) -> bool:
-    return not row.only_if or getattr(architecture, row.only_if)
 
 
 def _kept_of_dimension(dimension: Dimension, sizes: Mapping[str, int], kept: Callable[[str], tuple[int, ...] | None]) -> torch.Tensor | None:

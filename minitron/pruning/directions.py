@@ -23,11 +23,11 @@ import torch
 
 from minitron.checkpoints.placement import PlacedModel
 from minitron.families.base import HIDDEN
-from minitron.measures.held_out import batches_of, spread_rows
 from minitron.pruning.basis import Basis, basis_without
 from minitron.pruning.plan import Indices, PruningPlan
 from minitron.pruning.rotation import check_rms, norm_inputs, normalised
 from minitron.pruning.stream_moments import Moments, stream_moments
+from minitron.text.samples import batches_of, spread_rows
 
 RIDGE = 1e-3  # of the mean variance, so that few tokens have an inverse
 ITERATIONS = 30

@@ -1,4 +1,4 @@
-"""prune: cut the chosen architecture out of the teacher, tensor by tensor from disk to disk; as it is, or compensated for what is lost."""
+"""Cut the chosen architecture out of the teacher, tensor by tensor from disk to disk; as it is, or compensated for what is lost."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +14,7 @@ from minitron.checkpoints.publish import check_layer_by_layer, check_reload, mod
 from minitron.checkpoints.shards import write_weights
 from minitron.families.base import Family
 from minitron.families.known import family_of
+from minitron.importance.scores import scores_of
 from minitron.machine.device import available_memory_bytes
 from minitron.pruning.compensated_cut import BASIS_FILE, damage, write_compensated
 from minitron.pruning.cut import TensorCut, build_pruned, plan_cuts
@@ -21,15 +22,14 @@ from minitron.pruning.plan import PruningPlan, make_plan
 from minitron.settings.derived import base_stage
 from minitron.settings.run import PruneMethod
 from minitron.settings.teachers import base_architecture
-from minitron.walk.models import base_folder, scores_of
-from minitron.walk.pipeline import StageContext
+from minitron.walk.stage import StageContext
 from minitron.walk.store import write_json
 
 
-def run(context: StageContext) -> dict:
+def prune_teacher(context: StageContext) -> dict:
     """Writes checkpoint/ and plan.json; the checkpoint is read back and compared before the stage is done."""
     settings = context.settings
-    source_folder = base_folder(context)
+    source_folder = context.base_folder
     config = read_config(source_folder)
     family, architecture = family_of(config), base_architecture(settings)
     chosen = context.inputs["search"].facts["chosen"]

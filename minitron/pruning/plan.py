@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from memory_budget.architecture import Architecture, check_architecture
+from memory_budget.architecture import Architecture
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_CHANNEL, MAMBA_HEAD
 from minitron.importance.scores import ImportanceScores
+from nas.depth import check_is_cut
 
 Indices = tuple[int, ...]
 AXIS_OF_KIND = {"M": (MAMBA_HEAD, MAMBA_CHANNEL), "-": (FFN,), "*": (ATTENTION_HEAD,)}
@@ -73,36 +74,3 @@ def top_per_group(scores: np.ndarray, groups: int, number: int) -> Indices:
     """The same number of highest scored units from each of `groups` equal runs (SSM, arXiv 2504.11409, §3)."""
     size = len(scores) // groups
     return tuple(group * size + index for group in range(groups) for index in top(scores[group * size : (group + 1) * size], number // groups))
-
-
-def check_is_cut(teacher: Architecture, student: Architecture, kept_layers: Indices) -> None:
-    """Refuse a student that cannot be cut from the teacher. Raises ValueError."""
-    check_architecture(student)
-    pattern = "".join(teacher.pattern[layer] for layer in kept_layers)
-    if pattern != student.pattern:
-        raise ValueError(f"kept layers give the pattern {pattern}, the student's is {student.pattern}")
-    for name in ("hidden", "ffn", "mamba_num_heads", "mamba_head_dim", "num_attention_heads"):
-        if getattr(student, name) > getattr(teacher, name):
-            raise ValueError(f"{name} of the student ({getattr(student, name)}) must be at most the teacher's ({getattr(teacher, name)})")
-    for name in ("vocab", "mamba_num_groups", "mamba_state_size", "mamba_conv_kernel", "num_key_value_heads", "attention_head_dim", "tied_embeddings"):
-        if getattr(student, name) != getattr(teacher, name):
-            raise ValueError(f"{name} of the student ({getattr(student, name)}) must equal the teacher's ({getattr(teacher, name)}); it is not a cut axis")
-
-
-def subsequence_layers(teacher_pattern: str, student_pattern: str, prefer: Mapping[int, int] | None = None) -> Indices:
-    """Teacher layers that spell the student's pattern, dropping the layers removed first in `prefer` (layer → rank of removal).
-
-    Raises ValueError where the pattern is no subsequence. Without ranks the earliest match of each letter is taken.
-    """
-    prefer = prefer or {}
-    # best[j] after reading teacher layers 0..i: highest total rank of a match of the student's first j letters.
-    worst = float("-inf")
-    best: list[tuple[float, Indices]] = [(0.0, ())] + [(worst, ())] * len(student_pattern)
-    for layer, kind in enumerate(teacher_pattern):
-        for j in range(min(layer + 1, len(student_pattern)), 0, -1):
-            value = best[j - 1][0] + prefer.get(layer, len(teacher_pattern))
-            if student_pattern[j - 1] == kind and value > best[j][0]:
-                best[j] = (value, (*best[j - 1][1], layer))
-    if best[-1][0] == worst:
-        raise ValueError(f"pattern {student_pattern} is not the teacher's {teacher_pattern} with layers left out")
-    return best[-1][1]

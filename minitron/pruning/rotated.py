@@ -20,8 +20,8 @@ from torch import nn
 from memory_budget.architecture import Architecture
 from minitron.checkpoints.placement import WholeModel
 from minitron.families.base import Family
+from minitron.families.table import row_of, split_layer
 from minitron.pruning.basis import Basis
-from minitron.pruning.cut import row_of, split_layer
 from minitron.pruning.directions import principal_basis, stream_covariance
 from minitron.pruning.rotation import NORM, READ, check_rms, in_basis, norm_inputs, stream_role
 

@@ -20,7 +20,7 @@ from torch import nn
 from memory_budget.architecture import Architecture
 from minitron.checkpoints.placement import Head, PlacedModel, ids_and_mask
 from minitron.families.base import Family
-from minitron.pruning.cut import row_of
+from minitron.families.table import row_of
 from minitron.pruning.rotation import NORM, normalised, real_tokens, stream_role
 
 SUMS_BYTES = 2**32  # of all sums: where they are more, neighbouring norms share one

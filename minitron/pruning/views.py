@@ -22,8 +22,9 @@ from torch import nn
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_total_parameters
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_CHANNEL, MAMBA_HEAD, Family
+from minitron.families.table import row_of
 from minitron.importance.scores import ImportanceScores
-from minitron.pruning.cut import TensorCut, is_run, kept_indices, plan_cuts, row_of
+from minitron.pruning.cut import TensorCut, is_run, kept_indices, plan_cuts
 from minitron.pruning.plan import Indices, PruningPlan, top, top_per_group
 
 GROUPED = (MAMBA_HEAD, ATTENTION_HEAD)

@@ -18,7 +18,7 @@ from torch import nn
 from memory_budget.architecture import Architecture
 from minitron.checkpoints.placement import WholeModel, ids_and_mask
 from minitron.families.base import MAMBA_HEAD
-from minitron.pruning.cut import expected_shape
+from minitron.families.table import expected_shape
 from minitron.pruning.refit import NormalEquations
 from minitron.pruning.rotation import WRITE, real_tokens, stream_role
 from minitron.pruning.views import SortedTeacher

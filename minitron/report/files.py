@@ -1,4 +1,4 @@
-"""report: summary.json and the page a person opens, from what is done; cheap, so made anew every time."""
+"""summary.json and the page a person opens, from what is done; cheap, so made anew every time."""
 
 import json
 import os
@@ -11,12 +11,11 @@ from minitron.report.plots import draw_plots
 from minitron.report.summary import METRICS_FILE, MODEL_STAGES, SEARCH_FILES, build_summary
 from minitron.settings.run import Settings, Stage
 from minitron.walk.console import Console
-from minitron.walk.models import result_model_folder
-from minitron.walk.pipeline import Lap
+from minitron.walk.stage import Lap
 from minitron.walk.store import Result, locked
 
 
-def run(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
+def write_report(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
     """Writes runs/<run name>/: summary.json, report.md, report.html, plots, metrics.jsonl and links to the checkpoints.
 
     What is left there of an earlier run and is not of this one goes: nothing in the folder contradicts summary.json. A candidate
@@ -26,8 +25,10 @@ def run(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
     if settings.stage is Stage.screen and settings.candidate is not None:
         return
     if settings.stage is Stage.merge:
-        console.say(f"merged checkpoint: {result_model_folder(laps[-1].results['merge'])}")
+        console.say(f"merged checkpoint: {laps[-1].results['merge'].model_folder}")
         return
+    if not laps[0].results:
+        raise ValueError(f"stage=report shows what is done, but nothing is under these settings in {settings.runs_folder}/store; run stage=all first")
     folder = Path(settings.runs_folder) / settings.run_name
     with locked(folder, console.say):
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,10 +13,10 @@ from typing import Any
 from memory_budget.calculator import memory_report
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
-from minitron.search.shortlist import budget_of, workload_of
+from minitron.settings.derived import budget_of, workload_of
 from minitron.settings.run import Settings
 from minitron.settings.teachers import base_architecture, teacher_architecture
-from minitron.walk.pipeline import Lap
+from minitron.walk.stage import Lap
 from minitron.walk.store import Result
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "hydra-core", "wandb", "numpy")

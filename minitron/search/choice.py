@@ -1,4 +1,4 @@
-"""search: everything that was measured of the candidates in one table, the Pareto front, and the choice with its reason."""
+"""Everything that was measured of the candidates in one table, the Pareto front, and the choice with its reason."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ import numpy as np
 from memory_budget.architecture import Architecture
 from memory_budget.units import format_gib
 from minitron.settings.search import Select
-from minitron.walk.pipeline import StageContext
+from minitron.walk.stage import StageContext
 from minitron.walk.store import write_json
 from minitron.walk.tracking import record_search
 from nas.exchange import write_export_config
@@ -21,7 +21,7 @@ CANDIDATES_JSONL, CANDIDATES_CSV, EXPORT_CONFIG = "candidates.jsonl", "candidate
 MEASUREMENTS = ("zero_shot_loss", "zero_shot_kl", "short_distill_loss", "tokens_per_second", "modelled_tokens_per_second", "serving_batch")
 
 
-def run(context: StageContext) -> dict:
+def choose_candidate(context: StageContext) -> dict:
     """Writes candidates.jsonl and candidates.csv with every measurement, and chosen.json and export_config.json of the choice."""
     shortlist = context.inputs["shortlist"]
     screens = {result.facts["id"]: result.facts for label, result in context.inputs.items() if label.startswith("screen ")}

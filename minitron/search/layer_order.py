@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from memory_budget.architecture import Architecture
-from minitron.walk.pipeline import StageContext
+from minitron.walk.stage import StageContext
 from nas.depth import check_layer_order
 
 

@@ -1,4 +1,4 @@
-"""screen: one candidate, cut in memory as the prune stage would cut it, distilled briefly from the shared teacher cache and measured.
+"""One candidate, cut in memory as the prune stage would cut it, distilled briefly from the shared teacher cache and measured.
 
 Every candidate gets the same rows in the same order, so that their losses compare.
 """
@@ -14,8 +14,9 @@ from distill.trainer import train_phases
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
 from minitron.families.known import family_of
+from minitron.importance.scores import scores_of
 from minitron.machine.device import pick_device
-from minitron.measures.held_out import held_out_loss, longest_prompt
+from minitron.measures.held_out import held_out_loss
 from minitron.measures.speed import decode_tokens_per_second
 from minitron.pruning.compensated_cut import compensated_model
 from minitron.pruning.cut import build_pruned
@@ -23,14 +24,14 @@ from minitron.pruning.plan import make_plan
 from minitron.search.zero_shot import screening_batches
 from minitron.settings.run import PruneMethod
 from minitron.settings.teachers import base_architecture
+from minitron.text.samples import longest_prompt
 from minitron.training.steps import tracked_steps, train_plan
 from minitron.training.teacher_cache import cached_rows, open_cache
-from minitron.walk.models import base_folder, result_model_folder, scores_of
-from minitron.walk.pipeline import StageContext
+from minitron.walk.stage import StageContext
 from minitron.walk.tracking import Tracker, open_candidate
 
 
-def run(context: StageContext) -> dict:
+def screen_candidate(context: StageContext) -> dict:
     """The candidate's held-out loss after its short distillation and its decode speed here; metrics.jsonl is beside them."""
     settings, device = context.settings, pick_device(context.settings)
     entry = candidate_entry(context)
@@ -62,7 +63,7 @@ def candidate_entry(context: StageContext) -> dict:
 
 def _cut(context: StageContext, entry: dict, device: torch.device) -> nn.Module:
     """The candidate in float32, as prune.method says."""
-    settings, folder = context.settings, base_folder(context)
+    settings, folder = context.settings, context.base_folder
     config = read_config(folder)
     family = family_of(config)
     plan = make_plan(base_architecture(settings), Architecture(**entry["architecture"]), tuple(entry["kept_layers"]),
@@ -80,7 +81,7 @@ def _distil(context: StageContext, student: nn.Module, device: torch.device, tra
         loss = cached_loss(open_cache(context.inputs["teacher_cache"], rows), rows)
         batches = RowNumbers(rows, settings.screen.train.batch, settings.seed)
     else:
-        folder = result_model_folder(context.inputs["teacher"])
+        folder = context.inputs["teacher"].model_folder
         loss = distillation_loss(family_of(read_config(folder)).load(folder, device=str(device)))
         batches = RowBatches(rows, settings.screen.train.batch, settings.seed)
 

@@ -12,8 +12,8 @@ import torch
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
 from minitron.families.known import family_of
+from minitron.importance.scores import scores_of
 from minitron.machine.device import pick_device
-from minitron.measures.held_out import batches_of, screening_rows, spread_rows
 from minitron.pruning.compensated_cut import calibration_rows
 from minitron.pruning.rotated import rotate_model
 from minitron.pruning.views import SortedTeacher, View
@@ -21,8 +21,8 @@ from minitron.pruning.width_refits import refit_widths
 from minitron.search.distances import Distance, best_first, measure_batch
 from minitron.settings.derived import candidate_samples, ranks_refitted, ranks_rotated
 from minitron.settings.teachers import base_architecture
-from minitron.walk.models import base_folder, result_model_folder, scores_of
-from minitron.walk.pipeline import StageContext
+from minitron.text.samples import batches_of, screening_rows, spread_rows
+from minitron.walk.stage import StageContext
 
 PART_FILE = "zero_shot.partial.jsonl"
 
@@ -96,12 +96,12 @@ def _zero_shot_facts(mean: Mapping[str, float]) -> dict:
 
 
 def _load(context: StageContext, stage: str, device: torch.device):
-    folder = result_model_folder(context.inputs[stage])
+    folder = context.inputs[stage].model_folder
     return family_of(read_config(folder)).load(folder, device=str(device))
 
 
 def _sorted_base(context: StageContext, head_dim: int, students: Iterable[Architecture], device: torch.device) -> SortedTeacher:
-    folder = base_folder(context)
+    folder = context.base_folder
     config = read_config(folder)
     family, settings = family_of(config), context.settings
     scores, architecture, model = scores_of(context.inputs["score"], settings), base_architecture(settings), family.load(folder, device=str(device))

@@ -1,9 +1,11 @@
 """What follows from settings and the teacher's config.json alone: floors, options per axis, a fixed architecture, which stages there are."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from memory_budget.architecture import Architecture
-from minitron.importance.removal import LayerRules
+from memory_budget.budget import PRESETS, Budget
+from memory_budget.workload import Workload
 from minitron.settings.run import PruneMethod, Settings
 from minitron.settings.teachers import base_architecture
 from nas.exchange import read_export_config
@@ -15,12 +17,6 @@ KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}
 def floors(settings: Settings) -> Floors:
     """Least number of layers per kind, by letter."""
     return {KIND_LETTERS[kind]: number for kind, number in settings.search.floors.items()}
-
-
-def layer_rules(settings: Settings) -> LayerRules:
-    """What may go when layers are removed."""
-    ceilings = {KIND_LETTERS[kind]: number for kind, number in settings.scoring.ceilings.items() if number is not None}
-    return LayerRules(floors(settings), ceilings, tuple(settings.scoring.protect))
 
 
 def base_stage(settings: Settings) -> str:
@@ -100,3 +96,17 @@ def axis_of(settings: Settings, axis: str, teacher: Architecture) -> tuple[int, 
         return value - int(value * (1 - number) + 1e-9) // max(step, 1) * step
 
     return axis_options(axis, value, given.values, bound(given.low), bound(given.high), step)
+
+
+def workload_of(settings: Settings) -> Workload:
+    return Workload(**asdict(settings.workload))
+
+
+def budget_of(settings: Settings) -> Budget:
+    """The budget of the settings: a preset by name, or the device's own numbers when device_gib is given."""
+    budget = settings.budget
+    if budget.device_gib is None:
+        if budget.name not in PRESETS:
+            raise ValueError(f"budget.name is {budget.name!r}; without budget.device_gib it must be one of {', '.join(PRESETS)}")
+        return PRESETS[budget.name]
+    return Budget(budget.name, budget.device_gib, budget.cushion_fraction, budget.set_aside_gib)

@@ -4,8 +4,10 @@ A setting is *what* (it changes results and is part of a stage's key) or *how* (
 sizes), marked by `how()`. The checks run when the settings are built, before any work.
 """
 
+import pkgutil
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 from minitron.settings.evaluate import EvaluateSettings
 from minitron.settings.hand_over import ExportSettings, MergeSettings
@@ -15,30 +17,12 @@ from minitron.settings.search import SearchSettings, ThroughputSettings
 from minitron.settings.training import DistillSettings, Rows, TrainSettings
 
 
-class Stage(Enum):
-    data = "data"
-    teacher = "teacher"
-    score = "score"
-    shortlist = "shortlist"
-    teacher_cache = "teacher_cache"
-    screen = "screen"
-    search = "search"
-    prune = "prune"
-    phase_rows = "phase_rows"
-    distill_cache = "distill_cache"
-    distill = "distill"
-    whole_rows = "whole_rows"
-    distill_whole = "distill_whole"
-    merge = "merge"
-    evaluate = "evaluate"
-    reasoning = "reasoning"
-    report = "report"
-    export = "export"
-    generate = "generate"
-    all = "all"
+def _stage_names() -> list[str]:
+    """The modules of minitron/stages/, none of which is loaded: adding one is what adds a stage."""
+    return [module.name for module in pkgutil.iter_modules([str(Path(__file__).resolve().parent.parent / "stages")])]
 
 
-FROM_WHAT_IS_DONE = (Stage.report, Stage.export, Stage.generate)  # they run nothing else
+Stage = Enum("Stage", {name: name for name in [*_stage_names(), "all"]})
 
 
 class Thinking(Enum):
@@ -134,6 +118,12 @@ class DataSettings:
         for name in ("dataset_config", "dataset_revision"):
             if getattr(self, name) is not None and not self.dataset:
                 raise ValueError(f"data.{name} is {getattr(self, name)!r}, but data.dataset is not given; both must be, or neither")
+
+    def check_tokens(self, name: str, train: TrainSettings) -> None:
+        """Refuse to train on less than one batch. Raises ValueError."""
+        least = train.batch * self.sequence_length
+        if self.rows is Rows.windows and train.tokens < least:
+            raise ValueError(f"{name}.tokens is {train.tokens}; it must be at least one batch, {train.batch} rows of data.sequence_length: {least}")
 
 
 @dataclass(kw_only=True, slots=True)

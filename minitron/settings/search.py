@@ -61,6 +61,9 @@ class LaterWidthsSettings:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
+CHOOSING = ("finalists", "select", "loss_within", "weights")  # of SearchSettings, those that the shortlist does not know
+
+
 @dataclass(kw_only=True, slots=True)
 class SearchSettings:
     layers: AxisSettings = field(default_factory=AxisSettings)

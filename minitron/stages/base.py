@@ -1,11 +1,31 @@
-"""base: check the given checkpoint that is to be cut in the teacher's stead."""
+"""The checkpoint of base.path, which is cut in the teacher's stead, held against its config.json."""
 
 from pathlib import Path
+from typing import Any
 
-from minitron.walk.models import given_checkpoint
-from minitron.walk.pipeline import StageContext
+from minitron.settings.run import Settings
+from minitron.settings.teachers import base_architecture
+from minitron.walk.stage import StageContext, StoredStage
+
+
+def what(settings: Settings) -> Any:
+    from minitron.checkpoints.files import Checkpoint
+
+    folder = Path(settings.base.path)
+    return {"weights": Checkpoint(folder).fingerprint, "folder": str(folder.resolve())}
+
+
+def check(settings: Settings) -> None:
+    if settings.base.path is None:
+        raise ValueError("base.path is null; stage=base needs the folder of a checkpoint there")
+    base_architecture(settings)
 
 
 def run(context: StageContext) -> dict:
+    from minitron.checkpoints.given import given_checkpoint
+
     folder = Path(context.settings.base.path).resolve()
     return given_checkpoint(folder, folder.name)
+
+
+STAGE = StoredStage(version=1, needs=lambda settings: ("teacher",), what=what, check=check, run=run)

@@ -1,11 +1,16 @@
-"""whole_rows: the rows of distill_whole, whose reasoning traces are all whole."""
+"""Rows of distill_whole, whose reasoning traces are all whole."""
 
 from dataclasses import replace
 
-from minitron.text import phase_rows
+from minitron.stages.phase_rows import what
 from minitron.text.blends import without_truncation
-from minitron.walk.pipeline import StageContext
+from minitron.walk.stage import StageContext, StoredStage
 
 
 def run(context: StageContext) -> dict:
-    return phase_rows.run(replace(context, settings=without_truncation(context.settings)))
+    from minitron.text.phase_rows import make_phase_rows
+
+    return make_phase_rows(replace(context, settings=without_truncation(context.settings)))
+
+
+STAGE = StoredStage(version=1, needs=lambda settings: ("data", "teacher"), what=lambda settings: what(without_truncation(settings)), run=run)

@@ -1,4 +1,4 @@
-"""phase_rows: the rows of distillation's phases that are of another length or from other sources than the data stage's."""
+"""The rows of distillation's phases that are of another length or from other sources than the data stage's."""
 
 import numpy as np
 
@@ -8,10 +8,10 @@ from minitron.text.blends import rows_to_make
 from minitron.text.documents import source_title
 from minitron.text.rows import SplitRows
 from minitron.text.tokenise import tokenise
-from minitron.walk.pipeline import StageContext
+from minitron.walk.stage import StageContext
 
 
-def run(context: StageContext) -> dict:
+def make_phase_rows(context: StageContext) -> dict:
     """Writes <name>.npy for every name of rows_to_make, int32 [rows, T] with -1 as padding. Held-out documents are left out."""
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""data: documents as rows of tokens, with the teacher's tokenizer or one trained on them.
+"""Documents as rows of tokens, with the teacher's tokenizer or one trained on them.
 
 Everything keeps the order of the source, and the split goes by the documents' names: there is no seed.
 """
@@ -17,13 +17,13 @@ from minitron.text import arithmetic
 from minitron.text import embedded as text
 from minitron.text.documents import read_documents, source_title
 from minitron.text.rows import SplitRows
-from minitron.walk.pipeline import StageContext
+from minitron.walk.stage import StageContext
 from minitron.walk.store import write_json
 
 DOCUMENTS_AT_ONCE = 32
 
 
-def run(context: StageContext) -> dict:
+def make_rows(context: StageContext) -> dict:
     """Writes train.npy and heldout.npy, int32 [rows, T] with -1 as padding, heldout_sources.json (SplitRows.sources), and for the tiny teacher tokenizer/."""
     from transformers import AutoTokenizer
 

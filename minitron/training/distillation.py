@@ -1,4 +1,4 @@
-"""distill: train the pruned student to the teacher's distribution, in one process or in several."""
+"""Train the pruned student to the teacher's distribution, in one process or in several."""
 
 import json
 import shutil
@@ -11,8 +11,8 @@ from torch import nn
 
 from distill.batches import BlendBatches, RowBatches, RowNumbers, count_tokens
 from distill.chunked_loss import LossRecipe
-from distill.engine import Unread
-from distill.launch import Launch, read_launch
+from distill.engines.engine import Unread
+from distill.engines.launch import Launch, read_launch
 from distill.objectives import HiddenTerm, LossFunction, cached_loss, distillation_loss
 from distill.plan import Phase, StepRecord
 from distill.states import newest_state, remove_states
@@ -25,23 +25,22 @@ from minitron.checkpoints.publish import model_card, state_tensors, write_planne
 from minitron.families.base import HIDDEN, Family
 from minitron.families.known import family_of
 from minitron.machine.device import pick_device, process_memory_bytes
-from minitron.measures.held_out import batches_of, screening_rows, spread_rows
 from minitron.settings.teachers import teacher_architecture
 from minitron.settings.training import DistillSettings
 from minitron.text.blends import DATA_ROWS, phase_parts
+from minitron.text.samples import batches_of, screening_rows, spread_rows
 from minitron.training.memory import check_fits, training_memory
 from minitron.training.steps import tracked_steps, train_plan
 from minitron.training.teacher_cache import cached_rows, open_cache
 from minitron.training.time import check_time, training_flops
-from minitron.walk.models import result_model_folder
-from minitron.walk.pipeline import StageContext
+from minitron.walk.stage import StageContext
 
 
-def run(context: StageContext) -> dict:
+def distill_student(context: StageContext) -> dict:
     """Writes checkpoint/ (the student, in the pruned checkpoint's dtypes) and metrics.jsonl; read back before done."""
     settings, launch = context.settings, read_launch()
     torch.manual_seed(settings.seed)
-    pruned_folder = result_model_folder(context.inputs["prune"])
+    pruned_folder = context.inputs["prune"].model_folder
     config = read_config(pruned_folder)
     family = family_of(config)
     phases = _phases(context)
@@ -69,7 +68,7 @@ def _loss(context: StageContext, family: Family, recipe: LossRecipe, launch: Lau
     if context.settings.distill.cached:
         rows = cached_rows(context, context.settings.distill.train.tokens)
         return cached_loss(open_cache(context.inputs["distill_cache"], rows), rows, recipe), lambda numbers_B: count_tokens(rows[numbers_B.cpu()])
-    folder = result_model_folder(context.inputs["teacher"])
+    folder = context.inputs["teacher"].model_folder
     teacher = load_for_training(family, folder, launch=launch, device=pick_device(context.settings))
     return distillation_loss(teacher, recipe, launch=launch, hidden=_hidden_term(context)), real_tokens
 
@@ -118,7 +117,7 @@ def _check_memory(context: StageContext, config: dict, launch: Launch) -> None:
     """Print and check the plan of the phase that needs most."""
     settings, teacher, width = context.settings, teacher_architecture(context.settings), 0
     if not settings.distill.cached:
-        stored = Checkpoint(result_model_folder(context.inputs["teacher"])).entries.values()
+        stored = Checkpoint(context.inputs["teacher"].model_folder).entries.values()
         width = max(DTYPES[entry.dtype].itemsize for entry in stored)
     lengths = [parts[0].data.sequence_length for parts in phase_parts(settings)]
     on_gpu = pick_device(settings).type == "cuda"
@@ -170,7 +169,7 @@ def _held_out(context: StageContext) -> HeldOut | None:
 
 def _write_student(context: StageContext, family: Family, config: dict, last: StepRecord) -> None:
     """checkpoint/ from the newest state, which holds whole tensors whatever the engine."""
-    pruned_folder = result_model_folder(context.inputs["prune"])
+    pruned_folder = context.inputs["prune"].model_folder
     planned = state_tensors(family, newest_state(context.folder).folder, like=Checkpoint(pruned_folder))
     folder = context.folder / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier sitting, whose state may have been another

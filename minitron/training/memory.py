@@ -7,7 +7,7 @@ modules' backward passes keep and those of the chunked loss, named below. Not co
 from dataclasses import dataclass, fields
 
 from distill.chunked_loss import chunk_tokens
-from distill.launch import Launch
+from distill.engines.launch import Launch
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_parameters, count_total_parameters, layer_parameters
 from memory_budget.units import format_gib

@@ -8,7 +8,7 @@ from enum import Enum
 
 from distill.plan import StepRecord, TrainPlan
 from minitron.settings.training import TrainSettings
-from minitron.walk.pipeline import StageContext
+from minitron.walk.stage import StageContext
 from minitron.walk.tracking import Tracker, open_tracker
 
 METRICS_FILE = "metrics.jsonl"

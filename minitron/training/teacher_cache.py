@@ -1,4 +1,4 @@
-"""teacher_cache: the teacher's likeliest tokens at every position of some train rows, once for all who learn from them."""
+"""The teacher's likeliest tokens at every position of some train rows, once for all who learn from them."""
 
 import math
 
@@ -12,9 +12,8 @@ from memory_budget.hf_config import read_config
 from memory_budget.units import format_gib
 from minitron.families.known import family_of
 from minitron.machine.device import pick_device
-from minitron.measures.held_out import spread_rows
-from minitron.walk.models import result_model_folder
-from minitron.walk.pipeline import StageContext
+from minitron.text.samples import spread_rows
+from minitron.walk.stage import StageContext
 from minitron.walk.store import Result
 
 CACHE_FOLDER = "cache"
@@ -31,15 +30,10 @@ def open_cache(result: Result, rows_RT: np.ndarray) -> TeacherCache:
     return TeacherCache(result.folder / CACHE_FOLDER, rows_RT=rows_RT)
 
 
-def run(context: StageContext) -> dict:
-    """Writes cache/ (distill.teacher_cache) of the rows that every finalist of a search learns from."""
-    return write_cache(context, cached_rows(context, context.settings.screen.train.tokens))
-
-
 def write_cache(context: StageContext, rows: np.ndarray) -> dict:
     """Writes cache/ of rows [R, T]; returns the stage's facts."""
     settings, device = context.settings, pick_device(context.settings)
-    folder = result_model_folder(context.inputs["teacher"])
+    folder = context.inputs["teacher"].model_folder
     teacher = family_of(read_config(folder)).load(folder, device=str(device)).requires_grad_(False)
     head = teacher.get_output_embeddings().weight
     k = min(settings.screen.top_k, len(head))

@@ -1,4 +1,4 @@
-"""teacher: check the given checkpoint, or train the tiny one on the data."""
+"""A tiny NemotronH, trained on the run's own text: the teacher where none is given."""
 
 import numpy as np
 import torch
@@ -11,10 +11,9 @@ from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.publish import check_reload, model_card, write_model
 from minitron.families.nemotron_h import FAMILY as NEMOTRON_H
 from minitron.machine.device import pick_device
-from minitron.settings.teachers import TINY_POSITIONS, teacher_architecture, teacher_folder
+from minitron.settings.teachers import TINY_POSITIONS, teacher_architecture
 from minitron.training.steps import tracked_steps, train_plan
-from minitron.walk.models import given_checkpoint
-from minitron.walk.pipeline import StageContext
+from minitron.walk.stage import StageContext
 from minitron.walk.store import write_json
 
 END_OF_TEXT_ID, PAD_ID = 0, 1  # the first two special tokens of the tokenizer trained in data
@@ -41,13 +40,8 @@ TINY_CONFIG = {
 }
 
 
-def run(context: StageContext) -> dict:
-    """A given checkpoint is only held against its config: no weights are read."""
-    teacher = context.settings.teacher.path
-    return _train_tiny(context) if teacher is None else given_checkpoint(teacher_folder(context.settings), teacher)
-
-
-def _train_tiny(context: StageContext) -> dict:
+def train_tiny_teacher(context: StageContext) -> dict:
+    """Writes checkpoint/ and metrics.jsonl; read back before done."""
     settings = context.settings
     architecture = teacher_architecture(settings)
     torch.manual_seed(settings.seed)

@@ -7,25 +7,23 @@ from dataclasses import replace
 
 from minitron.settings.derived import axis_of
 from minitron.settings.reasoning import ReasoningSettings
-from minitron.settings.run import FROM_WHAT_IS_DONE, BaseSettings, Settings, Stage
+from minitron.settings.run import BaseSettings, Settings, Stage
 from minitron.settings.search import AxisSettings, FixedSettings, LaterWidthsSettings
 from minitron.settings.teachers import teacher_architecture
-from minitron.walk.models import result_model_folder
+from minitron.walk.stage import StoredStage, UsingStage
 from minitron.walk.store import Result
+from minitron.walk.table import stages
 
 WIDTH_AXES = {"hidden": "hidden", "ffn": "ffn", "mamba_heads": "mamba_num_heads"}
-BEFORE_CUTTING = (Stage.data, Stage.teacher, Stage.score)
 
 
 def depth_lap(settings: Settings) -> Settings | None:
     """The first lap's settings: depth alone, held against the smallest widths that the second may choose; None for a walk of one lap.
 
-    A search from config.json alone (search.layer_order without weights) looks at depth and widths in one lap, and a merge of checkpoints
-    that no lap makes needs none.
+    A stage may declare that the walk to it has one lap: a search from config.json alone looks at depth and widths in one.
     """
-    if not settings.depth_lap.enabled or (settings.stage in (Stage.shortlist, Stage.search) and settings.search.layer_order):
-        return None
-    if settings.stage is Stage.merge and set(settings.merge.stages()) <= {"teacher"}:
+    asked = stages().get(settings.stage.value)
+    if not settings.depth_lap.enabled or (isinstance(asked, StoredStage) and asked.in_one_lap(settings)):
         return None
     search, fixed, teacher = settings.search, settings.search.fixed, teacher_architecture(settings)
     later = {field: axis_of(settings, axis, teacher)[0] for axis, field in WIDTH_AXES.items()}
@@ -37,7 +35,8 @@ def depth_lap(settings: Settings) -> Settings | None:
     )  # fmt: skip
     screen = replace(settings.screen, train=replace(settings.screen.train, tokens=settings.depth_lap.screen_tokens))
     distill = replace(settings.distill, phases=[], train=replace(settings.distill.train, tokens=settings.depth_lap.tokens))
-    stage = settings.stage if settings.stage in (*BEFORE_CUTTING, *FROM_WHAT_IS_DONE) else Stage.distill
+    stays = isinstance(asked, UsingStage) or (asked is not None and asked.ends_first_lap)
+    stage = settings.stage if stays else Stage.distill
     return replace(settings, stage=stage, candidate=None, search=search, screen=screen, distill=distill, reasoning=ReasoningSettings())
 
 
@@ -45,4 +44,4 @@ def width_lap(settings: Settings, depth_student: Result) -> Settings:
     """The second lap's settings: widths alone, cut from the first lap's student; the teacher still teaches."""
     search = replace(settings.search, layers=AxisSettings(), layer_order=None, floors={}, fixed=replace(settings.search.fixed, pattern=None))
     scoring = replace(settings.scoring, protect=[], ceilings={})
-    return replace(settings, base=BaseSettings(path=str(result_model_folder(depth_student))), search=search, scoring=scoring)
+    return replace(settings, base=BaseSettings(path=str(depth_student.model_folder)), search=search, scoring=scoring)

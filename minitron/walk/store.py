@@ -32,6 +32,19 @@ class Result:
     def key(self) -> str:
         return self.record["key"]
 
+    @property
+    def model_folder(self) -> Path:
+        """The checkpoint folder that the stage leaves; a path in its facts is relative to the result's folder."""
+        return self.folder / self.facts["path"]
+
+
+def make_runs_folder(path: str) -> None:
+    """Raises ValueError where it cannot be made."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"runs_folder is {path!r}, which cannot be made a folder: {error.strerror}") from None
+
 
 def stage_key(stage: str, version: int, settings: Any, input_keys: Mapping[str, str]) -> str:
     """12 hex digits that change whenever anything that determines the stage's results does."""

@@ -11,9 +11,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-from distill.launch import Launch, read_launch
+from distill.engines.launch import Launch, read_launch
+from distill.engines.sharing import check_sharing
 from distill.optimizers import multiplies_bf16
-from distill.sharing import check_sharing
 from distill.states import TENSORS_FILE, newest_state
 
 ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]

@@ -18,7 +18,7 @@ import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from distill.batches import PADDING, RowBatches
-from distill.launch import Launch, read_launch
+from distill.engines.launch import Launch, read_launch
 from distill.plan import Phase, StepRecord, TrainPlan
 from distill.trainer import distillation_loss, train_phases
 

@@ -37,7 +37,7 @@ def test_a_command_that_is_right_is_not_refused(door, tmp_path, small_settings):
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("stage=bogus", "stage: Invalid value 'bogus', expected one of [data, teacher, score, shortlist, teacher_cache, screen, search, prune,"),
+        ("stage=bogus", "stage: Invalid value 'bogus', expected one of [base, data, distill, distill_cache, distill_whole, evaluate, export, "),
         ("foo=1", "foo is no setting"),
         ("distill.train.learning_rat=1", "distill.train.learning_rat is no setting"),
         ("data.vocab=many", "data.vocab: Value 'many'"),

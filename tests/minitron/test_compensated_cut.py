@@ -23,8 +23,8 @@ from minitron.pruning.disk_to_disk import planned_tensors
 from minitron.pruning.plan import PruningPlan
 from minitron.settings.run import Directions, PruneMethod, PruneSettings, ScreenSettings, Settings
 from minitron.settings.teachers import CONF_FOLDER
-from minitron.walk.stage_table import STAGES
 from minitron.walk.store import write_json
+from minitron.walk.table import stages
 
 COMPENSATED = ("stage=prune", "prune.method=compensated")
 
@@ -113,7 +113,7 @@ def test_weights_that_are_not_what_was_made_are_found(tmp_path, teacher, tiny, c
 
 def test_only_a_compensated_cut_has_its_settings_in_the_key():
     def key(**values) -> dict:
-        return STAGES["prune"].what(Settings(prune=PruneSettings(**values)))
+        return stages()["prune"].what(Settings(prune=PruneSettings(**values)))
 
     assert key(ridge=0.1) == key(rotate=False) == {}
     compensated = {"method": PruneMethod.compensated}
@@ -139,7 +139,7 @@ def test_a_screen_starts_from_the_cut_that_the_prune_stage_makes(walk, runs, sta
 
 def test_a_screen_knows_of_the_cut_where_it_is_compensated():
     def key(**values) -> dict:
-        return STAGES["screen"].what(Settings(prune=PruneSettings(**values)))
+        return stages()["screen"].what(Settings(prune=PruneSettings(**values)))
 
     compensated = {"method": PruneMethod.compensated}
     assert key() == key(ridge=0.1, samples=7, rotate=False) != key(**compensated) == key(**compensated, batch=3, max_shard_gib=1)
@@ -150,7 +150,7 @@ def test_a_screen_knows_of_the_cut_where_it_is_compensated():
 
 def test_candidates_may_be_cut_on_fewer_rows_than_the_chosen_one():
     def key(stage: str, cut_samples: int | None, method: str = "compensated", **values) -> dict:
-        return STAGES[stage].what(Settings(prune=PruneSettings(method=PruneMethod[method], **values), screen=ScreenSettings(cut_samples=cut_samples)))
+        return stages()[stage].what(Settings(prune=PruneSettings(method=PruneMethod[method], **values), screen=ScreenSettings(cut_samples=cut_samples)))
 
     assert key("screen", 7) == key("screen", 7, samples=99) == key("screen", None, samples=7) != key("screen", None)
     assert key("prune", 7) == key("prune", None) != key("prune", 7, samples=99)

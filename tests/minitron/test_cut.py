@@ -16,11 +16,13 @@ from minitron.checkpoints.files import Checkpoint
 from minitron.checkpoints.shards import write_weights
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_CHANNEL, MAMBA_HEAD
 from minitron.families.nemotron_h import FAMILY
+from minitron.families.table import check_tensors, expected_shape, required_names, row_of
 from minitron.importance.scores import ImportanceScores
-from minitron.pruning.cut import TensorCut, build_pruned, check_tensors, cut_state, expected_shape, plan_cuts, required_names, row_of
+from minitron.pruning.cut import TensorCut, build_pruned, cut_state, plan_cuts
 from minitron.pruning.disk_to_disk import planned_tensors
-from minitron.pruning.plan import PruningPlan, check_is_cut, make_plan, subsequence_layers, top, top_per_group
+from minitron.pruning.plan import PruningPlan, make_plan, top, top_per_group
 from minitron.settings.teachers import CONF_FOLDER
+from nas.depth import check_is_cut, subsequence_layers
 
 NANO_9B_PATTERN = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
 

@@ -10,11 +10,12 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from minitron.measures.held_out import batches_of, evaluate, held_out_loss, longest_prompt
+from minitron.measures.held_out import evaluate, held_out_loss
 from minitron.settings.run import DataSettings
 from minitron.text.documents import check_source, matching_files, read_documents, source_identity, source_title
 from minitron.text.embedded import Document
 from minitron.text.rows import document_rows
+from minitron.text.samples import batches_of, longest_prompt
 
 TEXTS = [f"Document {index} ends in {index * 7919 % 1000}, «ünï»\n\tand\r two lines. " + "word " * (index % 13) for index in range(90)]
 

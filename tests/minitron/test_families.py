@@ -14,7 +14,7 @@ from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
 from minitron.families.known import family_of
 from minitron.families.nemotron_h import FAMILY, TABLE
-from minitron.pruning.cut import check_tensors, expected_shape, required_names, row_of
+from minitron.families.table import check_tensors, expected_shape, required_names, row_of
 from minitron.settings.teachers import CONF_FOLDER
 
 NANO_12B = "architectures/nemotron-nano-12b-v2-base.json"

@@ -119,7 +119,7 @@ def stage_context(tmp_path):
     import minitron.run  # noqa: F401 registers the schema
     from minitron.settings.teachers import CONF_FOLDER
     from minitron.walk.console import Console
-    from minitron.walk.pipeline import StageContext
+    from minitron.walk.stage import StageContext
 
     def context(*overrides):
         with initialize_config_dir(str(CONF_FOLDER), version_base="1.3"):

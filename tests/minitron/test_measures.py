@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
 from distill.batches import PADDING
-from minitron.measures.held_out import MOST_SOURCES, TokenSums, batches_of, by_position, by_source, evaluate, token_sums
+from minitron.measures.held_out import MOST_SOURCES, TokenSums, by_position, by_source, evaluate, token_sums
 from minitron.measures.kept import kept, measurements_folder
 from minitron.measures.needle import make_sample, measure_needle, vocabulary_of
 from minitron.measures.speed import _generate, _peak_bytes, make_prompts, measure_speed
@@ -22,6 +22,7 @@ from minitron.settings.evaluate import EvaluateSettings, NeedleSettings, SpeedSe
 from minitron.settings.run import DataSettings
 from minitron.settings.training import Rows
 from minitron.text.rows import SplitRows
+from minitron.text.samples import batches_of
 from minitron.walk.store import Result
 
 CPU = torch.device("cpu")

@@ -13,8 +13,9 @@ from minitron.checkpoints.files import PIECE_BYTES, Checkpoint
 from minitron.checkpoints.shards import save_model_weights
 from minitron.families.nemotron_h import FAMILY
 from minitron.hand_over.merge import Source, merged_tensors
-from minitron.measures.held_out import batches_of, evaluation_rows, held_out_loss, screening_rows, spread_rows
+from minitron.measures.held_out import held_out_loss
 from minitron.settings.hand_over import MergeSettings
+from minitron.text.samples import batches_of, evaluation_rows, screening_rows, spread_rows
 from minitron.walk.store import write_json
 
 VOCABULARY = {"model": {"vocab": {"a": 0, "b": 1, "<old>": 2}}}

@@ -26,7 +26,7 @@ from minitron.report.verdict import verdict
 from minitron.settings.run import BudgetSettings, Settings, TeacherSettings, TinyTeacherSettings, WorkloadSettings
 from minitron.walk.console import Console
 from minitron.walk.laps import depth_lap, width_lap
-from minitron.walk.pipeline import Lap
+from minitron.walk.stage import Lap
 from minitron.walk.store import Result, finish
 
 STAGES = ("data", "teacher", "score", "shortlist", "teacher_cache", "screen L8-F32", "screen L8-F24", "search", "prune", "distill", "evaluate")
@@ -196,7 +196,7 @@ def two_laps(settings, tiny, config_of) -> dict:
 def whole(tmp_path_factory, tiny, config_of) -> tuple[Path, list[str]]:
     """The run folder of a whole run, not to be changed, and what was said."""
     settings, console = small_settings(tmp_path_factory.mktemp("whole"), tiny), Recorder()
-    report.run(settings, [lap_of(settings, finished_stages(settings, tiny, config_of))], console)
+    report.write_report(settings, [lap_of(settings, finished_stages(settings, tiny, config_of))], console)
     return Path(settings.runs_folder) / settings.run_name, console.said
 
 
@@ -206,7 +206,7 @@ def make_report(settings, results) -> Callable[..., tuple[Path, dict, list[str]]
 
     def make(*stages: str) -> tuple[Path, dict, list[str]]:
         console = Recorder()
-        report.run(settings, [lap_of(settings, {name: results[name] for name in stages or STAGES})], console)
+        report.write_report(settings, [lap_of(settings, {name: results[name] for name in stages or STAGES})], console)
         folder = Path(settings.runs_folder) / settings.run_name
         return folder, json.loads((folder / "summary.json").read_text()), console.said
 

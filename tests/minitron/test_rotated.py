@@ -22,7 +22,7 @@ from minitron.pruning.rotated import rotate_model
 from minitron.pruning.views import SortedTeacher
 from minitron.settings.run import PruneMethod, PruneSettings, Settings, TeacherSettings, TinyTeacherSettings
 from minitron.settings.search import AxisSettings, FixedSettings, SearchSettings
-from minitron.walk.stage_table import STAGES
+from minitron.walk.table import stages
 
 EPSILON, EVERYTHING, SOME = 1e-5, tuple(range(9)), (0, 1, 2, 3, 5, 7, 8)
 CUTS = {
@@ -194,7 +194,7 @@ def test_the_shortlist_knows_of_the_cut_only_where_it_ranks_by_it(tiny):
     sizes = TeacherSettings(tiny=TinyTeacherSettings(**{field.name: getattr(tiny, field.name) for field in fields(TinyTeacherSettings)}))
 
     def key(search: SearchSettings | None = None, **values) -> dict:
-        return STAGES["shortlist"].what(Settings(teacher=sizes, search=search or search_of(), prune=PruneSettings(**values)))
+        return stages()["shortlist"].what(Settings(teacher=sizes, search=search or search_of(), prune=PruneSettings(**values)))
 
     compensated = {"method": PruneMethod.compensated}
     plain = key()

@@ -15,12 +15,13 @@ from minitron.checkpoints.shards import write_weights
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.activations import measure_width
 from minitron.importance.scores import aggregate
-from minitron.measures.held_out import batches_of, evaluate, held_out_loss, spread_rows
+from minitron.measures.held_out import evaluate, held_out_loss
 from minitron.measures.speed import decode_tokens_per_second
 from minitron.pruning.cut import build_pruned
 from minitron.pruning.disk_to_disk import planned_tensors
 from minitron.pruning.plan import make_plan
 from minitron.search.distances import retained_importance
+from minitron.text.samples import batches_of, spread_rows
 from minitron.walk.store import write_json
 from nas.candidates import enumerate_candidates
 from nas.space import SearchSpace

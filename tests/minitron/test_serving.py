@@ -14,8 +14,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from minitron.families.nemotron_h import FAMILY
 from minitron.generation.generate import generate
 from minitron.generation.prompts import Tags, write_prompt
-from minitron.serving import Reply, ThinkingBudgetClient
 from minitron.serving.__main__ import main
+from minitron.serving.client import Reply, ThinkingBudgetClient
 from minitron.serving.errors import in_one_line
 from minitron.walk.store import write_json
 

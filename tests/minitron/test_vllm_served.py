@@ -20,7 +20,7 @@ from memory_budget.hf_config import read_config
 from minitron.families.known import family_of
 from minitron.generation.generate import generate
 from minitron.generation.prompts import Tags, write_prompt
-from minitron.serving import ThinkingBudgetClient
+from minitron.serving.client import ThinkingBudgetClient
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(VLLM_PYTHON is None, reason="no vLLM: make vllm-check")]

@@ -18,7 +18,7 @@ from minitron.pruning.views import SortedTeacher
 from minitron.pruning.width_refits import refit_widths
 from minitron.settings.run import PruneMethod, PruneSettings, Settings, TeacherSettings, TinyTeacherSettings
 from minitron.settings.search import AxisSettings, FixedSettings, SearchSettings
-from minitron.walk.stage_table import STAGES
+from minitron.walk.table import stages
 
 RIDGE, EVERYTHING = 0.01, tuple(range(9))  # of "M-M*-M-*-"
 CUTS = {  # what is cut, and a layer of the kind with its writer
@@ -150,7 +150,7 @@ def test_every_width_of_one_factor_is_the_fit_of_its_own_sums():
 
 def key(tiny, search: SearchSettings, **values) -> dict:
     sizes = TeacherSettings(tiny=TinyTeacherSettings(**{field.name: getattr(tiny, field.name) for field in fields(TinyTeacherSettings)}))
-    return STAGES["shortlist"].what(Settings(teacher=sizes, search=search, prune=PruneSettings(**values)))
+    return stages()["shortlist"].what(Settings(teacher=sizes, search=search, prune=PruneSettings(**values)))
 
 
 @pytest.mark.parametrize(("axis", "low"), [("ffn", 20), ("mamba_heads", 4), ("mamba_channels", 2), ("attention_heads", 2)])

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill.engine import Caller, Engine, Entry
+from distill.engines.engine import Caller, Engine, Entry
 from distill.optimizers import build_optimizers
 from distill.plan import TrainPlan
 

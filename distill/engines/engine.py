@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from distill.launch import Launch, join_processes
+from distill.engines.launch import Launch
 from distill.optimizers import build_optimizers
 from distill.plan import TrainPlan
 
@@ -136,7 +135,7 @@ class Engine:
         """Take over a saved state: `tensors` has its names, `read` gives one of them whole."""
         for entry_name, tensor in [*self.parameters.items(), *self.model.named_buffers()]:
             if f"model.{entry_name}" in tensors:
-                tensor.copy_(_like(read(f"model.{entry_name}"), tensor))
+                tensor.copy_(like(read(f"model.{entry_name}"), tensor))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -159,97 +158,11 @@ class Engine:
         return state
 
 
-class DataParallel(Engine):
-    """A replica in every process; gradients are averaged while the last micro-batch's backward pass runs."""
-
-    def _wrap(self, caller: Caller) -> nn.Module:
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        wrapped = nn.parallel.DistributedDataParallel(caller, device_ids=devices, gradient_as_bucket_view=True)  # else gradients are held twice
-        self.optimizers = build_optimizers(caller.model, self.plan)
-        return wrapped
-
-    @contextmanager
-    def micro_step(self, *, last: bool) -> Iterator[None]:
-        if last:
-            yield
-        else:
-            with self.wrapped.no_sync():
-                yield
-
-
-class Sharded(Engine):
-    """FSDP2: every process keeps its slice of each tensor; a layer is whole only while it runs."""
-
-    def __init__(self, launch: Launch, model: nn.Module | Unread, plan: TrainPlan):
-        self.unread = model if isinstance(model, Unread) else None
-        super().__init__(launch, self.unread.model if self.unread else model, plan)
-
-    def _wrap(self, caller: Caller) -> nn.Module:
-        if self.plan.optimizer == "adamw_8bit":
-            raise ValueError("train.optimizer is adamw_8bit, which cannot work on slices of tensors; under FSDP2 it must be adamw or muon")
-        if self.unread:
-            self.device = self.unread.device
-        shard(caller, self.device, bf16=self.plan.precision == "bf16", unread=self.unread)
-        self.optimizers = build_optimizers(caller.model, self.plan)
-        return caller
-
-
-def shard(caller: Caller, device: torch.device, *, bf16: bool, unread: Unread | None = None) -> None:
-    """FSDP2 over all processes, layer by layer. With bf16 the layers compute in it, and gradients are summed in float32.
-
-    What is `unread` is read now, a tensor at a time, of which every process keeps its slice.
-    """
-    mesh = torch.distributed.init_device_mesh(device.type, (distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
-    for layer in layers_of(caller.model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(caller, mesh=mesh, mp_policy=policy)
-    if unread:
-        caller.to_empty(device=device)
-        with torch.no_grad():
-            for name, tensor in [*caller.model.named_parameters(), *caller.model.named_buffers()]:
-                tensor.copy_(_like(unread.read(name), tensor))
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The model's layers: its longest list of modules."""
-    return list(max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len))
-
-
-def open_engine(launch: Launch, model: nn.Module | Unread, plan: TrainPlan) -> Engine:
-    """The engine of a launch around a model. Raises ValueError for what it cannot do."""
-    if launch.engine == "single":
-        return Engine(launch, model, plan)
-    join_processes()
-    if launch.engine == "ddp":
-        return DataParallel(launch, model, plan)
-    if launch.engine == "fsdp2":
-        return Sharded(launch, model, plan)
-    from distill.zero import Zero  # DeepSpeed is an extra
-
-    return Zero(launch, model, plan)
-
-
-def place_teacher(launch: Launch, teacher: nn.Module | Unread) -> nn.Module:
-    """The frozen teacher, called as `placed(function, *arguments)`; in slices where the student is."""
-    unread = teacher if isinstance(teacher, Unread) else None
-    caller = Caller((unread.model if unread else teacher).eval().requires_grad_(False))
-    if launch.engine == "fsdp2":
-        join_processes()
-        shard(caller, unread.device if unread else next(teacher.parameters()).device, bf16=False, unread=unread)
-    if launch.engine == "zero3":
-        join_processes()
-        from distill.zero import place_in_slices
-
-        return place_in_slices(caller)
-    return caller
-
-
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
 
 
-def _like(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+def like(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """A whole tensor on the device of another and of its type, in slices where that is."""
     return _sliced(whole.to(tensor.dtype), tensor)
 

@@ -1,0 +1,47 @@
+"""The student trained to the teacher's distribution: forward KL on logits."""
+
+from typing import Any
+
+from distill.engines.sharing import check_sharing
+from minitron.machine import processes
+from minitron.settings.rules import key_settings
+from minitron.settings.run import Settings
+from minitron.settings.teachers import max_positions
+from minitron.text.blends import phase_parts, rows_to_make
+from minitron.text.documents import check_source
+from minitron.walk.stage import StageContext, StoredStage
+
+
+def needs(settings: Settings) -> tuple[str, ...]:
+    rows = ("phase_rows",) if rows_to_make(settings) else ()
+    return ("data", "teacher", "prune", *rows, *(("distill_cache",) if settings.distill.cached else ()))
+
+
+def what(settings: Settings) -> Any:
+    # The phases in full: what one leaves out is distill.train's.
+    return {**key_settings(settings.distill), "train": None, "phases": key_settings(settings.distill.trains()),
+            "rows": [[(part.name, part.weight) for part in parts] for parts in phase_parts(settings)], "seed": settings.seed}  # fmt: skip
+
+
+def check(settings: Settings) -> None:
+    """Refuse batches that cannot be shared out or are more than there is to learn, and rows longer than the model's positions."""
+    if not settings.distill.phases:
+        settings.data.check_tokens("distill.train", settings.distill.train)
+    for train in settings.distill.trains():
+        check_sharing(train.batch, train.micro_batch, processes.world_size())
+    positions = settings.distill.max_positions or max_positions(settings)
+    for number, phase in enumerate(settings.distill.phases):
+        if phase.sequence_length is not None and phase.sequence_length > positions:
+            raise ValueError(f"distill.phases[{number}].sequence_length is {phase.sequence_length}; it must be at most {positions}, "
+                             "the teacher's max_position_embeddings (or distill.max_positions)")  # fmt: skip
+    for data in rows_to_make(settings).values():
+        check_source(data)
+
+
+def run(context: StageContext) -> dict:
+    from minitron.training.distillation import distill_student
+
+    return distill_student(context)
+
+
+STAGE = StoredStage(version=3, needs=needs, what=what, check=check, run=run, parallel=True)

@@ -1,0 +1,43 @@
+"""One candidate or every finalist, each cut and distilled briefly, and measured."""
+
+from typing import Any
+
+from minitron.settings.derived import base_stage, candidate_samples
+from minitron.settings.rules import key_settings
+from minitron.settings.run import PruneMethod, Settings
+from minitron.walk.stage import Lap, PerCandidate, StageContext, StoredStage
+from minitron.walk.store import Result
+from minitron.walk.tracking import record_finished
+
+
+def needs(settings: Settings) -> tuple[str, ...]:
+    return ("data", base_stage(settings), "teacher_cache" if settings.screen.cached else "teacher", "score", "shortlist")
+
+
+def what(settings: Settings) -> Any:
+    cut = {"prune": {**key_settings(settings.prune), "samples": candidate_samples(settings)}} if settings.prune.method is PruneMethod.compensated else {}
+    short = {name: value for name, value in key_settings(settings.screen).items() if name != "cut_samples"}
+    return {"candidate": settings.candidate, "seed": settings.seed, **short, **cut}
+
+
+def finalists(lap: Lap) -> list[str]:
+    """The best by zero-shot loss."""
+    return lap.results["shortlist"].facts["best_first"][: lap.settings.search.finalists]
+
+
+def others(lap: Lap) -> list[str]:
+    """Shortlisted, but no finalists: a sweep may have screened them."""
+    return lap.results["shortlist"].facts["best_first"][lap.settings.search.finalists :]
+
+
+def tell_tracker(lap: Lap, result: Result) -> None:
+    record_finished(lap.settings, lap.results["shortlist"].facts["entries"][lap.settings.candidate], result.facts)
+
+
+def run(context: StageContext) -> dict:
+    from minitron.search.screen import screen_candidate
+
+    return screen_candidate(context)
+
+
+STAGE = StoredStage(version=2, needs=needs, what=what, run=run, per_candidate=PerCandidate(wanted=finalists, also=others, on_found=tell_tracker))
