@@ -122,7 +122,8 @@ def test_a_planted_circle_of_rooms_is_caught_where_no_files_make_one(tmp_path):
 
 
 def test_the_walk_imports_no_stage():
-    assert [name for name, targets in house.imports(REPOSITORY).items() if house.room_of(name) != "stages" and "stages" in map(house.room_of, targets)] == []
+    graph = house.imports(REPOSITORY)
+    assert [name for name, targets in graph.items() if house.room_of(name) != "stages" and "stages" in map(house.room_of, targets)] == []
 
 
 def test_the_page_draws_the_rooms_and_arrows_that_the_code_has():
