@@ -206,10 +206,14 @@ def run_job(job: dict, stdout: int, stderr: int) -> NoReturn:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
+        code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     threading._shutdown()
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush(), sys.stderr.flush()
+    if code == -signal.SIGINT:  # nobody has caught it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     os._exit(code)
 
 

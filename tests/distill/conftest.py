@@ -28,7 +28,7 @@ def launch(fork_server, engine_environments) -> Callable[..., tuple[list[int], s
     def launched(engine: str, folder: Path, *, processes: int = 2, **arguments: object) -> tuple[list[int], str]:
         arguments = {"folder": str(folder), "plan": {}, **arguments}
         process = fork_server.start("worker", arguments, folder=folder, environment=engine_environments[engine], ranks=processes)
-        stdout, stderr = process.communicate(timeout=240)
+        stdout, stderr = process.communicate(timeout=900)
         return process.codes, stdout + stderr
 
     return launched
