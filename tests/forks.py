@@ -17,7 +17,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -170,7 +169,6 @@ def import_once() -> None:
     import importlib.util
     import pkgutil
 
-    import minitron.run  # before torch, as at the door
 
     for package in ("minitron", "distill"):
         for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
