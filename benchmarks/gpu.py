@@ -41,7 +41,7 @@ from minitron.importance.layers import Block, SweepLimits, measure_round  # noqa
 from minitron.importance.removal import LayerRules, rank_iteratively  # noqa: E402
 from minitron.importance.scores import ImportanceScores, aggregate  # noqa: E402
 from minitron.machine.device import process_memory_bytes  # noqa: E402
-from minitron.mamba import mixer  # noqa: E402
+from minitron.mamba import dispatch  # noqa: E402
 from minitron.mamba.kernels import check_gpu  # noqa: E402
 from minitron.pruning.views import SortedTeacher  # noqa: E402
 from minitron.search.distances import measure_batch  # noqa: E402
@@ -329,7 +329,7 @@ def main() -> int:
         if device.type == "cuda":
             check_gpu(device)
         else:
-            mixer.install()
+            dispatch.install()
 
         def say(name: str, figures: Figures) -> None:
             rows[name] = figures

@@ -10,7 +10,7 @@ import torch
 from distill.engines.launch import Launch
 from distill.engines.opening import open_engine
 from memory_budget.units import GIB
-from minitron.mamba import mixer
+from minitron.mamba import dispatch
 from minitron.settings.training import Optimizer, TrainSettings
 from minitron.training.memory import FLOAT32, activation_bytes_per_token, check_fits, loss_bytes, training_memory
 from minitron.training.steps import train_plan
@@ -57,7 +57,7 @@ def own_scan(monkeypatch):
 
     for name, value in list(vars(modeling).items()):
         monkeypatch.setattr(modeling, name, value)
-    mixer.install()
+    dispatch.install()
 
 
 @pytest.mark.parametrize("pattern", ["M-M*-M-*-", "MMMM", "----", "**"])
