@@ -69,7 +69,7 @@ def swept_rounds(model, ids: torch.Tensor) -> list[int]:
     block, placed = Block([ids]), WholeModel(FAMILY, model, ARCHITECTURE)
 
     def ask(kept, removable):
-        return measure_round(placed, block, kept, removable, "mse", SweepLimits(branch_rows=ROWS)).scores("mse", normalised=True)
+        return measure_round(placed, block, kept, removable, "mse", SweepLimits(branch_tokens=ROWS * TOKENS)).scores("mse", normalised=True)
 
     removals = rank_iteratively(ARCHITECTURE.pattern, ARCHITECTURE.num_layers - ROUNDS, RULES, ask)
     return [removal.layer for removal in removals]

@@ -177,6 +177,7 @@ def _config(engine: str, plan: TrainPlan) -> dict:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": plan.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},  # else micro-steps add up in bf16, where small ones vanish
         "steps_per_print": 2**31,
     }
 

@@ -20,9 +20,9 @@ CRITERIA = ("mse", "kl", "loss")
 
 @dataclass(frozen=True, slots=True)
 class SweepLimits:
-    """Bounds on memory: sequences that a layer runs at once, tokens whose logits exist at once, bytes of saved states."""
+    """Bounds on memory: tokens that a layer runs at once (at least one sequence), tokens whose logits exist at once, bytes of saved states."""
 
-    branch_rows: int = 64
+    branch_tokens: int = 16384
     logits_tokens: int = 256
     reuse_bytes: int = 2**30
 
@@ -99,7 +99,7 @@ def _sweep(model: PlacedModel, block: Block, ids: list[torch.Tensor], kept: list
         for buffer in buffers:
             if layer in removable:
                 buffer[used] = buffer[0]
-            for rows in buffer[:used].flatten(0, 1).split(limits.branch_rows):
+            for rows in buffer[:used].flatten(0, 1).split(max(1, limits.branch_tokens // buffer.shape[2])):
                 rows.copy_(module(rows))
         if layer in removable:
             skipped.append(layer)

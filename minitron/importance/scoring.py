@@ -113,7 +113,7 @@ def _depth(context: StageContext, model: PlacedModel, rows: np.ndarray, width: W
     if scoring.criterion is Criterion.block_influence:
         return rank_once(pattern, target, rules, dict(enumerate((width.block_influence / width.num_tokens).tolist())))
     blocks = [Block(batches) for batches in _blocks(context, model, rows).values()]
-    limits = SweepLimits(scoring.branch_rows, scoring.logits_tokens, int(scoring.reuse_gib * GIB / max(1, len(blocks))))
+    limits = SweepLimits(scoring.branch_tokens, scoring.logits_tokens, int(scoring.reuse_gib * GIB / max(1, len(blocks))))
     distance = scoring.criterion.name.removeprefix("iterative_")
 
     def ask(kept: Sequence[int], removable: Sequence[int]) -> Mapping[int, float]:

@@ -1,6 +1,7 @@
 """Where a run computes."""
 
 import functools
+import gc
 import os
 import sys
 
@@ -41,6 +42,13 @@ def process_memory_bytes(device: torch.device) -> tuple[int, str]:
         return torch.cuda.mem_get_info(device)[0] + kept, f"{torch.cuda.get_device_name(device)}"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return available_memory_bytes() // processes, "this machine, by what is free now," + (f" for each of {processes} processes" if processes > 1 else "")
+
+
+def let_go() -> None:
+    """Give what torch's allocator keeps of a GPU's memory back, so that the next stage, or another process, finds it free."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def available_memory_bytes() -> int:
