@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +26,10 @@ from minitron.families.base import HIDDEN, Family
 from minitron.families.known import family_of
 from minitron.machine.device import pick_device, process_memory_bytes
 from minitron.settings.teachers import teacher_architecture
-from minitron.settings.training import DistillSettings
+from minitron.settings.training import DistillSettings, TrainSettings
 from minitron.text.blends import DATA_ROWS, phase_parts
 from minitron.text.samples import batches_of, screening_rows, spread_rows
-from minitron.training.memory import check_fits, training_memory
+from minitron.training.memory import PhaseMemory, check_fits, check_host
 from minitron.training.steps import tracked_steps, train_plan
 from minitron.training.teacher_cache import cached_rows, open_cache
 from minitron.training.time import check_time, training_flops
@@ -43,8 +43,8 @@ def distill_student(context: StageContext) -> dict:
     pruned_folder = context.inputs["prune"].model_folder
     config = read_config(pruned_folder)
     family = family_of(config)
-    phases = _phases(context)
-    _check_memory(context, config, launch)
+    trains = planned_trains(context, config, launch)
+    phases = _phases(context, trains)
     _check_time(context, config, launch)
     recipe = loss_recipe(settings.distill)
     loss, tokens_of = _loss(context, family, recipe, launch)
@@ -97,6 +97,11 @@ def load_for_training(family: Family, folder: Path, *, launch: Launch, device: t
     return Unread(model, lambda name: checkpoint.read(names[family.canonical_name(name)]), device)
 
 
+def stored_bytes(folder: Path) -> int:
+    """Bytes of a number of a checkpoint, the widest it has."""
+    return max(DTYPES[entry.dtype].itemsize for entry in Checkpoint(folder).entries.values())
+
+
 def _name(context: StageContext) -> str:
     return f"{context.inputs['teacher'].facts['name']}, pruned and distilled"
 
@@ -113,20 +118,21 @@ def _loss_name(settings: DistillSettings) -> str:
     return "KL" if recipe == LossRecipe(beta=recipe.beta) and not settings.loss.hidden_weight else "loss"
 
 
-def _check_memory(context: StageContext, config: dict, launch: Launch) -> None:
-    """Print and check the plan of the phase that needs most."""
-    settings, teacher, width = context.settings, teacher_architecture(context.settings), 0
-    if not settings.distill.cached:
-        stored = Checkpoint(context.inputs["teacher"].model_folder).entries.values()
-        width = max(DTYPES[entry.dtype].itemsize for entry in stored)
+def planned_trains(context: StageContext, config: dict, launch: Launch) -> list[TrainSettings]:
+    """The training settings of every phase with its way of checkpointing chosen; prints and checks the plan of the one that needs most. Raises ValueError."""
+    settings, width = context.settings, 0 if context.settings.distill.cached else stored_bytes(context.inputs["teacher"].model_folder)
     lengths = [parts[0].data.sequence_length for parts in phase_parts(settings)]
-    on_gpu = pick_device(settings).type == "cuda"
-    plans = [training_memory(architecture_from_config(config), teacher, train, launch, sequence_length=length, teacher_bytes_per_number=width, on_gpu=on_gpu)
-             for train, length in zip(settings.distill.trains(), lengths, strict=True)]  # fmt: skip
+    needs = [PhaseMemory(architecture_from_config(config), teacher_architecture(settings), launch, length, width, pick_device(settings).type == "cuda")
+             for length in lengths]  # fmt: skip
+    available, place = process_memory_bytes(pick_device(settings))
+    trains = [need.with_checkpointing(train, available) for need, train in zip(needs, settings.distill.trains(), strict=True)]
+    plans = [need.of(train) for need, train in zip(needs, trains, strict=True)]
     largest = max(plans, key=lambda plan: plan.total)
     engine = f"{launch.engine}, {launch.world_size} processes: " if launch.world_size > 1 else ""
     context.console.say(f"{engine:>11}{largest.describe()}")
-    check_fits(largest, *process_memory_bytes(pick_device(settings)))
+    check_fits(largest, available, place, "distill")
+    check_host(max(need.host_bytes(train) for need, train in zip(needs, trains, strict=True)), "distill")
+    return trains
 
 
 def _check_time(context: StageContext, config: dict, launch: Launch) -> None:
@@ -141,12 +147,12 @@ def _check_time(context: StageContext, config: dict, launch: Launch) -> None:
         context.console.say(f"  distill  {told}")
 
 
-def _phases(context: StageContext) -> list[Phase]:
+def _phases(context: StageContext, trains: Sequence[TrainSettings]) -> list[Phase]:
     settings, phases = context.settings, []
     if settings.distill.cached:
-        train = settings.distill.train
+        (train,) = trains
         return [Phase(RowNumbers(cached_rows(context, train.tokens), train.batch, settings.seed + 1), train_plan(train))]
-    for number, (train, parts) in enumerate(zip(settings.distill.trains(), phase_parts(settings), strict=True)):
+    for number, (train, parts) in enumerate(zip(trains, phase_parts(settings), strict=True)):
         rows = [np.load(context.inputs["data" if part.name == DATA_ROWS else "phase_rows"].folder / f"{part.name}.npy", mmap_mode="r") for part in parts]
         seed = settings.seed + 1 + number  # another order than the teacher's own training, where that was here
         if len(parts) == 1:
