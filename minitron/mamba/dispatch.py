@@ -28,7 +28,8 @@ def replacements() -> tuple[tuple[object, str, Callable], ...]:
     """What `install` changes, as (owner, name, new function)."""
     from transformers.models.nemotron_h import modeling_nemotron_h as modeling
 
-    methods = ((modeling.NemotronHMamba2Mixer, mixer.mixer_forward), (modeling.NemotronHRMSNorm, mixer.norm_forward), (modeling.NemotronHMLP, mixer.mlp_forward))
+    mixing, norm, feeding = modeling.NemotronHMamba2Mixer, modeling.NemotronHRMSNorm, modeling.NemotronHMLP
+    methods = ((mixing, mixer.mixer_forward), (norm, mixer.norm_forward), (feeding, mixer.mlp_forward))
     return (
         (modeling, "mamba2_chunk_scan", _function(mixer.chunk_scan, modeling.mamba2_chunk_scan)),
         (modeling, "causal_conv1d_fn", _function(_convolve, modeling.causal_conv1d_fn, prepare=_even_strides)),

@@ -18,9 +18,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distill.batches import count_tokens
 from memory_budget.hf_config import architecture_from_config, read_config
+from memory_budget.parameters import count_total_parameters
+from minitron.checkpoints.files import stored_bytes
+from minitron.checkpoints.forward_memory import check_forward, forward_memory
 from minitron.families.known import family_of
 from minitron.machine.device import pick_device
-from minitron.measures.held_out import by_position, by_source, token_sums
+from minitron.measures.held_out import CHUNK_TOKENS, by_position, by_source, token_sums
 from minitron.measures.kept import kept, measurements_folder
 from minitron.measures.needle import Vocabulary, measure_needle, vocabulary_of
 from minitron.measures.speed import machine_of, make_prompts, measure_speed
@@ -64,6 +67,7 @@ class Models:
 def evaluate_models(context: StageContext) -> dict:
     """Writes <model>.json per model."""
     device = pick_device(context.settings)
+    _check_memory(context, device)
     models = Models({name: context.inputs[stage].model_folder for name, stage in MODELS.items()}, device)
     measures = list(_measures(context, models))
     store = context.folder.parent.parent
@@ -116,6 +120,17 @@ def _measures(context: StageContext, models: Models) -> Iterator[Measure]:
         yield Measure("needle", {**of_rows, **key_settings(wanted.needle)}, make)
     for task in wanted.tasks:
         yield Measure(_task_name(task), task_identity(load_task(task, wanted), wanted), partial(_task, models, tokenizer, task, wanted))
+
+
+def _check_memory(context: StageContext, device: torch.device) -> None:
+    """Raises ValueError where a GPU cannot hold the teacher and the largest of the others, with the longest rows of a measurement."""
+    wanted, folders = context.settings.evaluate, {name: context.inputs[stage].model_folder for name, stage in MODELS.items()}
+    sizes = {name: (architecture_from_config(read_config(folder)), stored_bytes(folder)) for name, folder in folders.items()}
+    largest = max((sizes["pruned"], sizes["student"]), key=lambda size: size[1] * count_total_parameters(size[0]))
+    lengths = [wanted.batch * context.settings.data.sequence_length, *(speed.batch * speed.input_tokens for speed in wanted.speed), *wanted.needle.lengths]
+    plan = forward_memory("evaluate", [sizes["teacher"], largest], tokens=max(lengths), logits_tokens=CHUNK_TOKENS,
+                          advice="Lower evaluate.batch, evaluate.speed's lengths or evaluate.needle.lengths")  # fmt: skip
+    check_forward(plan, device)
 
 
 def _held_out(models: Models, rows_RT: np.ndarray, sources_R: np.ndarray, batch: int, name: str, on_share: Share) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def prune_teacher(context: StageContext) -> dict:
 
 
 def write_cut(context: StageContext, family: Family, plan: PruningPlan, folder: Path, *, card: str) -> tuple[list[PlannedTensor], MadeWeights | None]:
-    """Writes a plan's checkpoint, as prune.method says; config.json comes after the weights. Gives the plain slice's tensors, and what a compensated cut made."""
+    """Writes a plan's checkpoint as prune.method says, config.json after the weights. Gives the plain slice's tensors, and what a compensated cut made."""
     source, config = Checkpoint(context.base_folder), read_config(context.base_folder)
     folder.mkdir(exist_ok=True)
     sliced, made = planned_tensors(family, plan, source), None

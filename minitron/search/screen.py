@@ -22,6 +22,7 @@ from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import format_gib
+from minitron.checkpoints.files import stored_bytes
 from minitron.families.base import Family
 from minitron.families.known import family_of
 from minitron.importance.scores import scores_of
@@ -39,7 +40,7 @@ from minitron.settings.run import PruneMethod
 from minitron.settings.teachers import base_architecture, teacher_architecture
 from minitron.settings.training import TrainSettings
 from minitron.text.samples import longest_prompt
-from minitron.training.distillation import load_for_training, stored_bytes
+from minitron.training.distillation import load_for_training
 from minitron.training.memory import PhaseMemory, check_fits, check_host
 from minitron.training.steps import tracked_steps, train_plan
 from minitron.training.teacher_cache import cached_rows, open_cache

@@ -46,4 +46,6 @@ def run(context: StageContext) -> dict:
     return screen_candidate(context)
 
 
-STAGE = StoredStage(version=2, needs=needs, what=what, check=check, run=run, parallel=True, per_candidate=PerCandidate(wanted=finalists, also=others, on_found=tell_tracker))
+STAGE = StoredStage(
+    version=2, needs=needs, what=what, check=check, run=run, parallel=True, per_candidate=PerCandidate(wanted=finalists, also=others, on_found=tell_tracker)
+)

@@ -20,7 +20,7 @@ from distill.trainer import HeldOut, real_tokens, train_phases
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
-from minitron.checkpoints.files import DTYPES, Checkpoint
+from minitron.checkpoints.files import DTYPES, Checkpoint, stored_bytes
 from minitron.checkpoints.publish import model_card, state_tensors, write_planned
 from minitron.families.base import HIDDEN, Family
 from minitron.families.known import family_of
@@ -95,11 +95,6 @@ def load_for_training(family: Family, folder: Path, *, launch: Launch, device: t
     with torch.device("meta"):
         model = family.build(read_config(folder)).to(dtype or min(dtypes, key=lambda one: one.itemsize)).eval()
     return Unread(model, lambda name: checkpoint.read(names[family.canonical_name(name)]), device)
-
-
-def stored_bytes(folder: Path) -> int:
-    """Bytes of a number of a checkpoint, the widest it has."""
-    return max(DTYPES[entry.dtype].itemsize for entry in Checkpoint(folder).entries.values())
 
 
 def _name(context: StageContext) -> str:
