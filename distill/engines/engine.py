@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from distill.engines.host_memory import keep_in_host_memory
 from distill.engines.launch import Launch
 from distill.optimizers import build_optimizers
 from distill.plan import TrainPlan
@@ -112,9 +113,12 @@ class Engine:
 
     def _keep_activations(self, plan: TrainPlan) -> None:
         """What layers keep for the backward pass: everything, their input, or their input in the host's memory."""
-        self.model.activation_checkpointing_disable()
+        if self.plan.gradient_checkpointing:  # of the phase before
+            self.model.activation_checkpointing_disable()
         if plan.gradient_checkpointing:
-            self.model.activation_checkpointing_enable(every_n_layers=plan.checkpoint_every, offload=plan.gradient_checkpointing == "host")
+            self.model.activation_checkpointing_enable(every_n_layers=plan.checkpoint_every)
+        if plan.gradient_checkpointing == "host":
+            keep_in_host_memory(self.model)
 
     def start_phase(self, plan: TrainPlan) -> None:
         """Another plan with a fresh optimiser."""
