@@ -26,10 +26,10 @@ from minitron.families.base import HIDDEN, Family
 from minitron.families.known import family_of
 from minitron.machine.device import pick_device, process_memory_bytes
 from minitron.settings.teachers import teacher_architecture
-from minitron.settings.training import DistillSettings, TrainSettings
-from minitron.text.blends import DATA_ROWS, phase_parts
+from minitron.settings.training import DistillSettings, Rows, TrainSettings
+from minitron.text.blends import DATA_ROWS, Part, phase_parts
 from minitron.text.samples import batches_of, screening_rows, spread_rows
-from minitron.training.memory import PhaseMemory, check_fits, check_host
+from minitron.training.memory import PhaseMemory, check_fits, check_host, has_flash_attention
 from minitron.training.steps import tracked_steps, train_plan
 from minitron.training.teacher_cache import cached_rows, open_cache
 from minitron.training.time import check_time, training_flops
@@ -48,7 +48,7 @@ def distill_student(context: StageContext) -> dict:
     _check_time(context, config, launch)
     recipe = loss_recipe(settings.distill)
     loss, tokens_of = _loss(context, family, recipe, launch)
-    student = load_for_training(family, pruned_folder, launch=launch, device=pick_device(settings), dtype=torch.float32)
+    student = load_for_training(family, pruned_folder, launch=launch, device=pick_device(settings), dtype=torch.float32, attention=_attention(context))
     tokens = sum(phase.num_steps * phase.batches.tokens_per_step for phase in phases)
     with tracked_steps(context, "distilling", tokens, loss_name=_loss_name(context.settings.distill)) as on_step:
         last = train_phases(student, phases, loss, folder=context.folder, on_step=on_step, launch=launch, tokens_of=tokens_of,
@@ -69,7 +69,7 @@ def _loss(context: StageContext, family: Family, recipe: LossRecipe, launch: Lau
         rows = cached_rows(context, context.settings.distill.train.tokens)
         return cached_loss(open_cache(context.inputs["distill_cache"], rows), rows, recipe), lambda numbers_B: count_tokens(rows[numbers_B.cpu()])
     folder = context.inputs["teacher"].model_folder
-    teacher = load_for_training(family, folder, launch=launch, device=pick_device(context.settings))
+    teacher = load_for_training(family, folder, launch=launch, device=pick_device(context.settings), attention=_attention(context))
     return distillation_loss(teacher, recipe, launch=launch, hidden=_hidden_term(context)), real_tokens
 
 
@@ -85,15 +85,21 @@ def _hidden_term(context: StageContext) -> HiddenTerm | None:
     return HiddenTerm(weight, torch.tensor(plan["units"].get(HIDDEN, {}).get("-1", range(hidden))))
 
 
-def load_for_training(family: Family, folder: Path, *, launch: Launch, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module | Unread:
-    """A checkpoint's model for an engine; where that is FSDP2, not read yet. dtype None keeps the stored one."""
+def load_for_training(family: Family, folder: Path, *, launch: Launch, device: torch.device, dtype: torch.dtype | None = None,
+                      attention: str | None = None) -> nn.Module | Unread:  # fmt: skip
+    """A checkpoint's model for an engine; where that is FSDP2, not read yet. dtype None keeps the stored one, attention None transformers' choice."""
     if launch.engine != "fsdp2":
-        return family.load(folder, dtype=dtype, device=str(device))
+        model = family.load(folder, dtype=dtype, device=str(device))
+        if attention:
+            model.set_attn_implementation(attention)
+        return model
     checkpoint = Checkpoint(folder)
     names = {family.canonical_name(name): name for name in checkpoint.entries}
     dtypes = {DTYPES[entry.dtype] for entry in checkpoint.entries.values()}
     with torch.device("meta"):
         model = family.build(read_config(folder)).to(dtype or min(dtypes, key=lambda one: one.itemsize)).eval()
+    if attention:
+        model.set_attn_implementation(attention)
     return Unread(model, lambda name: checkpoint.read(names[family.canonical_name(name)]), device)
 
 
@@ -117,8 +123,9 @@ def planned_trains(context: StageContext, config: dict, launch: Launch) -> list[
     """The training settings of every phase with its way of checkpointing chosen; prints and checks the plan of the one that needs most. Raises ValueError."""
     settings, width = context.settings, 0 if context.settings.distill.cached else stored_bytes(context.inputs["teacher"].model_folder)
     lengths = [parts[0].data.sequence_length for parts in phase_parts(settings)]
-    needs = [PhaseMemory(architecture_from_config(config), teacher_architecture(settings), launch, length, width, pick_device(settings).type == "cuda")
-             for length in lengths]  # fmt: skip
+    on_gpu = pick_device(settings).type == "cuda"
+    needs = [PhaseMemory(architecture_from_config(config), teacher_architecture(settings), launch, length, width, on_gpu, _is_packed(parts))
+             for length, parts in zip(lengths, phase_parts(settings), strict=True)]  # fmt: skip
     available, place = process_memory_bytes(pick_device(settings))
     trains = [need.with_checkpointing(train, available) for need, train in zip(needs, settings.distill.trains(), strict=True)]
     plans = [need.of(train) for need, train in zip(needs, trains, strict=True)]
@@ -128,6 +135,18 @@ def planned_trains(context: StageContext, config: dict, launch: Launch) -> list[
     check_fits(largest, available, place, "distill")
     check_host(max(need.host_bytes(train) for need, train in zip(needs, trains, strict=True)), "distill")
     return trains
+
+
+def _is_packed(parts: Sequence[Part]) -> bool:
+    return any(part.data.rows is Rows.packed for part in parts)
+
+
+def _attention(context: StageContext) -> str | None:
+    """The attention that packed rows want on a GPU: one that goes by documents, where there is one; None leaves the model's own."""
+    settings = context.settings
+    packed = any(map(_is_packed, phase_parts(settings)))
+    flash = packed and pick_device(settings).type == "cuda" and has_flash_attention(settings.distill.train.precision)
+    return "flash_attention_2" if flash else None
 
 
 def _check_time(context: StageContext, config: dict, launch: Launch) -> None:

@@ -4,6 +4,7 @@ Weights, gradients, optimiser and teacher are exact counts of numbers. Activatio
 modules' backward passes keep and those of the chunked loss, named below. Not counted: the allocator's own share, and buffers of communication.
 """
 
+import importlib.util
 import os
 from dataclasses import dataclass, fields, replace
 
@@ -22,7 +23,7 @@ FLOAT32, BF16 = 4, 2
 @dataclass(frozen=True, slots=True)
 class TrainingMemory:
     """Bytes in each process. `gathered` is what a sharded engine holds whole for a while: what is outside the layers, and the
-    largest layer twice, since the next one is fetched while one runs.
+    largest layer twice, since the next one is fetched while one runs. `mask` is attention's own, of packed rows on a GPU without flash attention.
     """
 
     weights: int
@@ -32,6 +33,7 @@ class TrainingMemory:
     gathered: int
     activations: int
     loss: int
+    mask: int = 0
 
     @property
     def total(self) -> int:
@@ -44,8 +46,8 @@ class TrainingMemory:
 
 
 def training_memory(student: Architecture, teacher: Architecture, train: TrainSettings, launch: Launch, *, sequence_length: int,
-                    teacher_bytes_per_number: int, on_gpu: bool) -> TrainingMemory:  # fmt: skip
-    """The plan of one phase under a launch.
+                    teacher_bytes_per_number: int, on_gpu: bool, masked: bool = False) -> TrainingMemory:  # fmt: skip
+    """The plan of one phase under a launch; `masked` where attention goes by a mask of [T, T] a row, as bool and as what is added to the scores.
 
     DeepSpeed keeps, beside the weights that compute, a float32 copy of its slice of them (ZeRO, arXiv 1910.02054, §5).
     """
@@ -64,6 +66,7 @@ def training_memory(student: Architecture, teacher: Architecture, train: TrainSe
         gathered=computing * _gathered(student) + teacher_bytes_per_number * _gathered(teacher) if launch.is_sharded else 0,
         activations=rows * sequence_length * activation_bytes_per_token(student, train, on_gpu=on_gpu),
         loss=loss_bytes(student, teacher, rows * sequence_length, on_gpu=on_gpu),
+        mask=rows * sequence_length**2 * (1 + (BF16 if train.precision is Precision.bf16 else FLOAT32)) if masked else 0,
     )
 
 
@@ -110,11 +113,13 @@ class PhaseMemory:
     sequence_length: int
     teacher_bytes_per_number: int
     on_gpu: bool
+    packed: bool = False
 
     def of(self, train: TrainSettings) -> TrainingMemory:
         """The plan of one process."""
         return training_memory(self.student, self.teacher, train, self.launch, sequence_length=self.sequence_length,
-                               teacher_bytes_per_number=self.teacher_bytes_per_number, on_gpu=self.on_gpu)  # fmt: skip
+                               teacher_bytes_per_number=self.teacher_bytes_per_number, on_gpu=self.on_gpu,
+                               masked=self.packed and self.on_gpu and not has_flash_attention(train.precision))  # fmt: skip
 
     def with_checkpointing(self, train: TrainSettings, available_bytes: int) -> TrainSettings:
         """`gradient_checkpointing: auto` as what computes least again and still fits, else what takes least memory; anything else as it is."""
@@ -154,6 +159,11 @@ def _layer_activations(model: Architecture, letter: str, *, by_blocks: bool) -> 
     else:  # up's output, and unless it goes by blocks its relu and the square
         mixer = model.ffn if by_blocks else 3 * model.ffn
     return 2 * model.hidden + mixer
+
+
+def has_flash_attention(precision: Precision) -> bool:
+    """Whether attention can go by documents without a mask: by the package flash-attn, which computes in bf16."""
+    return precision is Precision.bf16 and importlib.util.find_spec("flash_attn") is not None
 
 
 def check_host(needed_bytes: int, stage: str) -> None:
