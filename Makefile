@@ -29,9 +29,10 @@ demo: $(VENV)/installed
 house:
 	$(PYTHON) docs/house.py
 
-# Waiting threads sleep instead of spinning: on a busy machine that is the difference between minutes and hours.
+# Waiting threads sleep instead of spinning: on a busy machine that is the difference between minutes and hours. Two workers, as most tests need one
+# core; a file's tests stay together, for what they share.
 test: $(VENV)/installed-test
-	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Minutes: what only long runs show.
 test-slow: $(VENV)/installed-test

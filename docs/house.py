@@ -97,11 +97,12 @@ def picture(graph: Graph) -> str:
     """The rooms in Mermaid, an arrow from who imports to what is imported; and a table with every arrow and what belongs in each room."""
     heights = floors(graph)
     order = sorted(graph, key=lambda room: (-heights[room], room))
-    arrows = [f"    {room} --> {' & '.join(sorted(targets))}" for room, targets in sorted(longest_ways(graph).items(), key=lambda item: order.index(item[0])) if targets]
-    drawn = "\n".join(["```mermaid", "flowchart TD", *arrows, "```"])
+    drawn = longest_ways(graph)
+    arrows = [f"    {room} --> {' & '.join(sorted(drawn[room]))}" for room in order if drawn[room]]
+    chart = "\n".join(["```mermaid", "flowchart TD", *arrows, "```"])
     rows = [f"| {_title(room)} | {_purpose(room)} | {', '.join(sorted(graph[room], key=order.index)) or '–'} |" for room in order]
     table = "\n".join(["| room | what belongs in it | imports |", "|---|---|---|", *rows])
-    return f"{drawn}\n\nNot drawn: an arrow that a longer way already says. The table, from the top floor down, has them all.\n\n{table}\n"
+    return f"{chart}\n\nNot drawn: an arrow that a longer way already says. The table, from the top floor down, has them all.\n\n{table}\n"
 
 
 def _folder(room: str) -> Path:
@@ -133,7 +134,8 @@ def main() -> int:
             print(f"error: a circle of {what}: {' → '.join(found)}", file=sys.stderr)
             return 2
     PAGE.write_text(page_with(PAGE.read_text(encoding="utf-8"), picture(rooms(graph))), encoding="utf-8")
-    print(f"{len(rooms(graph))} rooms on {max(floors(rooms(graph)).values())} floors, {sum(map(len, rooms(graph).values()))} arrows: {PAGE.relative_to(REPOSITORY)}")
+    found = rooms(graph)
+    print(f"{len(found)} rooms on {max(floors(found).values())} floors, {sum(map(len, found.values()))} arrows: {PAGE.relative_to(REPOSITORY)}")
     return 0
 
 

@@ -1,13 +1,17 @@
-"""The door as users have it: real processes, the smallest settings that walk every stage, and one finished walk."""
+"""The door as users have it: processes, real or forked, the smallest settings that walk every stage, and one finished walk."""
 
+import fcntl
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -16,6 +20,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+forks = _load(Path(__file__).with_name("forks.py"))  # tests/ is no package
 
 # The teacher needs 343,488 bytes at this workload, the budget is 246,960: with two attention layers all the smallest of hidden
 # 24 and none of 32 fit, whichever layers go, so the cut always hurts. The learning rate is high: a tiny teacher must learn something in 78 steps.
@@ -36,44 +50,24 @@ SMALL = (
     "evaluate.needle={lengths: [64], depths: 2, samples: 2, alternatives: 4}",
 )  # fmt: skip
 
-# Imports once, then runs every command it is sent in a process of its own (a fork), as `python -m minitron.run` would.
-_SERVER = """
-import json, os, sys, traceback
-sys.argv = ["run.py"]
-import minitron.run
-from minitron.walk import pipeline
-from minitron.text import tokenise as data
-from minitron.training import distillation as distill, tiny_teacher as teacher
-from minitron.stages import distill_cache
-from minitron.measures import evaluation as evaluate
-from minitron.hand_over import export, merge
-from minitron.generation import answer as generate
-from minitron.pruning import disk_to_disk as prune
-from minitron.report import files as report
-from minitron.importance import scoring as score
-from minitron.search import screen, choice as search, shortlist
-from minitron.training import teacher_cache
-from minitron.search import zero_shot
-from transformers.models.nemotron_h import modeling_nemotron_h
-for line in sys.stdin:
-    command = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for name, number in (("stdout", 1), ("stderr", 2)):
-            os.dup2(os.open(command[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        os.chdir(command["folder"])
-        sys.argv[1:] = command["arguments"]
-        try:
-            code = minitron.run.main()
-        except SystemExit as exit:
-            code = exit.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+# What accelerate's launcher tells the processes of the configs in conf/accelerate, as distill/test_engines.py checks.
+ENGINES = {
+    "ddp": {"ACCELERATE_MIXED_PRECISION": "no"},
+    "fsdp2": {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "zero2": {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+
+
+# The files whose tests take longest begin first, so that both workers end together; the first needs the walk, the second not while it is made.
+LONGEST = ("test_walk", "test_engines", "test_distill_stage", "test_sweep", "test_bad_input", "test_compensated_cut", "test_ladder", "test_states",
+           "test_evaluate_stage", "test_budget_curve", "test_merge", "test_export", "test_score_stage", "test_compensate", "test_serving",
+           "test_documents")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,23 +121,14 @@ def small_settings() -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
-def start(environment) -> Callable[..., subprocess.Popen]:
-    """Starts `python -m minitron.run …` in a folder, and returns at once."""
-
-    def started(folder: Path, *arguments: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-m", "minitron.run", *arguments], cwd=folder, env=environment, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-
-    return started
-
-
-@pytest.fixture(scope="session")
-def run_process(start) -> Callable[..., Finished]:
-    """Runs `python -m minitron.run …` in a folder to its end."""
+def run_process(environment) -> Callable[..., Finished]:
+    """Runs `python -m minitron.run …` in a folder to its end, as a process of its own: seconds of imports, and everything as users have it."""
 
     def run(folder: Path, *arguments: str) -> Finished:
         before = time.monotonic()
-        process = start(folder, *arguments)
+        with forks.foreground_signals():
+            process = subprocess.Popen([sys.executable, "-m", "minitron.run", *arguments], cwd=folder, env=environment, text=True,
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
         stdout, stderr = process.communicate(timeout=900)
         return Finished(process.returncode, stdout, stderr, time.monotonic() - before)
 
@@ -151,30 +136,98 @@ def run_process(start) -> Callable[..., Finished]:
 
 
 @pytest.fixture(scope="session")
-def door(environment, tmp_path_factory) -> Iterator[Callable[..., Finished]]:
-    """The same as run_process without the seconds of imports: each command is a fork of a process that has imported."""
-    server = subprocess.Popen([sys.executable, "-c", _SERVER], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    output = tmp_path_factory.mktemp("door")
-
-    def run(folder: Path, *arguments: str) -> Finished:
-        before = time.monotonic()
-        files = {name: str(output / name) for name in ("stdout", "stderr")}
-        server.stdin.write(json.dumps({"folder": str(folder), "arguments": arguments, **files}) + "\n")
-        server.stdin.flush()
-        code = int(server.stdout.readline())
-        return Finished(code, *(Path(files[name]).read_text() for name in ("stdout", "stderr")), time.monotonic() - before)
-
-    yield run
-    server.stdin.close()
-    server.wait(timeout=30)
+def fork_server(environment) -> Iterator:
+    """One for all tests of a worker; forks.py says what a fork is good for."""
+    server = forks.ForkServer(environment)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")
-def walk(run_process, tmp_path_factory) -> Walk:
+def start(fork_server) -> Callable:
+    """Starts `python -m minitron.run …` in a folder, and returns at once."""
+
+    def started(folder: Path, *arguments: str, environment: dict[str, str] | None = None):
+        return fork_server.start("door", arguments, folder=folder, environment=environment)
+
+    return started
+
+
+@pytest.fixture(scope="session")
+def door(start) -> Callable[..., Finished]:
+    """Runs `python -m minitron.run …` in a folder to its end without the seconds of imports."""
+
+    def run(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> Finished:
+        before = time.monotonic()
+        process = start(folder, *arguments, environment=environment)
+        stdout, stderr = process.communicate(timeout=900)
+        return Finished(process.returncode, stdout, stderr, time.monotonic() - before)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def door_of_two(fork_server) -> Callable[..., Finished]:
+    """The same in two processes, told what accelerate's launcher would tell those of an engine."""
+
+    def run(engine: str, folder: Path, *arguments: str) -> Finished:
+        before = time.monotonic()
+        process = fork_server.start("door", arguments, folder=folder, environment=ENGINES[engine], ranks=2)
+        stdout, stderr = process.communicate(timeout=900)
+        return Finished(process.returncode, stdout, stderr, time.monotonic() - before)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def engine_environments() -> dict[str, dict[str, str]]:
+    return ENGINES
+
+
+@pytest.fixture(scope="session")
+def snippet(fork_server) -> Callable[..., Finished]:
+    """Runs `python -c …` to its end without the seconds of imports."""
+
+    def run(folder: Path, *arguments: str) -> Finished:
+        before = time.monotonic()
+        process = fork_server.start("snippet", arguments, folder=folder)
+        stdout, stderr = process.communicate(timeout=900)
+        return Finished(process.returncode, stdout, stderr, time.monotonic() - before)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def own_copy_of(tmp_path_factory) -> Callable[[str, Callable[[Path], Finished]], tuple[Path, Finished]]:
+    """Makes a folder once for all workers of pytest-xdist; every worker gets a copy, whose files say the copy's place where they said the first."""
+
+    def copy(name: str, make: Callable[[Path], Finished]) -> tuple[Path, Finished]:
+        base = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            folder = tmp_path_factory.mktemp(name)
+            return folder, make(folder)
+        first, own = base.parent / f"first-{name}", tmp_path_factory.mktemp(name)
+        with open(base.parent / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (first / "finished.json").exists():
+                shutil.rmtree(first, ignore_errors=True)
+                first.mkdir()
+                (first / "finished.json").write_text(json.dumps(asdict(make(first))))
+        finished = Finished(**json.loads((first / "finished.json").read_text()))
+        shutil.copytree(first, own, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns("finished.json"))
+        for path in own.rglob("*"):
+            if path.suffix in (".json", ".jsonl", ".md", ".html", ".yaml") and not path.is_symlink() and str(first) in (text := path.read_text()):
+                path.write_text(text.replace(str(first), str(own)))
+        return own, finished
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def walk(run_process, own_copy_of) -> Walk:
     """One walk from nothing to the report by the real command."""
-    folder = tmp_path_factory.mktemp("walk")
-    settings = (f"runs_folder={folder / 'runs'}", *SMALL)
-    return Walk(folder / "runs", settings, run_process(folder, *settings))
+    folder, finished = own_copy_of("walk", lambda folder: run_process(folder, f"runs_folder={folder / 'runs'}", *SMALL))
+    return Walk(folder / "runs", (f"runs_folder={folder / 'runs'}", *SMALL), finished)
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @cache
 def load_deepspeed() -> ModuleType:
-    """DeepSpeed, started and without its chatter. On CPU its first start on a machine compiles for a minute.
+    """DeepSpeed, started and without its chatter.
 
     Raises ValueError where it is not installed.
     """
@@ -38,6 +38,7 @@ def load_deepspeed() -> ModuleType:
         import deepspeed
     except ImportError as error:
         raise ValueError(f"accelerate's distributed_type is DEEPSPEED, but deepspeed cannot be imported ({error}); pip install deepspeed") from None
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # for inference on CPUs alone; each environment would compile it for a minute
     with redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(verbose=False)
     return deepspeed

@@ -16,6 +16,8 @@ def what(settings: Settings) -> Any:
 
 
 def check(settings: Settings) -> None:
+    if settings.base.path is None and settings.depth_lap.enabled:
+        return  # the second lap's is the first one's student
     if settings.base.path is None:
         raise ValueError("base.path is null; stage=base needs the folder of a checkpoint there")
     base_architecture(settings)

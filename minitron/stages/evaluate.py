@@ -19,7 +19,7 @@ def what(settings: Settings) -> Any:
 
 def check(settings: Settings) -> None:
     settings.evaluate.check_positions(max_positions(settings))
-    if processes.rank() == 0:
+    if settings.evaluate.tasks and processes.rank() == 0:
         make_runs_folder(settings.runs_folder)  # where tasks that were found good are remembered
         check_tasks(settings.evaluate, Path(settings.runs_folder) / "store")
 

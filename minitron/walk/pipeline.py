@@ -45,10 +45,11 @@ def run_pipeline(settings: Settings, console: Console) -> None:
 
 
 def check_before_work(settings: Settings) -> None:
-    """Everything that the stages to run refuse from settings and config.json alone. Raises ValueError."""
+    """Everything that the stages to run refuse from settings and config.json alone, the one that was asked for first. Raises ValueError."""
     asked = stages().get(settings.stage.value)
-    for name in [settings.stage.value] if isinstance(asked, UsingStage) else order_of(settings):
-        stages()[name].check(settings)
+    needed = [] if isinstance(asked, UsingStage) else order_of(settings)
+    for stage in [asked] * (asked is not None) + [stages()[name] for name in needed if stages()[name] is not asked]:
+        stage.check(settings)
 
 
 def run_stages(settings: Settings, console: Console, given: Mapping[str, Result] = MappingProxyType({})) -> Lap:

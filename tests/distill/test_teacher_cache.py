@@ -3,8 +3,6 @@
 import json
 import resource
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,11 +124,11 @@ here.write(Path({folder!r}), here.build_model(1), np.load({rows!r}), block_rows=
 """
 
 
-def test_a_write_that_was_killed_goes_on_where_it_stopped(teacher, rows, tmp_path, environment):
+def test_a_write_that_was_killed_goes_on_where_it_stopped(teacher, rows, tmp_path, snippet):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     np.save(tmp_path / "rows.npy", rows)
     code = KILLED.format(tests=str(Path(__file__).parent), folder=str(killed), rows=str(tmp_path / "rows.npy"))
-    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -9
+    assert snippet(tmp_path, code).returncode == -signal.SIGKILL
     with pytest.raises(ValueError, match="holds no whole cache; its writing was cut off"):
         TeacherCache(killed)
     assert write(killed, teacher, rows, block_rows=3) == [4, 5, 6, 7, 8, 9]

@@ -25,10 +25,10 @@ MINIATURE = (
 
 
 @pytest.fixture(scope="module")
-def reasoned(run_process, tmp_path_factory):
+def reasoned(door, tmp_path_factory):
     """A finished walk of the experiment in miniature: its folder."""
     folder = tmp_path_factory.mktemp("reasoned")
-    finished = run_process(folder, *MINIATURE)
+    finished = door(folder, *MINIATURE)
     assert finished.returncode == 0, finished.stderr
     return folder / "runs"
 
@@ -61,8 +61,8 @@ def test_summary_and_page_have_the_three_curves(reasoned):
     (("stage=reasoning", "data.arithmetic.problems=0"), "reasoning.problems is 16, but of data.arithmetic.problems 0 only 0 are held out"),
     (("distill.cached=true",), "distill.cached is true, but a student is to learn from whole traces too"),
 ])  # fmt: skip
-def test_what_cannot_be_measured_is_refused_before_any_work(settings, message, run_process, tmp_path):
-    finished = run_process(tmp_path, *MINIATURE, *settings)
+def test_what_cannot_be_measured_is_refused_before_any_work(settings, message, door, tmp_path):
+    finished = door(tmp_path, *MINIATURE, *settings)
     assert finished.returncode == 2 and finished.stderr.startswith(f"error: {message}") and not (tmp_path / "runs").exists()
 
 

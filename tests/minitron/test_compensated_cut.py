@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
 from minitron.checkpoints.files import Checkpoint
@@ -47,12 +48,16 @@ def stage(runs) -> Path:
 
 
 def test_the_student_has_the_slices_tensors_and_other_values(walk, stage):
-    one, other = (load_file(folder / "checkpoint" / "model.safetensors") for folder in (stage, walk.stage_folder("prune")))
+    """The slice of the same plan: screened as they will be cut, candidates compare otherwise, and another may be chosen than in the walk."""
+    teacher, told = Checkpoint(walk.checkpoint("teacher")), json.loads((stage / "plan.json").read_text())
+    units = {axis: {int(layer): tuple(kept) for layer, kept in layers.items()} for axis, layers in told["units"].items()}
+    plan = PruningPlan(Architecture(**told["teacher"]), Architecture(**told["student"]), tuple(told["kept_layers"]), units)
+    one, sliced = load_file(stage / "checkpoint" / "model.safetensors"), {tensor.name: tensor for tensor in planned_tensors(FAMILY, plan, teacher)}
+    other = {name: torch.cat(list(tensor.pieces())) for name, tensor in sliced.items()}
     assert set(one) == set(other)
     assert all(one[name].shape == other[name].shape and one[name].dtype == other[name].dtype for name in one)
     assert sum(torch.equal(one[name], other[name]) for name in one) < len(one) / 2
-    configs = [json.loads((folder / "checkpoint" / "config.json").read_text()) for folder in (stage, walk.stage_folder("prune"))]
-    assert configs[0] == configs[1]
+    assert read_config(stage / "checkpoint") == FAMILY.hf_config(read_config(teacher.folder), plan.student)
 
 
 def test_it_loads_in_transformers_and_only_the_checkpoint_stays(stage):

@@ -86,7 +86,7 @@ def test_every_line_of_the_metrics_tells_what_a_watcher_needs(alone):
 PACKED = "distill.phases=[{tokens: 1200, rows: packed, sequence_length: 96, batch: 4}, {tokens: 700, rows: packed, blend: [{files: [notes.jsonl]}]}]"
 
 
-def test_two_processes_learn_from_packed_rows_as_one_does(prepared, accelerated, door, tmp_path):
+def test_two_processes_learn_from_packed_rows_as_one_does(prepared, door_of_two, door, tmp_path):
     notes = "".join(json.dumps({"text": f"Note {number}: " + "the wind turns and the rain stays. " * (number % 5)}) + "\n" for number in range(300))
     (tmp_path / "notes.jsonl").write_text(notes)
     packed = PACKED.replace("notes.jsonl", str(tmp_path / "notes.jsonl"))
@@ -95,7 +95,8 @@ def test_two_processes_learn_from_packed_rows_as_one_does(prepared, accelerated,
     assert finished.returncode == 0, finished.stderr
     rows = [np.load(path) for path in (own / "runs" / "store" / "phase_rows").glob("*/*.npy")]
     assert sorted(some.shape[1] for some in rows) == [64, 96] and any((some < -1).sum() > 4 for some in rows)
-    folder, finished = accelerated("fsdp2", packed, "distill.train.micro_batch=1")
+    folder, arguments = prepared()
+    finished = door_of_two("fsdp2", folder, *arguments, packed, "distill.train.micro_batch=1")
     assert finished.returncode == 0, finished.stderr
     assert losses_of(folder) == pytest.approx(losses_of(own), rel=1e-5) and len(losses_of(own)) >= 4
 
@@ -114,7 +115,8 @@ def test_a_hidden_state_term_is_trained_beside_the_kl(prepared, door):
 def whole_cache(prepared, door) -> tuple[Path, tuple[str, ...], list[float]]:
     """A cache of the whole vocabulary on all train rows, and then no teacher's weights; the losses are those beside the teacher, before."""
     folder, arguments = prepared()
-    arguments = (*arguments, "distill.train.tokens=60000", "screen.top_k=512")
+    # Slowly: where the KL is down to a hundredth of a nat, it is rounding that is compared.
+    arguments = (*arguments, "distill.train.tokens=60000", "distill.train.learning_rate=0.001", "screen.top_k=512")
     for stage in ("distill", "distill_cache"):
         finished = door(folder, *arguments, f"stage={stage}")
         assert finished.returncode == 0, finished.stderr
@@ -140,15 +142,12 @@ def test_a_student_learns_from_the_cache_of_a_teacher_that_is_gone(whole_cache, 
     check_same_path(losses_of(folder), losses)
 
 
-def test_two_processes_learn_from_the_cache_as_one_does(whole_cache, environment, repository):
+def test_two_processes_learn_from_the_cache_as_one_does(whole_cache, door_of_two):
     folder, arguments, losses = whole_cache
-    config = repository / "conf" / "accelerate" / "fsdp2_cpu.yaml"
-    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(config), "--main_process_port", "0", "-m", "minitron.run"]
     runs = tuple(setting for setting in arguments if not setting.startswith("runs_folder"))
     second = folder / "second"
     shutil.copytree(folder / "runs", second, ignore=shutil.ignore_patterns("distill"))
-    command += [f"runs_folder={second}", *runs, "distill.cached=true"]
-    finished = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=240)
+    finished = door_of_two("fsdp2", folder, f"runs_folder={second}", *runs, "distill.cached=true")
     assert finished.returncode == 0, finished.stderr
     (metrics,) = (second / "store" / "distill").glob("*/metrics.jsonl")
     check_same_path([json.loads(line)["loss"] for line in metrics.read_text().splitlines()], losses)

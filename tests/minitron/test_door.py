@@ -17,9 +17,11 @@ from memory_budget.workload import Workload
 from minitron.settings.teachers import CONF_FOLDER
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("--cfg", "job"), ("--cfg", "job", "experiment=nano2", "stage=prune")])
-def test_help_and_config_are_shown_without_work(arguments, run_process, tmp_path):
-    finished = run_process(tmp_path, *arguments)
+@pytest.mark.parametrize(
+    ("arguments", "forked"), [(("--help",), False), (("--cfg", "job"), True), (("--cfg", "job", "experiment=nano2", "stage=prune"), True)]
+)
+def test_help_and_config_are_shown_without_work(arguments, forked, run_process, door, tmp_path):
+    finished = (door if forked else run_process)(tmp_path, *arguments)
     assert (finished.returncode, finished.stderr) == (0, "")
     assert "shortlist_size" in finished.stdout and list(tmp_path.iterdir()) == []
 

@@ -209,7 +209,7 @@ def merged_walk(walk, door, tmp_path_factory):
     """The pruned and the distilled checkpoint of the finished walk, merged by their stages' names."""
     before = (walk.runs / "tiny" / "summary.json").read_bytes()
     finished = door(tmp_path_factory.mktemp("merged"), *walk.settings, "stage=merge", "merge.checkpoints=[prune,distill]", "merge.weights=[0.25,0.75]")
-    return before, finished, next(walk.runs.glob("store/merge/*"))
+    return before, finished, next(walk.runs.glob("store/merge/*/done.json")).parent
 
 
 def test_finished_stages_are_merged_by_their_names(walk, merged_walk):
@@ -235,7 +235,7 @@ def swept(walk, door, tmp_path_factory):
     wanted = ("merge.checkpoints=[prune,distill]", "merge.sweep=[[1,0],[0.5,0.5],[0,1],[-0.5,1.5],[0.25,0.75]]", "merge.samples=8")
     finished = door(tmp_path_factory.mktemp("swept"), *walk.settings, "stage=merge", *wanted)
     assert finished.returncode == 0, finished.stderr
-    folder = max(walk.runs.glob("store/merge/*"), key=lambda path: path.stat().st_mtime_ns)
+    folder = max(walk.runs.glob("store/merge/*/done.json"), key=lambda path: path.stat().st_mtime_ns).parent
     return wanted, finished, folder, json.loads((folder / "done.json").read_text())["facts"]
 
 

@@ -281,6 +281,6 @@ def test_tags_that_servers_hide_are_refused_unless_the_server_is_told_to_show_th
 
 def test_the_client_needs_no_torch(environment):
     code = ("import sys; sys.modules['torch'] = None; import minitron.serving.__main__; from transformers import AutoTokenizer; "
-            "print(minitron.serving.ThinkingBudgetClient.__name__)")  # fmt: skip
+            "print(minitron.serving.client.ThinkingBudgetClient.__name__)")  # fmt: skip
     finished = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True)
     assert finished.stdout.strip() == "ThinkingBudgetClient", finished.stderr

@@ -100,8 +100,8 @@ def multirun(shortlisted, run_process):
 
 
 @pytest.fixture(scope="module")
-def search_after(multirun, run_process):
-    return run_process(multirun[0].folder, *multirun[0].settings, "stage=search", "search.finalists=1", "tracking=offline")
+def search_after(multirun, door):
+    return door(multirun[0].folder, *multirun[0].settings, "stage=search", "search.finalists=1", "tracking=offline")
 
 
 def test_parallel_processes_screen_one_candidate_each(multirun):
@@ -176,15 +176,17 @@ def sweep_command(candidate: str) -> tuple[list[str], dict]:
 
 
 @pytest.fixture(scope="module")
-def sweep_trial(environment):
-    """Runs the sweep's command for a candidate as the agent would, offline."""
+def sweep_trial(environment, door):
+    """Runs the sweep's command for a candidate as the agent would, offline; or what that command runs, in a fork."""
 
-    def run(done: Shortlisted, candidate: str, run_id: str) -> subprocess.CompletedProcess:
+    def run(done: Shortlisted, candidate: str, run_id: str, *, forked: bool) -> subprocess.CompletedProcess:
         command, point = sweep_command(candidate)
         parameters = done.folder / "wandb" / "sweep-s1" / f"config-{run_id}.yaml"
         save_config_file_from_dict(str(parameters), point)
         own = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}", "WANDB_MODE": "offline", "WANDB_SWEEP_ID": "s1",
                "WANDB_RUN_ID": run_id, "WANDB_SWEEP_PARAM_PATH": str(parameters)}  # fmt: skip
+        if forked:
+            return door(done.folder, *command[command.index("minitron.run") + 1 :], *done.settings, environment=own)
         return subprocess.run([*command, *done.settings], cwd=done.folder, env=environment | own, text=True, capture_output=True, timeout=240)
 
     return run
@@ -195,7 +197,7 @@ def trials(shortlisted, sweep_trial):
     """The last candidate tried twice, as two sweeps over one shortlist would, and wandb's runs."""
     done = shortlisted("sweep")
     for run_id in ("first", "again"):
-        finished = sweep_trial(done, done.ids[-1], run_id)
+        finished = sweep_trial(done, done.ids[-1], run_id, forked=run_id == "again")
         assert finished.returncode == 0, finished.stderr
     return done, offline_runs(done.folder / "runs")
 
@@ -250,11 +252,11 @@ def test_the_depths_screened_on_the_way_are_no_trials(entry, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []  # where stage=screen has left a run, above
 
 
-def test_online_without_an_account_is_one_line_and_exit_code_2(trials, environment, tmp_path):
+def test_online_without_an_account_is_one_line_and_exit_code_2(trials, door, tmp_path):
     done, _ = trials
-    command = [sys.executable, "-m", "minitron.run", *done.settings, "stage=screen", f"candidate={done.ids[-1]}", "tracking=online"]
+    arguments = (*done.settings, "stage=screen", f"candidate={done.ids[-1]}", "tracking=online")
     own = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_SWEEP_ID": "s1"}  # a sweep is told even of what is done
-    finished = subprocess.run(command, cwd=done.folder, env=environment | own, text=True, capture_output=True, timeout=120)
+    finished = door(done.folder, *arguments, environment=own)
     assert finished.returncode == 2, finished.stderr
     (line,) = finished.stderr.splitlines()
     assert line.startswith("error: tracking is online") and "tracking=offline needs no account" in line

@@ -1,7 +1,5 @@
 """The memory plan against what is really held."""
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -81,7 +79,7 @@ def test_activations_are_estimated_within_a_third(pattern, own_scan, tiny, build
 
 
 @pytest.mark.parametrize("tokens", [1024, 1500])
-def test_the_loss_holds_what_is_planned_and_not_the_logits_of_all_tokens(tokens, tiny, environment):
+def test_the_loss_holds_what_is_planned_and_not_the_logits_of_all_tokens(tokens, tiny, snippet, tmp_path):
     """In a process of its own: the largest resident set above what it held with its inputs built. A chunk is 256 tokens.
 
     Read as VmHWM: ru_maxrss begins with what the process that started it held.
@@ -102,7 +100,9 @@ before = peak_kib()
 chunked_loss(student, teacher, mask_BT=mask, labels_BT=labels, count_agreement=True).loss.backward()
 print(1024 * (peak_kib() - before))
 """
-    held = int(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout)
+    finished = snippet(tmp_path, code)
+    assert finished.returncode == 0, finished.stderr
+    held = int(finished.stdout)
     planned = loss_bytes(student, teacher, tokens, on_gpu=False)
     assert 2 / 3 < held / planned < 3 / 2
     assert planned < loss_bytes(student, teacher, 1024, on_gpu=False) * 1.01 < 5 * FLOAT32 * 1024 * vocabulary  # five is what whole logits took
