@@ -15,7 +15,7 @@ from distill.divergences import DIVERGENCES, Divergence, cross_entropy_rows, div
 from distill.products import multiply, multiply_add, operands
 from distill.top_k import TopK
 
-GPU_CHUNK_VALUES = 2**27  # logits of a chunk: 1,024 tokens of a vocabulary of 131,072, four buffers of 512 MiB; fewer are bound by memory
+GPU_CHUNK_VALUES = 2**27  # logits of a chunk: 1,024 tokens of 131,072, four buffers of 512 MiB; fewer are bound by memory
 CHUNK_VALUES = 2**25  # the most on a CPU
 CPU_CHUNK_VALUES = 2**20  # and what is aimed at there, where small chunks stay near the processor; but never fewer tokens than a product of matrices is quick with
 CPU_CHUNK_TOKENS = 256

@@ -18,6 +18,7 @@ from minitron.mamba.chunks import CHUNK_TOKENS
 from minitron.settings.training import Optimizer, Precision, TrainSettings
 
 FLOAT32, BF16 = 4, 2
+SPARE_SHARE = 0.1  # of a device's memory: left to the allocator's rounding and to communication, which are not counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +123,12 @@ class PhaseMemory:
                                masked=self.packed and self.on_gpu and not has_flash_attention(train.precision))  # fmt: skip
 
     def with_checkpointing(self, train: TrainSettings, available_bytes: int) -> TrainSettings:
-        """`gradient_checkpointing: auto` as what computes least again and still fits, else what takes least memory; anything else as it is."""
+        """`gradient_checkpointing: auto` as what computes least again and fits with something to spare, else what takes least memory."""
         if train.gradient_checkpointing != "auto":
             return train
         ways = [(False, 1), (True, 4), (True, 3), (True, 2), (True, 1), *([("host", 1)] if self.on_gpu else [])]
         tried = [replace(train, gradient_checkpointing=how, checkpoint_every=every) for how, every in ways]
-        return next((one for one in tried if self.of(one).total <= available_bytes), tried[-1])
+        return next((one for one in tried if self.of(one).total <= (1 - SPARE_SHARE) * available_bytes), tried[-1])
 
     def host_bytes(self, train: TrainSettings) -> int:
         """What gradient_checkpointing=host keeps of each process in the host's memory: the layers' inputs of the rows at work."""

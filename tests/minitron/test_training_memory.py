@@ -136,10 +136,10 @@ def test_checkpointing_by_itself_takes_the_way_that_computes_least_again_and_fit
     teacher, student = published
     need = PhaseMemory(student, teacher, Launch("fsdp2", 0, 8), 8192, 2, on_gpu=True)
     train = TrainSettings(batch=8, micro_batch=1, precision=Precision.bf16, gradient_checkpointing="auto")
-    chosen = [need.with_checkpointing(train, int(gib * GIB)) for gib in (400, 80, 62, 38, 30)]
+    chosen = [need.with_checkpointing(train, int(gib * GIB)) for gib in (400, 90, 72, 45, 30)]
     plans = [need.of(one) for one in chosen]
     assert [(one.gradient_checkpointing, one.checkpoint_every) for one in (chosen[0], chosen[-1])] == [(False, 1), ("host", 1)]
-    assert {one.gradient_checkpointing for one in chosen[2:-1]} == {True} and chosen[2].checkpoint_every > 1 and plans[2].total <= 62 * GIB
+    assert {one.gradient_checkpointing for one in chosen[2:-1]} == {True} and chosen[2].checkpoint_every > 1 and plans[2].total <= 0.9 * 72 * GIB
     assert [plan.total for plan in plans] == sorted((plan.total for plan in plans), reverse=True)
     assert need.with_checkpointing(replace(train, gradient_checkpointing=True), GIB).gradient_checkpointing is True  # what is given stays
 
