@@ -17,7 +17,7 @@ from distill.top_k import TopK
 
 GPU_CHUNK_VALUES = 2**27  # logits of a chunk: 1,024 tokens of 131,072, four buffers of 512 MiB; fewer are bound by memory
 CHUNK_VALUES = 2**25  # the most on a CPU
-CPU_CHUNK_VALUES = 2**20  # and what is aimed at there, where small chunks stay near the processor; but never fewer tokens than a product of matrices is quick with
+CPU_CHUNK_VALUES = 2**20  # what is aimed at there, so that chunks stay near the processor; but never fewer tokens than a product of matrices is quick with
 CPU_CHUNK_TOKENS = 256
 CPU_BLOCK_VALUES = 2**19  # logits passed over at once on a CPU: 2 MiB of each kind, so that the passes run in its cache
 

@@ -30,7 +30,7 @@ class Forked:
 
     def __init__(self, reply: int, stdout: int, stderr: int) -> None:
         self._reply = open(reply, "rb", buffering=0)  # noqa: SIM115 unbuffered: what select says is then the truth
-        self.stdout, self.stderr = (open(number, encoding="utf-8") for number in (stdout, stderr))
+        self.stdout, self.stderr = (open(number, encoding="utf-8") for number in (stdout, stderr))  # noqa: SIM115
         self.pids: list[int] = json.loads(self._reply.readline())
         self.codes: list[int] | None = None
 
