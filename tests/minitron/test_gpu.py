@@ -1,6 +1,7 @@
 """What a GPU must have, and on a GPU itself: numbers and bytes."""
 
 import functools
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,22 @@ from minitron.measures.speed import _peak_bytes as peak_bytes
 from minitron.training.tiny_teacher import TINY_CONFIG
 
 CPU, VERSIONS = torch.device("cpu"), {"mamba-ssm": "2.3.2", "causal-conv1d": "1.7.0"}
+PACKAGES_FUNCTIONS = ("causal_conv1d_fn", "causal_conv1d_update", "mamba2_split_conv1d_scan_combined", "mamba2_selective_state_update", "mamba2_chunk_scan")
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.fixture
+def in_plain_torch(monkeypatch) -> Callable[[], AbstractContextManager[pytest.MonkeyPatch]]:
+    """While entered, transformers' own functions are called, not the packages': those take tensors on a GPU alone, yet are chosen once for all devices."""
+
+    @contextmanager
+    def enter() -> Iterator[pytest.MonkeyPatch]:
+        with monkeypatch.context() as patched:
+            for name in PACKAGES_FUNCTIONS:
+                patched.setattr(modeling, name, inspect.unwrap(getattr(modeling, name)))
+            yield patched
+
+    return enter
 
 
 def test_a_gpu_without_bf16_is_refused_by_name_and_the_first_with_it_is_not():
@@ -43,6 +59,8 @@ def installed(tmp_path, monkeypatch) -> Iterator[Callable[..., None]]:
         (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
         folder = Path(tmp_path, *module.split(".")[:-1])
         folder.mkdir(parents=True, exist_ok=True)
+        for package_folder in (folder, *folder.parents)[: len(module.split(".")) - 1]:
+            (package_folder / "__init__.py").touch()  # else a real package, if there is one, goes first
         (folder / f"{module.split('.')[-1]}.py").write_text(text)
         for name in [name for name in sys.modules if name.split(".")[0] == module.split(".")[0]]:
             monkeypatch.delitem(sys.modules, name)
@@ -54,8 +72,8 @@ def installed(tmp_path, monkeypatch) -> Iterator[Callable[..., None]]:
 
 
 def test_a_missing_kernel_package_is_named():
-    if torch.cuda.is_available():
-        pytest.skip("a machine with a GPU may have them")
+    if importlib.util.find_spec("mamba_ssm"):
+        pytest.skip("it is there")
     with pytest.raises(ValueError, match="^mamba-ssm is not installed; "):
         check_kernels(CPU)
 
@@ -75,27 +93,30 @@ def test_a_process_says_once_that_kernels_are_missing(capsys):
     assert capsys.readouterr().err == "note: mamba-ssm 2.9.1 cannot be used: ImportError: no symbol; going on without it, much slower\n"
 
 
-def test_whole_kernel_packages_are_taken(installed):
+def test_whole_kernel_packages_are_taken(installed, in_plain_torch):
     """The control: the same packages with their functions in them. What a model calls without a GPU is transformers' own."""
     for package, module, function in KERNELS:
         installed(package, "9.9", module, f"def {function}(): ...")
-    check_kernels(CPU)
+    with in_plain_torch():
+        check_kernels(CPU)
 
 
-def test_kernels_that_give_other_numbers_are_named_with_their_version(monkeypatch):
-    check_numbers(CPU, VERSIONS)
-    own = modeling.mamba2_chunk_scan
-    monkeypatch.setattr(modeling, "mamba2_chunk_scan", lambda x, dt, *others, **settings: own(x, 1.05 * dt, *others, **settings))
-    with pytest.raises(ValueError, match=r"^mamba-ssm 2\.3\.2 differs from the definition by \d+\.\d% on cpu; at most 2% is rounding$"):
+def test_kernels_that_give_other_numbers_are_named_with_their_version(in_plain_torch):
+    with in_plain_torch() as patched:
         check_numbers(CPU, VERSIONS)
+        own = modeling.mamba2_chunk_scan
+        patched.setattr(modeling, "mamba2_chunk_scan", lambda x, dt, *others, **settings: own(x, 1.05 * dt, *others, **settings))
+        with pytest.raises(ValueError, match=r"^mamba-ssm 2\.3\.2 differs from the definition by \d+\.\d% on cpu; at most 2% is rounding$"):
+            check_numbers(CPU, VERSIONS)
 
 
-def test_kernels_that_fail_are_named_with_their_version(monkeypatch):
+def test_kernels_that_fail_are_named_with_their_version(in_plain_torch):
     def fail(*_arguments, **_settings):
         raise RuntimeError("Triton Error [CUDA]:\n device kernel image is invalid")
 
-    monkeypatch.setattr(modeling, "causal_conv1d_fn", fail)
-    with pytest.raises(ValueError, match=r"^causal-conv1d 1\.7\.0 fails on cpu: RuntimeError: Triton Error \[CUDA\]: device kernel image is invalid$"):
+    told = r"^causal-conv1d 1\.7\.0 fails on cpu: RuntimeError: Triton Error \[CUDA\]: device kernel image is invalid$"
+    with in_plain_torch() as patched, pytest.raises(ValueError, match=told):
+        patched.setattr(modeling, "causal_conv1d_fn", fail)
         check_numbers(CPU, VERSIONS)
 
 
@@ -106,7 +127,6 @@ MEDIUM = Architecture(
     mamba_num_heads=16, mamba_head_dim=64, mamba_num_groups=2, mamba_state_size=64, mamba_conv_kernel=4,
 )  # fmt: skip
 BATCH, TOKENS = 2, 1024
-PACKAGES_FUNCTIONS = ("causal_conv1d_fn", "causal_conv1d_update", "mamba2_split_conv1d_scan_combined", "mamba2_selective_state_update", "mamba2_chunk_scan")
 
 
 @pytest.fixture
@@ -114,20 +134,6 @@ def medium() -> torch.nn.Module:
     """Chunks of 128 tokens, as in every published config, and as the memory report counts."""
     torch.manual_seed(0)
     return FAMILY.build(FAMILY.hf_config(TINY_CONFIG | {"chunk_size": 128}, MEDIUM)).eval().requires_grad_(False)
-
-
-@pytest.fixture
-def in_plain_torch(monkeypatch) -> Callable[[], AbstractContextManager]:
-    """While entered, transformers' own functions are called, not the packages': those take tensors on a GPU alone, yet are chosen once for all devices."""
-
-    @contextmanager
-    def enter() -> Iterator[None]:
-        with monkeypatch.context() as patched:
-            for name in PACKAGES_FUNCTIONS:
-                patched.setattr(modeling, name, inspect.unwrap(getattr(modeling, name)))
-            yield
-
-    return enter
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -141,17 +147,18 @@ def requested_bytes() -> int:
 
 def test_a_reference_on_the_cpu_does_not_call_the_packages(medium, in_plain_torch, monkeypatch):
     ids = torch.randint(MEDIUM.vocab, (1, 160))
-    expected = medium(ids, use_cache=False).logits
-    own = modeling.mamba2_chunk_scan
+    with in_plain_torch():
+        expected = medium(ids, use_cache=False).logits
 
-    @functools.wraps(inspect.unwrap(own))
+    @functools.wraps(inspect.unwrap(modeling.mamba2_chunk_scan))
     def package(hidden_states, *_arguments, **_settings):
         raise RuntimeError(f"Expected x.is_cuda() to be true, is on {hidden_states.device}")
 
     monkeypatch.setattr(modeling, "mamba2_chunk_scan", package)
     with in_plain_torch():
         assert torch.equal(medium(ids, use_cache=False).logits, expected)
-    with pytest.raises(RuntimeError, match="x.is_cuda"):  # the control
+    with in_plain_torch() as patched, pytest.raises(RuntimeError, match="x.is_cuda"):  # the control
+        patched.setattr(modeling, "mamba2_chunk_scan", package)
         medium(ids, use_cache=False)
 
 
