@@ -28,8 +28,9 @@ def make(repository, environment, tmp_path) -> Callable[..., tuple[int, list[str
             (programs / name).chmod(0o755)
         for name in ("installed", "installed-test", *done):
             (programs.parent / name).touch()
-        finished = subprocess.run(["make", "-C", repository, target, f"VENV={programs.parent}", f"PYTHON={programs / 'python'}"], text=True,
-                                  capture_output=True, env=environment | {"MAX_JOBS": "2"})  # fmt: skip
+        command = ["make", "-C", repository, target, f"VENV={programs.parent}", f"PYTHON={programs / 'python'}"]
+        own = {name: value for name, value in environment.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}  # of a make around the tests
+        finished = subprocess.run(command, text=True, capture_output=True, env=own | {"MAX_JOBS": "2"})
         calls = log.read_text().splitlines() if log.exists() else []
         log.unlink(missing_ok=True)
         return finished.returncode, calls, finished.stdout + finished.stderr
