@@ -71,7 +71,8 @@ def set_up(*, compiles: bool = True) -> None:
     (SITE / "selective_scan_cuda.py").write_text('"""Empty: mamba_ssm imports it at its top, and only Mamba-1 calls it."""\n')
     if compiles:
         environment = {"CAUSAL_CONV1D_FORCE_BUILD": "TRUE", "MAX_JOBS": os.environ.get("MAX_JOBS") or _cuda_check("--jobs"), "PYTHONPATH": str(SITE),
-                       "PATH": f"{SITE / 'bin'}:{os.environ['PATH']}"}  # fmt: skip
+                       "PATH": f"{SITE / 'bin'}:{os.environ['PATH']}",
+                       "NVCC_APPEND_FLAGS": os.environ.get("NVCC_APPEND_FLAGS", "--split-compile=0")}  # one file takes nearly all the time  # fmt: skip
         _pip("install", "--no-index", "--no-deps", "--no-build-isolation", "--upgrade", "--target", SITE, _unpacked(capability), **environment)
         print(_cuda_check("--kernels"))
     done.write_text(json.dumps(stack))
