@@ -109,5 +109,5 @@ def test_a_kernel_package_that_cannot_be_used_is_named(check, tmp_path, reposito
 
 
 def test_compilers_at_once_are_no_more_than_cores_sources_and_memory_allow(check, toolkit):
-    assert [max_jobs(cores, gib * 2**30) for cores, gib in ((2, 64), (64, 1000), (16, 11), (16, 1))] == [2, 4, 2, 1]
+    assert [max_jobs(cores, gib * 2**30) for cores, gib in ((2, 64), (64, 1000), (16, 15), (16, 1))] == [2, 4, 2, 1]
     assert int(check("--jobs", path=toolkit()).stdout) >= 1

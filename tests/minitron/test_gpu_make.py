@@ -104,6 +104,35 @@ def test_causal_conv1d_is_cut_to_the_one_architecture_there_is(carried):
         carried.one_architecture(SETUP, (8, 9))
 
 
+KERNELS_SOURCE = """
+    if (params.width == 2) {
+        launch<128, 2, input_t>(params);
+    } else if (params.width == 3) {
+        launch<128, 3, input_t>(params);
+    } else if (params.width == 4) {
+        launch<128, 4, input_t>(params);
+    }
+template void run<float, float>(Params &params);
+template void run<at::Half, float>(Params &params);
+template void run<at::BFloat16, at::Half>(Params &params);
+"""
+CALLING_SOURCE = """
+    if (ITYPE == at::ScalarType::Half) {
+        using input_t = at::Half;
+    } else if (ITYPE == at::ScalarType::BFloat16) {
+        using input_t = at::BFloat16;
+    TORCH_CHECK(width >= 2 && width <= 4, "only supports width between 2 and 4");
+"""
+
+
+def test_what_nemotron_h_does_not_call_is_neither_compiled_nor_called(carried):
+    cut = carried.without_spare_kernels(KERNELS_SOURCE)
+    assert cut.split("\n")[1:] == ["    if (params.width == 4) {", "        launch<128, 4, input_t>(params);", "    }",
+                                  "template void run<float, float>(Params &params);", ""]  # fmt: skip
+    cut = carried.without_spare_kernels(CALLING_SOURCE)
+    assert "Half" not in cut and "    if (ITYPE == at::ScalarType::BFloat16) {" in cut and "TORCH_CHECK(width == 4," in cut
+
+
 def test_a_folder_that_was_not_carried_is_named(carried, monkeypatch, tmp_path):
     monkeypatch.setattr(carried, "CARRIED", tmp_path / "gpu-carried")
     with pytest.raises(ValueError, match=r"gpu-carried is not there; make gpu-carry makes it "):
