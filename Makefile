@@ -1,11 +1,12 @@
-# make demo | make test | make install | make house | make gpu-check | make vllm-check. Each target sets up .venv first if pyproject.toml or constraints.txt changed.
+# make demo | test | install | install-cuda | house | gpu-check | vllm-check. Each target sets up .venv first if pyproject.toml or constraints.txt changed.
 PYTHON ?= python3
 VENV := .venv
 VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install demo house test test-slow gpu-check vllm-check clean
+.PHONY: install install-cuda demo house test test-slow gpu-check vllm-check clean
+.PHONY: gpu-carry gpu-carried-site gpu-carried-tests gpu-carried-rows gpu-check-carried
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -38,17 +39,56 @@ test: $(VENV)/installed-test
 test-slow: $(VENV)/installed-test
 	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s -m slow $(PYTEST_ARGS)
 
-# Compiled against the torch that is there, hence without isolation; not where there is no GPU to run them.
-$(VENV)/installed-cuda: $(VENV)/installed-test
-	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: torch sees no CUDA device; make gpu-check needs one")'
-	$(PIP) install --quiet "setuptools>=77" wheel ninja packaging
-	$(PIP) install --quiet --no-build-isolation --constraint constraints.txt --editable '.[cuda]'
+# Kernels of a GPU, against the torch that is there, hence without isolation, and never from pip's cache, which may hold one built for another torch.
+# Of mamba-ssm a Mamba-2 layer uses Triton kernels alone, so only causal-conv1d is compiled; the empty module is what mamba-ssm imports at its top
+# and only Mamba-1 calls.
+install-cuda: $(VENV)/installed-cuda
+
+BUILD_PIP = $(PIP) install --quiet --no-build-isolation --no-deps --no-cache-dir --force-reinstall
+$(VENV)/installed-cuda: $(VENV)/installed
+	$(BIN)/python -m minitron.machine.cuda_check
+	$(PIP) install --quiet --constraint constraints.txt "setuptools>=77" wheel ninja packaging einops
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BUILD_PIP) "$$(grep '^mamba-ssm==' constraints.txt)"
+	$(BIN)/python -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "selective_scan_cuda.py").touch()'
+	CAUSAL_CONV1D_FORCE_BUILD=TRUE MAX_JOBS=$${MAX_JOBS:-$$($(BIN)/python -m minitron.machine.cuda_check --jobs)} \
+		$(BUILD_PIP) "$$(grep '^causal-conv1d==' constraints.txt)"
+	$(BIN)/python -m minitron.machine.cuda_check --kernels
 	touch $@
 
-# The tests that need a GPU and the table of benchmarks/gpu.py: under 9 minutes on an H100.
-gpu-check: $(VENV)/installed-cuda
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu.py
+# The tests that need a GPU (one configuration of each kernel), then the rows of benchmarks/gpu.py, also where a test failed: 9 minutes in all,
+# when whatever still runs is stopped. What is compiled stays in TRITON_CACHE_DIR, so a second time goes further.
+GPU_TESTS := tests/minitron/test_gpu.py tests/distill/test_losses_chunked.py
+GPU_TEST_SECONDS ?= 180
+GPU_MINUTES ?= 6
+GPU_ENVIRONMENT = HF_HUB_OFFLINE=1 TRITON_CACHE_DIR="$${TRITON_CACHE_DIR:-$(CURDIR)/build/triton}"
+GPU_TEST = $(GPU_ENVIRONMENT) MAMBA_DETERMINISTIC=1 TRITON_CACHE_AUTOTUNING=0 timeout $(GPU_TEST_SECONDS) \
+	$(1) -m pytest -q -p no:cacheprovider -m gpu $(GPU_TESTS) $(PYTEST_ARGS)
+GPU_ROWS = $(GPU_ENVIRONMENT) timeout $(GPU_MINUTES)m $(1) benchmarks/gpu.py --minutes $(GPU_MINUTES) $(GPU_ARGS)
+GPU_BOTH = @status=0; $(GPU_TEST) || status=$$?; $(GPU_ROWS) || status=$$?; exit $$status
+
+gpu-check: $(VENV)/installed-cuda $(VENV)/installed-test
+	$(call GPU_BOTH,$(BIN)/python)
+
+# The same on a GPU machine without a network and with a torch of its own: gpu-carry fills build/gpu-carried where there is a network; with that folder
+# in place gpu-check-carried does all there, or its three parts one by one where a command's time is short. docs/gpu.md
+CARRIED_PYTHON ?= 3.12
+CARRIED = env PYTHONPATH="$(CURDIR)/build/gpu-carried-site:$(CURDIR)" $(PYTHON)
+
+gpu-carry: $(VENV)/installed
+	$(PIP) install --quiet --constraint constraints.txt "setuptools>=77" wheel ninja packaging
+	$(BIN)/python benchmarks/gpu_carried.py prepare --python $(CARRIED_PYTHON)
+
+gpu-carried-site:
+	$(PYTHON) benchmarks/gpu_carried.py set-up
+
+gpu-carried-tests: gpu-carried-site
+	$(call GPU_TEST,$(CARRIED))
+
+gpu-carried-rows: gpu-carried-site
+	$(call GPU_ROWS,$(CARRIED))
+
+gpu-check-carried: gpu-carried-site
+	$(call GPU_BOTH,$(CARRIED))
 
 # vLLM for CPUs in an environment of its own, beside the same torch; what comes along and is built for another one goes.
 $(VLLM_VENV)/installed: constraints.txt
