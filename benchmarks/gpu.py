@@ -145,10 +145,10 @@ def versions() -> dict[str, str]:
 
 def check_device(device: torch.device, *, tiny: bool) -> None:
     """Raises ValueError, one line, where the rows cannot run on this device."""
+    dispatch.install()
     if device.type == "cpu":
         if not tiny:
             raise ValueError("--device is cpu, which would take days at the 12B's shape; give --tiny too")
-        dispatch.install()
         return
     if not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch sees no CUDA device; try the rows on a CPU with --device cpu --tiny")
