@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pretended_memory import Allocator
@@ -96,11 +96,14 @@ class Pretence(TorchDispatchMode):
 
 
 class PretendedGenerator(torch.Generator):
-    """A generator that remembers which device it was made for; its numbers are the CPU's."""
+    """A generator made for one of the devices; its numbers are the CPU's. Operations are given another Python object for the same one in C++."""
+
+    of_gpu: ClassVar[dict[int, torch.Generator]] = {}  # by address, and kept, so that no other one gets it
 
     def __new__(cls, device: Any = "cpu") -> "PretendedGenerator":
         made = super().__new__(cls)
-        made.on_gpu = is_cuda(device)
+        if is_cuda(device):
+            cls.of_gpu[made._cdata] = made
         return made
 
 
@@ -224,7 +227,7 @@ def _check_devices(function: Callable, args: tuple, tensors: list, on_gpu: list)
 
 def _check_generator(function: Callable, kwargs: dict, made_on_gpu: bool) -> None:
     generator = kwargs.get("generator")
-    if generator is not None and getattr(generator, "on_gpu", False) != made_on_gpu:
+    if generator is not None and (generator._cdata in PretendedGenerator.of_gpu) != made_on_gpu:
         wanted, found = ("cuda", "cpu") if made_on_gpu else ("cpu", "cuda")
         raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{found}' in {function.name()} at {place()}")
 
