@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from pretended_cuda import ALLOCATOR, CUDA, SYNCS, Pretended
 from pretended_torch import install
@@ -50,6 +51,15 @@ def check_numbers_and_gradients_are_the_cpus() -> None:
     model.to("cuda")(rows.cuda()).square().mean().backward()
     assert all(isinstance(parameter.grad, Pretended) for parameter in model.parameters())
     assert all(torch.allclose(parameter.grad.cpu(), wanted) for parameter, wanted in zip(model.parameters(), expected, strict=True))
+
+
+def check_indices_of_every_kind_choose_the_same_rows() -> None:
+    here, there = torch.arange(12.0).view(4, 3), torch.arange(12.0, device="cuda").view(4, 3)
+    for index in ([0, 2], [True, False, True, True], np.array([1, 3]), (slice(1, 3), [0, 2]), torch.tensor([3, 0]), 2, ..., None):
+        assert torch.equal(there[index].cpu(), here[index])
+        here[index], there[index] = -1.0, -1.0
+        assert torch.equal(there.cpu(), here)
+        here, there = here + torch.arange(4.0)[:, None], there + torch.arange(4.0, device="cuda")[:, None]
 
 
 def check_numpy_is_refused() -> None:

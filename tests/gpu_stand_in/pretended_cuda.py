@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from pretended_memory import Allocator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -57,6 +58,12 @@ class Pretended(torch.Tensor):
 
     def get_device(self) -> int:
         return 0
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return super().__getitem__(_index(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(_index(index), value)
 
     def tolist(self) -> Any:
         count(SYNCS, "item")
@@ -111,6 +118,13 @@ def _load(on_cpu: torch.Tensor) -> torch.Tensor:
     return Pretended(on_cpu)
 
 
+def _index(index: Any) -> Any:
+    """An index whose lists and arrays are CPU tensors, as CUDA takes them: C++ would make them where the wrapper is, without numbers."""
+    if isinstance(index, tuple):
+        return tuple(map(_index, index))
+    return torch.as_tensor(index) if isinstance(index, list | range | np.ndarray) else index
+
+
 def unwrap(value: Any) -> Any:
     return value.on_cpu if isinstance(value, Pretended) else value
 
@@ -159,6 +173,8 @@ def dispatch(function: Callable, args: tuple, kwargs: dict) -> Any:
         return _copied(args[0], dict(kwargs))
     if "device" in kwargs and _is_meta(kwargs["device"]) and (on_gpu or function is aten.scalar_tensor.default):
         kwargs = {**kwargs, "device": CUDA}  # C++, which sees the wrapper's own device, asks for a tensor beside it
+    if on_gpu and any(tensor.is_meta for tensor in tensors):
+        raise NotImplementedError(f"C++ has made a tensor without numbers for {function.name()} at {place()}; the pretended device must make it")
     made_on_gpu = bool(on_gpu) if kwargs.get("device") is None else is_cuda(kwargs["device"])
     if not on_gpu and not made_on_gpu and "pin_memory" not in kwargs:
         _check_generator(function, kwargs, made_on_gpu=False)

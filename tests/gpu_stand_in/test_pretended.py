@@ -25,7 +25,7 @@ FEWER = {
 }  # fmt: skip
 LAPS = ("depth_lap.enabled=true", "depth_lap.tokens=512", "depth_lap.screen_tokens=512")
 REASONING = (
-    "experiment=tiny_reasoning", "data.arithmetic.problems=400", "data.arithmetic.most_operands=3", "data.sequence_length=16",
+    "experiment=tiny_reasoning", "data.arithmetic.problems=800", "data.arithmetic.most_operands=3", "data.sequence_length=16",
     "teacher.tiny={pattern: 'M*-', hidden: 32, ffn: 64, num_attention_heads: 2, num_key_value_heads: 1, mamba_num_heads: 8}",
     "teacher.train.tokens=3000", "distill.train.tokens=2000", "scoring.samples=8", "scoring.layer_samples=4", "search.fixed={hidden: 24, ffn: 64}",
     "evaluate.samples=4", "evaluate.speed=[{input_tokens: 8, output_tokens: 4, batch: 1}]", "reasoning.problems=8", "reasoning.budgets=[0, 1, 2]",
@@ -156,10 +156,11 @@ def test_a_walk_killed_five_times_ends_where_an_undisturbed_one_does(name, walk_
     undisturbed.check()
     draw, killed_in = random.Random(name), []
     start_of_work = time_of_first_stage(undisturbed)
+    work = undisturbed.seconds - start_of_work
     for _ in range(KILLS):
         process = start_pretended(tmp_path, *settings_of(name))
         try:
-            process.wait(timeout=start_of_work + draw.uniform(0, undisturbed.seconds - start_of_work) * 0.6)
+            process.wait(timeout=start_of_work + draw.uniform(0, work) * 0.3)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -168,7 +169,7 @@ def test_a_walk_killed_five_times_ends_where_an_undisturbed_one_does(name, walk_
         else:
             assert process.returncode == 0, (tmp_path / "output").read_text()[-3000:]
     print(f"{name}: killed in {', '.join(killed_in) or 'none'}")
-    assert killed_in
+    assert len(killed_in) >= KILLS - 2  # a walk that goes on behind each kill may be through before the last
     resumed = run_pretended(tmp_path, *settings_of(name))
     resumed.check()
     expected, found = dict(losses(undisturbed.summary)), dict(losses(resumed.summary))
