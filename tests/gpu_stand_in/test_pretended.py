@@ -157,19 +157,19 @@ def test_a_walk_killed_five_times_ends_where_an_undisturbed_one_does(name, walk_
     draw, killed_in = random.Random(name), []
     start_of_work = time_of_first_stage(undisturbed)
     work = undisturbed.seconds - start_of_work
-    for _ in range(KILLS):
+    while len(killed_in) < KILLS:
         process = start_pretended(tmp_path, *settings_of(name))
         try:
-            process.wait(timeout=start_of_work + draw.uniform(0, work) * 0.3)
+            process.wait(timeout=start_of_work + draw.uniform(0, work) * 0.25)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            unfinished = [path.parent.name for path in tmp_path.glob("runs/store/*/*") if path.is_dir() and not (path / "done.json").exists()]
-            killed_in.append("+".join(sorted(set(unfinished))) or "between stages")
-        else:
+            unfinished = {path.parent.name for path in tmp_path.glob("runs/store/*/*") if path.is_dir() and not (path / "done.json").exists()}
+            killed_in.append("+".join(sorted(unfinished)) or "between stages")
+        else:  # each kill costs little of what is done, so the walk may be through before the last: then it begins anew
             assert process.returncode == 0, (tmp_path / "output").read_text()[-3000:]
-    print(f"{name}: killed in {', '.join(killed_in) or 'none'}")
-    assert len(killed_in) >= KILLS - 2  # a walk that goes on behind each kill may be through before the last
+            shutil.rmtree(tmp_path / "runs")
+    print(f"{name}: killed in {', '.join(killed_in)}")
     resumed = run_pretended(tmp_path, *settings_of(name))
     resumed.check()
     expected, found = dict(losses(undisturbed.summary)), dict(losses(resumed.summary))
