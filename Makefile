@@ -1,4 +1,5 @@
-# make demo | make test | make install | make house | make gpu-check | make gpu-stand-in | make vllm-check. Each target sets up .venv first if pyproject.toml or constraints.txt changed.
+# make demo | make test | make install | make house | make gpu-check | make gpu-stand-in | make vllm-check
+# Each target sets up .venv first if pyproject.toml or constraints.txt changed.
 PYTHON ?= python3
 VENV := .venv
 VLLM_VENV := .venv-vllm

@@ -95,7 +95,8 @@ def test_the_kernels_scan_is_ours(packed):
     numbers = document_numbers(STARTS) if packed else None
     found, expected = by_kernels(numbers), by_project(numbers)
     assert relative(found.y, expected.y) < FORWARD
-    assert {name: relative(gradient, expected.gradients[name]) for name, gradient in found.gradients.items()} == pytest.approx(dict.fromkeys(NAMES, 0), abs=GRADIENT)
+    differences = {name: relative(gradient, expected.gradients[name]) for name, gradient in found.gradients.items()}
+    assert max(differences.values()) < GRADIENT, differences
     if packed:  # the control: a document that begins one token late
         assert relative(by_project(document_numbers(((0, 8), *STARTS[1:]))).y, found.y) > 1000 * FORWARD
 

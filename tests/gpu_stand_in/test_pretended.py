@@ -51,7 +51,8 @@ class Ended:
     counts: dict
 
     def check(self) -> None:
-        assert self.returncode == 0 and "same device" not in self.output, f"exit {self.returncode}:\n{self.output[-3000:]}"
+        told = "\n".join(self.output.splitlines()[-8:])
+        assert self.returncode == 0 and "same device" not in self.output, f"exit {self.returncode}, output in {self.folder}:\n{told}"
 
     @property
     def summary(self) -> dict:
