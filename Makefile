@@ -1,11 +1,13 @@
-# make demo | test | install | install-cuda | house | gpu-check | vllm-check. Each target sets up .venv first if pyproject.toml or constraints.txt changed.
+# make demo | test | install | install-cuda | house | gpu-check | gpu-stand-in | vllm-check.
+# Each target sets up .venv first if pyproject.toml or constraints.txt changed.
 PYTHON ?= python3
 VENV := .venv
 VLLM_VENV := .venv-vllm
+STAND_IN_VENV := .venv-gpu-stand-in
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install install-cuda demo house test test-slow gpu-check vllm-check clean
+.PHONY: install install-cuda demo house test test-slow gpu-check gpu-stand-in vllm-check clean
 .PHONY: gpu-carry gpu-carried-site gpu-carried-tests gpu-carried-rows gpu-check-carried
 .DELETE_ON_ERROR:
 
@@ -33,7 +35,8 @@ house:
 # Waiting threads sleep instead of spinning: on a busy machine that is the difference between minutes and hours. Two workers, as most tests need one
 # core; a file's tests stay together, for what they share.
 test: $(VENV)/installed-test
-	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow and not gpu_stand_in" -n 2 --dist loadfile --no-loadscope-reorder \
+		$(PYTEST_ARGS)
 
 # Minutes: what only long runs show.
 test-slow: $(VENV)/installed-test
@@ -90,6 +93,22 @@ gpu-carried-rows: gpu-carried-site
 gpu-check-carried: gpu-carried-site
 	$(call GPU_BOTH,$(CARRIED))
 
+# Without a GPU: mamba-ssm's Python and Triton beside the same torch, nothing compiled for CUDA. Its packages are built where torch can be seen
+# (no isolation), and with torch's CPU build their setup.py must not look for a wheel (FORCE) or for nvcc (SKIP).
+$(STAND_IN_VENV)/installed: pyproject.toml constraints.txt
+	test -x $(STAND_IN_VENV)/bin/python || $(PYTHON) -m venv $(STAND_IN_VENV)
+	$(STAND_IN_VENV)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(STAND_IN_VENV)/bin/pip install --quiet --constraint constraints.txt --editable . triton einops pytest "setuptools>=77" wheel ninja packaging
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
+		$(STAND_IN_VENV)/bin/pip install --quiet --no-deps --no-build-isolation $$(grep '^mamba-ssm==\|^causal-conv1d==' constraints.txt)
+	touch $@
+
+# What a first GPU run would trip over, looked for without one: mamba-ssm's kernels in Triton's interpreter against the scan in plain torch, then
+# walks on a pretended CUDA device. Under 15 minutes on two cores.
+gpu-stand-in: $(STAND_IN_VENV)/installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 GPU_STAND_IN=1 $(STAND_IN_VENV)/bin/python -m pytest -q tests/gpu_stand_in/test_kernels.py $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(STAND_IN_VENV)/bin/python -m pytest -q -s tests/gpu_stand_in/test_pretended.py $(PYTEST_ARGS)
+
 # vLLM for CPUs in an environment of its own, beside the same torch; what comes along and is built for another one goes.
 $(VLLM_VENV)/installed: constraints.txt
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
@@ -103,4 +122,4 @@ vllm-check: $(VENV)/installed-test $(VLLM_VENV)/installed
 	HF_HUB_OFFLINE=1 VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -q -s -m vllm $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) runs/store build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(STAND_IN_VENV) runs/store build *.egg-info
