@@ -176,6 +176,21 @@ def test_a_walk_killed_five_times_ends_where_an_undisturbed_one_does(name, walk_
     assert expected and found == pytest.approx(expected, abs=SAME_LOSS)
 
 
+@stand_in
+def test_a_compensated_cut_goes_on_behind_its_finished_shards(walk_of, run_pretended, tmp_path):
+    """What a kill after the third shard leaves: a kill at random seldom comes just there."""
+    walk_of("compensated").check()
+    shutil.copytree(walk_of("compensated").folder / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("distill", "evaluate"))
+    (done,) = tmp_path.glob("runs/store/prune/*/done.json")
+    shards = sorted(done.parent.glob("**/model-*.safetensors"))
+    assert len(shards) > 4
+    for path in (done, *done.parent.glob("**/*.index.json"), *shards[3:]):
+        path.unlink()
+    resumed = run_pretended(tmp_path, *walk_of("compensated").arguments, "stage=prune")
+    resumed.check()
+    assert "going on behind them" in resumed.output
+
+
 def stages_to_kill_in(ended: Ended, draw: random.Random) -> list[tuple[Path, float]]:
     """Some stages of a walk, prune among them, in the order in which they ran: folder and seconds."""
     done = [(path, json.loads(path.read_text())) for path in sorted(ended.folder.glob("runs/store/*/*/done.json"), key=lambda path: path.stat().st_mtime_ns)]
