@@ -82,7 +82,7 @@ def chunked_loss(
     count_agreement: bool = False,
     chunk_tokens: int | None = None,
 ) -> LossSums:
-    """The recipe's loss summed over the tokens of `mask_BT` (bool; all when None), over `num_tokens` (the mask's own count when None).
+    """The recipe's loss summed over the tokens of `mask_BT` (bool, best on a CPU; all when None), over `num_tokens` (the mask's own count when None).
 
     With accumulation or several processes `num_tokens` is the number of all their tokens, so that losses and gradients add up to the
     mean. `labels_BT` int64 holds the id that each position should predict, PADDING where there is none (see next_token_labels);
@@ -92,14 +92,14 @@ def chunked_loss(
     """
     recipe = recipe or LossRecipe()
     _check(student, teacher, recipe, labels_BT)
-    mask_N = None if mask_BT is None else mask_BT.flatten()
-    hidden_ND = _chosen(student.hidden_BTD, mask_N, 1)
-    labels_N = None if labels_BT is None else _chosen(labels_BT, mask_N, 0)
+    places_N = None if mask_BT is None else mask_BT.flatten().nonzero()[:, 0].to(student.hidden_BTD.device)
+    hidden_ND = _chosen(student.hidden_BTD, places_N, 1)
+    labels_N = None if labels_BT is None else _chosen(labels_BT, places_N, 0)
     chunk = _chunk(hidden_ND, student.weight_VD, chunk_tokens)
     if isinstance(teacher, Head):
-        source = _HeadTeacher(_chosen(teacher.hidden_BTD, mask_N, 1), teacher.weight_VD, recipe, chunk)
+        source = _HeadTeacher(_chosen(teacher.hidden_BTD, places_N, 1), teacher.weight_VD, recipe, chunk)
     else:
-        source = _TopKTeacher(*(_chosen(getattr(teacher, name), mask_N, dimensions) for name, dimensions in zip(TopK.__slots__, (1, 1, 0), strict=True)))
+        source = _TopKTeacher(*(_chosen(getattr(teacher, name), places_N, dimensions) for name, dimensions in zip(TopK.__slots__, (1, 1, 0), strict=True)))
     task = _Task(source, labels_N, recipe, count_agreement, chunk, torch.is_grad_enabled())
     loss, sums = _Sweep.apply(hidden_ND, student.weight_VD, task)
     counts = torch.tensor(len(hidden_ND)), torch.tensor(0) if labels_N is None else (labels_N >= 0).sum()
@@ -134,10 +134,10 @@ def _check(student: Head, teacher: Head | TopK, recipe: LossRecipe, labels_BT: t
         raise ValueError(f"{told}; a teacher cache holds what forward_kl at temperature 1 needs, and no more")
 
 
-def _chosen(values: torch.Tensor, mask_N: torch.Tensor | None, dimensions: int) -> torch.Tensor:
-    """Values [..., `dimensions` more] as one list of tokens, those of the mask only."""
+def _chosen(values: torch.Tensor, places_N: torch.Tensor | None, dimensions: int) -> torch.Tensor:
+    """Values [..., `dimensions` more] as one list of tokens, those at these places only; a mask would have a GPU waited for, to see how many they are."""
     values = values.reshape(-1, *values.shape[values.ndim - dimensions :])
-    return values if mask_N is None else values[mask_N]
+    return values if places_N is None else values[places_N]
 
 
 class _HeadTeacher:

@@ -79,9 +79,9 @@ class Engine:
         return caller
 
     def measure(self, function: Callable[..., Any], rows_BT: torch.Tensor) -> Any:
-        """The function's value on the model and rows, under the plan's precision."""
+        """The function's value on the model and rows, which it takes to the device itself, under the plan's precision."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16"):
-            return self.wrapped(function, rows_BT.to(self.device))
+            return self.wrapped(function, rows_BT)
 
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:

@@ -59,7 +59,7 @@ class Zero(Engine):
         return self.deepspeed
 
     def measure(self, function: Callable[..., Any], rows_BT: torch.Tensor) -> Any:
-        return self.wrapped(function, rows_BT.to(self.device))  # its own config says the precision
+        return self.wrapped(function, rows_BT)  # its own config says the precision
 
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
