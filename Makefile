@@ -1,11 +1,14 @@
-# make demo | make test | make install | make house | make gpu-check | make vllm-check. Each target sets up .venv first if pyproject.toml or constraints.txt changed.
+# make demo | test | install | install-cuda | house | gpu-check | gpu-stand-in | vllm-check.
+# Each target sets up .venv first if pyproject.toml or constraints.txt changed.
 PYTHON ?= python3
 VENV := .venv
 VLLM_VENV := .venv-vllm
+STAND_IN_VENV := .venv-gpu-stand-in
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install demo house test test-slow gpu-check vllm-check clean
+.PHONY: install install-cuda demo house test test-slow gpu-check gpu-stand-in vllm-check clean
+.PHONY: gpu-carry gpu-carried-site gpu-carried-tests gpu-carried-rows gpu-check-carried
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -32,23 +35,79 @@ house:
 # Waiting threads sleep instead of spinning: on a busy machine that is the difference between minutes and hours. Two workers, as most tests need one
 # core; a file's tests stay together, for what they share.
 test: $(VENV)/installed-test
-	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow and not gpu_stand_in" -n 2 --dist loadfile --no-loadscope-reorder \
+		$(PYTEST_ARGS)
 
 # Minutes: what only long runs show.
 test-slow: $(VENV)/installed-test
 	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s -m slow $(PYTEST_ARGS)
 
-# Compiled against the torch that is there, hence without isolation; not where there is no GPU to run them.
-$(VENV)/installed-cuda: $(VENV)/installed-test
-	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: torch sees no CUDA device; make gpu-check needs one")'
-	$(PIP) install --quiet "setuptools>=77" wheel ninja packaging
-	$(PIP) install --quiet --no-build-isolation --constraint constraints.txt --editable '.[cuda]'
+# Kernels of a GPU, against the torch that is there, hence without isolation, and never from pip's cache, which may hold one built for another torch.
+# Of mamba-ssm a Mamba-2 layer uses Triton kernels alone, so only causal-conv1d is compiled; the empty module is what mamba-ssm imports at its top
+# and only Mamba-1 calls.
+install-cuda: $(VENV)/installed-cuda
+
+BUILD_PIP = $(PIP) install --quiet --no-build-isolation --no-deps --no-cache-dir --force-reinstall
+$(VENV)/installed-cuda: $(VENV)/installed
+	$(BIN)/python -m minitron.machine.cuda_check
+	$(PIP) install --quiet --constraint constraints.txt "setuptools>=77" wheel ninja packaging einops
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BUILD_PIP) "$$(grep '^mamba-ssm==' constraints.txt)"
+	$(BIN)/python -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "selective_scan_cuda.py").touch()'
+	CAUSAL_CONV1D_FORCE_BUILD=TRUE MAX_JOBS=$${MAX_JOBS:-$$($(BIN)/python -m minitron.machine.cuda_check --jobs)} \
+		$(BUILD_PIP) "$$(grep '^causal-conv1d==' constraints.txt)"
+	$(BIN)/python -m minitron.machine.cuda_check --kernels
 	touch $@
 
-# The tests that need a GPU and the table of benchmarks/gpu.py: under 9 minutes on an H100.
-gpu-check: $(VENV)/installed-cuda
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu.py
+# The tests that need a GPU (one configuration of each kernel), then the rows of benchmarks/gpu.py, also where a test failed: 9 minutes in all,
+# when whatever still runs is stopped. What is compiled stays in TRITON_CACHE_DIR, so a second time goes further.
+GPU_TESTS := tests/minitron/test_gpu.py tests/distill/test_losses_chunked.py
+GPU_TEST_SECONDS ?= 180
+GPU_MINUTES ?= 6
+GPU_ENVIRONMENT = HF_HUB_OFFLINE=1 TRITON_CACHE_DIR="$${TRITON_CACHE_DIR:-$(CURDIR)/build/triton}"
+GPU_TEST = $(GPU_ENVIRONMENT) MAMBA_DETERMINISTIC=1 TRITON_CACHE_AUTOTUNING=0 timeout $(GPU_TEST_SECONDS) \
+	$(1) -m pytest -q -p no:cacheprovider -m gpu $(GPU_TESTS) $(PYTEST_ARGS)
+GPU_ROWS = $(GPU_ENVIRONMENT) timeout $(GPU_MINUTES)m $(1) benchmarks/gpu.py --minutes $(GPU_MINUTES) $(GPU_ARGS)
+GPU_BOTH = @status=0; $(GPU_TEST) || status=$$?; $(GPU_ROWS) || status=$$?; exit $$status
+
+gpu-check: $(VENV)/installed-cuda $(VENV)/installed-test
+	$(call GPU_BOTH,$(BIN)/python)
+
+# The same on a GPU machine without a network and with a torch of its own: gpu-carry fills build/gpu-carried where there is a network; with that folder
+# in place gpu-check-carried does all there, or its three parts one by one where a command's time is short. docs/gpu.md
+CARRIED_PYTHON ?= 3.12
+CARRIED = env PYTHONPATH="$(CURDIR)/build/gpu-carried-site:$(CURDIR)" $(PYTHON)
+
+gpu-carry: $(VENV)/installed
+	$(PIP) install --quiet --constraint constraints.txt "setuptools>=77" wheel ninja packaging
+	$(BIN)/python benchmarks/gpu_carried.py prepare --python $(CARRIED_PYTHON)
+
+gpu-carried-site:
+	$(PYTHON) benchmarks/gpu_carried.py set-up
+
+gpu-carried-tests: gpu-carried-site
+	$(call GPU_TEST,$(CARRIED))
+
+gpu-carried-rows: gpu-carried-site
+	$(call GPU_ROWS,$(CARRIED))
+
+gpu-check-carried: gpu-carried-site
+	$(call GPU_BOTH,$(CARRIED))
+
+# Without a GPU: mamba-ssm's Python and Triton beside the same torch, nothing compiled for CUDA. Its packages are built where torch can be seen
+# (no isolation), and with torch's CPU build their setup.py must not look for a wheel (FORCE) or for nvcc (SKIP).
+$(STAND_IN_VENV)/installed: pyproject.toml constraints.txt
+	test -x $(STAND_IN_VENV)/bin/python || $(PYTHON) -m venv $(STAND_IN_VENV)
+	$(STAND_IN_VENV)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(STAND_IN_VENV)/bin/pip install --quiet --constraint constraints.txt --editable . triton einops pytest "setuptools>=77" wheel ninja packaging
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
+		$(STAND_IN_VENV)/bin/pip install --quiet --no-deps --no-build-isolation $$(grep '^mamba-ssm==\|^causal-conv1d==' constraints.txt)
+	touch $@
+
+# What a first GPU run would trip over, looked for without one: mamba-ssm's kernels in Triton's interpreter against the scan in plain torch, then
+# walks on a pretended CUDA device. Under 15 minutes on two cores.
+gpu-stand-in: $(STAND_IN_VENV)/installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 GPU_STAND_IN=1 $(STAND_IN_VENV)/bin/python -m pytest -q tests/gpu_stand_in/test_kernels.py $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(STAND_IN_VENV)/bin/python -m pytest -q -s tests/gpu_stand_in/test_pretended.py $(PYTEST_ARGS)
 
 # vLLM for CPUs in an environment of its own, beside the same torch; what comes along and is built for another one goes.
 $(VLLM_VENV)/installed: constraints.txt
@@ -63,4 +122,4 @@ vllm-check: $(VENV)/installed-test $(VLLM_VENV)/installed
 	HF_HUB_OFFLINE=1 VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -q -s -m vllm $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) runs/store build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(STAND_IN_VENV) runs/store build *.egg-info

@@ -26,7 +26,7 @@ from memory_budget.architecture import Architecture  # noqa: E402
 from memory_budget.calculator import memory_report  # noqa: E402
 from memory_budget.parameters import count_total_parameters  # noqa: E402
 from memory_budget.workload import Workload  # noqa: E402
-from minitron.mamba import mixer  # noqa: E402
+from minitron.mamba import dispatch  # noqa: E402
 
 DOUBLE = {"hidden": 192, "ffn": 768, "num_attention_heads": 12, "num_key_value_heads": 3, "mamba_num_heads": 24, "mamba_num_groups": 3}
 TEACHERS = {"tiny": {}, "double": DOUBLE}
@@ -170,7 +170,7 @@ def open_bench(options) -> Bench:
     # No search follows, but its settings are checked: the larger teacher's students need more than the experiment's budget.
     summary = walk_pipeline(options.runs, name, "stage=teacher", "depth_lap.enabled=false", "budget.device_gib=1", *sizes)
     teacher = Path(summary["models"]["teacher"]["path"])
-    mixer.install()
+    dispatch.install()
     sides = Sides(teacher, teacher, Path(summary["stages"]["data"]["path"]), held_out_rows=HELD_OUT_ROWS)
     return Bench(sides, Measured(options.runs / name / f"{teacher.parent.name}.jsonl"), seeds=options.seeds, tokens=options.tokens)
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.sides import Measured, Sides, walk_pipeline  # noqa: E402
 from memory_budget.architecture import Architecture  # noqa: E402
 from minitron.importance.scores import load_scores  # noqa: E402
-from minitron.mamba import mixer  # noqa: E402
+from minitron.mamba import dispatch  # noqa: E402
 from minitron.pruning.compensate import Recipe  # noqa: E402
 from minitron.pruning.plan import PruningPlan, make_plan  # noqa: E402
 
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--backwards", action="store_true", help="distil in the other order, beside a process that does not")
     options = parser.parse_args()
     walked = walk(options.runs)
-    mixer.install()
+    dispatch.install()
     sides = Sides(walked.base, walked.teacher, walked.data)
     scores = load_scores(walked.scores, tokens="mean", samples="l2")
     plan = make_plan(sides.architecture, walked.architecture, walked.kept_layers, scores)

@@ -35,7 +35,7 @@ from distill.chunked_loss import Head, chunked_loss  # noqa: E402
 from distill.objectives import head_of  # noqa: E402
 from distill.plan import StepRecord, TrainPlan  # noqa: E402
 from distill.trainer import distill  # noqa: E402
-from minitron.mamba import mixer  # noqa: E402
+from minitron.mamba import dispatch  # noqa: E402
 
 SIDES = ("trl", "ours")
 BATCH, LENGTH, RATE, CLIP = 4, 256, 1e-4, 1.0
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore"), transformers_logging.set_verbosity_error(), os.environ.update(TRL_EXPERIMENTAL_SILENCE="1")
-    mixer.install()
+    dispatch.install()
     try:
         import trl.experimental.gkd  # noqa: F401
     except ImportError as error:

@@ -1,307 +1,136 @@
-"""What the tool does on one GPU: scoring, screening, the loss, distillation steps and the memory report, at the 12B's shape.
+"""What the tool does on one GPU: the loss, distillation steps, the memory report, scoring and screening, at the 12B's shape.
 
 Weights are random, of the published sizes, made on the device; nothing is downloaded. Both sides of a ratio run in turns, medians.
 Model FLOPs utilisation (MFU) counts the products that the models define (minitron/training/time.py), not what checkpointing computes
 again, and divides by the vendor's dense bf16 rate where it is known here.
-Run: .venv/bin/python benchmarks/gpu.py [--out FOLDER]; on a machine without GPU `--device cpu --tiny` runs every row on toys.
+The rows come in the order of their worth. The result's file is written anew after each, so whatever ends the run leaves those before; a row that fails
+says why in the file, and the others go on. `--minutes` leaves out rows that would hardly end in time. Whether the kernels give the right numbers is what
+tests/minitron/test_gpu.py asks; here it would cost one more set of tuned kernels.
+Run: .venv/bin/python benchmarks/gpu.py [--minutes 6] [--out FOLDER]; on a machine without GPU `--device cpu --tiny` runs every row on toys.
 """
 
 import argparse
-import gc
+import functools
 import importlib.metadata
 import json
-import statistics
+import math
+import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import traceback
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+STARTED = time.perf_counter()  # importing counts: --minutes is about the whole command
+# Before torch and Triton are imported: which kernels were the fastest stays on disk; memory is taken in pieces that grow.
+SWITCHES = {"TRITON_CACHE_AUTOTUNING": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+for switch, value in SWITCHES.items():
+    os.environ.setdefault(switch, value)
+
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distill.chunked_loss import Head, chunked_loss  # noqa: E402
-from distill.engines.launch import Launch  # noqa: E402
-from distill.engines.opening import open_engine  # noqa: E402
-from distill.objectives import distillation_loss  # noqa: E402
-from memory_budget.architecture import Architecture  # noqa: E402
-from memory_budget.calculator import memory_report  # noqa: E402
-from memory_budget.hf_config import architecture_from_config, read_config  # noqa: E402
-from memory_budget.parameters import count_total_parameters  # noqa: E402
-from memory_budget.units import GIB  # noqa: E402
-from memory_budget.workload import Workload  # noqa: E402
-from minitron.checkpoints.placement import WholeModel  # noqa: E402
-from minitron.families.nemotron_h import FAMILY  # noqa: E402
-from minitron.importance.activations import measure_width  # noqa: E402
-from minitron.importance.layers import Block, SweepLimits, measure_round  # noqa: E402
-from minitron.importance.removal import LayerRules, rank_iteratively  # noqa: E402
-from minitron.importance.scores import ImportanceScores, aggregate  # noqa: E402
-from minitron.machine.device import process_memory_bytes  # noqa: E402
-from minitron.mamba import mixer  # noqa: E402
-from minitron.mamba.kernels import check_gpu  # noqa: E402
-from minitron.pruning.views import SortedTeacher  # noqa: E402
-from minitron.search.distances import measure_batch  # noqa: E402
-from minitron.settings.teachers import CONF_FOLDER  # noqa: E402
-from minitron.settings.training import Precision, TrainSettings  # noqa: E402
-from minitron.training.memory import training_memory  # noqa: E402
-from minitron.training.steps import train_plan  # noqa: E402
-from minitron.training.time import training_flops  # noqa: E402
-from nas.depth import subsequence_layers  # noqa: E402
+from benchmarks import gpu_rows  # noqa: E402
+from benchmarks.gpu_rows import TINY, Figures, Sizes, free_memory, medians  # noqa: E402
+from minitron.importance.scores import ImportanceScores  # noqa: E402
+from minitron.mamba import dispatch  # noqa: E402
+from minitron.mamba.kernels import check_bf16, unusable_kernel  # noqa: E402
 
-CONFIG = read_config(CONF_FOLDER / "architectures" / "nemotron-nano-12b-v2-base.json")
-NANO_12B = architecture_from_config(CONFIG)
-NANO_9B = replace(NANO_12B, pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", hidden=4480, ffn=15680)
-ONE_B = replace(NANO_12B, pattern="M-M-M*-M-M-M*-M-", hidden=2048, ffn=8192, num_attention_heads=16, num_key_value_heads=4, mamba_num_heads=64,
-                mamba_head_dim=64)  # fmt: skip
-TOY = replace(NANO_12B, pattern="M-M*-M-*-", hidden=32, vocab=97, ffn=48, num_attention_heads=4, num_key_value_heads=2, attention_head_dim=8,
-              mamba_num_heads=16, mamba_head_dim=4, mamba_state_size=6)  # fmt: skip
-TOY_STUDENT = replace(TOY, pattern="M-M*M-*-", hidden=24, ffn=40)
-BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, of the SXM boards (NVIDIA's data sheets)
-MEMORY_SHARE = 0.85  # of the free memory that the plan of the largest pair may take: its estimate leaves the allocator's own share out
-Figures = dict[str, float]
+__all__ = ["TINY", "Sizes", "measure", "medians"]
+Row = Figures | dict[str, str]  # figures, or {"error": why}, or {"skipped": why}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """Of what is measured: models, and rows x tokens of each kind of work."""
+@dataclass(frozen=True)
+class Subject:
+    """What rows are measured on; the model of the 12B's shape and its scores are made when a row first asks for them."""
 
-    teacher: Architecture = NANO_12B
-    student: Architecture = NANO_9B
-    small_teacher: Architecture = ONE_B
-    small_student: Architecture = replace(ONE_B, pattern="M-M-M*M-M*-M-", hidden=1536, ffn=6144)
-    fewer_heads: int = 112
-    scored: tuple[int, int] = (8, 2048)
-    swept: tuple[int, int] = (4, 1024)
-    rounds: int = 2
-    screened: tuple[int, int] = (4, 2048)
-    loss_tokens: int = 4096
-    trained: tuple[int, int] = (4, 4096)
-    trained_large: tuple[int, int] = (2, 4096)
-    served: tuple[int, int] = (2, 8192)
+    sizes: Sizes
+    device: torch.device
 
+    @functools.cached_property
+    def model(self) -> torch.nn.Module:
+        return gpu_rows.random_model(self.sizes.teacher, self.device, self.dtype)
 
-TINY = Sizes(teacher=TOY, student=TOY_STUDENT, small_teacher=TOY, small_student=TOY_STUDENT, fewer_heads=8, scored=(2, 32), swept=(2, 16), rounds=1,
-             screened=(2, 32), loss_tokens=64, trained=(2, 32), trained_large=(2, 32), served=(2, 32))  # fmt: skip
+    @functools.cached_property
+    def scores(self) -> ImportanceScores:
+        return gpu_rows.width_scores(self.model, self.sizes, self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
 
-@torch.no_grad()
-def random_model(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A model of seeded random weights made on the device, of sizes that keep activations near 1."""
-    with torch.device("meta"):
-        model = FAMILY.build(FAMILY.hf_config(CONFIG, architecture))
-    model = model.to(dtype).to_empty(device=device)
-    assert not list(model.buffers()), "to_empty leaves buffers without a value"
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in model.named_parameters():
-        last = name.removesuffix(".weight").split(".")[-1]
-        if last == "A_log":
-            parameter.uniform_(1, 16, generator=generator).log_()
-        elif last == "dt_bias":
-            parameter.uniform_(-6.9, -2.3, generator=generator)  # log of time steps of 0.001 to 0.1; softplus hardly moves them
-        elif parameter.ndim == 1:
-            parameter.normal_(1, 0.1, generator=generator)
-        else:
-            parameter.normal_(0, 1.0 if last == "embeddings" else parameter[0].numel() ** -0.5, generator=generator)
-    return model.eval().requires_grad_(False)
+def _small_pair(subject: Subject) -> Figures:
+    sizes = subject.sizes
+    train = gpu_rows.train_settings(sizes, large=False)
+    return gpu_rows.distillation(sizes.small_teacher, sizes.small_student, train, sizes.trained[1], subject.device)
 
 
-def random_ids(architecture: Architecture, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
-    return torch.randint(architecture.vocab, shape, generator=torch.Generator().manual_seed(0)).to(device)
+def _largest_pair(subject: Subject) -> Figures:
+    sizes, train = subject.sizes, gpu_rows.train_settings(subject.sizes, large=True)
+    pair = gpu_rows.largest_pair(sizes, train, sizes.trained_large[1], subject.device)
+    return gpu_rows.distillation(*pair, train, sizes.trained_large[1], subject.device)
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# In the order of their worth, with the seconds that a row is given on one H100 before it is begun: guesses from counts (the first row with Mamba layers
+# tunes some 110 kernels, 1 to 2 s each), to be replaced by `row_seconds` of a result. Screening sorts the model's weights, so it comes last.
+ROWS: dict[str, tuple[float, Callable[[Subject], Figures]]] = {
+    "distillation loss": (15, lambda of: gpu_rows.loss(of.sizes, of.device, of.dtype)),
+    "distillation, about 1B": (200, _small_pair),
+    "distillation, largest pair": (60, _largest_pair),
+    "memory report": (30, lambda of: gpu_rows.memory(of.model, of.sizes, of.device)),
+    "width scoring": (20, lambda of: gpu_rows.width_scoring(of.model, of.sizes, of.device)),
+    "depth scoring": (40, lambda of: gpu_rows.depth_scoring(of.model, of.sizes, of.device)),
+    "zero-shot screening": (30, lambda of: gpu_rows.screening(of.model, of.scores, of.sizes, of.device)),
+}
 
 
-def medians(sides: dict[str, Callable[[], object]], device: torch.device, *, repeats: int = 3) -> dict[str, float]:
-    """Seconds of every side, in turns, after one turn that is not counted (kernels are compiled then)."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(repeats + 1):
-        for name, work in sides.items():
-            synchronise(device)
-            started = time.perf_counter()
-            work()
-            synchronise(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def measure(
+    sizes: Sizes, device: torch.device, say: Callable[[str, Row], None], *, only: Collection[str] = (), seconds_left: Callable[[], float] = lambda: math.inf
+) -> None:
+    """Every row, or only those named, told to `say` as soon as it is there: its figures, why it failed, or why it was left out."""
+    subject = Subject(sizes, device)
+    for name in only or ROWS:
+        (seconds, row), left = ROWS[name], seconds_left()
+        if seconds > left:
+            say(name, {"skipped": f"{max(0, left):.0f} s are left of the time given, about {seconds:.0f} s are needed"})
+            continue
+        free_memory(device)
+        say(name, _figures_or_error(row, subject))
 
 
-def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """The most that torch's allocator held while `work` ran, what was there before included; 0 on a CPU, which nobody counts."""
-    if device.type == "cpu":
-        return 0
-    gc.collect(), torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats(device)
-    work()
-    return torch.cuda.max_memory_allocated(device)
+def _figures_or_error(row: Callable[[Subject], Figures], subject: Subject) -> Row:
+    try:
+        return row(subject)
+    except Exception as error:  # out of memory, a kernel, our own mistake: the other rows are worth having
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500] + f" ({Path(place.filename).name}:{place.lineno})"}
 
 
-def width_scoring(model: nn.Module, sizes: Sizes, device: torch.device) -> tuple[Figures, ImportanceScores]:
-    """Scores of every width against a forward pass to the last hidden state."""
-    ids, placed = random_ids(sizes.teacher, sizes.scored, device), WholeModel(FAMILY, model, sizes.teacher)
-    with torch.no_grad():
-        seconds = medians({"plain": lambda: model.base_model(ids, use_cache=False), "scoring": lambda: measure_width(placed, [ids])}, device)
-    figures = {"overhead": seconds["scoring"] / seconds["plain"], "tokens_per_second": ids.numel() / seconds["scoring"],
-               "plain_tokens_per_second": ids.numel() / seconds["plain"]}  # fmt: skip
-    return figures, aggregate(measure_width(placed, [ids]))
+class Result:
+    """The result's JSON file, whole at any time: written beside and renamed, after every row."""
 
+    def __init__(self, folder: Path, device: torch.device, *, tiny: bool) -> None:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self.started = self.row_started = time.perf_counter()
+        self.content = {"benchmark": "gpu", "device": name, "date": date.today().isoformat(), "versions": versions(), "tiny": tiny,
+                        "switches": {switch: os.environ.get(switch, "") for switch in (*SWITCHES, "MAMBA_DETERMINISTIC")},
+                        "seconds": 0.0, "rows": {}, "row_seconds": {}}  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"gpu-{'-'.join(name.lower().split())}-{self.content['date']}.json"
 
-@torch.no_grad()
-def depth_scoring(model: nn.Module, sizes: Sizes, device: torch.device) -> Figures:
-    """Iterative removal of layers, against as many whole forward passes as the obvious loop makes."""
-    ids, placed = random_ids(sizes.teacher, sizes.swept, device), WholeModel(FAMILY, model, sizes.teacher)
-    passes = 0
-
-    def sweep() -> None:
-        nonlocal passes
-        block, passes = Block([ids]), 0
-
-        def ask(kept, removable):
-            nonlocal passes
-            passes += len(removable)
-            return measure_round(placed, block, kept, removable, "mse", SweepLimits()).scores("mse", normalised=True)
-
-        rank_iteratively(sizes.teacher.pattern, sizes.teacher.num_layers - sizes.rounds, LayerRules({"*": 1}, {}), ask)
-
-    seconds = medians({"plain": lambda: model(ids, use_cache=False), "sweep": sweep}, device, repeats=1)
-    return {"speedup_over_naive": passes * seconds["plain"] / seconds["sweep"], "seconds_per_removal": seconds["sweep"] / sizes.rounds,
-            "naive_forward_passes": passes}  # fmt: skip
-
-
-def screening(model: nn.Module, scores: ImportanceScores, sizes: Sizes, device: torch.device) -> Figures:
-    """Zero-shot loss of three candidates, views of the teacher, against the forward passes it needs. Sorts the model's weights."""
-    config, ids = FAMILY.hf_config(CONFIG, sizes.teacher), random_ids(sizes.teacher, sizes.screened, device)
-    students = (sizes.student, replace(sizes.student, mamba_num_heads=sizes.fewer_heads), replace(sizes.teacher, pattern=sizes.student.pattern))
-    teacher = SortedTeacher(FAMILY, model, config, sizes.teacher, scores)
-    kept = tuple(subsequence_layers(sizes.teacher.pattern, sizes.student.pattern))
-    views = {str(number): teacher.view(student, kept).model for number, student in enumerate(students)}
-
-    @torch.no_grad()
-    def forward() -> None:
-        for one in (teacher.model, *views.values()):
-            one.base_model(ids, use_cache=False)
-
-    seconds = medians({"forward": forward, "screening": lambda: measure_batch(teacher.model, views, ids)}, device)
-    return {"over_forward": seconds["screening"] / seconds["forward"], "tokens_per_second": len(students) * ids.numel() / seconds["screening"]}
-
-
-def memory(model: nn.Module, sizes: Sizes, device: torch.device) -> Figures:
-    """The memory report against what the model and its cache hold, and on a GPU against the peak of the prompt's pass."""
-    batch, tokens = sizes.served
-    dtype = {torch.bfloat16: "bf16", torch.float32: "float32"}[model.dtype]
-    report = memory_report(sizes.teacher, Workload(tokens, batch, weights_dtype=dtype, kv_dtype=dtype, activation_tokens=batch * tokens))
-    ids, outputs = random_ids(sizes.teacher, sizes.served, device), []
-
-    @torch.no_grad()
-    def prompt() -> None:
-        outputs[:] = [model(ids, use_cache=True, logits_to_keep=1)]
-
-    peak = peak_bytes(prompt, device) or (prompt(), 0)[1]
-    layers = outputs[0].past_key_values.layers
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if getattr(layer, "keys", None) is not None)
-    held += sum(state.nbytes for layer in layers for state in getattr(layer, "recurrent_states", {}).values())
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    figures = {"weights_over_report": weights / report.weights, "kv_and_ssm_over_report": held / (report.kv_cache + report.ssm_state)}
-    return figures | ({"peak_over_report": peak / report.total, "peak_gib": peak / GIB} if peak else {})
-
-
-def loss(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Figures:
-    """The chunked loss against whole logits, forward and backward, from the student's and the teacher's last hidden states."""
-    random = torch.Generator(device).manual_seed(0)
-
-    def head(architecture: Architecture) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = torch.randn(sizes.loss_tokens, architecture.hidden, device=device, dtype=dtype, generator=random)
-        weight = torch.randn(architecture.vocab, architecture.hidden, device=device, dtype=dtype, generator=random)
-        return hidden, weight.mul_(3 / architecture.hidden**0.5)
-
-    student, teacher = tuple(tensor.requires_grad_() for tensor in head(sizes.student)), head(sizes.teacher)
-
-    def whole() -> None:
-        mine, theirs = (F.log_softmax((hidden @ weight.T).float(), dim=-1) for hidden, weight in (student, teacher))
-        backward(F.kl_div(mine, theirs, log_target=True, reduction="sum") / sizes.loss_tokens)
-
-    def backward(value: torch.Tensor) -> None:
-        for tensor in student:
-            tensor.grad = None
-        value.backward()
-
-    def chunked() -> None:
-        backward(chunked_loss(Head(*student), Head(*teacher)).loss)
-
-    seconds = medians({"whole": whole, "chunked": chunked}, device)
-    before = sum(tensor.nbytes for tensor in (*student, *teacher))
-    for tensor in student:
-        tensor.grad = None
-    peaks = {name: peak_bytes(work, device) - before for name, work in (("whole", whole), ("chunked", chunked))}
-    figures = {"time_over_whole": seconds["chunked"] / seconds["whole"], "tokens_per_second": sizes.loss_tokens / seconds["chunked"]}
-    return figures | ({"memory_over_whole": peaks["chunked"] / peaks["whole"], "memory_gib": peaks["chunked"] / GIB} if device.type == "cuda" else {})
-
-
-def largest_pair(sizes: Sizes, train: TrainSettings, length: int, device: torch.device) -> tuple[Architecture, Architecture]:
-    """Teacher and student of the published widths with as many layers, from the first on, as the device holds while it trains."""
-    free, _ = process_memory_bytes(device)
-    for layers in range(sizes.teacher.num_layers, 0, -1):
-        teacher = replace(sizes.teacher, pattern=sizes.teacher.pattern[:layers])
-        depth = max(1, layers * sizes.student.num_layers // sizes.teacher.num_layers)
-        student = replace(sizes.student, pattern=sizes.student.pattern[:depth])
-        plan = training_memory(student, teacher, train, Launch(), sequence_length=length, teacher_bytes_per_number=2, on_gpu=True)
-        if plan.total <= MEMORY_SHARE * free:
-            return teacher, student
-    raise ValueError(f"device {device} has {free / GIB:.1f} GiB free; distillation of one layer at these widths needs more")
-
-
-def distillation(teacher: Architecture, student: Architecture, train: TrainSettings, length: int, device: torch.device) -> Figures:
-    """Whole steps of the trainer's engine: bf16, AdamW, the teacher in bf16 beside it; no states are saved."""
-    models = random_model(teacher, device, torch.bfloat16), random_model(student, device, torch.float32).requires_grad_(True).train()
-    engine, loss_function = open_engine(Launch(), models[1], train_plan(train)), distillation_loss(models[0])
-    rows = random_ids(student, (train.batch, length), device)
-
-    def step() -> None:
-        with engine.micro_step(last=True):
-            engine.backward(engine.measure(loss_function, rows)["loss"])
-        engine.update(1e-5)
-
-    seconds = medians({"step": step}, device)["step"]
-    plan = training_memory(student, teacher, train, Launch(), sequence_length=length, teacher_bytes_per_number=2, on_gpu=device.type == "cuda")
-    flops = training_flops(student, teacher, [(replace(train, tokens=rows.numel()), length)]) / seconds
-    figures = {"tokens_per_second": rows.numel() / seconds, "tflops": flops / 1e12, "teacher_billions": count_total_parameters(teacher) / 1e9,
-               "student_billions": count_total_parameters(student) / 1e9}  # fmt: skip
-    rate = next((rate for name, rate in BF16_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
-    figures |= {"mfu": flops / rate} if rate else {}
-    peak = peak_bytes(step, device)
-    return figures | ({"peak_over_plan": peak / plan.total, "peak_gib": peak / GIB} if peak else {})
-
-
-def measure(sizes: Sizes, device: torch.device, say: Callable[[str, Figures], None]) -> None:
-    """Every row, told to `say` as soon as it is there."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = random_model(sizes.teacher, device, dtype)
-    say("memory report", memory(model, sizes, device))
-    figures, scores = width_scoring(model, sizes, device)
-    say("width scoring", figures)
-    say("depth scoring", depth_scoring(model, sizes, device))
-    say("zero-shot screening", screening(model, scores, sizes, device))
-    del model
-    free_memory(device)
-    say("distillation loss", loss(sizes, device, dtype))
-    free_memory(device)
-    small, large = (TrainSettings(batch=rows, precision=Precision.bf16, gradient_checkpointing=is_large)
-                    for (rows, _), is_large in ((sizes.trained, False), (sizes.trained_large, True)))  # fmt: skip
-    say("distillation, about 1B", distillation(sizes.small_teacher, sizes.small_student, small, sizes.trained[1], device))
-    free_memory(device)
-    pair = largest_pair(sizes, large, sizes.trained_large[1], device)
-    say("distillation, largest pair", distillation(*pair, large, sizes.trained_large[1], device))
-
-
-def free_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    def add(self, name: str, row: Row) -> None:
+        now = time.perf_counter()
+        self.content["rows"][name], self.content["row_seconds"][name] = row, now - self.row_started
+        self.content["seconds"], self.row_started = now - self.started, now
+        beside = self.path.with_suffix(".part")
+        beside.write_text(json.dumps(self.content, indent=1) + "\n")
+        beside.replace(self.path)
+        told = (f"{label} {value:,.4g}" if isinstance(value, float | int) else f"{label}: {value}" for label, value in row.items())
+        print(f"{name:<27}" + " · ".join(told), flush=True)
 
 
 def versions() -> dict[str, str]:
@@ -314,39 +143,39 @@ def versions() -> dict[str, str]:
     return found | {"cuda": torch.version.cuda or "none"}
 
 
+def check_device(device: torch.device, *, tiny: bool) -> None:
+    """Raises ValueError, one line, where the rows cannot run on this device."""
+    dispatch.install()
+    if device.type == "cpu":
+        if not tiny:
+            raise ValueError("--device is cpu, which would take days at the 12B's shape; give --tiny too")
+        return
+    if not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but torch sees no CUDA device; try the rows on a CPU with --device cpu --tiny")
+    check_bf16(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    if told := unusable_kernel():
+        raise ValueError(told)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toys instead of the 12B's shape")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="leave out rows that would hardly end within so many minutes")
+    parser.add_argument("--only", action="append", choices=ROWS, default=[], help="measure this row alone; can be given several times")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results", help="folder for the result's JSON file")
     options = parser.parse_args()
-    device, sizes, started, rows = torch.device(options.device), TINY if options.tiny else Sizes(), time.perf_counter(), {}
+    device = torch.device(options.device)
     try:
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device is cuda, but torch sees no CUDA device; try the rows on a CPU with --device cpu --tiny")
-        if device.type == "cpu" and not options.tiny:
-            raise ValueError("--device is cpu, which would take days at the 12B's shape; give --tiny too")
-        if device.type == "cuda":
-            check_gpu(device)
-        else:
-            mixer.install()
-
-        def say(name: str, figures: Figures) -> None:
-            rows[name] = figures
-            print(f"{name:<27}" + " · ".join(f"{label} {value:,.4g}" for label, value in figures.items()), flush=True)
-
-        measure(sizes, device, say)
+        check_device(device, tiny=options.tiny)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    result = {"benchmark": "gpu", "device": name, "date": date.today().isoformat(), "versions": versions(), "tiny": options.tiny,
-              "seconds": time.perf_counter() - started, "rows": rows}  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"gpu-{'-'.join(name.lower().split())}-{result['date']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
-    return 0
+    result = Result(options.out, device, tiny=options.tiny)
+    sizes, ends = TINY if options.tiny else Sizes(), STARTED + 60 * options.minutes
+    measure(sizes, device, result.add, only=options.only, seconds_left=lambda: ends - time.perf_counter())
+    print(json.dumps(result.content))
+    return 1 if any("error" in row for row in result.content["rows"].values()) else 0
 
 
 if __name__ == "__main__":

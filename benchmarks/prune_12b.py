@@ -31,7 +31,7 @@ from minitron.checkpoints.shards import write_weights  # noqa: E402
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_HEAD, Family  # noqa: E402
 from minitron.families.known import family_of  # noqa: E402
 from minitron.importance.scores import ImportanceScores  # noqa: E402
-from minitron.mamba import mixer  # noqa: E402
+from minitron.mamba import dispatch  # noqa: E402
 from minitron.pruning.disk_to_disk import planned_tensors  # noqa: E402
 from minitron.pruning.plan import PruningPlan, make_plan  # noqa: E402
 from nas.depth import subsequence_layers  # noqa: E402
@@ -124,7 +124,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="interleaved repeats of both sides; medians are reported")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    mixer.install()
+    dispatch.install()
     config, source = read_config(options.folder), Checkpoint(options.folder)
     family, plan = family_of(config), published_student(architecture_from_config(config), options.seed)
     planned = planned_tensors(family, plan, source)

@@ -23,7 +23,7 @@ from minitron.checkpoints.files import Checkpoint  # noqa: E402
 from minitron.checkpoints.placement import StreamedModel  # noqa: E402
 from minitron.checkpoints.publish import write_companions  # noqa: E402
 from minitron.families.known import family_of  # noqa: E402
-from minitron.mamba import mixer  # noqa: E402
+from minitron.mamba import dispatch  # noqa: E402
 from minitron.pruning.basis import basis_without  # noqa: E402
 from minitron.pruning.compensate import Recipe  # noqa: E402
 from minitron.pruning.compensated_cut import MadeWeights  # noqa: E402
@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    mixer.install()
+    dispatch.install()
     config, source = read_config(options.folder), Checkpoint(options.folder)
     family, plan = family_of(config), published_student(architecture_from_config(config), options.seed)
     sliced = planned_tensors(family, plan, source)

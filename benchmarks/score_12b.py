@@ -22,7 +22,7 @@ from memory_budget.parameters import count_parameters  # noqa: E402
 from minitron.checkpoints.placement import StreamedModel  # noqa: E402
 from minitron.families.known import family_of  # noqa: E402
 from minitron.importance.activations import measure_width  # noqa: E402
-from minitron.mamba import mixer  # noqa: E402
+from minitron.mamba import dispatch  # noqa: E402
 
 
 def matrix_rate(seconds: float = 5.0) -> float:
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--row", type=int, default=1024, help="tokens per row")
     options = parser.parse_args()
-    mixer.install()
+    dispatch.install()
     config = read_config(options.folder)
     architecture = architecture_from_config(config)
     model = StreamedModel(family_of(config), options.folder, config, architecture, torch.device("cpu"))

@@ -24,7 +24,7 @@ from minitron.families.nemotron_h import FAMILY  # noqa: E402
 from minitron.importance.activations import measure_width  # noqa: E402
 from minitron.importance.layers import Block, SweepLimits, measure_round  # noqa: E402
 from minitron.importance.removal import LayerRules, rank_iteratively  # noqa: E402
-from minitron.mamba import mixer  # noqa: E402
+from minitron.mamba import dispatch  # noqa: E402
 from minitron.training.tiny_teacher import TINY_CONFIG  # noqa: E402
 
 ARCHITECTURE = Architecture(
@@ -69,7 +69,7 @@ def swept_rounds(model, ids: torch.Tensor) -> list[int]:
     block, placed = Block([ids]), WholeModel(FAMILY, model, ARCHITECTURE)
 
     def ask(kept, removable):
-        return measure_round(placed, block, kept, removable, "mse", SweepLimits(branch_rows=ROWS)).scores("mse", normalised=True)
+        return measure_round(placed, block, kept, removable, "mse", SweepLimits(branch_tokens=ROWS * TOKENS)).scores("mse", normalised=True)
 
     removals = rank_iteratively(ARCHITECTURE.pattern, ARCHITECTURE.num_layers - ROUNDS, RULES, ask)
     return [removal.layer for removal in removals]
@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats of every side; medians are reported")
     repeats = parser.parse_args().repeats
-    mixer.install()
+    dispatch.install()
     torch.manual_seed(0)
     model = FAMILY.build(FAMILY.hf_config(TINY_CONFIG, ARCHITECTURE)).eval().requires_grad_(False)
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, ARCHITECTURE.vocab, (ROWS, TOKENS)))

@@ -118,14 +118,14 @@ def screening(repeats: int) -> tuple[dict[str, float], dict]:
     from minitron.families.nemotron_h import FAMILY
     from minitron.importance.activations import measure_width
     from minitron.importance.scores import aggregate
-    from minitron.mamba import mixer
+    from minitron.mamba import dispatch
     from minitron.pruning.cut import build_pruned
     from minitron.pruning.plan import make_plan
     from minitron.pruning.views import SortedTeacher
     from minitron.search.distances import measure_batch
     from minitron.training.tiny_teacher import TINY_CONFIG
 
-    mixer.install()
+    dispatch.install()
     torch.manual_seed(0)
     config = FAMILY.hf_config(TINY_CONFIG, SCREENED)
     teacher = FAMILY.build(config).eval().requires_grad_(False)

@@ -22,7 +22,7 @@ from distill.objectives import next_token_objective  # noqa: E402
 from memory_budget.architecture import Architecture  # noqa: E402
 from memory_budget.parameters import count_parameters  # noqa: E402
 from minitron.families.nemotron_h import FAMILY  # noqa: E402
-from minitron.mamba import mixer  # noqa: E402
+from minitron.mamba import dispatch  # noqa: E402
 from minitron.training.tiny_teacher import TINY_CONFIG  # noqa: E402
 
 ARCHITECTURE = Architecture(
@@ -31,7 +31,7 @@ ARCHITECTURE = Architecture(
 )  # fmt: skip
 ROWS, TOKENS, CHUNK = 8, 256, 128
 SCAN_ROWS, SCAN_TOKENS, HEADS, HEAD_DIM, GROUPS, STATE = 4, 1024, 128, 80, 8, 128  # a mixer of the 12B
-OWN = [(owner, name, getattr(owner, name)) for owner, name, _ in mixer.replacements()]
+OWN = [(owner, name, getattr(owner, name)) for owner, name, _ in dispatch.replacements()]
 
 
 def put_back() -> None:
@@ -77,7 +77,7 @@ def measure_model(repeats: int) -> dict[str, float]:
         model.zero_grad(set_to_none=True)
         loss().backward()
 
-    sides = {"transformers": (put_back, their_loss), "minitron": (mixer.install, own_loss), "minitron bf16": (mixer.install, own_loss_in_bf16)}
+    sides = {"transformers": (put_back, their_loss), "minitron": (dispatch.install, own_loss), "minitron bf16": (dispatch.install, own_loss_in_bf16)}
     times: dict[str, list[float]] = {}
     losses = {}
     for name, (choose, loss) in sides.items():  # once unmeasured: threads, caches and libraries come up
@@ -104,7 +104,7 @@ def measure_scan(repeats: int) -> tuple[float, float, float]:
     B, C = (normal(SCAN_ROWS, SCAN_TOKENS, GROUPS, STATE) for _ in range(2))
     A, D, dt_bias = -torch.rand(HEADS, generator=random) - 0.1, normal(HEADS), normal(HEADS)
     settings = {"chunk_size": CHUNK, "D": D, "dt_bias": dt_bias, "dt_softplus": True}
-    functions = {"transformers": OWN[0][2], "minitron": mixer.replacements()[0][2]}
+    functions = {"transformers": OWN[0][2], "minitron": dispatch.replacements()[0][2]}
     halves = [tensor.bfloat16() for tensor in (x, B, C)]
     exact = functions["transformers"](halves[0].float(), dt, A, halves[1].float(), halves[2].float(), **settings)
     times: dict[str, list[float]] = {name: [] for name in functions}

@@ -12,14 +12,14 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from distill.divergences import DIVERGENCES, Divergence, cross_entropy_rows, divergence_named, top_k_rows
+from distill.products import multiply, multiply_add, operands
 from distill.top_k import TopK
 
-CHUNK_VALUES = 2**25  # logits of a chunk: 256 tokens of a vocabulary of 131,072, 128 MiB for the student and as many for the teacher
-CPU_CHUNK_VALUES = 2**20  # on a CPU, where small chunks stay near the processor; but never fewer tokens than a product of matrices is quick with
+GPU_CHUNK_VALUES = 2**27  # logits of a chunk: 1,024 tokens of 131,072, four buffers of 512 MiB; fewer are bound by memory
+CHUNK_VALUES = 2**25  # the most on a CPU
+CPU_CHUNK_VALUES = 2**20  # what is aimed at there, so that chunks stay near the processor; but never fewer tokens than a product of matrices is quick with
 CPU_CHUNK_TOKENS = 256
 CPU_BLOCK_VALUES = 2**19  # logits passed over at once on a CPU: 2 MiB of each kind, so that the passes run in its cache
-# A product as small as this some BLAS kernels (MKL's for AVX2) add up term after term: over a vocabulary of 140,000 that is 1e-5 off. So many terms at a time.
-SMALL_VALUES, TERMS = 2**12, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def chunked_loss(
     count_agreement: bool = False,
     chunk_tokens: int | None = None,
 ) -> LossSums:
-    """The recipe's loss summed over the tokens of `mask_BT` (bool; all when None), over `num_tokens` (the mask's own count when None).
+    """The recipe's loss summed over the tokens of `mask_BT` (bool, best on a CPU; all when None), over `num_tokens` (the mask's own count when None).
 
     With accumulation or several processes `num_tokens` is the number of all their tokens, so that losses and gradients add up to the
     mean. `labels_BT` int64 holds the id that each position should predict, PADDING where there is none (see next_token_labels);
@@ -92,14 +92,14 @@ def chunked_loss(
     """
     recipe = recipe or LossRecipe()
     _check(student, teacher, recipe, labels_BT)
-    mask_N = None if mask_BT is None else mask_BT.flatten()
-    hidden_ND = _chosen(student.hidden_BTD, mask_N, 1)
-    labels_N = None if labels_BT is None else _chosen(labels_BT, mask_N, 0)
+    places_N = None if mask_BT is None else mask_BT.flatten().nonzero()[:, 0].to(student.hidden_BTD.device)
+    hidden_ND = _chosen(student.hidden_BTD, places_N, 1)
+    labels_N = None if labels_BT is None else _chosen(labels_BT, places_N, 0)
     chunk = _chunk(hidden_ND, student.weight_VD, chunk_tokens)
     if isinstance(teacher, Head):
-        source = _HeadTeacher(_chosen(teacher.hidden_BTD, mask_N, 1), teacher.weight_VD, recipe, chunk)
+        source = _HeadTeacher(_chosen(teacher.hidden_BTD, places_N, 1), teacher.weight_VD, recipe, chunk)
     else:
-        source = _TopKTeacher(*(_chosen(getattr(teacher, name), mask_N, dimensions) for name, dimensions in zip(TopK.__slots__, (1, 1, 0), strict=True)))
+        source = _TopKTeacher(*(_chosen(getattr(teacher, name), places_N, dimensions) for name, dimensions in zip(TopK.__slots__, (1, 1, 0), strict=True)))
     task = _Task(source, labels_N, recipe, count_agreement, chunk, torch.is_grad_enabled())
     loss, sums = _Sweep.apply(hidden_ND, student.weight_VD, task)
     counts = torch.tensor(len(hidden_ND)), torch.tensor(0) if labels_N is None else (labels_N >= 0).sum()
@@ -115,8 +115,9 @@ def chunked_cross_entropy(head: Head, labels_BT: torch.Tensor) -> torch.Tensor:
 
 def chunk_tokens(vocabulary: int, *, on_cpu: bool) -> int:
     """Tokens whose logits exist at once."""
-    fitting = CHUNK_VALUES // vocabulary
-    return max(1, min(fitting, max(CPU_CHUNK_TOKENS, CPU_CHUNK_VALUES // vocabulary)) if on_cpu else fitting)
+    if not on_cpu:
+        return max(1, GPU_CHUNK_VALUES // vocabulary)
+    return max(1, min(CHUNK_VALUES // vocabulary, max(CPU_CHUNK_TOKENS, CPU_CHUNK_VALUES // vocabulary)))
 
 
 def _chunk(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, wanted: int | None) -> int:
@@ -133,24 +134,24 @@ def _check(student: Head, teacher: Head | TopK, recipe: LossRecipe, labels_BT: t
         raise ValueError(f"{told}; a teacher cache holds what forward_kl at temperature 1 needs, and no more")
 
 
-def _chosen(values: torch.Tensor, mask_N: torch.Tensor | None, dimensions: int) -> torch.Tensor:
-    """Values [..., `dimensions` more] as one list of tokens, those of the mask only."""
+def _chosen(values: torch.Tensor, places_N: torch.Tensor | None, dimensions: int) -> torch.Tensor:
+    """Values [..., `dimensions` more] as one list of tokens, those at these places only; a mask would have a GPU waited for, to see how many they are."""
     values = values.reshape(-1, *values.shape[values.ndim - dimensions :])
-    return values if mask_N is None else values[mask_N]
+    return values if places_N is None else values[places_N]
 
 
 class _HeadTeacher:
     """The teacher's side of a sweep, from hidden states and output matrix."""
 
     def __init__(self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, recipe: LossRecipe, chunk_tokens: int):
-        self.hidden_ND, self.weight_VD = _operands(hidden_ND.detach(), weight_VD.detach())
+        self.hidden_ND, self.weight_VD = operands(hidden_ND.detach(), weight_VD.detach())
         self.temperature = recipe.temperature
         self.divergence: Divergence = divergence_named(recipe.divergence, recipe.beta)
         self.logits_CV = torch.empty(chunk_tokens, len(weight_VD), device=hidden_ND.device)
 
     def start(self, first: int, end: int) -> None:
         """Get ready for a chunk of tokens; rows are counted from its first on."""
-        _multiply(self.hidden_ND[first:end], self.weight_VD.T, self.logits_CV[: end - first])
+        multiply(self.hidden_ND[first:end], self.weight_VD.T, self.logits_CV[: end - first])
 
     def likeliest(self, rows: slice) -> torch.Tensor:
         """Ids [R]."""
@@ -224,7 +225,7 @@ def _sweep(hidden_ND, weight_VD, task: _Task, needs_hidden: bool, needs_weight: 
     (num_tokens, vocabulary), device = (len(hidden_ND), len(weight_VD)), hidden_ND.device
     hidden_gradient_ND = torch.empty(hidden_ND.shape, device=device) if needs_hidden else None
     weight_gradient_VD = torch.zeros(weight_VD.shape, device=device) if needs_weight else None
-    hidden_ND, weight_VD = _operands(hidden_ND, weight_VD)
+    hidden_ND, weight_VD = operands(hidden_ND, weight_VD)
     logits_CV = torch.empty(task.chunk_tokens, vocabulary, device=device)
     block = max(1, CPU_BLOCK_VALUES // vocabulary) if device.type == "cpu" else task.chunk_tokens
     scratch_RV = torch.empty(min(block, task.chunk_tokens), vocabulary, device=device)
@@ -232,7 +233,7 @@ def _sweep(hidden_ND, weight_VD, task: _Task, needs_hidden: bool, needs_weight: 
     for first in range(0, num_tokens, task.chunk_tokens):
         end = min(first + task.chunk_tokens, num_tokens)
         chunk_CD, chunk_CV = hidden_ND[first:end], logits_CV[: end - first]
-        _multiply(chunk_CD, weight_VD.T, chunk_CV)
+        multiply(chunk_CD, weight_VD.T, chunk_CV)
         if task.teacher:
             task.teacher.start(first, end)
         for row in range(0, end - first, block):
@@ -240,9 +241,9 @@ def _sweep(hidden_ND, weight_VD, task: _Task, needs_hidden: bool, needs_weight: 
             sums += _row_losses(chunk_CV[rows], rows, first, task, scratch_RV[: rows.stop - row]).sum(-1, dtype=torch.float64)
         gradient_CV = chunk_CV.to(chunk_CD.dtype)
         if needs_hidden:
-            _multiply(gradient_CV, weight_VD, hidden_gradient_ND[first:end])
+            multiply(gradient_CV, weight_VD, hidden_gradient_ND[first:end])
         if needs_weight:
-            _multiply_add(gradient_CV.T, chunk_CD, weight_gradient_VD)
+            multiply_add(gradient_CV.T, chunk_CD, weight_gradient_VD)
     return sums, (hidden_gradient_ND, weight_gradient_VD)
 
 
@@ -263,29 +264,3 @@ def _row_losses(student_RV: torch.Tensor, rows: slice, first: int, task: _Task, 
     if weight:
         student_RV.add_(cross_entropy_gradient_RV, alpha=weight)
     return torch.stack([divergence_R, cross_entropy_R, agrees_R])
-
-
-def _operands(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two in the dtype that they are multiplied in: the hidden state's on a GPU, whose products sum in float32, else float32."""
-    dtype = hidden_ND.dtype if hidden_ND.device.type == "cuda" else torch.float32
-    return hidden_ND.to(dtype), weight_VD.to(dtype)
-
-
-def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    """out = left · right in float32, without rounding to the operands' dtype."""
-    if left.dtype != out.dtype:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
-    elif out.numel() <= SMALL_VALUES and left.shape[1] > TERMS:
-        out.zero_()
-        for some_left, some_right in zip(left.split(TERMS, 1), right.split(TERMS), strict=True):
-            out += some_left @ some_right
-    else:
-        torch.mm(left, right, out=out)
-
-
-def _multiply_add(left: torch.Tensor, right: torch.Tensor, total: torch.Tensor) -> None:
-    """total += left · right, in float32 as well."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)

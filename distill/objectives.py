@@ -19,7 +19,8 @@ from distill.losses import hidden_state_loss, next_token_labels
 from distill.teacher_cache import TeacherCache
 from distill.top_k import TopK
 
-# Of a model and rows [B, T] that may end in padding: the mean loss per token, alone or as "loss" among further means to watch.
+# Of a model and rows [B, T] that may end in padding, on the CPU, where what is to be known of them is known without a wait for a GPU: the mean loss per
+# token, alone or as "loss" among further means to watch.
 LossFunction = Callable[[nn.Module, torch.Tensor], torch.Tensor | dict[str, torch.Tensor]]
 
 
@@ -46,8 +47,9 @@ def distillation_loss(teacher: nn.Module | Unread, recipe: LossRecipe | None = N
         student = head_of(model, rows_BT)
         means = _means(student, target, recipe, rows_BT)
         if hidden:
-            aligned_BTD = target.hidden_BTD[..., hidden.channels_D.to(target.hidden_BTD.device)]
-            means["hidden_state"] = hidden_state_loss(student.hidden_BTD, aligned_BTD, mask_BT=split_padding(rows_BT)[1])
+            device = target.hidden_BTD.device
+            aligned_BTD = target.hidden_BTD[..., hidden.channels_D.to(device)]
+            means["hidden_state"] = hidden_state_loss(student.hidden_BTD, aligned_BTD, mask_BT=split_padding(rows_BT)[1].to(device))
             means["loss"] = means["loss"] + hidden.weight * means["hidden_state"]
         return means
 
@@ -63,15 +65,17 @@ def cached_loss(cache: TeacherCache, rows_RT: np.ndarray, recipe: LossRecipe | N
 
     def loss(model: nn.Module, numbers_B: torch.Tensor) -> dict[str, torch.Tensor]:
         numbers = numbers_B.cpu().numpy()
-        rows_BT = torch.from_numpy(rows_RT[numbers].astype(np.int64)).to(numbers_B.device)
-        return _means(head_of(model, rows_BT), cache.rows(numbers).to(numbers_B.device), recipe, rows_BT)
+        rows_BT = torch.from_numpy(rows_RT[numbers].astype(np.int64))
+        student = head_of(model, rows_BT)
+        return _means(student, cache.rows(numbers).to(student.hidden_BTD.device), recipe, rows_BT)
 
     return loss
 
 
 def next_token_objective(model: nn.Module, rows_BT: torch.Tensor) -> torch.Tensor:
     """A LossFunction of the text alone: mean cross-entropy of every next token, nats per token."""
-    return chunked_cross_entropy(head_of(model, rows_BT), next_token_labels(rows_BT))
+    head = head_of(model, rows_BT)
+    return chunked_cross_entropy(head, next_token_labels(rows_BT).to(head.hidden_BTD.device))
 
 
 def head_of(model: nn.Module, rows_BT: torch.Tensor) -> Head:
@@ -81,10 +85,9 @@ def head_of(model: nn.Module, rows_BT: torch.Tensor) -> Head:
     """
     output = model.get_output_embeddings()
     assert output.bias is None, "a Head has no bias"
-    ids_BT, _ = split_padding(rows_BT)
-    documents_BT = document_numbers(rows_BT)
-    packed = {} if documents_BT is None else {"position_ids": _positions(documents_BT), "seq_idx": documents_BT}
-    hidden_BTD = model.base_model(ids_BT, use_cache=False, **packed).last_hidden_state
+    (ids_BT, _), documents_BT, place = split_padding(rows_BT), document_numbers(rows_BT), output.weight.device
+    packed = {} if documents_BT is None else {"position_ids": _positions(documents_BT).to(place), "seq_idx": documents_BT.to(place)}
+    hidden_BTD = model.base_model(ids_BT.to(place), use_cache=False, **packed).last_hidden_state
     device = hidden_BTD.device.type
     if torch.is_autocast_enabled(device):  # as autocast would do for the output layer
         hidden_BTD = hidden_BTD.to(torch.get_autocast_dtype(device))
@@ -109,7 +112,8 @@ def _means(student: Head, teacher: Head | TopK, recipe: LossRecipe, rows_BT: tor
     and where the loss is not it already, the divergence. All are nats per token but the share.
     """
     _, mask_BT = split_padding(rows_BT)
-    sums = chunked_loss(student, teacher, recipe, mask_BT=mask_BT, labels_BT=next_token_labels(rows_BT), count_agreement=True)
+    labels_BT = next_token_labels(rows_BT).to(student.hidden_BTD.device)
+    sums = chunked_loss(student, teacher, recipe, mask_BT=mask_BT, labels_BT=labels_BT, count_agreement=True)
     num_tokens = sums.num_tokens.clamp(min=1)
     means = {"loss": sums.loss, "cross_entropy": sums.cross_entropy_nats / sums.num_labels.clamp(min=1), "top1_agreement": sums.num_agreeing / num_tokens}
     if recipe.cross_entropy_weight > 0 or recipe.temperature != 1:

@@ -9,8 +9,9 @@ from distill.batches import BlendBatches, RowBatches
 class TrainPlan:
     """How one phase of training goes. Tokens are rounded down to whole steps of the batches' size.
 
-    `micro_batch` is the rows a process computes at once, None all of its share. Everything from there on changes no
-    result but for rounding.
+    `micro_batch` is the rows a process computes at once, None all of its share. `gradient_checkpointing` is False, True (of every
+    `checkpoint_every`-th layer only the input is kept for the backward pass) or "host" (that input is in the host's memory). Everything
+    from micro_batch on changes no result but for rounding.
     """
 
     tokens: int
@@ -25,14 +26,15 @@ class TrainPlan:
     precision: str = "float32"
     skip_not_finite: int = 0
     micro_batch: int | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False
+    checkpoint_every: int = 1
     save_every_seconds: float = 60.0
     save_every_steps: int | None = None
     keep_states: int = 1
 
 
 # Of TrainPlan: what a saved state may differ in from the run that goes on with it.
-HOW = ("micro_batch", "gradient_checkpointing", "save_every_seconds", "save_every_steps", "keep_states")
+HOW = ("micro_batch", "gradient_checkpointing", "checkpoint_every", "save_every_seconds", "save_every_steps", "keep_states")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -125,7 +125,26 @@ def _remove_old(states: Path, keep: int | None) -> None:
 def restore_state(state: State, engine: Engine) -> None:
     """Put a saved state into an engine."""
     with safe_open(state.folder / TENSORS_FILE, framework="pt") as file:
-        engine.restore(dict.fromkeys(file.keys()), file.get_tensor)
+        engine.restore(_Stored(file))
+
+
+class _Stored:
+    """An open file of a state, as an engine reads it."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def names(self) -> Iterable[str]:
+        return self.file.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(name).get_shape())
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self.file.get_tensor(name)
+
+    def rows(self, name: str, first: int, end: int) -> torch.Tensor:
+        return self.file.get_slice(name)[first:end]
 
 
 def remove_states(folder: Path) -> None:

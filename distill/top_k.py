@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from distill.products import logits_of
+
 LEVEL_BITS = 6  # a log-probability is one of 64 even steps from the likeliest kept token down to the least likely
 
 
@@ -40,7 +42,7 @@ def top_k_of_logits(logits_BTV: torch.Tensor, k: int) -> TopK:
 
 def top_k_of_hidden(hidden_BTD: torch.Tensor, weight_VD: torch.Tensor, k: int, *, chunk_tokens: int = 128) -> TopK:
     """The same for logits = hidden · weightᵀ, which exist for `chunk_tokens` tokens at a time only."""
-    chunks = [top_k_of_logits(chunk_ND @ weight_VD.T, k) for chunk_ND in hidden_BTD.flatten(0, -2).split(chunk_tokens)]
+    chunks = [top_k_of_logits(logits_of(chunk_ND, weight_VD), k) for chunk_ND in hidden_BTD.flatten(0, -2).split(chunk_tokens)]
     fields = [torch.cat([getattr(chunk, name) for chunk in chunks]) for name in TopK.__slots__]
     return TopK(*(field.reshape(*hidden_BTD.shape[:-1], *field.shape[1:]) for field in fields))
 

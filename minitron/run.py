@@ -22,6 +22,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+# Read when torch and Triton are loaded, and by GPUs alone: buffers of the loss come and go without leaving holes; what autotuning chose stays on disk.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+
 import hydra  # noqa: E402
 from hydra.core.config_store import ConfigStore  # noqa: E402
 from hydra.errors import HydraException, MissingConfigException  # noqa: E402

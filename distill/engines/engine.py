@@ -4,16 +4,18 @@ An engine's gradients are those of the loss summed over all processes. Its `entr
 the optimisers whole, one at a time, whatever is sharded, so a saved state fits every engine and number of processes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as distributed
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from distill.engines.host_memory import keep_in_host_memory
 from distill.engines.launch import Launch
 from distill.optimizers import build_optimizers
 from distill.plan import TrainPlan
@@ -21,12 +23,25 @@ from distill.plan import TrainPlan
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor of a state. `whole` gives it on the CPU; all processes must call it, in the order of the entries."""
+    """A tensor of a state. `whole` gives it, in the first process on the CPU; all processes must call it, in the order of the entries."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     whole: Callable[[], torch.Tensor]
+
+
+class Stored(Protocol):
+    """The tensors of a saved state."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def whole(self, name: str) -> torch.Tensor: ...
+
+    def rows(self, name: str, first: int, end: int) -> torch.Tensor:
+        """Some rows, indices of the first dimension."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +70,7 @@ class Engine:
     def __init__(self, launch: Launch, model: nn.Module, plan: TrainPlan):
         self.launch, self.model, self.plan = launch, model, plan
         self.device = next(model.parameters()).device
-        if plan.gradient_checkpointing:
-            model.activation_checkpointing_enable()
+        self._keep_activations(plan)
         self.wrapped = self._wrap(Caller(model))
         self.parameters = dict(model.named_parameters())
 
@@ -65,9 +79,9 @@ class Engine:
         return caller
 
     def measure(self, function: Callable[..., Any], rows_BT: torch.Tensor) -> Any:
-        """The function's value on the model and rows, under the plan's precision."""
+        """The function's value on the model and rows, which it takes to the device itself, under the plan's precision."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16"):
-            return self.wrapped(function, rows_BT.to(self.device))
+            return self.wrapped(function, rows_BT)
 
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
@@ -97,8 +111,18 @@ class Engine:
         for parameter in self.parameters.values():
             parameter.grad = None
 
+    def _keep_activations(self, plan: TrainPlan) -> None:
+        """What layers keep for the backward pass: everything, their input, or their input in the host's memory."""
+        if self.plan.gradient_checkpointing:  # of the phase before
+            self.model.activation_checkpointing_disable()
+        if plan.gradient_checkpointing:
+            self.model.activation_checkpointing_enable(every_n_layers=plan.checkpoint_every)
+        if plan.gradient_checkpointing == "host":
+            keep_in_host_memory(self.model)
+
     def start_phase(self, plan: TrainPlan) -> None:
         """Another plan with a fresh optimiser."""
+        self._keep_activations(plan)
         self.plan = plan
         for optimizer in self.optimizers:
             optimizer.state.clear()
@@ -115,13 +139,13 @@ class Engine:
         """Parameters and stored buffers as `model.<name>`."""
         stored = set(self.model.state_dict())
         tensors = {**self.parameters, **{name: buffer for name, buffer in self.model.named_buffers() if name in stored}}
-        return [Entry(f"model.{name}", tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: _whole(tensor)) for name, tensor in tensors.items()]
+        return [Entry(f"model.{name}", tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: self._whole(tensor)) for name, tensor in tensors.items()]
 
     def optimizer_state(self) -> list[Entry]:
         """Tensors of the optimisers as `optimizer.<parameter's name>.<key>`."""
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         return [
-            Entry(f"optimizer.{names[id(parameter)]}.{key}", tuple(value.shape), value.dtype, lambda value=value: _whole(value))
+            Entry(f"optimizer.{names[id(parameter)]}.{key}", tuple(value.shape), value.dtype, lambda value=value: self._whole(value))
             for optimizer in self.optimizers
             for parameter, state in optimizer.state.items()
             for key, value in ((key, torch.as_tensor(value)) for key, value in sorted(state.items()))
@@ -130,36 +154,46 @@ class Engine:
     def entries(self) -> list[Entry]:
         return self.weights() + self.optimizer_state()
 
+    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+        return whole.cpu() if self.launch.rank == 0 else whole  # the others would copy it for nothing
+
     @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Any], read: Callable[[str], torch.Tensor]) -> None:
-        """Take over a saved state: `tensors` has its names, `read` gives one of them whole."""
+    def restore(self, stored: Stored) -> None:
+        """Take over a saved state; of a tensor in slices a process reads its own rows alone."""
+        names = set(stored.names())
         for entry_name, tensor in [*self.parameters.items(), *self.model.named_buffers()]:
-            if f"model.{entry_name}" in tensors:
-                tensor.copy_(like(read(f"model.{entry_name}"), tensor))
+            if f"model.{entry_name}" in names:
+                tensor.copy_(_stored_like(stored, f"model.{entry_name}", tensor).to(tensor.dtype))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    optimizer.state[parameter] = self._restored(parameter, group, tensors, read)
+                    optimizer.state[parameter] = self._restored(parameter, group, stored)
 
-    def _restored(self, parameter: torch.Tensor, group: dict, tensors: Mapping[str, Any], read: Callable[[str], torch.Tensor]) -> dict:
+    def _restored(self, parameter: torch.Tensor, group: dict, stored: Stored) -> dict:
         prefix = f"optimizer.{next(name for name, value in self.parameters.items() if value is parameter)}."
         state = {}
-        for name in tensors:
+        for name in stored.names():
             if name.startswith(prefix) and "." not in name.removeprefix(prefix):
-                value = read(name)
-                moves = value.ndim or group.get("fused")  # AdamW counts its steps on the CPU unless fused
-                if value.dtype == torch.int64:  # bitsandbytes counts its steps with a plain number
-                    value = int(value)
-                elif value.shape == parameter.shape:
-                    value = _sliced(value, parameter)
+                if stored.shape(name) == tuple(parameter.shape):
+                    value = _stored_like(stored, name, parameter)
                 else:
-                    value = value.to(parameter.device if moves else "cpu")
+                    value = stored.whole(name)
+                    moves = value.ndim or group.get("fused")  # AdamW counts its steps on the CPU unless fused
+                    # bitsandbytes counts its steps with a plain number
+                    value = int(value) if value.dtype == torch.int64 else value.to(parameter.device if moves else "cpu")
                 state[name.removeprefix(prefix)] = value
         return state
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+def _stored_like(stored: Stored, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A stored tensor of another one's shape on its device, in slices where that is, and of its own type."""
+    if not isinstance(tensor, DTensor):
+        return stored.whole(name).to(tensor.device)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    assert tuple(shape[1:]) == tuple(tensor.shape[1:]), "slices are rows"
+    own = stored.rows(name, offset[0], offset[0] + shape[0]).to(tensor.device)
+    return DTensor.from_local(own, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
 def like(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

@@ -65,11 +65,22 @@ def _asked_for(environment: Mapping[str, str]) -> str:
     return "ddp"
 
 
+# What computes in lock-step and is not there after so long hangs, say since a process died; others wait for the first one's own work, which may be days.
+COMPUTING, WAITING = timedelta(minutes=30), timedelta(days=7)
+_groups: dict[str, distributed.ProcessGroup] = {}
+
+
+def waiting_group() -> distributed.ProcessGroup:
+    """All processes, to wait in for what the first one does alone: gloo, with days of patience."""
+    join_processes()
+    return _groups["waiting"]
+
+
 def join_processes() -> None:
     """The group of all processes: gloo for what is in main memory, NCCL for what is on GPUs. Asserts that it is as large as was said."""
     if not distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        # Others wait here for as long as the first process works alone.
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=7))
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=COMPUTING)
+        _groups["waiting"] = distributed.new_group(backend="gloo", timeout=WAITING)
     assert distributed.get_world_size() == int(os.environ["WORLD_SIZE"]), "the group of processes is not the one that was launched"

@@ -8,7 +8,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from types import ModuleType
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill.engines.engine import Caller, Engine, Entry
+from distill.engines.engine import Caller, Engine, Entry, Stored
 from distill.optimizers import build_optimizers
 from distill.plan import TrainPlan
 
@@ -59,7 +59,7 @@ class Zero(Engine):
         return self.deepspeed
 
     def measure(self, function: Callable[..., Any], rows_BT: torch.Tensor) -> Any:
-        return self.wrapped(function, rows_BT.to(self.device))  # its own config says the precision
+        return self.wrapped(function, rows_BT)  # its own config says the precision
 
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
@@ -83,6 +83,7 @@ class Zero(Engine):
         self.zero.zero_grad()
 
     def start_phase(self, plan: TrainPlan) -> None:
+        self._keep_activations(plan)
         self.plan = plan
         for state in self.zero.optimizer.state.values():
             for value in state.values():
@@ -110,9 +111,9 @@ class Zero(Engine):
         return entries
 
     @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Any], read: Callable[[str], torch.Tensor]) -> None:
-        name = next(iter(self.parameters))
-        self._make_moments(read(f"optimizer.{name}.step") if f"optimizer.{name}.step" in tensors else torch.tensor(0.0))
+    def restore(self, stored: Stored) -> None:
+        name, names, read = next(iter(self.parameters)), set(stored.names()), stored.whole
+        self._make_moments(read(f"optimizer.{name}.step") if f"optimizer.{name}.step" in names else torch.tensor(0.0))
         for name, parameter in self.parameters.items():
             whole = read(f"model.{name}").float()
             self._set(parameter, whole, None)
@@ -120,10 +121,10 @@ class Zero(Engine):
                 if parameter.numel():
                     parameter.data.copy_(whole)
             for key in MOMENTS:
-                if f"optimizer.{name}.{key}" in tensors:
+                if f"optimizer.{name}.{key}" in names:
                     self._set(parameter, read(f"optimizer.{name}.{key}"), key)
         for name, buffer in self.model.named_buffers():
-            if f"model.{name}" in tensors:
+            if f"model.{name}" in names:
                 buffer.copy_(read(f"model.{name}"))
 
     def _make_moments(self, steps: torch.Tensor) -> None:
@@ -178,6 +179,7 @@ def _config(engine: str, plan: TrainPlan) -> dict:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": plan.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},  # else micro-steps add up in bf16, where small ones vanish
         "steps_per_print": 2**31,
     }
 

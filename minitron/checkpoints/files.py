@@ -249,6 +249,11 @@ class PlannedWeights:
             first += len(piece)
 
 
+def stored_bytes(folder: Path) -> int:
+    """Bytes of a number of a checkpoint, the widest it has."""
+    return max(DTYPES[entry.dtype].itemsize for entry in Checkpoint(folder).entries.values())
+
+
 def copy_companions(source: Path, folder: Path) -> None:
     """Carry tokenizer, chat template and generation config over, byte for byte."""
     for name in COMPANION_FILES:

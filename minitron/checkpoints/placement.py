@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from distill.batches import split_padding
+from distill.products import logits_of
 from memory_budget.architecture import Architecture
 from minitron.checkpoints.files import Checkpoint, PlannedWeights
 from minitron.checkpoints.stored_linear import load_to_compute
@@ -38,8 +39,11 @@ class Head:
     projection: nn.Module
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., D] to float32 logits [..., V]."""
-        return self.projection(self.norm(hidden)).float()
+        """Hidden states [..., D] to float32 logits [..., V]; on a GPU they are never rounded to less."""
+        normed = self.norm(hidden)
+        if normed.device.type != "cuda":
+            return self.projection(normed).float()
+        return logits_of(normed.flatten(0, -2), self.projection.weight).unflatten(0, normed.shape[:-1])
 
 
 def look_up(ids_BT: torch.Tensor, first: int, rows_VD: torch.Tensor, into_BTD: torch.Tensor) -> None:

@@ -75,11 +75,11 @@ def check_reload(folder: Path, family: Family, model: nn.Module, *, tolerance: f
     written = Checkpoint(folder).num_parameters
     if planned != written:
         raise RuntimeError(f"{folder} holds {written:,} parameters, its config.json has {planned:,}")
-    reloaded = family.load(folder, dtype=torch.float32)
+    device = next(model.parameters()).device  # both on one: another computes otherwise (a GPU's kernels round float32 products to TF32)
+    reloaded = family.load(folder, dtype=torch.float32, device=str(device))
     vocabulary = reloaded.config.vocab_size
-    ids = torch.randint(vocabulary, (2, CHECK_TOKENS), generator=torch.Generator().manual_seed(0))
-    device = next(model.parameters()).device
-    expected = model.eval()(ids.to(device), use_cache=False).logits.float().cpu()
+    ids = torch.randint(vocabulary, (2, CHECK_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+    expected = model.eval()(ids, use_cache=False).logits.float()
     difference = ((reloaded(ids, use_cache=False).logits - expected).abs().max() / expected.abs().max()).item()
     if not difference <= tolerance:
         raise RuntimeError(f"{folder}, read back, gives logits that differ by {difference:.2e} of the largest; at most {tolerance:.0e} is rounding")

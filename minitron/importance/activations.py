@@ -20,9 +20,9 @@ from minitron.importance.scores import WidthSums
 class _Accumulator:
     """Sums over samples for one tap, [4, W]: of the mean |a| over tokens, its square, the L2 over tokens, its square."""
 
-    def __init__(self, tap: Tap):
+    def __init__(self, tap: Tap, device: torch.device):
         self.tap = tap
-        self.sums = torch.zeros(4, tap.width, dtype=torch.float64)
+        self.sums = torch.zeros(4, tap.width, dtype=torch.float64, device=device)
         self.mask_BT: torch.Tensor | None = None
 
     def attach(self):
@@ -38,7 +38,7 @@ class _Accumulator:
         means_BW = torch.bmm(counted_BT[:, None], size_BTW)[:, 0] / counted_BT.sum(1, keepdim=True)
         lengths_BW = torch.bmm(counted_BT[:, None], size_BTW.square_())[:, 0].sqrt_()
         both_2BW = torch.stack([means_BW, lengths_BW])
-        self.sums += torch.stack([both_2BW.sum(1), both_2BW.square().sum(1)], dim=1).view(4, -1).cpu()
+        self.sums += torch.stack([both_2BW.sum(1), both_2BW.square().sum(1)], dim=1).view(4, -1)
 
 
 @torch.no_grad()
@@ -52,29 +52,58 @@ def measure_width(model: PlacedModel, batches: Sequence[torch.Tensor], on_layer=
     ids_and_masks = [ids_and_mask(batch) for batch in batches]
     masks = [mask for _, mask in ids_and_masks]
     hidden = model.embed([ids for ids, _ in ids_and_masks])
-    sums: dict[tuple[str, int], np.ndarray] = {}
+    found = _Found()
     lengths = [_lengths(batch_BTD) for batch_BTD in hidden]
-    influence = np.zeros(architecture.num_layers)
     for layer, block in model.visit(range(architecture.num_layers)):
-        taps = model.family.layer_taps(architecture, layer, block)
-        for index, turned in enumerate(_run_tapped(block, taps, hidden, masks, sums)):
+        taps, away = model.family.layer_taps(architecture, layer, block), torch.zeros((), dtype=torch.float64, device=model.device)
+        for index, turned in enumerate(_run_tapped(block, taps, hidden, masks, found)):
             lengths_after = _lengths(turned)
-            influence[layer] += _turned_away(_lengths(turned.float() - hidden[index]), lengths[index], lengths_after, masks[index])
+            away += _turned_away(_lengths(turned.float() - hidden[index]), lengths[index], lengths_after, masks[index])
             hidden[index], lengths[index] = turned, lengths_after
-        if not np.isfinite(influence[layer]):
-            raise ValueError(f"scoring: layer {layer} gives activations that are not finite")
+        found.add(f"layer {layer} gives activations that", None, away)
         on_layer()
     with model.open_head() as head:
         tap = Tap(HIDDEN, architecture.num_layers, head.norm, "output", 0, (architecture.hidden,))
-        for _ in _run_tapped(head.norm, [tap], hidden, masks, sums):
+        for _ in _run_tapped(head.norm, [tap], hidden, masks, found):
             pass
+    sums, influence = found.read()
     tokens = sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask in ids_and_masks)
     return WidthSums(sums=sums, block_influence=influence, num_samples=sum(len(ids) for ids, _ in ids_and_masks), num_tokens=tokens)
 
 
-def _run_tapped(module: nn.Module, taps: list[Tap], hidden: list[torch.Tensor], masks: list[torch.Tensor | None], sums: dict):
-    """Outputs of the module for every batch, one at a time, while its taps accumulate into `sums`."""
-    accumulators = [_Accumulator(tap) for tap in taps]
+class _Found:
+    """What a walk has summed up, by tap, and of each layer how far it turns the residual; on the device until the walk ends, since each look waits for it."""
+
+    def __init__(self):
+        self.entries: list[tuple[str, Tap | None, torch.Tensor]] = []
+
+    def add(self, title: str, tap: Tap | None, sums: torch.Tensor) -> None:
+        """`title` is said where the sums are not finite; on a CPU, where a look costs nothing, at once."""
+        if sums.device.type == "cpu":
+            _check_finite(title, sums)
+        self.entries.append((title, tap, sums))
+
+    def read(self) -> tuple[dict[tuple[str, int], np.ndarray], np.ndarray]:
+        """Sums [4, …] by axis and layer, and block influence [L]."""
+        flat = torch.cat([sums.flatten() for _, _, sums in self.entries]).cpu().split([sums.numel() for _, _, sums in self.entries])
+        sites, influence = {}, []
+        for (title, tap, _), values in zip(self.entries, flat, strict=True):
+            _check_finite(title, values)
+            if tap is None:
+                influence.append(values.item())
+            else:
+                sites[tap.axis, tap.layer] = values.view(4, *tap.shape).numpy()
+        return sites, np.array(influence)
+
+
+def _check_finite(title: str, values: torch.Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise ValueError(f"scoring: {title} are not finite")
+
+
+def _run_tapped(module: nn.Module, taps: list[Tap], hidden: list[torch.Tensor], masks: list[torch.Tensor | None], found: _Found):
+    """Outputs of the module for every batch, one at a time, while its taps accumulate."""
+    accumulators = [_Accumulator(tap, hidden[0].device) for tap in taps]
     handles = [accumulator.attach() for accumulator in accumulators]
     try:
         for batch_BTD, mask in zip(hidden, masks, strict=True):
@@ -86,9 +115,7 @@ def _run_tapped(module: nn.Module, taps: list[Tap], hidden: list[torch.Tensor], 
             handle.remove()
     for accumulator in accumulators:
         tap = accumulator.tap
-        if not torch.isfinite(accumulator.sums).all():
-            raise ValueError(f"scoring: the {tap.axis} activations of layer {tap.layer} are not finite")
-        sums[tap.axis, tap.layer] = accumulator.sums.view(4, *tap.shape).numpy()
+        found.add(f"the {tap.axis} activations of layer {tap.layer}", tap, accumulator.sums)
 
 
 def _lengths(vectors_BTD: torch.Tensor) -> torch.Tensor:
@@ -96,10 +123,10 @@ def _lengths(vectors_BTD: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(vectors_BTD, dim=-1, dtype=torch.float32)
 
 
-def _turned_away(step_BT: torch.Tensor, before_BT: torch.Tensor, after_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> float:
+def _turned_away(step_BT: torch.Tensor, before_BT: torch.Tensor, after_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
     """Σ over tokens of 1 − cos(before, after), from the lengths of the residual before, after and of the step between.
 
     1 − cos = (step² − (before − after)²) / (2 · before · after), the law of cosines without its cancellation near cos = 1.
     """
     away_BT = (step_BT.square() - (before_BT - after_BT).square()) / (2 * before_BT * after_BT).clamp_min(1e-30)
-    return (away_BT if mask_BT is None else away_BT * mask_BT).sum(dtype=torch.float64).item()
+    return (away_BT if mask_BT is None else away_BT * mask_BT).sum(dtype=torch.float64)

@@ -20,9 +20,9 @@ CRITERIA = ("mse", "kl", "loss")
 
 @dataclass(frozen=True, slots=True)
 class SweepLimits:
-    """Bounds on memory: sequences that a layer runs at once, tokens whose logits exist at once, bytes of saved states."""
+    """Bounds on memory: tokens that a layer runs at once (at least one sequence), tokens whose logits exist at once, bytes of saved states."""
 
-    branch_rows: int = 64
+    branch_tokens: int = 16384
     logits_tokens: int = 256
     reuse_bytes: int = 2**30
 
@@ -99,7 +99,7 @@ def _sweep(model: PlacedModel, block: Block, ids: list[torch.Tensor], kept: list
         for buffer in buffers:
             if layer in removable:
                 buffer[used] = buffer[0]
-            for rows in buffer[:used].flatten(0, 1).split(limits.branch_rows):
+            for rows in buffer[:used].flatten(0, 1).split(max(1, limits.branch_tokens // buffer.shape[2])):
                 rows.copy_(module(rows))
         if layer in removable:
             skipped.append(layer)
@@ -139,38 +139,46 @@ def _layers_to_save(states: list[torch.Tensor], kept: list[int], removable: set[
 
 def _compare(head: Head, full: list[torch.Tensor], states: list[torch.Tensor], skipped: list[int], ids: list[torch.Tensor],
              masks: list[torch.Tensor | None], criterion: str, limits: SweepLimits) -> RoundSums:  # fmt: skip
-    numerators = np.zeros(len(skipped))
-    squares = logits = tokens = 0.0
+    sums = torch.zeros(len(skipped) + 1, dtype=torch.float64, device=full[0].device)  # of every branch, and of the full logits' squares
+    logits = tokens = 0.0
     for full_BTD, state, ids_BT, mask_BT in zip(full, states, ids, masks, strict=True):
-        where, targets = _compared(ids_BT, mask_BT, criterion)
-        reference, branches = full_BTD[where], state[1:, where[0], where[1]]
-        for chunk in torch.arange(len(reference), device=reference.device).split(limits.logits_tokens):
-            full_NV = head.logits(reference[chunk])
-            squares += torch.linalg.vecdot(full_NV, full_NV).sum(dtype=torch.float64).item() if criterion == "mse" else 0.0
+        (rows, positions), targets = _compared(ids_BT, mask_BT, criterion)
+        for first in range(0, len(rows), limits.logits_tokens):
+            chunk = slice(first, first + limits.logits_tokens)
+            full_NV = head.logits(full_BTD[rows[chunk], positions[chunk]])
+            if criterion == "mse":
+                sums[-1] += torch.linalg.vecdot(full_NV, full_NV).sum(dtype=torch.float64)
             logits += full_NV.numel()
-            tokens += len(chunk)
+            tokens += len(full_NV)
             log_full = F.log_softmax(full_NV, dim=-1) if criterion == "kl" else None
+            branches = state[1:, rows[chunk], positions[chunk]]
             for branch in range(len(skipped)):
-                ablated_NV = head.logits(branches[branch, chunk])
-                numerators[branch] += _distance(criterion, full_NV, log_full, ablated_NV, targets[chunk])
-    return RoundSums(dict(zip(skipped, numerators.tolist(), strict=True)), squares, logits, tokens)
+                sums[branch] += _distance(criterion, full_NV, log_full, head.logits(branches[branch]), targets[chunk])
+    *numerators, squares = sums.tolist()  # the one look at the device
+    return RoundSums(dict(zip(skipped, numerators, strict=True)), squares, logits, tokens)
 
 
 def _compared(ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, criterion: str) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Positions (rows, tokens) whose logits count, and the ids that follow them: real tokens; for loss those with a real successor."""
-    mask = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
     following = torch.roll(ids_BT, -1, dims=1)
-    if criterion == "loss":
-        mask = mask & torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
-    rows, positions = mask.nonzero(as_tuple=True)
+    if mask_BT is None:  # known without a look at the device
+        num_rows, tokens = ids_BT.shape[0], ids_BT.shape[1] - (criterion == "loss")
+        places = torch.arange(num_rows * tokens, device=ids_BT.device)
+        rows, positions = places // tokens, places % tokens
+    else:
+        mask = mask_BT.bool()
+        if criterion == "loss":
+            mask = mask & torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+        rows, positions = mask.nonzero(as_tuple=True)
     return (rows, positions), following[rows, positions]
 
 
-def _distance(criterion: str, full_NV, log_full, ablated_NV, targets) -> float:
+def _distance(criterion: str, full_NV, log_full, ablated_NV, targets) -> torch.Tensor:
+    """A sum over the tokens, a float64 scalar on their device."""
     if criterion == "mse":
         difference_NV = ablated_NV.sub_(full_NV)
-        return torch.linalg.vecdot(difference_NV, difference_NV).sum(dtype=torch.float64).item()
+        return torch.linalg.vecdot(difference_NV, difference_NV).sum(dtype=torch.float64)
     log_ablated = F.log_softmax(ablated_NV, dim=-1)
     if criterion == "kl":
-        return (log_full.exp() * (log_full - log_ablated)).sum(dtype=torch.float64).item()
-    return -log_ablated.gather(1, targets[:, None]).sum(dtype=torch.float64).item()
+        return (log_full.exp() * (log_full - log_ablated)).sum(dtype=torch.float64)
+    return -log_ablated.gather(1, targets[:, None]).sum(dtype=torch.float64)

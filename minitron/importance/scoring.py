@@ -9,13 +9,15 @@ import torch
 
 from memory_budget.hf_config import read_config
 from memory_budget.units import GIB
+from minitron.checkpoints.files import stored_bytes
 from minitron.checkpoints.placement import PlacedModel, StreamedModel, WholeModel
 from minitron.families.known import family_of
 from minitron.importance.activations import measure_width
 from minitron.importance.layers import Block, RoundSums, SweepLimits, measure_round
+from minitron.importance.memory import ScoringNeeds
 from minitron.importance.removal import Removal, layer_rules, rank_iteratively, rank_once
 from minitron.importance.scores import SCORES_FILE, WidthSums, aggregate, load_sums
-from minitron.machine.device import pick_device
+from minitron.machine.device import pick_device, process_memory_bytes
 from minitron.machine.processes import rank, sum_over_processes, world_size
 from minitron.settings.derived import base_stage, fewest_layers
 from minitron.settings.run import Criterion, Placement
@@ -30,10 +32,12 @@ LAYERS_FILE = "layers.json"
 def score_model(context: StageContext) -> dict:
     """Writes scores.safetensors (sums per site) and layers.json (order of removal with every round's scores)."""
     settings = context.settings
+    needs = _checked_needs(context)
     model = _placed(context)
     rows = np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r")
     width = _width(context, model, spread_rows(rows, settings.scoring.samples))
-    removals = _depth(context, model, spread_rows(rows, settings.scoring.layer_samples), width)
+    tokens = needs.depth_block_tokens(settings.scoring, _available(context, model))
+    removals = _depth(context, model, spread_rows(rows, settings.scoring.layer_samples), width, tokens)
     order = [removal.layer for removal in removals]
     influence = (width.block_influence / width.num_tokens).tolist()
     how_made = {"criterion": settings.scoring.criterion.name, "normalised": settings.scoring.normalised, "width_tokens": width.num_tokens,
@@ -58,6 +62,25 @@ def _width_curves(width: WidthSums) -> dict[str, dict[str, list[float]]]:
     return curves
 
 
+def _checked_needs(context: StageContext) -> ScoringNeeds:
+    """What memory scoring needs; on a GPU it is said, and refused where there is too little even for one row at a time."""
+    settings, architecture = context.settings, base_architecture(context.settings)
+    needs = ScoringNeeds(architecture, settings.data.sequence_length, stored_bytes(context.base_folder), world_size())
+    device = pick_device(settings)
+    if device.type == "cuda":
+        available, place = process_memory_bytes(device)
+        plan = needs.plan(settings.scoring, needs.depth_block_tokens(settings.scoring, available))
+        context.console.say(f"    score  {plan.describe()}")
+        plan.check(available, place)
+    return needs
+
+
+def _available(context: StageContext, model: PlacedModel) -> int:
+    """Memory for all of scoring, what the model holds by now included."""
+    held = sum(tensor.nbytes for tensor in model.model.state_dict().values()) if isinstance(model, WholeModel) else 0
+    return process_memory_bytes(model.device)[0] + held
+
+
 def _placed(context: StageContext) -> PlacedModel:
     settings = context.settings
     folder = context.base_folder
@@ -68,17 +91,17 @@ def _placed(context: StageContext) -> PlacedModel:
     return WholeModel(family, family.load(folder, device=str(device)), architecture)
 
 
-def _blocks(context: StageContext, model: PlacedModel, rows: np.ndarray) -> dict[str, list[torch.Tensor]]:
+def _blocks(context: StageContext, model: PlacedModel, rows: np.ndarray, block_tokens: int) -> dict[str, list[torch.Tensor]]:
     """This process's share of the rows as blocks of batches, by the rows they hold; each block walks the layers together."""
     scoring, share = context.settings.scoring, rows[rank() :: world_size()]
-    per_block = max(1, scoring.block_tokens // rows.shape[1])
+    per_block = max(1, block_tokens // rows.shape[1])
     starts = range(0, len(share), per_block)
     return {f"{start}-{min(start + per_block, len(share))}": batches_of(share[start : start + per_block], scoring.batch, model.device) for start in starts}
 
 
 def _width(context: StageContext, model: PlacedModel, rows: np.ndarray) -> WidthSums:
     """The sums over all rows; a finished block of an interrupted run is read back."""
-    blocks, total = _blocks(context, model, rows), None
+    blocks, total = _blocks(context, model, rows, context.settings.scoring.block_tokens), None
     with context.console.track("width importance", len(blocks) * model.architecture.num_layers, "layers") as advance:
         for name, block in blocks.items():
             path = _part(context, f"width-{name}-of-{len(rows)}.safetensors")
@@ -106,14 +129,14 @@ def _reduced(total: WidthSums | None, model: PlacedModel) -> WidthSums:
     return WidthSums(sums, flat[offset:-2], int(flat[-2]), int(flat[-1]))
 
 
-def _depth(context: StageContext, model: PlacedModel, rows: np.ndarray, width: WidthSums) -> list[Removal]:
+def _depth(context: StageContext, model: PlacedModel, rows: np.ndarray, width: WidthSums, block_tokens: int) -> list[Removal]:
     """The order of removal by the criterion of the settings; finished rounds of an interrupted run are read back."""
     scoring, pattern = context.settings.scoring, model.architecture.pattern
     target, rules = fewest_layers(context.settings), layer_rules(context.settings)
     if scoring.criterion is Criterion.block_influence:
         return rank_once(pattern, target, rules, dict(enumerate((width.block_influence / width.num_tokens).tolist())))
-    blocks = [Block(batches) for batches in _blocks(context, model, rows).values()]
-    limits = SweepLimits(scoring.branch_rows, scoring.logits_tokens, int(scoring.reuse_gib * GIB / max(1, len(blocks))))
+    blocks = [Block(batches) for batches in _blocks(context, model, rows, block_tokens).values()]
+    limits = SweepLimits(scoring.branch_tokens, scoring.logits_tokens, int(scoring.reuse_gib * GIB / max(1, len(blocks))))
     distance = scoring.criterion.name.removeprefix("iterative_")
 
     def ask(kept: Sequence[int], removable: Sequence[int]) -> Mapping[int, float]:

@@ -16,24 +16,17 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _group():
-    """torch.distributed, all processes in it: what is exchanged here are sums in main memory."""
-    import torch.distributed as distributed
-
-    from distill.engines.launch import join_processes
-
-    join_processes()
-    return distributed
-
-
 def sum_over_processes(values: np.ndarray) -> np.ndarray:
     """The float64 sum over all processes, given to each."""
     if world_size() == 1:
         return values
     import torch
+    import torch.distributed as distributed
+
+    from distill.engines.launch import waiting_group
 
     tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64).copy())
-    _group().all_reduce(tensor)
+    distributed.all_reduce(tensor, group=waiting_group())
     return tensor.numpy()
 
 
@@ -41,6 +34,10 @@ def from_first(value: Any) -> Any:
     """Process 0's value, given to each; the others wait for it."""
     if world_size() == 1:
         return value
+    import torch.distributed as distributed
+
+    from distill.engines.launch import waiting_group
+
     box = [value]
-    _group().broadcast_object_list(box, src=0)
+    distributed.broadcast_object_list(box, src=0, group=waiting_group())
     return box[0]

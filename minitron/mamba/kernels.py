@@ -44,7 +44,7 @@ def unusable_kernel() -> str | None:
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            return f"{package} is not installed; a GPU needs it: pip install --no-build-isolation 'minitron[cuda]'"
+            return f"{package} is not installed; a GPU needs it: make install-cuda (docs/gpu.md)"
         try:
             getattr(importlib.import_module(module), function)
         except Exception as error:  # compiled for another torch, a transformers it does not know: anything can come

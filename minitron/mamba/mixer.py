@@ -1,4 +1,4 @@
-"""NemotronH on a CPU without Mamba's kernels: what takes transformers' place once `mixer.install` puts it there.
+"""NemotronH on a CPU without Mamba's kernels: what takes transformers' place once dispatch.py puts it there.
 
 The heart of a Mamba-2 mixer (convolution, scan, gated norm) goes a chunk of tokens at a time from the input projection's
 output to the output projection's input, so that what lies between is made once, in memory that is used again.
@@ -6,7 +6,6 @@ output to the output projection's input, so that what lies between is made once,
 Letters as in ssd.py; I inner width (M·P), E channels of the convolution (I + 2·G·N: x, B, C), K its kernel.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -185,7 +184,7 @@ class _Walk:
         return matrices.unflatten(0, (-1, self.num_groups)).transpose(1, 2)
 
 
-def _mixer(module, hidden_states, *, theirs: Callable, cache_params=None, attention_mask=None, seq_idx=None, **kwargs):
+def mixer_forward(module, hidden_states, *, theirs: Callable, cache_params=None, attention_mask=None, seq_idx=None, **kwargs):
     """NemotronHMamba2Mixer.forward; transformers' own where there is a cache, a mask or a limit to the time step.
 
     `seq_idx` [B, T] numbers the documents of packed rows.
@@ -218,7 +217,7 @@ def _plain(x, *modules) -> bool:
     return linear and not heard and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
 
 
-def _chunk_scan(hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, initial_states=None, dt_softplus=False,
+def chunk_scan(hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, initial_states=None, dt_softplus=False,
                 dt_limit=(0.0, float("inf")), return_final_states=False, **_):  # fmt: skip
     """mamba2_chunk_scan, for the mixer with a cache."""
     dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
@@ -227,7 +226,7 @@ def _chunk_scan(hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, in
     return (y, final) if return_final_states else y
 
 
-def _norm(module, hidden_states, *, theirs: Callable):
+def norm_forward(module, hidden_states, *, theirs: Callable):
     """NemotronHRMSNorm.forward."""
     if hidden_states.dtype != torch.float32:
         return theirs(module, hidden_states)
@@ -235,36 +234,10 @@ def _norm(module, hidden_states, *, theirs: Callable):
     return Norm.apply(rows, module.weight.float(), module.variance_epsilon).view(hidden_states.shape)
 
 
-def _feed_forward(module, x, *, theirs: Callable):
+def mlp_forward(module, x, *, theirs: Callable):
     """NemotronHMLP.forward; transformers' own where something listens to what lies between (hooks), and for anything but float32 without biases."""
     up, activation, down = module.up_proj, module.act_fn, module.down_proj
     listened = activation._forward_hooks or activation._forward_pre_hooks or activation._backward_hooks or activation._backward_pre_hooks
     if listened or not _plain(x, up, down) or module.config.mlp_hidden_act != "relu2":
         return theirs(module, x)
     return FeedForward.apply(*keeping(x.reshape(-1, x.shape[-1]), up.weight, down.weight)).view(*x.shape[:-1], -1)
-
-
-@functools.cache
-def replacements() -> tuple[tuple[object, str, Callable], ...]:
-    """What `install` changes, as (owner, name, new function)."""
-    from transformers.models.nemotron_h import modeling_nemotron_h as modeling
-
-    modules = ((modeling.NemotronHMamba2Mixer, _mixer), (modeling.NemotronHRMSNorm, _norm), (modeling.NemotronHMLP, _feed_forward))
-    return (modeling, "mamba2_chunk_scan", _chunk_scan), *((owner, "forward", _method(ours, owner.forward)) for owner, ours in modules)
-
-
-def _method(ours: Callable, theirs: Callable) -> Callable:
-    theirs = getattr(theirs, "in_place_of", theirs)  # where ours stands already, not a layer upon it
-
-    @functools.wraps(theirs)
-    def forward(module, *args, **kwargs):
-        return ours(module, *args, theirs=theirs, **kwargs)
-
-    forward.in_place_of = theirs
-    return forward
-
-
-def install() -> None:
-    """Put our functions for a CPU in the place of transformers' NemotronH's, in this process from here on: the one place where that happens."""
-    for owner, name, function in replacements():
-        setattr(owner, name, function)

@@ -18,9 +18,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distill.batches import count_tokens
 from memory_budget.hf_config import architecture_from_config, read_config
+from memory_budget.parameters import count_total_parameters
+from minitron.checkpoints.files import stored_bytes
+from minitron.checkpoints.forward_memory import check_forward, forward_memory
 from minitron.families.known import family_of
-from minitron.machine.device import pick_device
-from minitron.measures.held_out import by_position, by_source, token_sums
+from minitron.machine.device import let_go, pick_device
+from minitron.measures.held_out import CHUNK_TOKENS, by_position, by_source, token_sums
 from minitron.measures.kept import kept, measurements_folder
 from minitron.measures.needle import Vocabulary, measure_needle, vocabulary_of
 from minitron.measures.speed import machine_of, make_prompts, measure_speed
@@ -53,6 +56,13 @@ class Models:
         self.folders, self.device = folders, device
         self._loaded: dict[str, nn.Module] = {}
 
+    def alone(self, name: str) -> nn.Module:
+        """A model for what needs no other: on a GPU the others make room for long prompts."""
+        if self.device.type == "cuda":
+            self._loaded = {loaded: model for loaded, model in self._loaded.items() if loaded == name}
+            let_go()
+        return self[name]
+
     def __getitem__(self, name: str) -> nn.Module:
         if name not in self._loaded:
             self._loaded = {loaded: model for loaded, model in self._loaded.items() if loaded == "teacher"}
@@ -64,6 +74,7 @@ class Models:
 def evaluate_models(context: StageContext) -> dict:
     """Writes <model>.json per model."""
     device = pick_device(context.settings)
+    _check_memory(context, device)
     models = Models({name: context.inputs[stage].model_folder for name, stage in MODELS.items()}, device)
     measures = list(_measures(context, models))
     store = context.folder.parent.parent
@@ -118,6 +129,18 @@ def _measures(context: StageContext, models: Models) -> Iterator[Measure]:
         yield Measure(_task_name(task), task_identity(load_task(task, wanted), wanted), partial(_task, models, tokenizer, task, wanted))
 
 
+def _check_memory(context: StageContext, device: torch.device) -> None:
+    """Raises ValueError where a GPU cannot hold the teacher and the largest of the others on held-out rows, or the teacher alone on the longest prompt."""
+    wanted, folders = context.settings.evaluate, {name: context.inputs[stage].model_folder for name, stage in MODELS.items()}
+    sizes = {name: (architecture_from_config(read_config(folder)), stored_bytes(folder)) for name, folder in folders.items()}
+    largest = max((sizes["pruned"], sizes["student"]), key=lambda size: size[1] * count_total_parameters(size[0]))
+    longest = max([0, *(speed.batch * speed.input_tokens for speed in wanted.speed), *wanted.needle.lengths])
+    for models, tokens in (([sizes["teacher"], largest], wanted.batch * context.settings.data.sequence_length), ([sizes["teacher"]], longest)):
+        plan = forward_memory("evaluate", models, tokens=tokens, logits_tokens=CHUNK_TOKENS,
+                              advice="Lower evaluate.batch, evaluate.speed's lengths or evaluate.needle.lengths")  # fmt: skip
+        check_forward(plan, device)
+
+
 def _held_out(models: Models, rows_RT: np.ndarray, sources_R: np.ndarray, batch: int, name: str, on_share: Share) -> dict[str, Any]:
     tokens = count_tokens(rows_RT)
     sums = token_sums(models[name], models["teacher"], batches_of(rows_RT, batch, models.device), lambda some: on_share(some / tokens))
@@ -128,17 +151,17 @@ def _speed(models: Models, rows_RT: np.ndarray, lengths: SpeedSettings, name: st
     # transformers' cache asks an attention layer how long it is, so a model without one cannot decode there.
     can_decode = "*" in architecture_from_config(read_config(models.folders[name])).pattern
     prompts = make_prompts(rows_RT, lengths.input_tokens, lengths.batch).to(models.device)
-    return measure_speed(models[name], prompts, lengths, can_decode=can_decode)
+    return measure_speed(models.alone(name), prompts, lengths, can_decode=can_decode)
 
 
 def _needle(models: Models, rows_RT: np.ndarray, vocabulary: Vocabulary, wanted: EvaluateSettings, name: str, on_share: Share) -> dict[str, Any]:
     total = sum(wanted.needle.lengths) * wanted.needle.depths * wanted.needle.samples
-    return measure_needle(models[name], vocabulary, rows_RT, wanted.needle, batch_tokens=wanted.batch * rows_RT.shape[1],
+    return measure_needle(models.alone(name), vocabulary, rows_RT, wanted.needle, batch_tokens=wanted.batch * rows_RT.shape[1],
                           on_tokens=lambda tokens: on_share(tokens / total))  # fmt: skip
 
 
 def _task(models: Models, tokenizer: PreTrainedTokenizerBase, task: str, wanted: EvaluateSettings, name: str, _on_share: Share) -> dict[str, Any]:
-    return run_task(models[name], tokenizer, task, wanted)
+    return run_task(models.alone(name), tokenizer, task, wanted)
 
 
 def _speed_name(lengths: SpeedSettings) -> str:

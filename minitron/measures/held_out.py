@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from distill.batches import PADDING, split_padding
-from distill.objectives import next_token_objective
+from distill.objectives import head_of, next_token_objective
+from distill.products import logits_of
 
 MOST_SOURCES = 20
+CHUNK_TOKENS = 1024  # whose logits are there at once on a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +44,39 @@ def token_sums(model: nn.Module, teacher: nn.Module, batches: list[torch.Tensor]
     by_position, by_row = np.zeros((4, max(rows.shape[1] for rows in batches) - 1)), []
     for rows_BT in batches:
         ids_BT, mask_BT = split_padding(rows_BT)
-        # The last position predicts nothing that is in the row.
-        own = F.log_softmax(model(ids_BT, use_cache=False).logits[:, :-1].float(), dim=-1)
-        reference = own if model is teacher else F.log_softmax(teacher(ids_BT, use_cache=False).logits[:, :-1].float(), dim=-1)
-        loss = -own.gather(-1, ids_BT[:, 1:, None])[..., 0]
-        kl = F.kl_div(own, reference, log_target=True, reduction="none").sum(-1, dtype=torch.float64)
-        agree = own.argmax(-1) == reference.argmax(-1)
-        values = torch.stack([loss.double(), kl, agree.double(), torch.ones_like(kl)]) * mask_BT[:, 1:]
+        measured = _by_chunks(model, teacher, ids_BT) if ids_BT.device.type == "cuda" else _at_once(model, teacher, ids_BT)
+        values = torch.stack([*measured, torch.ones_like(measured[0])]) * mask_BT[:, 1:]
         by_position[:, : values.shape[2]] += values.sum(1).cpu().numpy()
         by_row.append(values.sum(2).cpu().numpy())
         on_batch(mask_BT.sum().item())
     return TokenSums(by_position, np.concatenate(by_row, axis=1))
+
+
+def _at_once(model: nn.Module, teacher: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
+    """Loss, KL and agreement of every token but a row's first, float64 [3, B, T - 1], from whole logits."""
+    # The last position predicts nothing that is in the row.
+    own = F.log_softmax(model(ids_BT, use_cache=False).logits[:, :-1].float(), dim=-1)
+    reference = own if model is teacher else F.log_softmax(teacher(ids_BT, use_cache=False).logits[:, :-1].float(), dim=-1)
+    return _compared(own, reference, ids_BT[:, 1:])
+
+
+def _by_chunks(model: nn.Module, teacher: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
+    """The same, logits being there for some tokens at a time, in float32: of one long row the whole ones would be larger than the models."""
+    heads = [head_of(one, ids_BT) for one in ([model] if model is teacher else [model, teacher])]
+    targets_N, parts = ids_BT[:, 1:].flatten(), []
+    hidden = [head.hidden_BTD[:, :-1].flatten(0, 1) for head in heads]
+    for first in range(0, len(targets_N), CHUNK_TOKENS):
+        chunk = slice(first, first + CHUNK_TOKENS)
+        logs = [F.log_softmax(logits_of(some_ND[chunk], head.weight_VD), dim=-1) for some_ND, head in zip(hidden, heads, strict=True)]
+        parts.append(_compared(logs[0], logs[-1], targets_N[chunk]))
+    return torch.cat(parts, dim=1).unflatten(1, ids_BT[:, 1:].shape)
+
+
+def _compared(own: torch.Tensor, reference: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Of log-probabilities [..., V] of model and teacher: loss, KL and agreement, float64 [3, ...]."""
+    loss = -own.gather(-1, targets[..., None])[..., 0]
+    kl = F.kl_div(own, reference, log_target=True, reduction="none").sum(-1, dtype=torch.float64)
+    return torch.stack([loss.double(), kl, (own.argmax(-1) == reference.argmax(-1)).double()])
 
 
 def evaluate(model: nn.Module, teacher: nn.Module, batches: list[torch.Tensor], on_batch: Callable[[int], None] = lambda _: None) -> Evaluation:

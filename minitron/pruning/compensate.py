@@ -147,7 +147,7 @@ class CompensatedCut:
     def _begin(self, base_block: nn.Module, layer: int, position: int) -> _Begun:
         """The student's layer with its readers refitted."""
         state = {f"layers.{layer}.{name}": tensor for name, tensor in base_block.state_dict().items()}
-        made = {target: self.stored[target]() for name in state if (target := self.cuts[name].target) in self.stored}
+        made = {target: self.stored[target]().to(self.base.device) for name in state if (target := self.cuts[name].target) in self.stored}
         if len(made) < len(state):
             (norm,) = [name for name in state if self.roles[name] == NORM]
             reading = self._reading(state[norm], self.dtypes.get(norm, torch.float32), f"layer {layer}")

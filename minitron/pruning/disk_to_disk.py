@@ -16,7 +16,7 @@ from minitron.families.base import Family
 from minitron.families.known import family_of
 from minitron.importance.scores import scores_of
 from minitron.machine.device import available_memory_bytes
-from minitron.pruning.compensated_cut import BASIS_FILE, damage, write_compensated
+from minitron.pruning.compensated_cut import BASIS_FILE, MadeWeights, damage, write_compensated
 from minitron.pruning.cut import TensorCut, build_pruned, plan_cuts
 from minitron.pruning.plan import PruningPlan, make_plan
 from minitron.settings.derived import base_stage
@@ -39,15 +39,12 @@ def prune_teacher(context: StageContext) -> dict:
     write_json(context.folder / "plan.json", plan.to_json())
 
     source, compensated = Checkpoint(source_folder), settings.prune.method is PruneMethod.compensated
-    sliced = planned_tensors(family, plan, source)
     name, removed = context.inputs[base_stage(settings)].facts["name"], removed_layers(plan)
     described = describe_cut(plan, name) + (" What is kept was refitted to the base's own activations." if compensated else "")
     card = model_card(f"{name}, pruned to {chosen['id']}", lines=[described, "Not distilled yet."], architecture=student, base=name)
     folder = context.folder / "checkpoint"
-    folder.mkdir(exist_ok=True)
-    made = write_compensated(context, family, plan, sliced, folder) if compensated else _write(context, folder, sliced)
-    write_companions(folder, config=family.hf_config(config, student), companions=source_folder, card=card)
-    if compensated:
+    sliced, made = write_cut(context, family, plan, folder, card=card)
+    if made:
         check = made.check(family.hf_config(config, student))
         losses = damage(context, family, plan, sliced, folder)
         check, facts = f"{check}; {_describe_damage(losses)}", {"held_out_losses": losses}
@@ -59,6 +56,19 @@ def prune_teacher(context: StageContext) -> dict:
     headline = f"{sizes}, {format_gib(sum(tensor.num_bytes for tensor in sliced))} written; {check}"
     facts |= {"parameters": parameters, "removed_layers": removed, "description": described}
     return {"headline": headline, "path": "checkpoint", **facts}
+
+
+def write_cut(context: StageContext, family: Family, plan: PruningPlan, folder: Path, *, card: str) -> tuple[list[PlannedTensor], MadeWeights | None]:
+    """Writes a plan's checkpoint as prune.method says, config.json after the weights. Gives the plain slice's tensors, and what a compensated cut made."""
+    source, config = Checkpoint(context.base_folder), read_config(context.base_folder)
+    folder.mkdir(exist_ok=True)
+    sliced, made = planned_tensors(family, plan, source), None
+    if context.settings.prune.method is PruneMethod.compensated:
+        made = write_compensated(context, family, plan, sliced, folder)
+    else:
+        _write(context, folder, sliced)
+    write_companions(folder, config=family.hf_config(config, plan.student), companions=context.base_folder, card=card)
+    return sliced, made
 
 
 def _write(context: StageContext, folder: Path, planned: list[PlannedTensor]) -> None:

@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 from distill.batches import split_padding
+from distill.products import logits_of
 from minitron.importance.scores import ImportanceScores
 from nas.candidates import Candidates
 
 CACHED_LOGITS, LEAST_CHUNK_TOKENS = 2**19, 64  # two MiB of float32
+GPU_CHUNK_TOKENS = 1024  # of which a product is no longer bound by reading the head
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,9 @@ def measure_batch(teacher: nn.Module, candidates: Mapping[str, nn.Module], rows_
 
     `chunk_tokens` None takes as many as keep a chunk's logits in a processor's cache, but enough for a matrix product.
     """
-    chunk_tokens = chunk_tokens or max(LEAST_CHUNK_TOKENS, CACHED_LOGITS // teacher.get_output_embeddings().weight.shape[0])
+    if chunk_tokens is None:
+        cached = max(LEAST_CHUNK_TOKENS, CACHED_LOGITS // teacher.get_output_embeddings().weight.shape[0])
+        chunk_tokens = GPU_CHUNK_TOKENS if rows_BT.device.type == "cuda" else cached
     ids_BT, mask_BT = split_padding(rows_BT)
     predicted = mask_BT[:, 1:].reshape(-1)
     targets_N = ids_BT[:, 1:].reshape(-1)[predicted]
@@ -60,15 +64,15 @@ def measure_batch(teacher: nn.Module, candidates: Mapping[str, nn.Module], rows_
     states_ND = {name: states(model) for name, model in candidates.items()}
     heads_VD = {name: _head(model) for name, model in candidates.items()}
     widest_VD = _widest(heads_VD.values())
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name in candidates}
+    sums = {name: torch.zeros(2, dtype=torch.float64, device=rows_BT.device) for name in candidates}
     for start in range(0, len(targets_N), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
-        log_p_NV = torch.log_softmax((teacher_ND[chunk] @ teacher_VD.t()).float(), dim=-1)
+        log_p_NV = torch.log_softmax(logits_of(teacher_ND[chunk], teacher_VD), dim=-1)
         p_NV = log_p_NV.exp()
         negative_entropy_N = torch.linalg.vecdot(p_NV, log_p_NV)
         expected_ND = {_storage(head_VD): p_NV @ head_VD for head_VD in widest_VD}
         for name, head_VD in heads_VD.items():
-            logits_NV = (states_ND[name][chunk] @ head_VD.t()).float()
+            logits_NV = logits_of(states_ND[name][chunk], head_VD)
             if _storage(head_VD) in expected_ND:
                 expected_N = torch.linalg.vecdot(states_ND[name][chunk], expected_ND[_storage(head_VD)][:, : head_VD.shape[1]])
             else:
@@ -76,7 +80,7 @@ def measure_batch(teacher: nn.Module, candidates: Mapping[str, nn.Module], rows_
             own_N = logits_NV.gather(-1, targets_N[chunk][:, None])[:, 0]
             normaliser_N = _log_sum_exp(logits_NV, own_N)
             distances = torch.stack([normaliser_N - own_N, negative_entropy_N + normaliser_N - expected_N])
-            sums[name] += distances.sum(1, dtype=torch.float64).cpu()
+            sums[name] += distances.sum(1, dtype=torch.float64)
     return {name: Distance(*values.tolist(), tokens=len(targets_N)) for name, values in sums.items()}
 
 
@@ -98,6 +102,8 @@ def _widest(heads_VD: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 def _log_sum_exp(logits_NV: torch.Tensor, own_N: torch.Tensor) -> torch.Tensor:
     """log Σ exp of every row, [N]. One logit of each row stands in for the highest: the sum is at least 1, and only where it overflows
     is the highest looked for."""
+    if logits_NV.device.type == "cuda":  # where a look is dearer than a second pass
+        return torch.logsumexp(logits_NV, dim=-1)
     sums_N = torch.sub(logits_NV, own_N[:, None]).exp_().sum(-1)
     return sums_N.log_() + own_N if torch.isfinite(sums_N).all() else torch.logsumexp(logits_NV, dim=-1)
 

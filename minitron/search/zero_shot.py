@@ -11,6 +11,8 @@ import torch
 
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
+from minitron.checkpoints.files import stored_bytes
+from minitron.checkpoints.forward_memory import check_forward, forward_memory
 from minitron.families.known import family_of
 from minitron.importance.scores import scores_of
 from minitron.machine.device import pick_device
@@ -18,9 +20,9 @@ from minitron.pruning.compensated_cut import calibration_rows
 from minitron.pruning.rotated import rotate_model
 from minitron.pruning.views import SortedTeacher, View
 from minitron.pruning.width_refits import refit_widths
-from minitron.search.distances import Distance, best_first, measure_batch
-from minitron.settings.derived import candidate_samples, ranks_refitted, ranks_rotated
-from minitron.settings.teachers import base_architecture
+from minitron.search.distances import GPU_CHUNK_TOKENS, Distance, best_first, measure_batch
+from minitron.settings.derived import base_stage, candidate_samples, ranks_refitted, ranks_rotated
+from minitron.settings.teachers import base_architecture, teacher_architecture
 from minitron.text.samples import batches_of, screening_rows, spread_rows
 from minitron.walk.stage import StageContext
 
@@ -78,6 +80,7 @@ def _measured(context: StageContext, entries: Mapping[str, dict], head_dim: int,
     if not missing:
         return
     device = batches[0].device
+    _check_memory(context, device, tokens=batches[0].numel())
     students = {name: Architecture(**entries[name]["architecture"]) for name in sorted({name for some in missing.values() for name in some})}
     sorted_base = _sorted_base(context, head_dim, students.values(), device)
     teacher = sorted_base.model if "base" not in context.inputs else _load(context, "teacher", device)
@@ -86,6 +89,15 @@ def _measured(context: StageContext, entries: Mapping[str, dict], head_dim: int,
         models = {name: views[name].model for name in some}
         for name, distance in measure_batch(teacher, models, batches[index]).items():
             yield index, name, distance, _view_facts(views[name])
+
+
+def _check_memory(context: StageContext, device: torch.device, *, tokens: int) -> None:
+    """Raises ValueError where a GPU cannot hold the base, in the teacher's stead or beside it; candidates are views of it."""
+    stages = {base_stage(context.settings): base_architecture(context.settings), "teacher": teacher_architecture(context.settings)}
+    models = [(architecture, stored_bytes(context.inputs[stage].model_folder)) for stage, architecture in stages.items()]
+    plan = forward_memory("shortlist", models, tokens=tokens, logits_tokens=GPU_CHUNK_TOKENS, advice="Lower evaluate.batch, or set search.shortlist_size=1 and "
+                          "search.finalists=0, which measures nothing")  # fmt: skip
+    check_forward(plan, device)
 
 
 def _zero_shot_facts(mean: Mapping[str, float]) -> dict:

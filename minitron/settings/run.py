@@ -137,12 +137,12 @@ class ScoringSettings:
     ceilings: dict[str, int | None] = field(default_factory=dict)
     placement: Placement = how(Placement.device)
     block_tokens: int = how(65536)
-    branch_rows: int = how(64)
+    branch_tokens: int = how(16384)
     logits_tokens: int = how(256)
     reuse_gib: float = how(1.0)
 
     def __post_init__(self) -> None:
-        at_least(self, "scoring", 1, "samples", "batch", "layer_samples", "block_tokens", "branch_rows", "logits_tokens")
+        at_least(self, "scoring", 1, "samples", "batch", "layer_samples", "block_tokens", "branch_tokens", "logits_tokens")
         at_least(self, "scoring", 0, "reuse_gib")
         check_kinds("scoring.ceilings", self.ceilings)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
+from typing import Any
 
 from minitron.settings.rules import at_least, check_share, how
 
@@ -52,14 +53,17 @@ class TrainSettings:
     precision: Precision = Precision.float32
     skip_not_finite: int = 0
     micro_batch: int | None = how(None)
-    gradient_checkpointing: bool = how(False)
+    gradient_checkpointing: Any = how(False)  # true, false, host or auto, which no Enum takes together
+    checkpoint_every: int = how(1)
     save_every_seconds: float = how(60.0)
     save_every_steps: int | None = how(None)
     keep_states: int = how(1)
 
     def check(self, name: str) -> None:
         """Refuse values out of range; `name` is where these settings stand, e.g. distill.train."""
-        at_least(self, name, 1, "tokens", "batch", "micro_batch", "save_every_steps", "keep_states")
+        at_least(self, name, 1, "tokens", "batch", "micro_batch", "checkpoint_every", "save_every_steps", "keep_states")
+        if self.gradient_checkpointing not in (True, False, "host", "auto"):
+            raise ValueError(f"{name}.gradient_checkpointing is {self.gradient_checkpointing!r}; it must be true, false, host or auto")
         at_least(self, name, 0, "skip_not_finite")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"{name}.decay_share is {self.decay_share}; it must be above 0 and at most 1")

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from distill.engines.sharing import check_sharing
+from minitron.machine import processes
 from minitron.settings.derived import base_stage, candidate_samples
 from minitron.settings.rules import key_settings
 from minitron.settings.run import PruneMethod, Settings
@@ -18,6 +20,10 @@ def what(settings: Settings) -> Any:
     cut = {"prune": {**key_settings(settings.prune), "samples": candidate_samples(settings)}} if settings.prune.method is PruneMethod.compensated else {}
     short = {name: value for name, value in key_settings(settings.screen).items() if name != "cut_samples"}
     return {"candidate": settings.candidate, "seed": settings.seed, **short, **cut}
+
+
+def check(settings: Settings) -> None:
+    check_sharing(settings.screen.train.batch, settings.screen.train.micro_batch, processes.world_size())
 
 
 def finalists(lap: Lap) -> list[str]:
@@ -40,4 +46,6 @@ def run(context: StageContext) -> dict:
     return screen_candidate(context)
 
 
-STAGE = StoredStage(version=2, needs=needs, what=what, run=run, per_candidate=PerCandidate(wanted=finalists, also=others, on_found=tell_tracker))
+STAGE = StoredStage(
+    version=2, needs=needs, what=what, check=check, run=run, parallel=True, per_candidate=PerCandidate(wanted=finalists, also=others, on_found=tell_tracker)
+)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +20,16 @@ from distill.trainer import HeldOut, real_tokens, train_phases
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
-from minitron.checkpoints.files import DTYPES, Checkpoint
+from minitron.checkpoints.files import DTYPES, Checkpoint, stored_bytes
 from minitron.checkpoints.publish import model_card, state_tensors, write_planned
 from minitron.families.base import HIDDEN, Family
 from minitron.families.known import family_of
 from minitron.machine.device import pick_device, process_memory_bytes
 from minitron.settings.teachers import teacher_architecture
-from minitron.settings.training import DistillSettings
-from minitron.text.blends import DATA_ROWS, phase_parts
+from minitron.settings.training import DistillSettings, Rows, TrainSettings
+from minitron.text.blends import DATA_ROWS, Part, phase_parts
 from minitron.text.samples import batches_of, screening_rows, spread_rows
-from minitron.training.memory import check_fits, training_memory
+from minitron.training.memory import PhaseMemory, check_fits, check_host, has_flash_attention
 from minitron.training.steps import tracked_steps, train_plan
 from minitron.training.teacher_cache import cached_rows, open_cache
 from minitron.training.time import check_time, training_flops
@@ -43,12 +43,12 @@ def distill_student(context: StageContext) -> dict:
     pruned_folder = context.inputs["prune"].model_folder
     config = read_config(pruned_folder)
     family = family_of(config)
-    phases = _phases(context)
-    _check_memory(context, config, launch)
+    trains = planned_trains(context, config, launch)
+    phases = _phases(context, trains)
     _check_time(context, config, launch)
     recipe = loss_recipe(settings.distill)
     loss, tokens_of = _loss(context, family, recipe, launch)
-    student = load_for_training(family, pruned_folder, launch=launch, device=pick_device(settings), dtype=torch.float32)
+    student = load_for_training(family, pruned_folder, launch=launch, device=pick_device(settings), dtype=torch.float32, attention=_attention(context))
     tokens = sum(phase.num_steps * phase.batches.tokens_per_step for phase in phases)
     with tracked_steps(context, "distilling", tokens, loss_name=_loss_name(context.settings.distill)) as on_step:
         last = train_phases(student, phases, loss, folder=context.folder, on_step=on_step, launch=launch, tokens_of=tokens_of,
@@ -69,7 +69,7 @@ def _loss(context: StageContext, family: Family, recipe: LossRecipe, launch: Lau
         rows = cached_rows(context, context.settings.distill.train.tokens)
         return cached_loss(open_cache(context.inputs["distill_cache"], rows), rows, recipe), lambda numbers_B: count_tokens(rows[numbers_B.cpu()])
     folder = context.inputs["teacher"].model_folder
-    teacher = load_for_training(family, folder, launch=launch, device=pick_device(context.settings))
+    teacher = load_for_training(family, folder, launch=launch, device=pick_device(context.settings), attention=_attention(context))
     return distillation_loss(teacher, recipe, launch=launch, hidden=_hidden_term(context)), real_tokens
 
 
@@ -85,15 +85,21 @@ def _hidden_term(context: StageContext) -> HiddenTerm | None:
     return HiddenTerm(weight, torch.tensor(plan["units"].get(HIDDEN, {}).get("-1", range(hidden))))
 
 
-def load_for_training(family: Family, folder: Path, *, launch: Launch, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module | Unread:
-    """A checkpoint's model for an engine; where that is FSDP2, not read yet. dtype None keeps the stored one."""
+def load_for_training(family: Family, folder: Path, *, launch: Launch, device: torch.device, dtype: torch.dtype | None = None,
+                      attention: str | None = None) -> nn.Module | Unread:  # fmt: skip
+    """A checkpoint's model for an engine; where that is FSDP2, not read yet. dtype None keeps the stored one, attention None transformers' choice."""
     if launch.engine != "fsdp2":
-        return family.load(folder, dtype=dtype, device=str(device))
+        model = family.load(folder, dtype=dtype, device=str(device))
+        if attention:
+            model.set_attn_implementation(attention)
+        return model
     checkpoint = Checkpoint(folder)
     names = {family.canonical_name(name): name for name in checkpoint.entries}
     dtypes = {DTYPES[entry.dtype] for entry in checkpoint.entries.values()}
     with torch.device("meta"):
         model = family.build(read_config(folder)).to(dtype or min(dtypes, key=lambda one: one.itemsize)).eval()
+    if attention:
+        model.set_attn_implementation(attention)
     return Unread(model, lambda name: checkpoint.read(names[family.canonical_name(name)]), device)
 
 
@@ -113,20 +119,34 @@ def _loss_name(settings: DistillSettings) -> str:
     return "KL" if recipe == LossRecipe(beta=recipe.beta) and not settings.loss.hidden_weight else "loss"
 
 
-def _check_memory(context: StageContext, config: dict, launch: Launch) -> None:
-    """Print and check the plan of the phase that needs most."""
-    settings, teacher, width = context.settings, teacher_architecture(context.settings), 0
-    if not settings.distill.cached:
-        stored = Checkpoint(context.inputs["teacher"].model_folder).entries.values()
-        width = max(DTYPES[entry.dtype].itemsize for entry in stored)
+def planned_trains(context: StageContext, config: dict, launch: Launch) -> list[TrainSettings]:
+    """The training settings of every phase with its way of checkpointing chosen; prints and checks the plan of the one that needs most. Raises ValueError."""
+    settings, width = context.settings, 0 if context.settings.distill.cached else stored_bytes(context.inputs["teacher"].model_folder)
     lengths = [parts[0].data.sequence_length for parts in phase_parts(settings)]
     on_gpu = pick_device(settings).type == "cuda"
-    plans = [training_memory(architecture_from_config(config), teacher, train, launch, sequence_length=length, teacher_bytes_per_number=width, on_gpu=on_gpu)
-             for train, length in zip(settings.distill.trains(), lengths, strict=True)]  # fmt: skip
+    needs = [PhaseMemory(architecture_from_config(config), teacher_architecture(settings), launch, length, width, on_gpu, _is_packed(parts))
+             for length, parts in zip(lengths, phase_parts(settings), strict=True)]  # fmt: skip
+    available, place = process_memory_bytes(pick_device(settings))
+    trains = [need.with_checkpointing(train, available) for need, train in zip(needs, settings.distill.trains(), strict=True)]
+    plans = [need.of(train) for need, train in zip(needs, trains, strict=True)]
     largest = max(plans, key=lambda plan: plan.total)
     engine = f"{launch.engine}, {launch.world_size} processes: " if launch.world_size > 1 else ""
     context.console.say(f"{engine:>11}{largest.describe()}")
-    check_fits(largest, *process_memory_bytes(pick_device(settings)))
+    check_fits(largest, available, place, "distill")
+    check_host(max(need.host_bytes(train) for need, train in zip(needs, trains, strict=True)), "distill")
+    return trains
+
+
+def _is_packed(parts: Sequence[Part]) -> bool:
+    return any(part.data.rows is Rows.packed for part in parts)
+
+
+def _attention(context: StageContext) -> str | None:
+    """The attention that packed rows want on a GPU: one that goes by documents, where there is one; None leaves the model's own."""
+    settings = context.settings
+    packed = any(map(_is_packed, phase_parts(settings)))
+    flash = packed and pick_device(settings).type == "cuda" and has_flash_attention(settings.distill.train.precision)
+    return "flash_attention_2" if flash else None
 
 
 def _check_time(context: StageContext, config: dict, launch: Launch) -> None:
@@ -141,12 +161,12 @@ def _check_time(context: StageContext, config: dict, launch: Launch) -> None:
         context.console.say(f"  distill  {told}")
 
 
-def _phases(context: StageContext) -> list[Phase]:
+def _phases(context: StageContext, trains: Sequence[TrainSettings]) -> list[Phase]:
     settings, phases = context.settings, []
     if settings.distill.cached:
-        train = settings.distill.train
+        (train,) = trains
         return [Phase(RowNumbers(cached_rows(context, train.tokens), train.batch, settings.seed + 1), train_plan(train))]
-    for number, (train, parts) in enumerate(zip(settings.distill.trains(), phase_parts(settings), strict=True)):
+    for number, (train, parts) in enumerate(zip(trains, phase_parts(settings), strict=True)):
         rows = [np.load(context.inputs["data" if part.name == DATA_ROWS else "phase_rows"].folder / f"{part.name}.npy", mmap_mode="r") for part in parts]
         seed = settings.seed + 1 + number  # another order than the teacher's own training, where that was here
         if len(parts) == 1:

@@ -4,23 +4,27 @@ Weights, gradients, optimiser and teacher are exact counts of numbers. Activatio
 modules' backward passes keep and those of the chunked loss, named below. Not counted: the allocator's own share, and buffers of communication.
 """
 
-from dataclasses import dataclass, fields
+import importlib.util
+import os
+from dataclasses import dataclass, fields, replace
 
 from distill.chunked_loss import chunk_tokens
 from distill.engines.launch import Launch
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_parameters, count_total_parameters, layer_parameters
 from memory_budget.units import format_gib
+from minitron.machine.device import available_memory_bytes
 from minitron.mamba.chunks import CHUNK_TOKENS
 from minitron.settings.training import Optimizer, Precision, TrainSettings
 
 FLOAT32, BF16 = 4, 2
+SPARE_SHARE = 0.1  # of a device's memory: left to the allocator's rounding and to communication, which are not counted
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingMemory:
     """Bytes in each process. `gathered` is what a sharded engine holds whole for a while: what is outside the layers, and the
-    largest layer twice, since the next one is fetched while one runs.
+    largest layer twice, since the next one is fetched while one runs. `mask` is attention's own, of packed rows on a GPU without flash attention.
     """
 
     weights: int
@@ -30,6 +34,7 @@ class TrainingMemory:
     gathered: int
     activations: int
     loss: int
+    mask: int = 0
 
     @property
     def total(self) -> int:
@@ -42,8 +47,8 @@ class TrainingMemory:
 
 
 def training_memory(student: Architecture, teacher: Architecture, train: TrainSettings, launch: Launch, *, sequence_length: int,
-                    teacher_bytes_per_number: int, on_gpu: bool) -> TrainingMemory:  # fmt: skip
-    """The plan of one phase under a launch.
+                    teacher_bytes_per_number: int, on_gpu: bool, masked: bool = False) -> TrainingMemory:  # fmt: skip
+    """The plan of one phase under a launch; `masked` where attention goes by a mask of [T, T] a row, as bool and as what is added to the scores.
 
     DeepSpeed keeps, beside the weights that compute, a float32 copy of its slice of them (ZeRO, arXiv 1910.02054, §5).
     """
@@ -62,6 +67,7 @@ def training_memory(student: Architecture, teacher: Architecture, train: TrainSe
         gathered=computing * _gathered(student) + teacher_bytes_per_number * _gathered(teacher) if launch.is_sharded else 0,
         activations=rows * sequence_length * activation_bytes_per_token(student, train, on_gpu=on_gpu),
         loss=loss_bytes(student, teacher, rows * sequence_length, on_gpu=on_gpu),
+        mask=rows * sequence_length**2 * (1 + (BF16 if train.precision is Precision.bf16 else FLOAT32)) if masked else 0,
     )
 
 
@@ -89,10 +95,47 @@ def _layer_numbers(model: Architecture, letter: str) -> int:
 def activation_bytes_per_token(student: Architecture, train: TrainSettings, *, on_gpu: bool) -> int:
     """What forward keeps for backward, up to the last hidden states."""
     width = BF16 if train.precision is Precision.bf16 else FLOAT32
-    by_blocks = not on_gpu and train.precision is Precision.float32  # families/blockwise.FeedForward and mixer
+    by_blocks = not on_gpu and train.precision is Precision.float32  # mamba/blockwise.FeedForward and mixer
     kept = [_layer_activations(student, letter, by_blocks=by_blocks) for letter in student.pattern]
-    layers = len(kept) * student.hidden + max(kept, default=0) if train.gradient_checkpointing else sum(kept)
-    return layers * width
+    if not train.gradient_checkpointing:
+        return sum(kept) * width
+    again, whole = kept[:: train.checkpoint_every], sum(kept) - sum(kept[:: train.checkpoint_every])
+    inputs = 2 if train.gradient_checkpointing == "host" else len(again)  # of the layer at work and the one that is copied
+    return (inputs * student.hidden + max(again, default=0) + whole) * width
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseMemory:
+    """What a phase's memory follows from beside its training settings."""
+
+    student: Architecture
+    teacher: Architecture
+    launch: Launch
+    sequence_length: int
+    teacher_bytes_per_number: int
+    on_gpu: bool
+    packed: bool = False
+
+    def of(self, train: TrainSettings) -> TrainingMemory:
+        """The plan of one process."""
+        return training_memory(self.student, self.teacher, train, self.launch, sequence_length=self.sequence_length,
+                               teacher_bytes_per_number=self.teacher_bytes_per_number, on_gpu=self.on_gpu,
+                               masked=self.packed and self.on_gpu and not has_flash_attention(train.precision))  # fmt: skip
+
+    def with_checkpointing(self, train: TrainSettings, available_bytes: int) -> TrainSettings:
+        """`gradient_checkpointing: auto` as what computes least again and fits with something to spare, else what takes least memory."""
+        if train.gradient_checkpointing != "auto":
+            return train
+        ways = [(False, 1), (True, 4), (True, 3), (True, 2), (True, 1), *([("host", 1)] if self.on_gpu else [])]
+        tried = [replace(train, gradient_checkpointing=how, checkpoint_every=every) for how, every in ways]
+        return next((one for one in tried if self.of(one).total <= (1 - SPARE_SHARE) * available_bytes), tried[-1])
+
+    def host_bytes(self, train: TrainSettings) -> int:
+        """What gradient_checkpointing=host keeps of each process in the host's memory: the layers' inputs of the rows at work."""
+        if train.gradient_checkpointing != "host":
+            return 0
+        rows, width = train.micro_batch or train.batch // self.launch.world_size, BF16 if train.precision is Precision.bf16 else FLOAT32
+        return len(self.student.pattern[:: train.checkpoint_every]) * self.student.hidden * width * rows * self.sequence_length
 
 
 def loss_bytes(student: Architecture, teacher: Architecture, tokens: int, *, on_gpu: bool) -> int:
@@ -119,10 +162,25 @@ def _layer_activations(model: Architecture, letter: str, *, by_blocks: bool) -> 
     return 2 * model.hidden + mixer
 
 
-def check_fits(memory: TrainingMemory, available_bytes: int, place: str) -> None:
-    """Raises ValueError where a process has less than the plan wants."""
+def has_flash_attention(precision: Precision) -> bool:
+    """Whether attention can go by documents without a mask: by the package flash-attn, which computes in bf16."""
+    return precision is Precision.bf16 and importlib.util.find_spec("flash_attn") is not None
+
+
+def check_host(needed_bytes: int, stage: str) -> None:
+    """Raises ValueError where this machine's memory cannot hold what all its processes keep there."""
+    processes, available = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), available_memory_bytes()
+    if needed_bytes * processes > available:
+        raise ValueError(
+            f"{stage}: gradient_checkpointing=host keeps {format_gib(needed_bytes)} of each of {processes} processes in this machine's memory, which has "
+            f"{format_gib(available)} free; {available // max(needed_bytes, 1)} processes on each machine would fit, on more machines, or shorter rows"
+        )
+
+
+def check_fits(memory: TrainingMemory, available_bytes: int, place: str, stage: str) -> None:
+    """Raises ValueError where a process has less than the plan of a stage (distill, screen) wants."""
     if memory.total > available_bytes:
         raise ValueError(
-            f"distill: {memory.describe()}; {place} has {format_gib(available_bytes)}. Lower distill.train.micro_batch, set "
-            "distill.train.gradient_checkpointing=true, or launch more processes with conf/accelerate/fsdp2.yaml or zero3.yaml"
+            f"{stage}: {memory.describe()}; {place} has {format_gib(available_bytes)}. Lower {stage}.train.micro_batch, set {stage}.train.precision=bf16 or "
+            f"{stage}.train.gradient_checkpointing=true, or launch more processes with conf/accelerate/fsdp2.yaml or zero3.yaml"
         )

@@ -18,6 +18,8 @@ UNTRACKED = ("loss", "step", "total_steps", "recent_loss", "seconds", "phase")
 def train_plan(settings: TrainSettings) -> TrainPlan:
     """The settings as distill knows them."""
     values = {name: getattr(settings, name) for name in TrainPlan.__slots__}
+    if values["gradient_checkpointing"] == "auto":  # nobody has planned: the tiny teacher, which fits everywhere
+        values["gradient_checkpointing"] = False
     return TrainPlan(**{name: value.value if isinstance(value, Enum) else value for name, value in values.items()})
 
 

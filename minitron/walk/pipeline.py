@@ -133,6 +133,10 @@ def _run(name: str, settings: Settings, folder: Path, results: Mapping[str, Resu
     stage, inputs = stored_stages()[name], inputs_of(name, settings, results)
     started = time.monotonic()
     facts = stage.run(StageContext(settings, folder, inputs, console))
+    if "torch" in sys.modules:
+        from minitron.machine.device import let_go
+
+        let_go()
     return {
         "stage": name,
         "key": folder.name,

@@ -259,10 +259,12 @@ def test_micro_batches_change_a_step_by_rounding_alone(batches, plain, tmp_path)
     assert [record.gradient_norm for record in records] == pytest.approx([record.gradient_norm for record in plain], rel=1e-4)
 
 
-def test_computing_activations_again_changes_no_bit(batches, uninterrupted, tmp_path):
+@pytest.mark.parametrize(("settings", "again"), [({"gradient_checkpointing": True}, [True, True, True]), ({"gradient_checkpointing": "host"}, [True] * 3),
+                                                 ({"gradient_checkpointing": True, "checkpoint_every": 2}, [True, False, True])], ids=str)  # fmt: skip
+def test_computing_activations_again_changes_no_bit(settings, again, batches, uninterrupted, tmp_path):
     model = build_model(0)
-    weights, _ = run(model, batches, replace(PLAN, gradient_checkpointing=True), tmp_path)
-    assert model.model.layers[0].gradient_checkpointing and same(weights, uninterrupted["adamw"])
+    weights, _ = run(model, batches, replace(PLAN, **settings), tmp_path)
+    assert [layer.gradient_checkpointing for layer in model.model.layers][:3] == again and same(weights, uninterrupted["adamw"])
 
 
 def test_bf16_computes_otherwise_and_keeps_float32_weights(batches, plain, tmp_path):

@@ -430,7 +430,7 @@ def test_padding_never_counts_in_layer_scores(criterion, teacher, rows):
 # Bounds on memory, and what is remembered between rounds, change nothing.
 
 
-@pytest.mark.parametrize("limits", [SweepLimits(branch_rows=1), SweepLimits(branch_rows=3, logits_tokens=7), SweepLimits(reuse_bytes=0)])
+@pytest.mark.parametrize("limits", [SweepLimits(branch_tokens=1), SweepLimits(branch_tokens=120, logits_tokens=7), SweepLimits(reuse_bytes=0)])
 def test_bounds_on_memory_do_not_change_the_order_of_removal(limits, teacher, tiny, rows):
     expected = rank_by_removal(teacher, tiny.pattern, list(rows.split(2)), num_layers=4, floors=FLOORS)
     found = rank_by_removal(teacher, tiny.pattern, list(rows.split(2)), num_layers=4, floors=FLOORS, limits=limits)

@@ -8,10 +8,10 @@ import torch
 from memory_budget.calculator import memory_report
 from memory_budget.hf_config import architecture_from_config
 from memory_budget.workload import Workload
-from minitron.mamba import mixer
+from minitron.mamba import dispatch
 
 TOKENS = 11
-TRANSFORMERS_OWN = {(owner, name): getattr(owner, name) for owner, name, _ in mixer.replacements()}  # before any test puts ours in their place
+TRANSFORMERS_OWN = {(owner, name): getattr(owner, name) for owner, name, _ in dispatch.replacements()}  # before any test puts ours in their place
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 TRANSFORMER = {"hidden_size": 24, "vocab_size": 53, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 MAMBA2 = {"hidden_size": 24, "vocab_size": 53, "num_hidden_layers": 2, "expand": 2, "num_heads": 8, "head_dim": 6, "n_groups": 2, "state_size": 10}
@@ -89,7 +89,7 @@ def test_report_is_the_bytes_of_the_loaded_model_and_its_filled_cache(name, dtyp
 
 @pytest.mark.parametrize("installed", [False, True], ids=["transformers' scan", "our scan"])
 def test_state_is_float32_in_a_bf16_model_whichever_scan_fills_it(installed, load, monkeypatch):
-    for owner, name, function in mixer.replacements():
+    for owner, name, function in dispatch.replacements():
         monkeypatch.setattr(owner, name, function if installed else TRANSFORMERS_OWN[owner, name])
     cache = filled_cache(load(CONFIGS["nemotron_h"], torch.bfloat16), 1)
     assert {state.dtype for state in recurrent(cache, "recurrent_states")} == {torch.float32}

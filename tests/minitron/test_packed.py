@@ -8,7 +8,7 @@ import torch
 from distill.batches import PADDING, document_numbers, mark_start, split_padding
 from distill.losses import next_token_labels
 from distill.objectives import distillation_loss, head_of
-from minitron.mamba import mixer
+from minitron.mamba import dispatch
 
 LENGTHS = ((7, 41, 2, 12), (30, 33))  # of the documents of two rows; the second has one place to spare
 
@@ -17,7 +17,7 @@ LENGTHS = ((7, 41, 2, 12), (30, 33))  # of the documents of two rows; the second
 def own_scan():
     """Ours in transformers' place, for these tests alone."""
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name, function in mixer.replacements():
+        for owner, name, function in dispatch.replacements():
             patch.setattr(owner, name, function)
         yield
 

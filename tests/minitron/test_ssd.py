@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from minitron.families.nemotron_h import FAMILY
-from minitron.mamba import blockwise, chunks, mixer, ssd
+from minitron.mamba import blockwise, chunks, dispatch, ssd
 
 # Taken at import, before any test can have put ours in their place.
-TRANSFORMERS_OWN = [(owner, name, getattr(owner, name)) for owner, name, _ in mixer.replacements()]
+TRANSFORMERS_OWN = [(owner, name, getattr(owner, name)) for owner, name, _ in dispatch.replacements()]
 NAMES = ("x", "dt", "A", "B", "C", "start", "D")
 
 
@@ -286,9 +286,9 @@ def flat(gradients) -> torch.Tensor:
 
 
 def test_install_puts_our_functions_in_transformers_place(transformers_own):
-    assert not any(getattr(owner, name) is function for owner, name, function in mixer.replacements())
-    mixer.install()
-    assert len(mixer.replacements()) == 4 and all(getattr(owner, name) is function for owner, name, function in mixer.replacements())
+    assert not any(getattr(owner, name) is function for owner, name, function in dispatch.replacements())
+    dispatch.install()
+    assert len(dispatch.replacements()) == 8 and all(getattr(owner, name) is function for owner, name, function in dispatch.replacements())
 
 
 @pytest.mark.parametrize("core_numbers", [2**20, 1500, 100], ids=["one part", "a part per row", "a part per group"])
@@ -297,7 +297,7 @@ def test_logits_and_gradients_of_a_model_are_those_of_transformers_own_path(grou
     monkeypatch.setattr(blockwise, "CORE_NUMBERS", core_numbers)
     model, ids = build_model(mamba_num_groups=groups), token_ids(2, 75)
     expected, expected_gradients = logits_and_gradients(model, ids)
-    mixer.install()
+    dispatch.install()
     ours, own_gradients = logits_and_gradients(model, ids)
     assert relative(ours, expected) <= 1e-5
     assert relative(flat(own_gradients), flat(expected_gradients)) <= 1e-5
@@ -309,7 +309,7 @@ def test_logits_and_gradients_of_a_model_are_those_of_transformers_own_path(grou
 def test_a_wrong_decay_moves_logits_and_gradients(transformers_own, monkeypatch, build_model, token_ids):
     model, ids = build_model(), token_ids(2, 75)
     expected, expected_gradients = logits_and_gradients(model, ids)
-    mixer.install()
+    dispatch.install()
     exp = chunks._exp
     monkeypatch.setattr(chunks, "_exp", lambda log: exp(1.01 * log))
     ours, own_gradients = logits_and_gradients(model, ids)
@@ -323,7 +323,7 @@ def test_who_listens_inside_a_feed_forward_layer_hears_what_transformers_own_say
     layer = next(module for module in model.modules() if type(module).__name__ == "NemotronHMLP")
     hook = layer.down_proj.register_forward_pre_hook(lambda _module, arguments: heard.append(arguments[0].detach()))
     expected = model(ids, use_cache=False).logits
-    mixer.install()
+    dispatch.install()
     assert relative(model(ids, use_cache=False).logits, expected) <= 1e-5
     assert len(heard) == 2 and relative(heard[1], heard[0]) <= 1e-5
     hook.remove()
@@ -339,7 +339,7 @@ def test_who_listens_inside_a_mixer_hears_what_transformers_own_says(part, trans
         torch.nn.init.uniform_(layer.norm.weight, 0.5, 2.0)
     hook = getattr(mixers[0], part).register_forward_hook(lambda _module, arguments, output: heard.append((arguments[0].detach(), output.detach())))
     expected = model(ids, use_cache=False).logits
-    mixer.install()
+    dispatch.install()
     assert relative(model(ids, use_cache=False).logits, expected) <= 1e-5
     assert len(heard) == 2 and all(relative(ours, theirs) <= 1e-5 for theirs, ours in zip(*heard, strict=True))
     hook.remove()
@@ -350,7 +350,7 @@ def test_who_listens_inside_a_mixer_hears_what_transformers_own_says(part, trans
 def test_biases_are_as_in_transformers_own_path(has, transformers_own, build_model, token_ids):
     model, ids = build_model(mamba_conv_bias=has, mamba_projection_bias=has, ffn_bias=has), token_ids(2, 40)
     expected, expected_gradients = logits_and_gradients(model, ids)
-    mixer.install()
+    dispatch.install()
     ours, own_gradients = logits_and_gradients(model, ids)
     assert relative(ours, expected) <= 1e-5 and relative(flat(own_gradients), flat(expected_gradients)) <= 1e-5
 
@@ -360,7 +360,7 @@ def test_a_bfloat16_model_is_no_farther_from_its_float32_self_than_transformers_
     model, ids = build_model().bfloat16(), token_ids(2, 75)
     exact = model.float()(ids, use_cache=False).logits
     theirs = relative(model.bfloat16()(ids, use_cache=False).logits, exact)
-    mixer.install()
+    dispatch.install()
     assert relative(model(ids, use_cache=False).logits, exact) <= theirs < 0.1
 
 
@@ -379,13 +379,13 @@ def test_the_mixer_keeps_less_than_a_third_of_what_transformers_keeps_for_the_ba
         return sum(found.values())
 
     theirs = kept()
-    mixer.install()
+    dispatch.install()
     assert kept() < theirs / 3
 
 
 @torch.no_grad()
 def test_left_padding_with_its_mask_leaves_the_logits(transformers_own, teacher, token_ids):
-    mixer.install()
+    dispatch.install()
     ids, mask = token_ids(2, 40), torch.ones(2, 50, dtype=torch.long)
     padded = torch.cat([torch.zeros(2, 10, dtype=torch.long), ids], dim=1)
     mask[:, :10] = 0
@@ -424,12 +424,12 @@ def slow_model(build_model, config_of, tiny, write_checkpoint, tmp_path):
 @pytest.mark.parametrize("prompt", [1, 33])
 def test_decoding_token_by_token_equals_reading_at_once(prompt, installed, transformers_own, slow_model, token_ids):
     if installed:
-        mixer.install()
+        dispatch.install()
     assert decode_error(slow_model, token_ids(2, 45), prompt) <= 1e-5
 
 
 def test_with_the_time_step_clamped_from_below_decoding_differs(transformers_own, slow_model, token_ids):
-    mixer.install()
+    dispatch.install()
     for block in slow_model.model.layers:
         if hasattr(block.mixer, "time_step_limit"):
             block.mixer.time_step_limit = (0.001, math.inf)  # transformers' own
@@ -437,18 +437,18 @@ def test_with_the_time_step_clamped_from_below_decoding_differs(transformers_own
 
 
 def test_loaded_by_transformers_itself_decoding_differs(transformers_own, slow_model, token_ids, tmp_path):
-    mixer.install()
+    dispatch.install()
     assert decode_error(AutoModelForCausalLM.from_pretrained(tmp_path / "slow").eval(), token_ids(2, 45), 33) > 1e-3
 
 
 def test_a_prompt_shorter_than_the_convolution_is_decoded_right(transformers_own, teacher, token_ids):
-    mixer.install()
+    dispatch.install()
     assert decode_error(teacher, token_ids(2, 12), 2) <= 1e-5
 
 
 @torch.no_grad()
 def test_right_padding_leaves_the_logits_before_it(transformers_own, teacher, token_ids):
-    mixer.install()
+    dispatch.install()
     ids = token_ids(2, 50)
     padded = torch.cat([ids[:, :40], torch.zeros(2, 10, dtype=torch.long)], dim=1)
     before, after = teacher(ids, use_cache=False).logits[:, :40], teacher(padded, use_cache=False).logits

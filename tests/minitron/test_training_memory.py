@@ -7,10 +7,12 @@ import torch
 
 from distill.engines.launch import Launch
 from distill.engines.opening import open_engine
+from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
-from minitron.mamba import mixer
-from minitron.settings.training import Optimizer, TrainSettings
-from minitron.training.memory import FLOAT32, activation_bytes_per_token, check_fits, loss_bytes, training_memory
+from minitron.mamba import dispatch
+from minitron.settings.teachers import CONF_FOLDER
+from minitron.settings.training import Optimizer, Precision, TrainSettings
+from minitron.training.memory import FLOAT32, PhaseMemory, activation_bytes_per_token, check_fits, check_host, loss_bytes, training_memory
 from minitron.training.steps import train_plan
 
 LENGTH = 64
@@ -55,7 +57,7 @@ def own_scan(monkeypatch):
 
     for name, value in list(vars(modeling).items()):
         monkeypatch.setattr(modeling, name, value)
-    mixer.install()
+    dispatch.install()
 
 
 @pytest.mark.parametrize("pattern", ["M-M*-M-*-", "MMMM", "----", "**"])
@@ -118,18 +120,50 @@ def test_slices_divide_what_the_engine_slices(tiny):
 
 def test_what_cannot_fit_is_refused_with_what_to_do(tiny):
     memory = plan(tiny)
-    check_fits(memory, memory.total, "a GPU")
+    check_fits(memory, memory.total, "a GPU", "distill")
     with pytest.raises(ValueError, match=r"distill: each process will hold about 0\.00.* GiB: weights .*; a GPU has .* GiB. Lower distill.train.micro_batch"):
-        check_fits(memory, memory.total - 1, "a GPU")
+        check_fits(memory, memory.total - 1, "a GPU", "distill")
 
 
-def test_the_published_student_needs_slices(tiny):
-    """9B float32 with AdamW and a 12B teacher in bf16: 165 GiB in one process, about an eighth of it in eight."""
-    from memory_budget.hf_config import architecture_from_config, read_config
-    from minitron.settings.teachers import CONF_FOLDER
-
+@pytest.fixture(scope="module")
+def published(published_patterns):
+    """The published teacher and student."""
     teacher = architecture_from_config(read_config(CONF_FOLDER / "architectures" / "nemotron-nano-12b-v2-base.json"))
-    student = replace(teacher, pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", hidden=4480, ffn=15680)
+    return teacher, replace(teacher, pattern=published_patterns[1], hidden=4480, ffn=15680)
+
+
+def test_checkpointing_by_itself_takes_the_way_that_computes_least_again_and_fits(published):
+    teacher, student = published
+    need = PhaseMemory(student, teacher, Launch("fsdp2", 0, 8), 8192, 2, on_gpu=True)
+    train = TrainSettings(batch=8, micro_batch=1, precision=Precision.bf16, gradient_checkpointing="auto")
+    chosen = [need.with_checkpointing(train, int(gib * GIB)) for gib in (400, 90, 72, 45, 30)]
+    plans = [need.of(one) for one in chosen]
+    assert [(one.gradient_checkpointing, one.checkpoint_every) for one in (chosen[0], chosen[-1])] == [(False, 1), ("host", 1)]
+    assert {one.gradient_checkpointing for one in chosen[2:-1]} == {True} and chosen[2].checkpoint_every > 1 and plans[2].total <= 0.9 * 72 * GIB
+    assert [plan.total for plan in plans] == sorted((plan.total for plan in plans), reverse=True)
+    assert need.with_checkpointing(replace(train, gradient_checkpointing=True), GIB).gradient_checkpointing is True  # what is given stays
+
+
+@pytest.mark.parametrize("length", [262_144, 524_288])
+def test_long_rows_keep_as_much_on_a_gpu_whatever_the_number_of_layers(length, published):
+    teacher, student = published
+    train = TrainSettings(batch=8, micro_batch=1, precision=Precision.bf16, gradient_checkpointing="host")
+    deep, shallow = (PhaseMemory(replace(student, pattern=pattern), teacher, Launch("fsdp2", 0, 8), length, 2, on_gpu=True)
+                     for pattern in (student.pattern, student.pattern[:15]))  # fmt: skip
+    assert deep.of(train).activations == shallow.of(train).activations < deep.of(replace(train, gradient_checkpointing=True)).activations / 2
+    assert deep.host_bytes(train) == 56 * 4480 * 2 * length  # every layer's input, bf16
+
+
+def test_more_than_the_host_holds_is_refused_with_what_would_fit(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    check_host(0, "distill")
+    with pytest.raises(ValueError, match=r"distill: gradient_checkpointing=host keeps 1,?024.* GiB of each of 8 processes .* 0 processes on each machine"):
+        check_host(1024 * GIB, "distill")
+
+
+def test_the_published_student_needs_slices(published):
+    """9B float32 with AdamW and a 12B teacher in bf16: 165 GiB in one process, about an eighth of it in eight."""
+    teacher, student = published
     train = TrainSettings(batch=8, gradient_checkpointing=True)
     one, eight = (training_memory(student, teacher, train, launch, sequence_length=8192, teacher_bytes_per_number=2, on_gpu=True)
                   for launch in (Launch(), Launch("fsdp2", 0, 8)))  # fmt: skip
