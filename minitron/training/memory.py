@@ -61,7 +61,7 @@ def training_memory(student: Architecture, teacher: Architecture, train: TrainSe
     rows = train.micro_batch or train.batch // processes
     return TrainingMemory(
         weights=computing * numbers // weight_slices + master,
-        gradients=computing * numbers // optimizer_slices,
+        gradients=FLOAT32 * numbers // optimizer_slices,  # of micro-steps they add up in float32 under every engine
         optimizer=_moment_bytes(student, train.optimizer) // optimizer_slices,
         teacher=teacher_bytes_per_number * count_total_parameters(teacher) // weight_slices,
         gathered=computing * _gathered(student) + teacher_bytes_per_number * _gathered(teacher) if launch.is_sharded else 0,
