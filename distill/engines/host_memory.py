@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(slots=True)
 class _Kept:
-    """A tensor in the host's memory, the one that was kept before it, and its copy on the device once that is under way."""
+    """A tensor in the host's memory, an empty one where it came from, the one that was kept before it, and its copy there once that is under way."""
 
     host: torch.Tensor
-    device: torch.device
+    empty: torch.Tensor
     before: "_Kept | None"
     fetched: torch.Tensor | None = None
 
@@ -45,14 +45,14 @@ class HostStore:
         with torch.cuda.stream(self.copies):
             host.copy_(tensor.detach(), non_blocking=True)
         tensor.record_stream(self.copies)
-        self.last = _Kept(host, tensor.device, self.last)
+        self.last = _Kept(host, tensor.detach().new_empty(0), self.last)
         return self.last
 
     def _take(self, kept: torch.Tensor | _Kept) -> torch.Tensor:
         if isinstance(kept, torch.Tensor):
             return kept
         tensor = self._fetch(kept)
-        torch.cuda.current_stream(kept.device).wait_stream(self.copies)
+        torch.cuda.current_stream(kept.empty.device).wait_stream(self.copies)
         if kept.before is not None:
             self._fetch(kept.before)
         kept.fetched, kept.before, self.last = None, None, kept.before
@@ -62,8 +62,8 @@ class HostStore:
         """The copy back, begun now if it was not before."""
         if kept.fetched is None:
             with torch.cuda.stream(self.copies):
-                kept.fetched = kept.host.to(kept.device, non_blocking=True)
-            kept.fetched.record_stream(torch.cuda.current_stream(kept.device))
+                kept.fetched = kept.empty.new_empty(kept.host.shape).copy_(kept.host, non_blocking=True)
+            kept.fetched.record_stream(torch.cuda.current_stream(kept.empty.device))
         return kept.fetched
 
 

@@ -183,7 +183,8 @@ def dispatch(function: Callable, args: tuple, kwargs: dict) -> Any:
     _check_generator(function, kwargs, made_on_gpu)
     _count_waits(function, args, on_gpu)
     result = _computed(function, *tree_map(unwrap, (args, _on_cpu(kwargs))))
-    given = {id(tensor.on_cpu): tensor for tensor in on_gpu}  # what is changed in place, or given as out=, is given back itself
+    # What is changed in place, or given as out=, is given back itself; so is a CPU tensor that is copied into.
+    given = {id(tensor): tensor for tensor in tensors} | {id(tensor.on_cpu): tensor for tensor in on_gpu}
 
     def wrap(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or isinstance(value, Pretended):

@@ -255,3 +255,15 @@ def test_the_projects_own_gpu_tests_pass_on_the_pretended_device(environment, re
     finished = subprocess.run(command, env=environment | {"OMP_WAIT_POLICY": "PASSIVE"}, cwd=repository, text=True, capture_output=True)
     assert finished.returncode == 0, finished.stdout[-4000:]
     assert " skipped" not in finished.stdout and " passed" in finished.stdout
+
+
+@stand_in
+def test_a_long_row_takes_as_much_of_a_gpu_whatever_the_number_of_layers_if_inputs_are_in_main_memory(environment, tmp_path):
+    printed = subprocess.run([sys.executable, str(HERE / "pretended_long_rows.py")], cwd=tmp_path, env=environment, text=True, capture_output=True, check=True)
+    found = json.loads(printed.stdout.splitlines()[-1])
+    peaks = {way: [peak for peak, _ in layers.values()] for way, layers in found.items()}
+    print("\n".join(f"{way}: {', '.join(f'{layers} layers {peak:,} bytes' for layers, (peak, _) in measured.items())}" for way, measured in found.items()))
+    assert max(peaks["inputs in main memory"]) < 1.02 * min(peaks["inputs in main memory"])
+    assert peaks["inputs on the device"][-1] > 2 * peaks["inputs on the device"][0]  # the control
+    for gradients in zip(*([digest for _, digest in layers.values()] for layers in found.values()), strict=True):
+        assert len(set(gradients)) == 1  # to the bit
