@@ -27,7 +27,7 @@ from distill.losses import next_token_labels  # noqa: E402
 from distill.objectives import head_of  # noqa: E402
 from memory_budget.architecture import Architecture  # noqa: E402
 from minitron.families.nemotron_h import FAMILY  # noqa: E402
-from minitron.mamba import mixer, ssd  # noqa: E402
+from minitron.mamba import dispatch, ssd  # noqa: E402
 from minitron.mamba.packed import by_document  # noqa: E402
 from minitron.training.tiny_teacher import TINY_CONFIG  # noqa: E402
 
@@ -143,8 +143,8 @@ def passed(model: torch.nn.Module, rows: torch.Tensor, *, training: bool, checkp
 @pytest.fixture(scope="module")
 def expected(model, rows) -> Iterator[dict[str, Passed]]:
     """By the project's own functions; afterwards transformers' stand in their places again, with the kernels behind them."""
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in mixer.replacements()]
-    mixer.install()
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in dispatch.replacements()]
+    dispatch.install()
     try:
         found = {name: passed(model, some, training=True) for name, some in rows.items()}
     finally:
