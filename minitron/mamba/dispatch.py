@@ -10,8 +10,9 @@ import inspect
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
-from minitron.mamba import mixer
+from minitron.mamba import mixer, token_blocks
 from minitron.mamba.kernels import unusable_kernel
 
 CONVOLUTION_STRIDE = 8  # causal-conv1d wants strides of rows and tokens that are multiples of it where channels lie side by side
@@ -29,13 +30,13 @@ def replacements() -> tuple[tuple[object, str, Callable], ...]:
     from transformers.models.nemotron_h import modeling_nemotron_h as modeling
 
     mixing, norm, feeding = modeling.NemotronHMamba2Mixer, modeling.NemotronHRMSNorm, modeling.NemotronHMLP
-    methods = ((mixing, mixer.mixer_forward), (norm, mixer.norm_forward), (feeding, mixer.mlp_forward))
+    methods = ((mixing, mixer.mixer_forward, _mix_long), (norm, mixer.norm_forward, _as_it_is), (feeding, mixer.mlp_forward, _feed_long))
     return (
         (modeling, "mamba2_chunk_scan", _function(mixer.chunk_scan, modeling.mamba2_chunk_scan)),
-        (modeling, "causal_conv1d_fn", _function(_convolve, modeling.causal_conv1d_fn, prepare=_even_strides)),
+        (modeling, "causal_conv1d_fn", _function(_convolve, modeling.causal_conv1d_fn, prepare=_as_kernels_take)),
         *((modeling, name, _function(inspect.unwrap(getattr(modeling, name)), getattr(modeling, name)))
           for name in ("causal_conv1d_update", "mamba2_split_conv1d_scan_combined", "mamba2_selective_state_update")),
-        *((owner, "forward", _method(ours, owner.forward)) for owner, ours in methods),
+        *((owner, "forward", _method(ours, owner.forward, by_blocks)) for owner, ours, by_blocks in methods),
     )  # fmt: skip
 
 
@@ -49,27 +50,30 @@ def _has_kernels() -> bool:
     return unusable_kernel() is None
 
 
-def _function(ours: Callable, theirs: Callable, prepare: Callable = lambda first: first) -> Callable:
-    """Chooses by the first argument; `prepare` is done to it before it goes to a kernel."""
+def _function(ours: Callable, theirs: Callable, prepare: Callable = lambda first, **named: (first, named)) -> Callable:
+    """Chooses by the first argument; `prepare` is done to it and what is given by name before they go to a kernel."""
     theirs = getattr(theirs, "in_place_of", theirs)  # where ours stands already, not a layer upon it
 
     @functools.wraps(theirs)
     def function(first, *args, **kwargs):
-        return ours(first, *args, **kwargs) if is_ours(first.device) else theirs(prepare(first), *args, **kwargs)
+        if is_ours(first.device):
+            return ours(first, *args, **kwargs)
+        first, kwargs = prepare(first, **kwargs)
+        return theirs(first, *args, **kwargs)
 
     function.in_place_of = theirs
     return function
 
 
-def _method(ours: Callable, theirs: Callable) -> Callable:
-    """A module's forward, chosen by its input; ours may fall back on theirs."""
+def _method(ours: Callable, theirs: Callable, by_blocks: Callable) -> Callable:
+    """A module's forward, chosen by its input; ours may fall back on theirs, and theirs may go by blocks of tokens."""
     theirs = getattr(theirs, "in_place_of", theirs)
 
     @functools.wraps(theirs)
     def forward(module, hidden_states, *args, **kwargs):
         if is_ours(hidden_states.device):
             return ours(module, hidden_states, *args, theirs=theirs, **kwargs)
-        return theirs(module, hidden_states, *args, **kwargs)
+        return by_blocks(functools.partial(theirs, module), hidden_states, *args, **kwargs)
 
     forward.in_place_of = theirs
     return forward
@@ -84,7 +88,29 @@ def _convolve(hidden_states, weight, bias=None, activation=None, seq_idx=None, *
     return inspect.unwrap(modeling.causal_conv1d_fn)(hidden_states, weight, bias, activation)
 
 
-def _even_strides(x_BET: torch.Tensor) -> torch.Tensor:
-    """The convolution's input as the kernel takes it. It is a slice of in_proj's output, whose width is odd where heads are no multiple of 8."""
+def _as_kernels_take(x_BET: torch.Tensor, **named) -> tuple[torch.Tensor, dict]:
+    """The convolution's input, a slice of in_proj's output, whose width is odd where heads are no multiple of 8; and `seq_idx` [B, ≤ T] with a number for
+    every input, 0 for those that a block of a long row has from the one before."""
+    documents_BT = named.get("seq_idx")
+    if documents_BT is not None and documents_BT.shape[1] < x_BET.shape[2]:
+        named["seq_idx"] = F.pad(documents_BT, (x_BET.shape[2] - documents_BT.shape[1], 0))
     channels_last = x_BET.stride(1) == 1 and (x_BET.stride(0) % CONVOLUTION_STRIDE or x_BET.stride(2) % CONVOLUTION_STRIDE)
-    return x_BET.contiguous() if channels_last else x_BET
+    if not channels_last:
+        return x_BET, named
+    return (x_BET.contiguous() if documents_BT is None else x_BET.transpose(1, 2).contiguous().transpose(1, 2)), named
+
+
+def _mix_long(forward: Callable, hidden_states, cache_params=None, attention_mask=None, seq_idx=None, **kwargs):
+    """A Mamba-2 mixer's forward, by blocks where the row is long and whole."""
+    if cache_params is None and attention_mask is None and token_blocks.goes_by_blocks(hidden_states):
+        return token_blocks.mix_by_blocks(functools.partial(forward, **kwargs), hidden_states, seq_idx)
+    documents = {} if seq_idx is None else {"seq_idx": seq_idx}
+    return forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **documents, **kwargs)
+
+
+def _feed_long(forward: Callable, x):
+    return token_blocks.feed_by_blocks(forward, x) if token_blocks.goes_by_blocks(x) else forward(x)
+
+
+def _as_it_is(forward: Callable, *args, **kwargs):
+    return forward(*args, **kwargs)

@@ -267,6 +267,7 @@ class _OnCpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, *tensors):
         ctx.function = function
+        ctx.set_materialize_grads(False)  # C++ would make zeros without memory
         ctx.save_for_backward(*tensors)
         with _disable_current_modes(), torch.no_grad():
             results = function(*map(unwrap, tensors))

@@ -127,15 +127,30 @@ def convolution(x, weight, bias, seq_idx, activation):
 
 
 def scanned(x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, *, dt_softplus, dt_limit):
-    """The project's scan of CPU tensors: y, float32, and the final states (of no meaning where rows are packed)."""
+    """The project's scan of CPU tensors: y, float32, and the final states. Of a packed row the state before goes to the document of number 0."""
     from minitron.mamba import ssd
-    from minitron.mamba.packed import by_document
 
     dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
     if seq_idx is None:
         return ssd.scan(x, dt, A, B, C, D, initial_states)
-    return by_document(lambda x, dt, B, C: ssd.scan(x, dt, A, B, C, D)[0], seq_idx, x, dt, B, C), torch.zeros(0)
+    if initial_states is None:
+        initial_states = torch.zeros(len(x), *x.shape[2:], B.shape[3])
+    rows = [_documents(*(tensor[row : row + 1] for tensor in (x, dt, B, C, initial_states)), A, D, seq_idx[row]) for row in range(len(x))]
+    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+
+
+def _documents(x, dt, B, C, state, A, D, numbers_T):
+    """One row, document after document: y [1, T, M, P], and the state after the last."""
+    from minitron.mamba import ssd
+
+    outputs, first = [], 0
+    for number, length in zip(*(found.tolist() for found in numbers_T.unique_consecutive(return_counts=True)), strict=True):
+        x_own, dt_own, B_own, C_own = (tensor[:, first : first + length] for tensor in (x, dt, B, C))
+        y, state = ssd.scan(x_own, dt_own, A, B_own, C_own, D, state if number == 0 else torch.zeros_like(state))
+        outputs.append(y)
+        first += length
+    return torch.cat(outputs, dim=1), state
 
 
 def _refuse_cpu_in_cpp(**tensors: torch.Tensor | None) -> None:

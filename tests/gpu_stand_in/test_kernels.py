@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from distill.losses import next_token_labels  # noqa: E402
 from distill.objectives import head_of  # noqa: E402
 from memory_budget.architecture import Architecture  # noqa: E402
 from minitron.families.nemotron_h import FAMILY  # noqa: E402
-from minitron.mamba import dispatch, ssd  # noqa: E402
+from minitron.mamba import dispatch, ssd, token_blocks  # noqa: E402
 from minitron.mamba.packed import by_document  # noqa: E402
 from minitron.training.tiny_teacher import TINY_CONFIG  # noqa: E402
 
@@ -151,6 +152,33 @@ def expected(model, rows) -> Iterator[dict[str, Passed]]:
         for owner, name, function in before:
             setattr(owner, name, function)
     return found
+
+
+@pytest.fixture
+def blocks_of_eight(monkeypatch):
+    """Mixers by blocks of 8 tokens, as dispatch has them on a GPU with rows longer than a block."""
+    from transformers.models.nemotron_h import modeling_nemotron_h as modeling
+
+    def by_blocks(theirs, long):
+        return lambda module, hidden, *args, **kwargs: long(partial(theirs, module), hidden, *args, **kwargs)
+
+    convolve = modeling.causal_conv1d_fn
+
+    def prepared(first, *args, **kwargs):
+        first, kwargs = dispatch._as_kernels_take(first, **kwargs)
+        return convolve(first, *args, **kwargs)
+
+    monkeypatch.setattr(token_blocks, "BLOCK_TOKENS", 8)
+    monkeypatch.setattr(modeling, "causal_conv1d_fn", prepared)
+    monkeypatch.setattr(modeling.NemotronHMamba2Mixer, "forward", by_blocks(modeling.NemotronHMamba2Mixer.forward, dispatch._mix_long))
+    monkeypatch.setattr(modeling.NemotronHMLP, "forward", by_blocks(modeling.NemotronHMLP.forward, dispatch._feed_long))
+
+
+@pytest.mark.parametrize(("kind", "checkpointing"), [("plain", False), ("packed", True)])
+def test_a_whole_model_by_blocks_of_tokens_is_the_projects(kind, checkpointing, model, rows, expected, blocks_of_eight):
+    found, wanted = passed(model, rows[kind], training=True, checkpointing=checkpointing), expected[kind]
+    assert found.loss == pytest.approx(wanted.loss, rel=MODEL)
+    assert relative(found.gradients, wanted.gradients) < MODEL and relative(found.hidden, wanted.hidden) < MODEL
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "checkpointed"])

@@ -265,5 +265,8 @@ def test_a_long_row_takes_as_much_of_a_gpu_whatever_the_number_of_layers_if_inpu
     print("\n".join(f"{way}: {', '.join(f'{layers} layers {peak:,} bytes' for layers, (peak, _) in measured.items())}" for way, measured in found.items()))
     assert max(peaks["inputs in main memory"]) < 1.02 * min(peaks["inputs in main memory"])
     assert peaks["inputs on the device"][-1] > 2 * peaks["inputs on the device"][0]  # the control
+    by_blocks = found.pop("by blocks")
     for gradients in zip(*([digest for _, digest in layers.values()] for layers in found.values()), strict=True):
         assert len(set(gradients)) == 1  # to the bit
+    assert max(peaks["by blocks"]) < min(0.5 * min(peaks["inputs in main memory"]), 1.02 * min(peaks["by blocks"]))
+    assert max(difference for _, difference in by_blocks.values()) < 1e-5
