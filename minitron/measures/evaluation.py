@@ -25,11 +25,12 @@ from minitron.families.known import family_of
 from minitron.machine.device import let_go, pick_device
 from minitron.measures.held_out import CHUNK_TOKENS, by_position, by_source, token_sums
 from minitron.measures.kept import kept, measurements_folder
-from minitron.measures.needle import Vocabulary, measure_needle, vocabulary_of
+from minitron.measures.needle import check_vocabulary, measure_needle
 from minitron.measures.speed import machine_of, make_prompts, measure_speed
 from minitron.measures.tasks import load_task, run_task, task_identity
 from minitron.settings.evaluate import EvaluateSettings, SpeedSettings
 from minitron.settings.rules import key_settings
+from minitron.text.key_values import Vocabulary, vocabulary_of
 from minitron.text.samples import batches_of, evaluation_rows, spread_rows
 from minitron.walk.console import Advance
 from minitron.walk.stage import StageContext
@@ -123,7 +124,9 @@ def _measures(context: StageContext, models: Models) -> Iterator[Measure]:
     for lengths in wanted.speed:
         yield Measure(_speed_name(lengths), {**of_rows, **machine_of(models.device)}, partial(_speed, models, rows, lengths))
     if wanted.needle.lengths:
-        make = partial(_needle, models, rows, vocabulary_of(tokenizer, wanted.needle), wanted)
+        vocabulary = vocabulary_of(tokenizer)
+        check_vocabulary(vocabulary, wanted.needle)
+        make = partial(_needle, models, rows, vocabulary, wanted)
         yield Measure("needle", {**of_rows, **key_settings(wanted.needle)}, make)
     for task in wanted.tasks:
         yield Measure(_task_name(task), task_identity(load_task(task, wanted), wanted), partial(_task, models, tokenizer, task, wanted))

@@ -6,11 +6,10 @@ instructions, needs one forward pass a sample and has a known chance level, 1 / 
 context all alternatives are alike, as they are drawn alike. With several needles the other ones' values are among the alternatives,
 so that it does not suffice to know what was said, but of which key (key-value retrieval).
 
-Keys and values are words of one token in the tokenizer at hand, so that a length is exact. B samples, T tokens.
+Words and lines are those of minitron/text/key_values.py. B samples, T tokens.
 """
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,29 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from distill.batches import PADDING
 from minitron.settings.evaluate import NeedleSettings
-
-WORD = re.compile(r"[Ġ▁][a-z]{3,}")  # with the space before it, as byte-level and SentencePiece tokenizers write it
-MOST_WORDS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """Ids: of single-token words, and of the fixed parts of what is said."""
-
-    words: list[int]
-    opening: list[int]
-    says: list[int]
-    end: list[int]
-
-    def question(self, key: int) -> list[int]:
-        return [*self.opening, key, *self.says]
-
-    def needle(self, key: int, value: int) -> list[int]:
-        return [*self.question(key), value, *self.end]
+from minitron.text.key_values import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +32,16 @@ class Sample:
     right: int
 
 
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase, settings: NeedleSettings) -> Vocabulary:
-    """What the tokenizer offers. Raises ValueError where it has too few words of one token, or a length does not hold question and needles."""
-    parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\nThe word of", " is", ".\n")]
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    words = [number for number, token in enumerate(tokens) if token and WORD.fullmatch(token) and number not in sum(parts, [])][:MOST_WORDS]
-    most = len(words) - settings.needles
+def check_vocabulary(vocabulary: Vocabulary, settings: NeedleSettings) -> None:
+    """Raises ValueError where there are too few words of one token, or a length does not hold question and needles."""
+    most = len(vocabulary.words) - settings.needles
     if settings.alternatives > most:
-        raise ValueError(f"evaluate.needle.alternatives is {settings.alternatives}; it must be at most {max(most, 0)}: the tokenizer has {len(words)} words "
-                         f"of one token, {settings.needles} of them keys (evaluate.needle.lengths=[] leaves the probe out)")  # fmt: skip
-    vocabulary = Vocabulary(words, *parts)
-    least = len(vocabulary.question(0)) + settings.needles * len(vocabulary.needle(0, 0))
+        raise ValueError(f"evaluate.needle.alternatives is {settings.alternatives}; it must be at most {max(most, 0)}: the tokenizer has "
+                         f"{len(vocabulary.words)} words of one token, {settings.needles} of them keys (evaluate.needle.lengths=[] leaves the probe out)")  # fmt: skip
+    least = len(vocabulary.question(0)) + settings.needles * len(vocabulary.line(0, 0))
     for length in settings.lengths:
         if length < least:
             raise ValueError(f"evaluate.needle.lengths has {length}; it must be at least {least}, the tokens of question and needles")
-    return vocabulary
 
 
 def make_sample(vocabulary: Vocabulary, text_T: np.ndarray, settings: NeedleSettings, *, length: int, depth: float, seed: list[int]) -> Sample:
@@ -74,7 +49,7 @@ def make_sample(vocabulary: Vocabulary, text_T: np.ndarray, settings: NeedleSett
     random = np.random.default_rng(seed)
     chosen = random.choice(vocabulary.words, settings.needles + settings.alternatives, replace=False).tolist()
     keys, values = chosen[: settings.needles], chosen[settings.needles :]
-    needles = [vocabulary.needle(key, value) for key, value in zip(keys, values[: settings.needles], strict=True)]
+    needles = [vocabulary.line(key, value) for key, value in zip(keys, values[: settings.needles], strict=True)]
     question = vocabulary.question(keys[0])
     room = length - len(question) - sum(map(len, needles))
     haystack = text_T[(random.integers(len(text_T)) + np.arange(room)) % len(text_T)].tolist()

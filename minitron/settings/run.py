@@ -82,9 +82,11 @@ class TeacherSettings:
     config: str | None = None
     tiny: TinyTeacherSettings = field(default_factory=TinyTeacherSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    held_out_every: int | None = how(None)
 
     def __post_init__(self) -> None:
         self.train.check("teacher.train")
+        at_least(self, "teacher", 1, "held_out_every")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -98,6 +100,7 @@ class DataSettings:
     text_field: str = "text"
     messages_field: str | None = None
     truncated_share: float = 0.0
+    key_value_share: float = 0.0
     max_documents: int | None = None
     rows: Rows = Rows.windows
     sequence_length: int = 256
@@ -111,6 +114,7 @@ class DataSettings:
         at_least(self, "data", 1, "max_documents")
         at_least(self, "data", self.sequence_length, "max_train_tokens", "max_heldout_tokens")  # of one row
         check_share("data.truncated_share", self.truncated_share)
+        check_share("data.key_value_share", self.key_value_share)
         if self.files and self.dataset:
             raise ValueError(f"data.files and data.dataset ({self.dataset!r}) are both given; one of them must be null")
         if self.arithmetic.problems and (self.files or self.dataset):

@@ -65,7 +65,8 @@ def _part(data: DataSettings, phase: PhaseSettings, share: float) -> Part:
 
 def rows_identity(data: DataSettings) -> dict[str, Any]:
     """What a key says of the rows made from a source: how they are cut, and the source's contents instead of where it lies."""
-    return {name: value for name, value in key_settings(data).items() if name not in SOURCE_SETTINGS} | {"source": source_identity(data)}
+    absent = () if data.key_value_share else ("key_value_share",)  # which keys of earlier versions do not have
+    return {name: value for name, value in key_settings(data).items() if name not in (*SOURCE_SETTINGS, *absent)} | {"source": source_identity(data)}
 
 
 def _data_of(source: SourceSettings, data: DataSettings, length: int) -> DataSettings:

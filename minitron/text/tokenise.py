@@ -3,7 +3,7 @@
 Everything keeps the order of the source, and the split goes by the documents' names: there is no seed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from minitron.settings.teachers import teacher_architecture, teacher_folder
 from minitron.text import arithmetic
 from minitron.text import embedded as text
 from minitron.text.documents import read_documents, source_title
+from minitron.text.key_values import check_hiding, hide_lines, vocabulary_of
 from minitron.text.rows import SplitRows
 from minitron.walk.stage import StageContext
 from minitron.walk.store import write_json
@@ -74,6 +75,7 @@ def _train_tokenizer(data: DataSettings, folder: Path) -> int:
 def tokenise(data: DataSettings, tokenizer, train: SplitRows, held_out: SplitRows, advance) -> int:
     """Every document, with an end-of-text id after it, to its split, until both are full; returns how many had no text."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    hide = _hiding(data, tokenizer)
     documents, num_empty = read_documents(data, partial(tokenizer.apply_chat_template, tokenize=False)), 0
     while not (train.is_full and held_out.is_full) and (part := list(islice(documents, DOCUMENTS_AT_ONCE))):
         written = [document for document in part if document.text.strip()]
@@ -81,9 +83,21 @@ def tokenise(data: DataSettings, tokenizer, train: SplitRows, held_out: SplitRow
         if written:
             encoded = tokenizer([document.text for document in written], add_special_tokens=False, verbose=False)["input_ids"]
             for (is_held_out, source), some in groupby(zip(written, encoded, strict=True), key=lambda pair: (pair[0].is_held_out, pair[0].source)):
-                (held_out if is_held_out else train).add([ids + end for _, ids in some], source)
+                if is_held_out:
+                    held_out.add([ids + end for _, ids in some], source)
+                else:
+                    train.add([hide(ids, document.name) + end for document, ids in some], source)
         advance(len(part))
     return num_empty
+
+
+def _hiding(data: DataSettings, tokenizer) -> Callable[[list[int], str], list[int]]:
+    """Of a train document's ids and name: with key-value lines where the settings want them."""
+    if not data.key_value_share:
+        return lambda ids, _name: ids
+    vocabulary = vocabulary_of(tokenizer)
+    check_hiding(vocabulary, stretch=data.sequence_length)
+    return partial(hide_lines, vocabulary=vocabulary, share=data.key_value_share, stretch=data.sequence_length)
 
 
 def _check_split(train: SplitRows, held_out: SplitRows, num_empty: int, source: str) -> None:

@@ -5,17 +5,20 @@ import torch
 
 from distill.batches import RowBatches
 from distill.objectives import next_token_objective
+from distill.plan import Phase
 from distill.states import remove_states
-from distill.trainer import train
+from distill.trainer import HeldOut, train_phases
 from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.publish import check_reload, model_card, write_model
 from minitron.families.nemotron_h import FAMILY as NEMOTRON_H
 from minitron.machine.device import pick_device
 from minitron.settings.teachers import TINY_POSITIONS, teacher_architecture
+from minitron.text.samples import batches_of, screening_rows, spread_rows
 from minitron.training.steps import tracked_steps, train_plan
 from minitron.walk.stage import StageContext
 from minitron.walk.store import write_json
 
+HELD_OUT_ROWS = 32
 END_OF_TEXT_ID, PAD_ID = 0, 1  # the first two special tokens of the tokenizer trained in data
 TINY_CONFIG = {
     "model_type": "nemotron_h",
@@ -51,7 +54,7 @@ def train_tiny_teacher(context: StageContext) -> dict:
     plan = train_plan(settings.teacher.train)
     with tracked_steps(context, "training teacher", plan.tokens, loss_name="loss") as on_step:
         batches = RowBatches(rows, settings.teacher.train.batch, settings.seed)
-        last = train(model, batches, plan, next_token_objective, folder=context.folder, on_step=on_step)
+        last = train_phases(model, [Phase(batches, plan)], next_token_objective, folder=context.folder, on_step=on_step, held_out=_held_out(context))
     folder = context.folder / "checkpoint"
     tokenizer = context.inputs["data"].folder / "tokenizer"
     card = model_card("Tiny NemotronH teacher", lines=[f"Trained on {last.tokens:,} tokens of {context.inputs['data'].facts['source']}."],
@@ -66,3 +69,10 @@ def train_tiny_teacher(context: StageContext) -> dict:
     headline = f"tiny NemotronH, {size}, trained on {last.tokens:,} tokens to {last.recent_loss:.2f} nats/token"
     facts = {"parameters": parameters, "train_tokens": last.tokens, "final_loss": last.recent_loss}
     return {"headline": headline, "path": "checkpoint", "name": "tiny teacher", **facts}
+
+
+def _held_out(context: StageContext) -> HeldOut | None:
+    if context.settings.teacher.held_out_every is None:
+        return None
+    rows = screening_rows(np.load(context.inputs["data"].folder / "heldout.npy", mmap_mode="r"))
+    return HeldOut(batches=batches_of(spread_rows(rows, HELD_OUT_ROWS), 8, "cpu"), every_steps=context.settings.teacher.held_out_every)

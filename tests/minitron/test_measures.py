@@ -16,11 +16,12 @@ from transformers.modeling_outputs import CausalLMOutput
 from distill.batches import PADDING
 from minitron.measures.held_out import MOST_SOURCES, TokenSums, by_position, by_source, evaluate, token_sums
 from minitron.measures.kept import kept, measurements_folder
-from minitron.measures.needle import make_sample, measure_needle, vocabulary_of
+from minitron.measures.needle import check_vocabulary, make_sample, measure_needle
 from minitron.measures.speed import _generate, _peak_bytes, make_prompts, measure_speed
 from minitron.settings.evaluate import EvaluateSettings, NeedleSettings, SpeedSettings
 from minitron.settings.run import DataSettings
 from minitron.settings.training import Rows
+from minitron.text.key_values import vocabulary_of
 from minitron.text.rows import SplitRows
 from minitron.text.samples import batches_of
 from minitron.walk.store import Result
@@ -206,7 +207,7 @@ class Reader(nn.Module):
 
 def accuracies(model, tokenizer, **settings) -> list[float]:
     wanted = NeedleSettings(**{"lengths": [64, 100], "depths": 3, "samples": 25, "alternatives": 8} | settings)
-    vocabulary = vocabulary_of(tokenizer, wanted)
+    vocabulary = vocabulary_of(tokenizer)
     found = measure_needle(model, vocabulary, np.full((4, 50), 1, dtype=np.int32), wanted, batch_tokens=1000)
     assert found["chance"] == 1 / wanted.alternatives and found["samples"] == 75
     return [at["accuracy"] for at in found["by_length"]]
@@ -214,11 +215,11 @@ def accuracies(model, tokenizer, **settings) -> list[float]:
 
 def test_a_prompt_has_its_length_its_needle_at_its_depth_and_its_question(tokenizer):
     wanted = NeedleSettings(lengths=[64], needles=3)
-    vocabulary = vocabulary_of(tokenizer, wanted)
+    vocabulary = vocabulary_of(tokenizer)
     for place, depth in enumerate([0.0, 0.5, 1.0]):
         sample = make_sample(vocabulary, np.array([1, 0]), wanted, length=64, depth=depth, seed=[place])
         key, value = sample.prompt[64 - len(vocabulary.says) - 1], sample.alternatives[sample.right]
-        needle, text = vocabulary.needle(key, value), sample.prompt
+        needle, text = vocabulary.line(key, value), sample.prompt
         (at,) = [start for start in range(64) if text[start : start + len(needle)] == needle]
         assert len(text) == 64 and text[-len(vocabulary.question(key)) :] == vocabulary.question(key)
         assert len(set(sample.alternatives)) == 8 and sample.alternatives.count(value) == 1
@@ -228,7 +229,7 @@ def test_a_prompt_has_its_length_its_needle_at_its_depth_and_its_question(tokeni
 @pytest.mark.parametrize("needles", [1, 4, 8])
 def test_a_model_that_reads_finds_every_needle(needles, tokenizer):
     wanted = NeedleSettings(needles=needles)
-    longest = len(vocabulary_of(tokenizer, wanted).question(0))
+    longest = len(vocabulary_of(tokenizer).question(0))
     assert accuracies(Reader(longest), tokenizer, needles=needles, lengths=[128, 200]) == [1.0, 1.0]
 
 
@@ -249,7 +250,7 @@ def test_knowing_what_was_said_is_enough_for_one_needle_and_not_for_several(toke
 
 def test_a_needle_does_not_depend_on_the_batch(teacher, tokenizer):
     wanted = NeedleSettings(lengths=[60], samples=4)
-    small = vocabulary_of(tokenizer, wanted)
+    small = vocabulary_of(tokenizer)
     found = [measure_needle(teacher, small, np.full((1, 50), 1, dtype=np.int32), wanted, batch_tokens=tokens) for tokens in (1, 200, 10_000)]
     assert found[0] == found[1] == found[2]
 
@@ -263,8 +264,8 @@ def test_a_needle_does_not_depend_on_the_batch(teacher, tokenizer):
 )
 def test_a_needle_that_the_tokenizer_does_not_allow_is_refused(settings, said, tokenizer):
     with pytest.raises(ValueError, match=said):
-        vocabulary_of(tokenizer, NeedleSettings(**settings))
-    vocabulary_of(tokenizer, NeedleSettings())
+        check_vocabulary(vocabulary_of(tokenizer), NeedleSettings(**settings))
+    check_vocabulary(vocabulary_of(tokenizer), NeedleSettings())
 
 
 # Settings.
