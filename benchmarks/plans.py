@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distill.engines.launch import Launch  # noqa: E402
+from distill.engines.sharing import idle_rows  # noqa: E402
 from memory_budget.architecture import Architecture  # noqa: E402
 from memory_budget.units import GIB  # noqa: E402
 from minitron.checkpoints.forward_memory import forward_memory  # noqa: E402
@@ -89,14 +90,14 @@ def _training(stage: str, student: Architecture, teacher: Architecture, train: T
     """Packed rows are planned with flash attention, which makes no mask."""
     launch, free = Launch("fsdp2" if machines.gpus > 1 else "single", 0, machines.gpus), int(machines.gib * GIB)
     need = PhaseMemory(student, teacher, launch, length, BF16, on_gpu=True)
-    if train.batch % machines.gpus:
-        return Line(stage, 0.0, f"refused: {train.batch} rows a step do not fall evenly on {machines.gpus} GPUs", False)
     chosen = need.with_checkpointing(train, free)
     host = need.host_bytes(chosen) / GIB
     again = "every layer computed again" if chosen.checkpoint_every == 1 else f"of every {chosen.checkpoint_every} layers one computed again"
     how = {False: "all activations kept", True: again, "host": f"inputs in main memory, {host:,.0f} GiB a GPU"}
+    idle = idle_rows(train.batch, machines.gpus)
+    uneven = f"; {train.batch} rows a step, {idle} GPUs wait in the last round" if idle else ""
     total = need.of(chosen).total
-    return Line(stage, total / GIB, how[chosen.gradient_checkpointing], total <= free and host <= machines.host_gib_per_gpu)
+    return Line(stage, total / GIB, how[chosen.gradient_checkpointing] + uneven, total <= free and host <= machines.host_gib_per_gpu)
 
 
 def main() -> int:

@@ -37,6 +37,21 @@ def count_tokens(rows_RT: np.ndarray) -> int:
     return int(rows_RT.size - np.count_nonzero(padded == PADDING))
 
 
+PADDING_TOKENS = 64  # of a row that is nothing but padding: enough for every kernel
+
+
+def micro_batches(batch_BT: torch.Tensor, micro_batch: int | None, rank: int, world_size: int) -> tuple[torch.Tensor, ...]:
+    """One process's rows of a batch, split into what it computes at once. Where they do not fall evenly (see check_sharing, which allows it with a
+    micro_batch of 1) the last processes compute a short row of padding last, so that all go through as many rounds."""
+    if len(batch_BT) % world_size == 0:
+        own = batch_BT.chunk(world_size)[rank]
+        return own.split(micro_batch or len(own))
+    own = tuple(batch_BT[rank::world_size].split(1))
+    if rank < len(batch_BT) % world_size:
+        return own
+    return *own, batch_BT.new_full((1, min(PADDING_TOKENS, batch_BT.shape[1])), PADDING)
+
+
 class RowBatches:
     """Rows int32 [R, T] served as batches [B, T], each epoch in a new permutation. Rows may end in padding."""
 

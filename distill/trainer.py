@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distill.batches import RowBatches, split_padding
+from distill.batches import RowBatches, RowNumbers, micro_batches, split_padding
 from distill.chunked_loss import LossRecipe
 from distill.engines.engine import Engine, Unread
 from distill.engines.launch import Launch
 from distill.engines.opening import open_engine
-from distill.engines.sharing import check_sharing, micro_batches
+from distill.engines.sharing import check_sharing
 from distill.objectives import LossFunction, distillation_loss
 from distill.plan import HOW, Phase, StepRecord, TrainPlan
 from distill.schedule import learning_rate
@@ -74,7 +74,7 @@ class _Run:
         self.phases, self.loss_function, self.folder, self.on_step = phases, loss_function, folder, on_step
         self.launch, self.tokens_of, self.held_out = launch, tokens_of, held_out
         for phase in phases:
-            check_sharing(phase.batches.batch, phase.plan.micro_batch, launch.world_size)
+            check_sharing(phase.batches.batch, phase.plan.micro_batch, launch.world_size, cached=isinstance(phase.batches, RowNumbers))
         self.total_steps = sum(phase.num_steps for phase in phases)
         self.engine: Engine = open_engine(launch, model, phases[0].plan)
         self.record, self.best, self.num_skipped = None, math.inf, 0

@@ -28,7 +28,7 @@ def check(settings: Settings) -> None:
     if not settings.distill.phases:
         settings.data.check_tokens("distill.train", settings.distill.train)
     for train in settings.distill.trains():
-        check_sharing(train.batch, train.micro_batch, processes.world_size())
+        check_sharing(train.batch, train.micro_batch, processes.world_size(), cached=settings.distill.cached)
     positions = settings.distill.max_positions or max_positions(settings)
     for number, phase in enumerate(settings.distill.phases):
         if phase.sequence_length is not None and phase.sequence_length > positions:

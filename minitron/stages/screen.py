@@ -23,7 +23,7 @@ def what(settings: Settings) -> Any:
 
 
 def check(settings: Settings) -> None:
-    check_sharing(settings.screen.train.batch, settings.screen.train.micro_batch, processes.world_size())
+    check_sharing(settings.screen.train.batch, settings.screen.train.micro_batch, processes.world_size(), cached=settings.screen.cached)
 
 
 def finalists(lap: Lap) -> list[str]:

@@ -13,6 +13,7 @@ from distill.batches import BlendBatches, RowBatches, RowNumbers, count_tokens
 from distill.chunked_loss import LossRecipe
 from distill.engines.engine import Unread
 from distill.engines.launch import Launch, read_launch
+from distill.engines.sharing import idle_rows
 from distill.objectives import HiddenTerm, LossFunction, cached_loss, distillation_loss
 from distill.plan import Phase, StepRecord
 from distill.states import newest_state, remove_states
@@ -132,6 +133,9 @@ def planned_trains(context: StageContext, config: dict, launch: Launch) -> list[
     largest = max(plans, key=lambda plan: plan.total)
     engine = f"{launch.engine}, {launch.world_size} processes: " if launch.world_size > 1 else ""
     context.console.say(f"{engine:>11}{largest.describe()}")
+    for train in trains:
+        if idle := idle_rows(train.batch, launch.world_size):
+            context.console.say(f"  distill  {train.batch} rows a step on {launch.world_size} processes: in the last round {idle} of them compute padding")
     check_fits(largest, available, place, "distill")
     check_host(max(need.host_bytes(train) for need, train in zip(needs, trains, strict=True)), "distill")
     return trains

@@ -11,6 +11,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
+from distill.batches import micro_batches
 from distill.engines.launch import Launch, read_launch
 from distill.engines.sharing import check_sharing
 from distill.optimizers import multiplies_bf16
@@ -104,7 +105,7 @@ def test_a_mean_per_process_would_leave_the_curve(alone, worker, tmp_path):
     from distill import trainer
 
     batch = torch.from_numpy(worker.padded_rows()[:4]).long()
-    halves = [trainer.real_tokens(rows) for rows in trainer.micro_batches(batch, 2, 0, 1)]
+    halves = [trainer.real_tokens(rows) for rows in micro_batches(batch, 2, 0, 1)]
     assert abs(halves[0] - halves[1]) / sum(halves) > 0.01
     records = []
     phases = [trainer.Phase(trainer.RowBatches(worker.padded_rows(), 4, seed=1), trainer.TrainPlan(**worker.PLAN, micro_batch=2))]
@@ -169,3 +170,22 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused_with_the_nearest(batch,
     with pytest.raises(ValueError, match=f"train.batch is {batch}; .* nearest: {nearest}"):
         check_sharing(batch, micro_batch, processes)
     check_sharing(nearest, micro_batch, processes)
+
+
+def test_single_rows_need_not_fall_evenly_unless_they_come_from_a_cache():
+    check_sharing(12, 1, 8)
+    with pytest.raises(ValueError, match="train.batch is 12; .* nearest: 16"):
+        check_sharing(12, 1, 8, cached=True)
+
+
+def test_three_rows_in_two_processes_walk_the_curve_of_one(worker, launch, tmp_path):
+    """The control is the curve of the first two rows of each batch alone, which a process too few would walk."""
+    one, two, records, fewer = tmp_path / "one", tmp_path / "two", [], []
+    one.mkdir(), two.mkdir()
+    worker.run(one, {"batch": 3}, on_step=records.append)
+    codes, printed = launch("fsdp2", two, plan={"batch": 3, "micro_batch": 1}, seed=2)
+    assert codes == [0, 0], printed
+    losses = [step["loss"] for step in launched_steps(two)]
+    assert losses == pytest.approx([record.loss for record in records], rel=1e-5)
+    worker.run(tmp_path / "fewer", {"batch": 2}, on_step=fewer.append)
+    assert losses[: len(fewer)] != pytest.approx([record.loss for record in fewer][: len(losses)], rel=1e-3)

@@ -58,7 +58,8 @@ def run(folder: Path, plan: dict, *, seed: int = 2, launch: Launch | None = None
     """Distils build_model(seed) from a fixed teacher in `folder`, as part of a launch or alone. In the last process the loss of the
     `poison_at`-th of its batches is nan."""
     launch, calls = launch or Launch(), []
-    phases = [Phase(RowBatches(padded_rows(), 4, seed=1), TrainPlan(**PLAN | plan))]
+    plan = dict(plan)
+    phases = [Phase(RowBatches(padded_rows(), plan.pop("batch", 4), seed=1), TrainPlan(**PLAN | plan))]
     clean = distillation_loss(build_teacher(), launch=launch)
 
     def loss(model, rows_BT):

@@ -228,7 +228,6 @@ def test_a_prompt_has_its_length_its_needle_at_its_depth_and_its_question(tokeni
 
 @pytest.mark.parametrize("needles", [1, 4, 8])
 def test_a_model_that_reads_finds_every_needle(needles, tokenizer):
-    wanted = NeedleSettings(needles=needles)
     longest = len(vocabulary_of(tokenizer).question(0))
     assert accuracies(Reader(longest), tokenizer, needles=needles, lengths=[128, 200]) == [1.0, 1.0]
 
