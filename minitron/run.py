@@ -28,12 +28,13 @@ os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
 
 import hydra  # noqa: E402
 from hydra.core.config_store import ConfigStore  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.errors import HydraException, MissingConfigException  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException  # noqa: E402
 
 from minitron.settings.run import Settings  # noqa: E402
-from minitron.settings.teachers import CONF_FOLDER  # noqa: E402
+from minitron.settings.teachers import CONF_FOLDER, is_stored  # noqa: E402
 
 
 def stage_lines() -> str:
@@ -62,7 +63,16 @@ def _run(config: DictConfig) -> None:
     from minitron.walk.pipeline import run_pipeline
 
     with users_mistakes():
-        run_pipeline(_settings(config), Console(quiet=processes.rank() > 0))
+        settings = _settings(config)
+        check_teacher_overrides(settings, HydraConfig.get().overrides.task)
+        run_pipeline(settings, Console(quiet=processes.rank() > 0))
+
+
+def check_teacher_overrides(settings: Settings, overrides: list[str]) -> None:
+    """Refuse what would be passed over: how to train a tiny teacher where none is trained. Raises ValueError."""
+    given = [override.partition("=")[0] for override in overrides if override.lstrip("+").startswith("teacher.train.")]
+    if given and is_stored(settings):
+        raise ValueError(f"{given[0]} is given, but the tiny teacher that comes with the package is not trained here; teacher.train_anew=true trains one")
 
 
 def _settings(config: DictConfig) -> Settings:

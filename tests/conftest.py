@@ -37,7 +37,7 @@ forks = _load(Path(__file__).with_name("forks.py"))  # tests/ is no package
 SMALL = (
     "device=cpu",
     "data.vocab=512", "data.sequence_length=64", "data.max_train_tokens=60000", "data.max_heldout_tokens=8000",
-    "teacher.tiny.pattern='M-M*-M-*-M-'", "teacher.tiny.hidden=32", "teacher.tiny.ffn=64", "teacher.tiny.num_attention_heads=4",
+    "teacher.train_anew=true", "teacher.tiny.pattern='M-M*-M-*-M-'", "teacher.tiny.hidden=32", "teacher.tiny.ffn=64", "teacher.tiny.num_attention_heads=4",
     "teacher.tiny.num_key_value_heads=2", "teacher.tiny.attention_head_dim=8", "teacher.tiny.mamba_num_heads=8", "teacher.tiny.mamba_head_dim=8",
     "teacher.tiny.mamba_num_groups=2", "teacher.tiny.mamba_state_size=16", "teacher.train.tokens=20000", "teacher.train.learning_rate=0.1",
     "scoring.samples=8", "scoring.layer_samples=4",

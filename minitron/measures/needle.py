@@ -36,8 +36,10 @@ def check_vocabulary(vocabulary: Vocabulary, settings: NeedleSettings) -> None:
     """Raises ValueError where there are too few words of one token, or a length does not hold question and needles."""
     most = len(vocabulary.words) - settings.needles
     if settings.alternatives > most:
-        raise ValueError(f"evaluate.needle.alternatives is {settings.alternatives}; it must be at most {max(most, 0)}: the tokenizer has "
-                         f"{len(vocabulary.words)} words of one token, {settings.needles} of them keys (evaluate.needle.lengths=[] leaves the probe out)")  # fmt: skip
+        raise ValueError(
+            f"evaluate.needle.alternatives is {settings.alternatives}; it must be at most {max(most, 0)}: the tokenizer has {len(vocabulary.words)} words "
+            f"of one token, {settings.needles} of them keys (evaluate.needle.lengths=[] leaves the probe out)"
+        )
     least = len(vocabulary.question(0)) + settings.needles * len(vocabulary.line(0, 0))
     for length in settings.lengths:
         if length < least:

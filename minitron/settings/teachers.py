@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from memory_budget.architecture import Architecture, check_architecture
@@ -13,17 +13,40 @@ from minitron.settings.run import Settings
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Beside the package in a checkout, inside it in an installed wheel.
 CONF_FOLDER = next((folder for folder in (_PACKAGE.parent / "conf", _PACKAGE / "conf") if (folder / "run.yaml").exists()), _PACKAGE.parent / "conf")
+STORED_FOLDER = _PACKAGE / "tiny_teacher"  # the tiny teacher that comes with the package: a checkpoint in bf16, and how it was made
+STORED_FILES = ("config.json", "model.safetensors", "tokenizer.json")  # what it is told apart by
+TRAINING_FILE = "training.json"  # beside them: how it came about, and their digest
 TINY_POSITIONS = 131072  # the tiny teacher's max_position_embeddings
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 def teacher_architecture(settings: Settings) -> Architecture:
     """Sizes of the teacher, from its config.json alone. Raises ValueError for a path that is no checkpoint."""
-    if settings.teacher.path is None:
-        tiny = Architecture(model_type="nemotron_h", vocab=settings.data.vocab, **asdict(settings.teacher.tiny))
-        check_architecture(tiny)
-        return tiny
-    return architecture_from_config(teacher_config(settings))
+    if settings.teacher.path is not None:
+        return architecture_from_config(teacher_config(settings))
+    tiny = Architecture(model_type="nemotron_h", vocab=settings.data.vocab, **asdict(settings.teacher.tiny))
+    check_architecture(tiny)
+    if is_stored(settings):
+        _check_stored(tiny, architecture_from_config(teacher_config(settings)))
+    return tiny
+
+
+def is_stored(settings: Settings) -> bool:
+    """Whether the teacher is the tiny one that comes with the package."""
+    return settings.teacher.path is None and not settings.teacher.train_anew
+
+
+def is_trained(settings: Settings) -> bool:
+    """Whether the walk trains its teacher, and the tokenizer."""
+    return settings.teacher.path is None and settings.teacher.train_anew
+
+
+def _check_stored(wanted: Architecture, stored: Architecture) -> None:
+    for name in [f.name for f in fields(Architecture)]:
+        value, own = getattr(wanted, name), getattr(stored, name)
+        if value != own:
+            setting = "data.vocab" if name == "vocab" else f"teacher.tiny.{name}"
+            raise ValueError(f"{setting} is {value!r}; the tiny teacher that comes with the package has {own!r}: teacher.train_anew=true trains another one")
 
 
 def base_architecture(settings: Settings) -> Architecture:
@@ -41,7 +64,9 @@ def base_architecture(settings: Settings) -> Architecture:
 
 
 def teacher_config(settings: Settings) -> dict:
-    """The parsed config.json of `teacher.path`: from its folder, from `teacher.config`, or from the Hub."""
+    """The parsed config.json of a teacher that is not trained here: from its folder, from `teacher.config`, or from the Hub."""
+    if is_stored(settings):
+        return read_config(STORED_FOLDER)
     path = settings.teacher.path
     if Path(path).is_dir():
         return read_config(path)
@@ -53,21 +78,37 @@ def teacher_config(settings: Settings) -> dict:
 
 def max_positions(settings: Settings) -> int:
     """Tokens that a sequence may have: `max_position_embeddings`. NemotronH embeds no positions; it is what was trained or promised."""
-    return TINY_POSITIONS if settings.teacher.path is None else int(teacher_config(settings)["max_position_embeddings"])
+    return TINY_POSITIONS if is_trained(settings) else int(teacher_config(settings)["max_position_embeddings"])
 
 
 def teacher_identity(settings: Settings) -> str:
-    """What a key says of the teacher: sizes for the tiny one, else config.json and, where there are weights, their headers."""
+    """What a key says of the teacher: nothing more than that for one whose sizes are in it, a digest of the stored one's files, else of config.json."""
     if settings.teacher.path is None:
-        return "tiny"
+        return stored_digest() if is_stored(settings) else "tiny"
     config = json.dumps(teacher_config(settings), sort_keys=True)
     return hashlib.sha256(f"{settings.teacher.revision}{config}".encode()).hexdigest()[:12]
 
 
 def teacher_folder(settings: Settings) -> Path:
-    """The folder of `teacher.path` with its weights, downloaded from the Hub if it is an id there."""
+    """The folder of a teacher that is not trained here, with its weights; downloaded from the Hub if `teacher.path` is an id there."""
+    if is_stored(settings):
+        return STORED_FOLDER
     path = Path(settings.teacher.path)
     return path.resolve() if path.is_dir() else _from_hub(settings, None)
+
+
+def stored_digest() -> str:
+    """Of the stored tiny teacher's files, 12 hexadecimal digits. Raises ValueError where it is not there."""
+    try:
+        return digest_of(STORED_FOLDER)
+    except OSError as error:
+        raise ValueError(f"the tiny teacher that comes with the package cannot be read ({error.filename}: {error.strerror}); install it again, or set "
+                         "teacher.train_anew=true or teacher.path") from None  # fmt: skip
+
+
+def digest_of(folder: Path) -> str:
+    """Of a tiny teacher's files in a folder. Raises OSError."""
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in STORED_FILES)).hexdigest()[:12]
 
 
 def _from_hub(settings: Settings, file: str | None) -> Path:

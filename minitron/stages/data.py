@@ -3,19 +3,19 @@
 from typing import Any
 
 from minitron.settings.run import Settings
+from minitron.settings.teachers import is_trained
 from minitron.text.blends import rows_identity
 from minitron.text.documents import check_source
 from minitron.walk.stage import StageContext, StoredStage
 
 
 def needs(settings: Settings) -> tuple[str, ...]:
-    # The tiny teacher is trained on the data; a given one brings the tokenizer that the data needs.
-    return () if settings.teacher.path is None else ("teacher",)
+    # A teacher that is trained here is trained on the data; any other brings the tokenizer that the data needs.
+    return () if is_trained(settings) else ("teacher",)
 
 
 def what(settings: Settings) -> Any:
-    own = settings.teacher.path is None
-    return {**rows_identity(settings.data), "vocab": settings.data.vocab if own else None}
+    return {**rows_identity(settings.data), "vocab": settings.data.vocab if is_trained(settings) else None}
 
 
 def check(settings: Settings) -> None:

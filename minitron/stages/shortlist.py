@@ -10,7 +10,7 @@ from minitron.settings.derived import base_stage, candidate_samples, ranks_refit
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings
 from minitron.settings.search import CHOOSING
-from minitron.settings.teachers import base_architecture, teacher_identity
+from minitron.settings.teachers import base_architecture, is_trained, teacher_identity
 from minitron.walk.stage import StageContext, StoredStage
 
 
@@ -29,7 +29,7 @@ def what(settings: Settings) -> Any:
         "budget": key_settings(settings.budget),
         "throughput": key_settings(settings.throughput),
         "teacher": teacher_identity(settings),
-        "tiny": {**key_settings(settings.teacher.tiny), "vocab": settings.data.vocab} if settings.teacher.path is None else None,
+        "tiny": {**key_settings(settings.teacher.tiny), "vocab": settings.data.vocab} if is_trained(settings) else None,
         **({"rotated_samples": candidate_samples(settings)} if ranks_rotated(settings) else {}),
         **({"refitted": {"samples": candidate_samples(settings), "ridge": settings.prune.ridge}} if ranks_refitted(settings) else {}),
     }

@@ -1,21 +1,23 @@
-"""Your checkpoint, held against its config.json; or the tiny one, trained on the data."""
+"""Your checkpoint, held against its config.json; else the tiny one that comes with the package, or one trained anew on the data."""
 
 from typing import Any
 
 from distill.engines.sharing import check_sharing
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings
-from minitron.settings.teachers import teacher_config, teacher_folder
+from minitron.settings.teachers import is_stored, is_trained, stored_digest, teacher_architecture, teacher_config, teacher_folder
 from minitron.walk.stage import StageContext, StoredStage
 
 
 def needs(settings: Settings) -> tuple[str, ...]:
-    return ("data",) if settings.teacher.path is None else ()
+    return ("data",) if is_trained(settings) else ()
 
 
 def what(settings: Settings) -> Any:
-    if settings.teacher.path is None:
+    if is_trained(settings):
         return {"tiny": key_settings(settings.teacher.tiny), "train": key_settings(settings.teacher.train), "seed": settings.seed}
+    if is_stored(settings):
+        return {"stored": stored_digest()}
     from minitron.checkpoints.files import Checkpoint
 
     # The folder too: the result says where the weights lie, and a card names them.
@@ -24,9 +26,14 @@ def what(settings: Settings) -> Any:
 
 
 def check(settings: Settings) -> None:
-    if settings.teacher.path is None:
+    if is_trained(settings):
         check_sharing(settings.teacher.train.batch, settings.teacher.train.micro_batch, 1)
         settings.data.check_tokens("teacher.train", settings.teacher.train)
+    elif is_stored(settings):
+        teacher_architecture(settings)
+        if settings.data.arithmetic.problems:
+            raise ValueError(f"data.arithmetic.problems is {settings.data.arithmetic.problems}; the tiny teacher that comes with the package has seen none: "
+                             "teacher.train_anew=true trains one on them")  # fmt: skip
     else:
         from minitron.families.known import family_of  # brings torch, which a run that finds everything done goes without
 
@@ -34,15 +41,19 @@ def check(settings: Settings) -> None:
 
 
 def run(context: StageContext) -> dict:
-    """A given checkpoint is only held against its config: no weights are read."""
-    teacher = context.settings.teacher.path
-    if teacher is None:
+    """A given checkpoint is only held against its config: no weights are read. The stored one is written out in float32."""
+    settings = context.settings
+    if is_trained(settings):
         from minitron.training.tiny_teacher import train_tiny_teacher
 
         return train_tiny_teacher(context)
+    if is_stored(settings):
+        from minitron.checkpoints.tiny import unpack_tiny_teacher
+
+        return unpack_tiny_teacher(context.folder)
     from minitron.checkpoints.given import given_checkpoint
 
-    return given_checkpoint(teacher_folder(context.settings), teacher)
+    return given_checkpoint(teacher_folder(settings), settings.teacher.path)
 
 
 STAGE = StoredStage(version=1, needs=needs, what=what, check=check, run=run, ends_first_lap=True)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from distill.batches import count_tokens
-from minitron.settings.teachers import teacher_folder
+from minitron.settings.teachers import is_trained, teacher_folder
 from minitron.text.blends import rows_to_make
 from minitron.text.documents import source_title
 from minitron.text.rows import SplitRows
@@ -16,7 +16,7 @@ def make_phase_rows(context: StageContext) -> dict:
     from transformers import AutoTokenizer
 
     settings = context.settings
-    own = settings.teacher.path is None
+    own = is_trained(settings)
     tokenizer = AutoTokenizer.from_pretrained(context.inputs["data"].folder / "tokenizer" if own else teacher_folder(settings))
     facts = {}
     for name, data in rows_to_make(settings).items():

@@ -12,7 +12,7 @@ import numpy as np
 
 from distill.batches import count_tokens
 from minitron.settings.run import DataSettings
-from minitron.settings.teachers import teacher_architecture, teacher_folder
+from minitron.settings.teachers import is_trained, teacher_architecture, teacher_folder
 from minitron.text import arithmetic
 from minitron.text import embedded as text
 from minitron.text.documents import read_documents, source_title
@@ -25,14 +25,14 @@ DOCUMENTS_AT_ONCE = 32
 
 
 def make_rows(context: StageContext) -> dict:
-    """Writes train.npy and heldout.npy, int32 [rows, T] with -1 as padding, heldout_sources.json (SplitRows.sources), and for the tiny teacher tokenizer/."""
+    """Writes train.npy, heldout.npy, int32 [rows, T] with -1 as padding, heldout_sources.json (SplitRows.sources), and for a trained teacher tokenizer/."""
     from transformers import AutoTokenizer
 
     settings, data = context.settings, context.settings.data
     folder, total = context.folder / "tokenizer", data.max_documents
     if data.dataset:
         context.console.say(f"     data  reading {source_title(data)} from the Hub")
-    if settings.teacher.path is None:
+    if is_trained(settings):
         total = _train_tokenizer(data, folder)
     else:
         folder = teacher_folder(settings)
