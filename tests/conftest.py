@@ -45,7 +45,7 @@ SMALL = (
     "search.layers={low: 8, high: 11, step: 1}", "search.hidden={low: 24, high: 32, step: 8}", "search.ffn={low: 48, high: 64, step: 16}",
     "search.mamba_heads={low: 4, high: 8, step: 2}", "search.floors={attention: 2}", "search.shortlist_size=3", "search.screen_samples=4",
     "search.finalists=2", "screen.train.tokens=2000", "screen.train.learning_rate=0.005", "screen.new_tokens=4", "depth_lap.enabled=false",
-    "prune.method=slice", "distill.train.tokens=10000", "distill.train.learning_rate=0.005",
+    "prune.method=slice", "prune.against_slice=false", "distill.train.tokens=10000", "distill.train.learning_rate=0.005",
     "screen.prompt_tokens=8", "evaluate.samples=8", "evaluate.speed=[{input_tokens: 8, output_tokens: 4, batch: 1}]",
     "evaluate.needle={lengths: [64], depths: 2, samples: 2, alternatives: 4}",
 )  # fmt: skip

@@ -95,6 +95,23 @@ def evaluate_models(context: StageContext) -> dict:
     return {"headline": headline, "models": measured, "lost_nats_per_token": lost, "recovered_share": recovered}
 
 
+def evaluate_slice(context: StageContext) -> dict:
+    """Held-out text of the plain slice as cut and as distilled, beside what stage evaluate found of the student."""
+    device, wanted = pick_device(context.settings), context.settings.evaluate
+    stages = {"teacher": "teacher", "pruned": "prune_slice", "student": "distill_slice"}
+    models = Models({name: context.inputs[stage].model_folder for name, stage in stages.items()}, device)
+    rows = spread_rows(evaluation_rows(np.load(context.inputs["data"].folder / "heldout.npy", mmap_mode="r")), wanted.samples)
+    found = {}
+    with context.console.track("evaluating the slice", 2 * count_tokens(rows), "tokens") as advance:
+        for name in ("pruned", "student"):
+            found[name] = asdict(token_sums(models[name], models["teacher"], batches_of(rows, wanted.batch, device), advance).means())
+    own, distilled = context.inputs["evaluate"].facts["models"], context.inputs["distill_slice"]
+    ours, slices = own["student"]["loss_nats_per_token"], found["student"]["loss_nats_per_token"]
+    headline = f"plain slice {found['pruned']['loss_nats_per_token']:.3f}, after the same {distilled.facts['tokens']:,} tokens {slices:.3f} nats/token"
+    return {"headline": f"{headline}; the student is {abs(slices - ours):.3f} {'lower' if ours <= slices else 'higher'}", "models": found,
+            "tokens": distilled.facts["tokens"], "learning_rate": distilled.record["settings"]["phases"][0]["learning_rate"]}  # fmt: skip
+
+
 def _one(measure: Measure, name: str, folder: Path, say: Callable[[str], None], advance: Advance) -> Any:
     """A model's measurement, kept or made; it counts as one on the bar."""
     done = 0.0

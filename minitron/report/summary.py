@@ -25,6 +25,7 @@ MODEL_STAGES = {"teacher": "teacher", "pruned": "prune", "student": "distill"}
 LAYERS_FILE, METRICS_FILE = "layers.json", "metrics.jsonl"
 SEARCH_FILES = ("candidates.csv", "candidates.jsonl", "export_config.json")
 MOST_CURVE_POINTS = 200
+SLICE_FACTS = ("models", "tokens", "learning_rate")  # of summary["against_slice"]: the plain slice as cut and as distilled
 REASONERS = {"teacher": "teacher", "student": "student", "student_whole": "student of whole traces alone"}  # of summary["reasoning"]
 RUNGS = ("short_distill_loss", "zero_shot_loss")  # the highest first
 
@@ -55,6 +56,7 @@ def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:
         "models": _models(settings, results, budget.bytes),
         "recovery": {name: results["evaluate"].facts[name] for name in ("lost_nats_per_token", "recovered_share")} if "evaluate" in results else {},
         "reasoning": {name: results["reasoning"].facts[name] for name in ("problems", "curves")} if "reasoning" in results else {},
+        "against_slice": {name: results["against_slice"].facts[name] for name in SLICE_FACTS} if "against_slice" in results else {},
         **_lap(laps[-1]),
         "depth_lap": _lap(laps[0]) if len(laps) > 1 else {},
     }

@@ -84,7 +84,17 @@ def _quality_sentences(summary: Summary) -> list[str]:
     else:
         sentence = f"{cost_much}; distillation won {100 * won / lost:.0f} % of it back, {nats(lost - won)} are left."
     before, now = (results[name]["kl_to_teacher_nats_per_token"] for name in ("pruned", "student"))
-    return [sentence, f"KL to the teacher {'fell' if now < before else 'rose'} from {nats(before)} to {nats(now)} nats per token while distilling."]
+    return [sentence, *_against_slice(summary, pruned, student), f"KL to the teacher {'fell' if now < before else 'rose'} from {nats(before)} to {nats(now)} nats per token while distilling."]
+
+
+def _against_slice(summary: Summary, pruned: float, student: float) -> list[str]:
+    """What the plain slice of the same architecture does, where it was distilled too."""
+    if not summary.get("against_slice"):
+        return []
+    found = {name: one["loss_nats_per_token"] for name, one in summary["against_slice"]["models"].items()}
+    below = "lower" if student <= found["student"] else "higher"
+    return [f"The plain slice of the same architecture starts at {nats(found['pruned'])}, this one at {nats(pruned)}; after the same "
+            f"{summary['against_slice']['tokens']:,} tokens it is at {nats(found['student'])}, the student {nats(abs(found['student'] - student))} {below}."]
 
 
 def _worse_than_no_distillation(won: float) -> str:

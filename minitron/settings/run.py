@@ -220,10 +220,12 @@ class PruneSettings:
     ridge: float = 1e-3
     batch: int = how(8)
     max_shard_gib: float = how(4.5)
+    against_slice: bool = how(False)  # adds stages of its own and changes no other
+    slice_learning_rate: float | None = how(None)
 
     def __post_init__(self) -> None:
         at_least(self, "prune", 1, "samples", "direction_samples", "batch")
-        at_least(self, "prune", 0, "ridge")
+        at_least(self, "prune", 0, "ridge", "slice_learning_rate")
         if self.max_shard_gib <= 0:
             raise ValueError(f"prune.max_shard_gib is {self.max_shard_gib}; it must be above 0")
 
