@@ -84,7 +84,8 @@ def _quality_sentences(summary: Summary) -> list[str]:
     else:
         sentence = f"{cost_much}; distillation won {100 * won / lost:.0f} % of it back, {nats(lost - won)} are left."
     before, now = (results[name]["kl_to_teacher_nats_per_token"] for name in ("pruned", "student"))
-    return [sentence, *_against_slice(summary, pruned, student), f"KL to the teacher {'fell' if now < before else 'rose'} from {nats(before)} to {nats(now)} nats per token while distilling."]
+    distance = f"KL to the teacher {'fell' if now < before else 'rose'} from {nats(before)} to {nats(now)} nats per token while distilling."
+    return [sentence, *_against_slice(summary, pruned, student), distance]
 
 
 def _against_slice(summary: Summary, pruned: float, student: float) -> list[str]:
