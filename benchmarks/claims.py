@@ -166,7 +166,7 @@ ABOUT_TRAINING = ("distillation", "ranking")
 def open_bench(options) -> Bench:
     """The pipeline's teacher of this size, and the losses measured so far of what is cut from it."""
     name = f"claims-{options.teacher}"
-    sizes = [f"teacher.tiny.{field}={value}" for field, value in TEACHERS[options.teacher].items()]
+    sizes = ["teacher.train_anew=true"] + [f"teacher.tiny.{field}={value}" for field, value in TEACHERS[options.teacher].items()]
     # No search follows, but its settings are checked: the larger teacher's students need more than the experiment's budget.
     summary = walk_pipeline(options.runs, name, "stage=teacher", "depth_lap.enabled=false", "budget.device_gib=1", *sizes)
     teacher = Path(summary["models"]["teacher"]["path"])
