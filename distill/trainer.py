@@ -108,7 +108,8 @@ class _Run:
                     self._save()
             except KeyboardInterrupt:
                 if self.record and self.launch.world_size == 1:
-                    self._save()
+                    with interrupts_wait():  # a scheduler that asks twice
+                        self._save()
                 raise
         self.engine.model.eval()
         return self.record

@@ -15,6 +15,7 @@ KERNELS = (
     ("mamba-ssm", "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"),
     ("causal-conv1d", "causal_conv1d", "causal_conv1d_fn"),
 )  # fmt: skip
+TOKENS, CHUNK = 192, 128  # of the check: a chunk and a half
 TOLERANCE = 0.02  # of bf16 results, which are rounded to 0.004
 
 
@@ -53,19 +54,22 @@ def unusable_kernel() -> str | None:
 
 
 def check_numbers(device: torch.device, versions: dict[str, str]) -> None:
-    """Raises ValueError where scan or convolution, as a model calls them, fail or differ from the sequential definition; versions by package."""
+    """Raises ValueError where scan or convolution, as a model calls them, fail or differ from the sequential definition; versions by package.
+
+    Channels of a head, states and chunk are Nemotron Nano 2's, so that what Triton compiles and tunes here serves its layers too.
+    """
     from transformers.models.nemotron_h import modeling_nemotron_h as modeling
 
     random = torch.Generator().manual_seed(0)
-    x, B, C = (torch.randn(shape, generator=random) for shape in ((2, 96, 8, 64), (2, 96, 2, 64), (2, 96, 2, 64)))
-    dt, A, D = torch.rand(2, 96, 8, generator=random), -torch.rand(8, generator=random) - 0.1, torch.randn(8, generator=random)
-    rows, weight, bias = torch.randn(2, 64, 96, generator=random), torch.randn(64, 4, generator=random), torch.randn(64, generator=random)
+    x, B, C = (torch.randn(shape, generator=random) for shape in ((1, TOKENS, 8, 80), (1, TOKENS, 2, 128), (1, TOKENS, 2, 128)))
+    dt, A, D = torch.rand(1, TOKENS, 8, generator=random), -torch.rand(8, generator=random) - 0.1, torch.randn(8, generator=random)
+    rows, weight, bias = torch.randn(1, 64, TOKENS, generator=random), torch.randn(64, 4, generator=random), torch.randn(64, generator=random)
     padded = torch.nn.functional.pad(rows, (3, 0))
-    convolved = bias[:, None] + sum(padded[..., tap : tap + 96] * weight[:, tap, None] for tap in range(4))
+    convolved = bias[:, None] + sum(padded[..., tap : tap + TOKENS] * weight[:, tap, None] for tap in range(4))
     expected = {"mamba-ssm": ssd.scan(x, dt, A, B, C, D)[0], "causal-conv1d": torch.nn.functional.silu(convolved)}
     half = [tensor.to(device, torch.bfloat16) for tensor in (x, B, C, rows, weight, bias)]
     calls = {
-        "mamba-ssm": lambda: modeling.mamba2_chunk_scan(half[0], dt.to(device), A.to(device), half[1], half[2], chunk_size=32, D=D.to(device)),
+        "mamba-ssm": lambda: modeling.mamba2_chunk_scan(half[0], dt.to(device), A.to(device), half[1], half[2], chunk_size=CHUNK, D=D.to(device)),
         "causal-conv1d": lambda: modeling.causal_conv1d_fn(half[3], half[4], half[5], activation="silu"),
     }
     for package, call in calls.items():

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
+from distill import trainer
 from distill.batches import PADDING, RowBatches
 from distill.chunked_loss import LossRecipe
 from distill.losses import next_token_loss
@@ -127,6 +128,20 @@ def test_a_resumed_run_without_the_optimizers_state_ends_elsewhere(batches, unin
     save_file({name: tensor for name, tensor in tensors.items() if name.startswith("model.")}, path)
     weights, _ = run(build_model(5), batches, PLAN, tmp_path)
     assert not same(weights, uninterrupted["adamw"])
+
+
+def test_a_second_interrupt_while_the_first_ones_state_is_written_waits(batches, tmp_path, monkeypatch):
+    save, saved = trainer.save_state, []
+
+    def asked_twice(*args, **settings):
+        signal.raise_signal(signal.SIGINT)
+        save(*args, **settings)
+        saved.append(args)
+
+    monkeypatch.setattr(trainer, "save_state", asked_twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(build_model(0), batches, PLAN, tmp_path, interrupt_at(3))
+    assert len(saved) == 1 and newest_state(tmp_path).folder.name == "step-000000004"
 
 
 def test_an_interrupt_in_the_middle_of_an_update_leaves_no_half_step(batches, uninterrupted, tmp_path):
