@@ -112,7 +112,7 @@ $(STAND_IN_VENV)/installed: pyproject.toml constraints.txt
 # walks on a pretended CUDA device. Under 15 minutes on two cores.
 gpu-stand-in: $(STAND_IN_VENV)/installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 GPU_STAND_IN=1 $(STAND_IN_VENV)/bin/python -m pytest -q tests/gpu_stand_in/test_kernels.py $(PYTEST_ARGS)
-	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(STAND_IN_VENV)/bin/python -m pytest -q -s tests/gpu_stand_in/test_pretended.py $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(STAND_IN_VENV)/bin/python -m pytest -q -s tests/gpu_stand_in/test_pretended.py tests/gpu_stand_in/test_pretended_plans.py $(PYTEST_ARGS)
 
 # vLLM for CPUs in an environment of its own, beside the same torch; what comes along and is built for another one goes.
 $(VLLM_VENV)/installed: constraints.txt

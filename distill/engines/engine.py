@@ -79,8 +79,11 @@ class Engine:
         return caller
 
     def measure(self, function: Callable[..., Any], rows_BT: torch.Tensor) -> Any:
-        """The function's value on the model and rows, which it takes to the device itself, under the plan's precision."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16"):
+        """The function's value on the model and rows, which it takes to the device itself, under the plan's precision.
+
+        Weights are cast where they are used, once each: kept in autocast's cache, all of them would be there in bf16 as well until the call ends.
+        """
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16", cache_enabled=False):
             return self.wrapped(function, rows_BT)
 
     @contextmanager

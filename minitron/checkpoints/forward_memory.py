@@ -1,6 +1,6 @@
 """What forward passes of whole models hold on a GPU, counted from architectures before anything is loaded.
 
-Weights are exact counts. What a layer makes on its way is an estimate: the tensors that live at once in its forward pass, named below. (On a CPU, where
+Weights are exact counts. What a layer makes on its way is counted from the tensors that live at once in its forward pass, named below. (On a CPU, where
 Mamba-2 and feed-forward layers go by blocks, it is less, and nothing is refused by it.)
 """
 
@@ -12,6 +12,7 @@ from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_total_parameters
 from minitron.machine.device import process_memory_bytes
 from minitron.machine.memory_plan import MemoryPlan
+from minitron.mamba.kernel_memory import ScanMemory
 
 FLOAT32 = 4
 
@@ -21,11 +22,11 @@ def forward_memory(stage: str, models: Sequence[tuple[Architecture, int]], *, to
 
     `logits_tokens` are those whose float32 logits are there at once, of model and teacher, with as much again for what is made of them.
     """
-    largest = max(models, key=lambda model: layer_bytes_per_token(*model))
+    largest = max(models, key=lambda model: layer_bytes(*model, 1, tokens))
     parts = {
         "weights": sum(width * count_total_parameters(architecture) for architecture, width in models),
         "states": sum(tokens * architecture.hidden * width for architecture, width in models),
-        "a layer's own": tokens * layer_bytes_per_token(*largest),
+        "a layer's own": layer_bytes(*largest, 1, tokens),
         "logits": 4 * FLOAT32 * min(logits_tokens, tokens) * largest[0].vocab,
     }
     return MemoryPlan(stage, parts, advice)
@@ -37,14 +38,39 @@ def check_forward(plan: MemoryPlan, device: torch.device) -> None:
         plan.check(*process_memory_bytes(device))
 
 
-def layer_bytes_per_token(model: Architecture, width: int) -> int:
-    """The most that one layer makes on its way for a token, in eval mode.
-
-    Mamba-2: in_proj's output, the convolution's input and output, the scan's result, and the four float32 copies that transformers' gated norm makes.
-    Feed-forward: up's output, its relu and the square. Attention: queries, keys, values and their weighted sum. Each beside the norm's float32 copy.
+def layer_bytes(model: Architecture, width: int, rows: int, tokens: int, *, autocast: bool = False, tapped: bool = False) -> int:
+    """The most that one layer holds on its way in eval mode on a GPU, on so many rows of so many tokens, `width` bytes a number: its input and the norm's
+    output, which a mixer's callers hold to its end, and the mixer's own, or what the norm makes where that is more. `tapped`: importance is read on the way.
     """
-    kinds = set(model.pattern)
-    mamba = (model.mamba_inner + 3 * model.mamba_conv_channels + model.mamba_num_heads + model.mamba_inner) * width + 4 * FLOAT32 * model.mamba_inner
-    attention = 2 * (model.num_attention_heads + model.num_key_value_heads) * model.attention_head_dim * width
-    most = max([mamba] * ("M" in kinds) + [3 * model.ffn * width] * ("-" in kinds) + [attention] * ("*" in kinds), default=0)
-    return most + 2 * model.hidden * (FLOAT32 + width)
+    kinds = [_mixer_bytes(model, letter, width, rows, tokens, autocast=autocast, tapped=tapped) for letter in set(model.pattern)]
+    copies = 2 if width == FLOAT32 else 3  # in float32: the input, where that is narrower, and the normed one without and with the norm's weight
+    norm = (copies * FLOAT32 - width) * model.hidden * rows * tokens
+    return 2 * rows * tokens * model.hidden * width + max(norm, *kinds)
+
+
+def score_bytes(model: Architecture, width: int, rows: int, tokens: int) -> int:
+    """Attention's scores [B, Q, T, T] where torch makes them: in float32 with keys shared by heads, for which it has no fused kernel on a GPU (sdp_utils.cpp:
+    flash attention wants 16 bits, memory-efficient attention as many keys as queries)."""
+    shared = model.num_attention_heads != model.num_key_value_heads
+    return FLOAT32 * model.num_attention_heads * rows * tokens**2 if width == FLOAT32 and shared else 0
+
+
+def _mixer_bytes(model: Architecture, letter: str, width: int, rows: int, tokens: int, *, autocast: bool, tapped: bool) -> int:
+    """Mamba-2: in_proj's output, the convolution's, the scan's, and what the scan's kernel takes, or in transformers' gated norm of scan and gate three
+    float32 [T, I] at once (two where the scan gives float32). Attention: queries, keys, values, their weighted sum, and what comes of it.
+    Feed-forward: up's output, its relu and the square, which autocast makes of a float32 copy. A tap: magnitudes of what it reads, and again in float32.
+    """
+    all_tokens = rows * tokens
+    taps = 0 if not tapped else width if width == FLOAT32 else width + FLOAT32  # bytes of a number that is read
+    if letter == "M":  # its tap reads before the convolution, when there is less
+        scan = ScanMemory(model.mamba_num_heads, model.mamba_head_dim, model.mamba_num_groups, model.mamba_state_size, rows, tokens, width)
+        outputs = 2 * model.mamba_inner + 2 * model.mamba_conv_channels + model.mamba_num_heads
+        gated_norm = (2 if width == FLOAT32 else 3) * FLOAT32 * model.mamba_inner * all_tokens
+        return all_tokens * width * outputs + max(scan.scan(), gated_norm)
+    if letter == "*":
+        queries, keys = (heads * model.attention_head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
+        scores = 13 * score_bytes(model, width, rows, tokens) // FLOAT32  # before and after the softmax, which copies and masks them
+        return all_tokens * 2 * (queries + keys) * width + max(all_tokens * max(model.hidden * width, queries * taps), scores)
+    squared = FLOAT32 if autocast and width < FLOAT32 else width
+    squares = 2 * width + squared + (squared if squared != width else 0)
+    return all_tokens * model.ffn * max(squares, width + taps)

@@ -18,6 +18,7 @@ from minitron.checkpoints.placement import StreamedModel
 from minitron.checkpoints.shards import save_model_weights, write_weights
 from minitron.families.base import Family
 from minitron.machine.device import available_memory_bytes
+from minitron.mamba import dispatch
 from minitron.walk.store import write_json
 
 CHECK_TOKENS = 48
@@ -71,6 +72,7 @@ def check_reload(folder: Path, family: Family, model: nn.Module, *, tolerance: f
     Returns the largest difference relative to the largest logit; raises RuntimeError above the tolerance, or where
     the parameters on disk are not the number that config.json's architecture has.
     """
+    dispatch.install()  # a cut may be the first that this process computes
     planned = count_total_parameters(architecture_from_config(read_config(folder)))
     written = Checkpoint(folder).num_parameters
     if planned != written:
@@ -110,6 +112,7 @@ def check_layer_by_layer(folder: Path, family: Family, planned: Sequence[Planned
     a few tokens what the planned layer does in memory. Two layers of each side are in memory at once, or the output
     head. Raises RuntimeError where something differs or the logits are not finite.
     """
+    dispatch.install()
     written, architecture = Checkpoint(folder), architecture_from_config(config)
     if {name: (entry.dtype, entry.shape) for name, entry in written.entries.items()} != {tensor.name: (tensor.dtype, tensor.shape) for tensor in planned}:
         raise RuntimeError(f"{folder} holds other tensors than were planned")

@@ -75,24 +75,25 @@ class _Found:
     """What a walk has summed up, by tap, and of each layer how far it turns the residual; on the device until the walk ends, since each look waits for it."""
 
     def __init__(self):
-        self.entries: list[tuple[str, Tap | None, torch.Tensor]] = []
+        self.entries: list[tuple[str, tuple[str, int, tuple[int, ...]] | None, torch.Tensor]] = []  # no taps: they would keep streamed layers in memory
 
     def add(self, title: str, tap: Tap | None, sums: torch.Tensor) -> None:
         """`title` is said where the sums are not finite; on a CPU, where a look costs nothing, at once."""
         if sums.device.type == "cpu":
             _check_finite(title, sums)
-        self.entries.append((title, tap, sums))
+        self.entries.append((title, None if tap is None else (tap.axis, tap.layer, tap.shape), sums))
 
     def read(self) -> tuple[dict[tuple[str, int], np.ndarray], np.ndarray]:
         """Sums [4, …] by axis and layer, and block influence [L]."""
         flat = torch.cat([sums.flatten() for _, _, sums in self.entries]).cpu().split([sums.numel() for _, _, sums in self.entries])
         sites, influence = {}, []
-        for (title, tap, _), values in zip(self.entries, flat, strict=True):
+        for (title, site, _), values in zip(self.entries, flat, strict=True):
             _check_finite(title, values)
-            if tap is None:
+            if site is None:
                 influence.append(values.item())
             else:
-                sites[tap.axis, tap.layer] = values.view(4, *tap.shape).numpy()
+                axis, layer, shape = site
+                sites[axis, layer] = values.view(4, *shape).numpy()
         return sites, np.array(influence)
 
 

@@ -1,7 +1,8 @@
 """What distillation will hold in each process, counted from the two architectures before anything is loaded.
 
-Weights, gradients, optimiser and teacher are exact counts of numbers. Activations and loss are estimates: the tensors that the
-modules' backward passes keep and those of the chunked loss, named below. Not counted: the allocator's own share, and buffers of communication.
+Weights, gradients, optimiser and teacher are exact counts of numbers. What a micro-step holds beside them is counted tensor by tensor on a GPU
+(gpu_memory.py); on a CPU, where layers go by blocks, activations and loss are estimates: the tensors that the modules' backward passes keep and those of
+the chunked loss, named below. Not counted: the allocator's own share, and buffers of communication.
 """
 
 import importlib.util
@@ -16,8 +17,8 @@ from memory_budget.units import format_gib
 from minitron.machine.device import available_memory_bytes
 from minitron.mamba.chunks import CHUNK_TOKENS
 from minitron.settings.training import Optimizer, Precision, TrainSettings
+from minitron.training.gpu_memory import BF16, FLOAT32, MicroStep, Moment
 
-FLOAT32, BF16 = 4, 2
 SPARE_SHARE = 0.1  # of a device's memory: left to the allocator's rounding and to communication, which are not counted
 
 
@@ -25,6 +26,7 @@ SPARE_SHARE = 0.1  # of a device's memory: left to the allocator's rounding and 
 class TrainingMemory:
     """Bytes in each process. `gathered` is what a sharded engine holds whole for a while: what is outside the layers, and the
     largest layer twice, since the next one is fetched while one runs. `mask` is attention's own, of packed rows on a GPU without flash attention.
+    `activations`, `loss` and `layer`, on a GPU the one at work, are those of the moment of a micro-step that has most of them.
     """
 
     weights: int
@@ -34,11 +36,17 @@ class TrainingMemory:
     gathered: int
     activations: int
     loss: int
+    layer: int = 0
     mask: int = 0
 
     @property
     def total(self) -> int:
         return sum(getattr(self, f.name) for f in fields(self))
+
+    @property
+    def micro_step(self) -> int:
+        """What of it comes and goes with a micro-step."""
+        return self.activations + self.loss + self.layer + self.mask
 
     def describe(self) -> str:
         """One line for the terminal."""
@@ -59,16 +67,27 @@ def training_memory(student: Architecture, teacher: Architecture, train: TrainSe
     weight_slices = processes if launch.is_sharded else 1
     master = FLOAT32 * numbers // processes if zero else 0
     rows = train.micro_batch or train.batch // processes
+    if on_gpu:
+        moment = MicroStep(student, teacher, train, rows, sequence_length, teacher_bytes_per_number, casts=_casts(launch)).largest
+    else:
+        tokens = rows * sequence_length
+        moment = Moment(activations=tokens * activation_bytes_per_token(student, train), loss=loss_bytes(student, teacher, tokens))
     return TrainingMemory(
         weights=computing * numbers // weight_slices + master,
         gradients=FLOAT32 * numbers // optimizer_slices,  # of micro-steps they add up in float32 under every engine
         optimizer=_moment_bytes(student, train.optimizer) // optimizer_slices,
         teacher=teacher_bytes_per_number * count_total_parameters(teacher) // weight_slices,
         gathered=computing * _gathered(student) + teacher_bytes_per_number * _gathered(teacher) if launch.is_sharded else 0,
-        activations=rows * sequence_length * activation_bytes_per_token(student, train, on_gpu=on_gpu),
-        loss=loss_bytes(student, teacher, rows * sequence_length, on_gpu=on_gpu),
+        activations=moment.activations,
+        loss=moment.loss,
+        layer=moment.layer,
         mask=rows * sequence_length**2 * (1 + (BF16 if train.precision is Precision.bf16 else FLOAT32)) if masked else 0,
     )
+
+
+def _casts(launch: Launch) -> bool:
+    """Whether parameters and the residual stream stay float32 under bf16: where autocast alone sees to it."""
+    return launch.engine in ("single", "ddp")
 
 
 def _moment_bytes(student: Architecture, optimizer: Optimizer) -> int:
@@ -92,16 +111,15 @@ def _layer_numbers(model: Architecture, letter: str) -> int:
     return sum(copies * out * into for copies, out, into in layer.matrices) + layer.others + model.hidden
 
 
-def activation_bytes_per_token(student: Architecture, train: TrainSettings, *, on_gpu: bool) -> int:
-    """What forward keeps for backward, up to the last hidden states."""
+def activation_bytes_per_token(student: Architecture, train: TrainSettings) -> int:
+    """What forward keeps for backward on a CPU, up to the last hidden states."""
     width = BF16 if train.precision is Precision.bf16 else FLOAT32
-    by_blocks = not on_gpu and train.precision is Precision.float32  # mamba/blockwise.FeedForward and mixer
+    by_blocks = train.precision is Precision.float32  # mamba/blockwise.FeedForward and mixer
     kept = [_layer_activations(student, letter, by_blocks=by_blocks) for letter in student.pattern]
     if not train.gradient_checkpointing:
         return sum(kept) * width
     again, whole = kept[:: train.checkpoint_every], sum(kept) - sum(kept[:: train.checkpoint_every])
-    inputs = 2 if train.gradient_checkpointing == "host" else len(again)  # of the layer at work and the one that is copied
-    return (inputs * student.hidden + max(again, default=0) + whole) * width
+    return (len(again) * student.hidden + max(again, default=0) + whole) * width
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,24 +152,25 @@ class PhaseMemory:
         """What gradient_checkpointing=host keeps of each process in the host's memory: the layers' inputs of the rows at work."""
         if train.gradient_checkpointing != "host":
             return 0
-        rows, width = train.micro_batch or train.batch // self.launch.world_size, BF16 if train.precision is Precision.bf16 else FLOAT32
+        rows, width = train.micro_batch or train.batch // self.launch.world_size, FLOAT32
+        if train.precision is Precision.bf16 and not _casts(self.launch):
+            width = BF16
         return len(self.student.pattern[:: train.checkpoint_every]) * self.student.hidden * width * rows * self.sequence_length
 
 
-def loss_bytes(student: Architecture, teacher: Architecture, tokens: int, *, on_gpu: bool) -> int:
-    """What the chunked loss of so many tokens at once holds, float32.
+def loss_bytes(student: Architecture, teacher: Architecture, tokens: int) -> int:
+    """What the chunked loss of so many tokens at once holds on a CPU, float32.
 
-    Of one chunk the logits of student and teacher; on a GPU also the divergence's scratch and the cross-entropy's gradient, which a
-    CPU makes for a few rows at a time. Of all tokens the hidden states of both and the student's gradient; the output matrix's
-    gradient, beside the one it is added to.
+    Of one chunk the logits of student and teacher, of which what is made of them takes a few rows at a time. Of all tokens the hidden states of both and
+    the student's gradient; the output matrix's gradient, beside the one it is added to.
     """
-    chunk = min(tokens, chunk_tokens(student.vocab, on_cpu=not on_gpu)) * student.vocab
-    return FLOAT32 * ((4 if on_gpu else 2) * chunk + tokens * (2 * student.hidden + teacher.hidden) + student.vocab * student.hidden)
+    chunk = min(tokens, chunk_tokens(student.vocab, on_cpu=True)) * student.vocab
+    return FLOAT32 * (2 * chunk + tokens * (2 * student.hidden + teacher.hidden) + student.vocab * student.hidden)
 
 
 def _layer_activations(model: Architecture, letter: str, *, by_blocks: bool) -> int:
     """Numbers a token that one layer keeps: its norm's input and output, and its mixer's own."""
-    if letter == "M":  # in_proj's output, the scan's, the gated norm's; on a CPU also the convolution's and the states between chunks
+    if letter == "M":  # in_proj's output, the scan's, the gated norm's; by blocks also the convolution's and the states between chunks
         mixer = model.mamba_inner + model.mamba_conv_channels + model.mamba_num_heads + 2 * model.mamba_inner
         if by_blocks:
             mixer += model.mamba_conv_channels + model.mamba_inner * model.mamba_state_size // CHUNK_TOKENS

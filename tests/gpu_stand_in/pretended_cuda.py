@@ -4,13 +4,15 @@
 GPU for a CPU tensor, a generator of the other device), computes on the CPU, wraps what would be on the GPU, and counts where the host would have
 to wait for the device. Nothing here knows the project: its files are told from transformers' by their path.
 
-What it cannot see: speeds, streams, the rounding of bf16 kernels, autocast (no operation is cast), and memory inside of kernels.
+What it cannot see: speeds, streams, and the rounding of bf16 kernels. Autocast casts what is named here, without its cache of cast weights; memory inside
+of a kernel is what KernelMemory says.
 """
 
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +35,9 @@ TRANSFERS: Counter[tuple[str, str, str]] = Counter()  # copies to the device, an
 COPIES = {aten.copy_.default, aten.set_.source_Tensor, aten._has_compatible_shallow_copy_type.default}
 INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 STRICT = {"mm", "addmm", "bmm", "baddbmm", "cat", "stack", "embedding", "index_select", "gather", "scatter", "convolution"}  # no CPU scalar either
+# Of autocast's two lists for CUDA (torch's autocast_mode.h), what may be called here, by the names of Python's functions.
+LOWER = {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention"}
+HIGHER = {"pow", "__pow__", "square", "rsqrt", "exp", "log", "log1p", "expm1", "softmax", "log_softmax", "sum", "prod", "norm", "cumsum", "softplus"}
 WAITING = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default, aten.equal.default, aten.bincount.default}
 
 
@@ -51,7 +56,12 @@ class Pretended(torch.Tensor):
     is_cuda = property(lambda self: True)
     is_meta = property(lambda self: False)
     is_cpu = property(lambda self: False)
-    data = property(lambda self: self.detach(), lambda self, value: setattr(self, "on_cpu", value.on_cpu))
+    data = property(lambda self: self.detach(), lambda self, value: self._take(value))
+
+    def _take(self, value: torch.Tensor) -> None:
+        if (value.dtype, value.shape) != (self.dtype, self.shape):
+            raise NotImplementedError("the pretended device cannot change a tensor's dtype or shape in place; do it on the CPU")
+        self.on_cpu = value.on_cpu
 
     def __repr__(self, **_settings: Any) -> str:
         return f"Pretended({self.on_cpu})"
@@ -91,6 +101,12 @@ class Pretended(torch.Tensor):
         return _load, (self.on_cpu,)
 
     @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if torch.is_autocast_enabled("cuda"):
+            args = _autocast(function, args)
+        return torch._C._disabled_torch_function_impl(function, types, args, kwargs or {})
+
+    @classmethod
     def __torch_dispatch__(cls, function, _types, args=(), kwargs=None):
         return dispatch(function, args, kwargs or {})
 
@@ -123,6 +139,15 @@ def _index(index: Any) -> Any:
     if isinstance(index, tuple):
         return tuple(map(_index, index))
     return torch.as_tensor(index) if isinstance(index, list | range | np.ndarray) else index
+
+
+def _autocast(function: Callable, args: tuple) -> tuple:
+    """The arguments as CUDA's autocast casts them, for what models call: products in the lower precision, powers and the like in float32."""
+    name = getattr(function, "__name__", "")
+    wanted = torch.get_autocast_dtype("cuda") if name in LOWER else torch.float32 if name in HIGHER else None
+    if wanted is None:
+        return args
+    return tuple(value.to(wanted) if isinstance(value, Pretended) and value.is_floating_point() and value.dtype != wanted else value for value in args)
 
 
 def unwrap(value: Any) -> Any:
@@ -261,30 +286,44 @@ def _count_waits(function: Callable, args: tuple, on_gpu: list) -> None:
         count(TRANSFERS if to_gpu or not waits else SYNCS, "to device" if to_gpu else "to host")
 
 
+@dataclass(frozen=True, slots=True)
+class KernelMemory:
+    """Bytes that the kernel whose place is taken would keep for its backward pass beside its inputs, and those it takes while either pass runs."""
+
+    keeps: int = 0
+    keeps_result: bool = False
+    forward: int = 0
+    backward: int = 0
+
+
 class _OnCpu(torch.autograd.Function):
-    """A function of CPU tensors applied to tensors of the pretended device; the backward pass computes it anew, so that only inputs are kept."""
+    """A function of CPU tensors applied to tensors of the pretended device; the backward pass computes it anew. What is kept is counted by `memory`."""
 
     @staticmethod
-    def forward(ctx, function, *tensors):
-        ctx.function = function
+    def forward(ctx, function, memory, *tensors):
+        ctx.function, ctx.memory, ctx.number = function, memory, len(tensors)
         ctx.set_materialize_grads(False)  # C++ would make zeros without memory
-        ctx.save_for_backward(*tensors)
-        with _disable_current_modes(), torch.no_grad():
+        with _disable_current_modes(), torch.no_grad(), ALLOCATOR.inside(memory.forward):
             results = function(*map(unwrap, tensors))
-        return Pretended(results) if isinstance(results, torch.Tensor) else tuple(map(Pretended, results))
+            wrapped = Pretended(results) if isinstance(results, torch.Tensor) else tuple(map(Pretended, results))
+            kept = [Pretended(torch.empty(memory.keeps, dtype=torch.uint8))] if memory.keeps and any(ctx.needs_input_grad) else []
+        ctx.save_for_backward(*tensors, *kept, *([wrapped] if memory.keeps_result else []))
+        return wrapped
 
     @staticmethod
     def backward(ctx, *gradients):
+        saved = ctx.saved_tensors  # all of it, to the end
         with _disable_current_modes(), torch.enable_grad():
             inputs = [None if tensor is None else unwrap(tensor).detach().requires_grad_(needed)
-                      for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)]  # fmt: skip
+                      for tensor, needed in zip(saved[: ctx.number], ctx.needs_input_grad[2:], strict=True)]  # fmt: skip
             results = ctx.function(*inputs)
             results = [results] if isinstance(results, torch.Tensor) else results
             pairs = [(result, unwrap(gradient)) for result, gradient in zip(results, gradients, strict=True) if gradient is not None and result.requires_grad]
             wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
             found = iter(_gradients(pairs, wanted))
         made = [next(found) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
-        return None, *(None if gradient is None else Pretended(gradient) for gradient in made)
+        with ALLOCATOR.inside(ctx.memory.backward):
+            return None, None, *(None if gradient is None else Pretended(gradient) for gradient in made)
 
 
 def _gradients(pairs: list[tuple[torch.Tensor, torch.Tensor]], wanted: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
@@ -292,6 +331,6 @@ def _gradients(pairs: list[tuple[torch.Tensor, torch.Tensor]], wanted: list[torc
     return torch.autograd.grad(results, wanted, gradients, allow_unused=True)
 
 
-def on_cpu(function: Callable[..., Any], *tensors: torch.Tensor | None) -> Any:
+def on_cpu(function: Callable[..., Any], *tensors: torch.Tensor | None, memory: KernelMemory = KernelMemory()) -> Any:  # noqa: B008
     """function(*tensors), tensors of the pretended device, as one operation of it."""
-    return _OnCpu.apply(function, *tensors)
+    return _OnCpu.apply(function, memory, *tensors)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pretended_cuda import Pretended, on_cpu, place
+from pretended_cuda import KernelMemory, Pretended, on_cpu, place
 
 VERSIONS = {"mamba-ssm": "2.3.2.post1", "causal-conv1d": "1.7.0"}
 FOREVER = float("inf")
@@ -69,7 +69,8 @@ def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bia
         y, final = scanned(*tensors, dt_softplus=dt_softplus, dt_limit=dt_limit)
         return (y.to(tensors[0].dtype), final) if return_final_states else y.to(tensors[0].dtype)
 
-    return on_cpu(computed, x, dt, A, B, C, D, dt_bias, initial_states, seq_idx)
+    scan = _scan_memory(x.shape[:2], x.shape[2:], B.shape[2:], x.dtype, chunk_size).scan()
+    return on_cpu(computed, x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, memory=KernelMemory(forward=scan))
 
 
 def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None):
@@ -100,6 +101,11 @@ def mamba_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias
     if initial_states is not None or return_final_states or norm_before_gate or rmsnorm_weight is None or outproj_weight is None:
         raise NotImplementedError("the pretended mixer is the one that NemotronH calls: from nothing, norm behind the gate, with out_proj")
     inner, heads = len(A) * headdim, len(A)
+    half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else outproj_weight.dtype
+    state = (len(conv1d_weight) - inner) // 2 // ngroups
+    inside = _scan_memory(zxbcdt.shape[:2], (heads, headdim), (ngroups, state), zxbcdt.dtype, chunk_size)
+    cast = 0 if half == outproj_weight.dtype else outproj_weight.numel() * half.itemsize  # kept cast
+    memory = KernelMemory(keeps=inside.mixer_keeps() + cast, forward=inside.mixer(), backward=inside.mixer_back())
 
     def computed(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, norm_weight, out_weight, out_bias, seq_idx):
         z, xBC, dt = zxbcdt.split([inner, len(conv1d_weight), heads], dim=-1)
@@ -109,9 +115,16 @@ def mamba_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias
         y, _ = scanned(x, dt, A, B, C, D, dt_bias, None, seq_idx, dt_softplus=True, dt_limit=dt_limit)
         gated = (y.flatten(2) * F.silu(z.float())).unflatten(2, (ngroups, -1))
         normed = (gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + rmsnorm_eps)).flatten(2) * norm_weight.float()
-        return F.linear(normed.to(out_weight.dtype), out_weight, out_bias)
+        return F.linear(normed.to(half), out_weight.to(half), None if out_bias is None else out_bias.to(half))
 
-    return on_cpu(computed, zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight, outproj_weight, outproj_bias, seq_idx)
+    return on_cpu(computed, zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight, outproj_weight, outproj_bias, seq_idx, memory=memory)
+
+
+def _scan_memory(rows_and_tokens, heads_and_dim, groups_and_state, dtype, chunk_size):
+    """What the kernels take, as the project plans it; test_kernels.py holds that against their own Python."""
+    from minitron.mamba.kernel_memory import ScanMemory
+
+    return ScanMemory(*heads_and_dim, *groups_and_state, *rows_and_tokens, dtype.itemsize, chunk_size)
 
 
 def convolution(x, weight, bias, seq_idx, activation):

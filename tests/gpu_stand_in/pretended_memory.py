@@ -1,10 +1,13 @@
 """The bytes that live tensors of the pretended device hold, and the most that they held at once, as torch.cuda's allocator would report them.
 
-A storage counts once, however many views it has, from the first tensor on it until the last is gone. What a kernel takes inside itself is not seen.
+A storage counts once, however many views it has, from the first tensor on it until the last is gone. What a kernel takes inside itself is counted by
+what its stand-in says of it.
 """
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -37,6 +40,15 @@ class Allocator:
             self.requested += size
             self.allocated += blocks if size > 0 else -blocks
             self.peak = max(self.peak, self.allocated)
+
+    @contextmanager
+    def inside(self, size: int) -> Iterator[None]:
+        """So many bytes more while a kernel runs."""
+        self._add(size)
+        try:
+            yield
+        finally:
+            self._add(-size)
 
     def reset_peak(self) -> None:
         self.peak = self.allocated

@@ -13,7 +13,8 @@ from typing import Any
 
 import pretended_kernels
 import torch
-from pretended_cuda import ALLOCATOR, CUDA, SYNCS, Pretence, Pretended, PretendedGenerator, count, is_cuda, on_cpu, unwrap
+from pretended_cuda import ALLOCATOR, CUDA, SYNCS, KernelMemory, Pretence, Pretended, PretendedGenerator, count, is_cuda, on_cpu, unwrap
+from torch.autograd.graph import _engine_run_backward
 from torch.utils._pytree import tree_map
 
 NAME, CAPABILITY = "NVIDIA H100 80GB HBM3 (pretended)", (9, 0)
@@ -28,6 +29,7 @@ def install(total_gib: float | None = None) -> None:
     _keep_and_read()
     torch.inference_mode = lambda mode=True: torch.no_grad() if mode else nullcontext()  # wrappers cannot be inference tensors
     torch.nn.functional.scaled_dot_product_attention = attention
+    torch.Tensor.backward = backward
     pretended_kernels.install()
     _enter_in_threads()
     Pretence().__enter__()
@@ -139,6 +141,12 @@ def _enter_in_threads() -> None:
     ThreadPoolExecutor.submit = pretending
 
 
+def backward(self: torch.Tensor, gradient: torch.Tensor | None = None) -> None:
+    """Tensor.backward for a loss; torch's own has nothing that is computed again within it pass through a subclass's functions, so that nothing were cast."""
+    first = torch.ones_like(self) if gradient is None else gradient
+    _engine_run_backward((self,), (first,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """torch's attention, on the pretended device as one operation."""
     if not isinstance(query, Pretended):
@@ -149,7 +157,22 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     def computed(query, key, value, mask):
         return _ATTENTION(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
-    return on_cpu(computed, query, key, value, attn_mask)
+    if torch.is_autocast_enabled("cuda"):
+        query, key, value = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (query, key, value))
+    return on_cpu(computed, query, key, value, attn_mask, memory=_attention_memory(query, key))
+
+
+def _attention_memory(query: torch.Tensor, key: torch.Tensor) -> KernelMemory:
+    """Flash attention's (torch's mha_bwd): the result and a sum for every query are kept; backward, a float32 gradient of the queries, one sum more, and,
+    where heads share keys, the gradients of keys and values by head. In float32 with shared keys torch has no fused kernel (its _scaled_dot_product_attention_
+    math): the scores [B, Q, T, T] are kept, forward with what the softmax makes of them, backward with two gradients.
+    """
+    sums, shared = 4 * query.numel() // query.shape[-1], query.shape[1] != key.shape[1]
+    scores = 4 * query.numel() // query.shape[-1] * key.shape[2] if shared and query.dtype == torch.float32 else 0
+    gradients = 4 * query.numel() if query.itemsize == 2 else 0
+    kept = scores if torch.is_grad_enabled() and query.requires_grad else 0
+    inside = gradients + sums + shared * 2 * query.numel() * query.itemsize
+    return KernelMemory(keeps=sums + scores, keeps_result=True, forward=13 * scores // 4 - kept, backward=inside + 2 * scores)
 
 
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention

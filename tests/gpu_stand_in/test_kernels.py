@@ -4,7 +4,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from distill.objectives import head_of  # noqa: E402
 from memory_budget.architecture import Architecture  # noqa: E402
 from minitron.families.nemotron_h import FAMILY  # noqa: E402
 from minitron.mamba import dispatch, ssd, token_blocks  # noqa: E402
+from minitron.mamba.kernel_memory import ScanMemory  # noqa: E402
 from minitron.mamba.packed import by_document  # noqa: E402
 from minitron.training.tiny_teacher import TINY_CONFIG  # noqa: E402
 
@@ -194,6 +195,32 @@ def test_a_whole_model_by_kernels_is_the_projects(kind, mode, model, rows, expec
     assert relative(found.gradients, wanted.gradients) < MODEL and relative(found.hidden, wanted.hidden) < MODEL
     other = expected["packed" if kind == "plain" else "plain"]
     assert relative(found.hidden, other.hidden) > 100 * MODEL  # the control: documents make a difference
+
+
+def test_the_kernels_take_as_much_memory_as_is_planned():
+    """Forward and backward of the fused mixer and forward of the scan, by the tensors that mamba-ssm's own Python makes."""
+    from counted_kernels import counting
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
+
+    inner, hidden, tokens = HEADS * HEAD_DIM, 24, 2 * CHUNK
+    channels = inner + 2 * GROUPS * STATE
+    random = torch.Generator().manual_seed(0)
+    sizes = ((1, tokens, inner + channels + HEADS), (channels, 4), (channels,), (HEADS,), (HEADS,), (HEADS,), (inner,), (hidden, inner))
+    projected, weight, bias, dt_bias, A, D, norm, out = inputs = [torch.randn(size, generator=random).requires_grad_() for size in sizes]
+    x, dt, B, C = (torch.randn(1, tokens, *size, generator=random) for size in ((HEADS, HEAD_DIM), (HEADS,), (GROUPS, STATE), (GROUPS, STATE)))
+    with counting() as counter:
+        counter.take([*inputs, x, dt, B, C])
+        forward, y = counter.peak_of(lambda: mamba_split_conv1d_scan_combined(
+            projected, weight, bias, dt_bias, -A.abs(), D, CHUNK, rmsnorm_weight=norm, outproj_weight=out, headdim=HEAD_DIM, ngroups=GROUPS,
+            norm_before_gate=False))  # fmt: skip
+        backward, _ = counter.peak_of(lambda: torch.autograd.grad(y, inputs, torch.ones_like(y)))
+        scan, scanned_x = counter.peak_of(lambda: mamba_chunk_scan_combined(x, dt, -A.detach().abs(), B, C, CHUNK, D=D.detach()))
+    planned = ScanMemory(HEADS, HEAD_DIM, GROUPS, STATE, 1, tokens, 4, CHUNK)
+    assert planned.mixer() + planned.mixer_keeps() + y.nbytes == pytest.approx(forward, rel=0.05)
+    assert planned.mixer_back() + projected.nbytes + y.nbytes == pytest.approx(backward, rel=0.05)
+    assert planned.scan() + scanned_x.nbytes == pytest.approx(scan, rel=0.05)
+    stateless = replace(planned, state=1)  # the control: without states
+    assert stateless.mixer_back() + projected.nbytes < 0.9 * backward and stateless.scan() < 0.9 * scan
 
 
 def test_the_pretended_packages_have_the_real_ones_arguments():

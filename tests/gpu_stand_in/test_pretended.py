@@ -191,6 +191,15 @@ def test_a_compensated_cut_goes_on_behind_its_finished_shards(walk_of, run_prete
     assert "going on behind them" in resumed.output
 
 
+@stand_in
+def test_a_slice_cut_alone_in_its_process_is_checked(walk_of, run_pretended, tmp_path):
+    """What a kill before the cut leaves: nothing has computed on the GPU before, and the check reads the student back on the CPU."""
+    walk_of("slice").check()
+    shutil.copytree(walk_of("slice").folder / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("prune", "distill", "evaluate"))
+    run_pretended(tmp_path, *walk_of("slice").arguments, "stage=prune").check()
+    assert len(list(tmp_path.glob("runs/store/prune/*/done.json"))) == 1
+
+
 def stages_to_kill_in(ended: Ended, draw: random.Random) -> list[tuple[Path, float]]:
     """Some stages of a walk, prune among them, in the order in which they ran: folder and seconds."""
     done = [(path, json.loads(path.read_text())) for path in sorted(ended.folder.glob("runs/store/*/*/done.json"), key=lambda path: path.stat().st_mtime_ns)]

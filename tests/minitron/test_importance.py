@@ -1,6 +1,7 @@
 """Importance scores against slow float64 loops written from the papers' formulas, and planted units that must score lowest."""
 
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -467,6 +468,23 @@ def test_a_streamed_teacher_scores_bit_for_bit_as_a_whole_one(dtype, max_shard_b
     assert score_round(streamed, layers, layers, rows.split(2)) == score_round(loaded, layers, layers, rows.split(2))
     whole_scores = measure_width(whole(teacher), list(rows.split(2)))
     assert (dtype is torch.float32) == np.array_equal(one.sums[FFN, 1], whole_scores.sums[FFN, 1])
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["streamed", "control: somebody keeps them"])
+def test_a_walk_for_width_lets_streamed_layers_go(kept, tiny, config_of, teacher, write_checkpoint, rows, tmp_path):
+    folder = write_checkpoint(tmp_path / "teacher", teacher, config_of(tiny))
+    streamed, alive, held, most = StreamedModel(FAMILY, folder, read_config(folder), tiny, torch.device("cpu")), [], [], []
+
+    def visited(layers, visit=streamed.visit):
+        for layer, block in visit(layers):
+            alive.append([weakref.ref(parameter) for parameter in block.parameters()])
+            held.extend([block] if kept else [])
+            yield layer, block
+            del block
+
+    streamed.visit = visited
+    measure_width(streamed, [rows], lambda: most.append(sum(any(one() is not None for one in layer) for layer in alive)))
+    assert max(most) == (tiny.num_layers if kept else 1)
 
 
 def test_a_streamed_teacher_gives_the_models_logits(teacher, tiny, config_of, write_checkpoint, rows, logits_of, tmp_path):

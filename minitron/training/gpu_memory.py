@@ -1,0 +1,153 @@
+"""What distillation holds on a GPU beside weights, gradients, optimiser and teacher: the tensors that live at once, at the moment that has most of them.
+
+A micro-step has three such moments: the teacher at work on its largest layer; the loss, with everything kept for the backward pass; and a layer's own
+backward pass, with what the layers before it have kept. Counted are the tensors of transformers' NemotronH as autograd keeps them and as autocast casts
+them, and mamba-ssm's (mamba/kernel_memory.py). Left out: some 70 bytes a token of vectors in the loss, masks, and what torch's products take for themselves.
+
+D hidden, F ffn, V vocabulary; of attention Q query heads, K key-value heads, H head dim; of Mamba-2 W outputs of in_proj.
+"""
+
+from dataclasses import dataclass
+
+from distill.chunked_loss import chunk_tokens
+from memory_budget.architecture import Architecture
+from memory_budget.parameters import layer_parameters
+from minitron.checkpoints.forward_memory import layer_bytes, score_bytes
+from minitron.mamba.kernel_memory import ScanMemory
+from minitron.settings.training import Precision, TrainSettings
+
+FLOAT32, BF16 = 4, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Bytes at once: `activations` kept for the backward pass, `loss`, and a `layer` at work, the teacher's or the student's."""
+
+    activations: int = 0
+    loss: int = 0
+    layer: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.loss + self.layer
+
+
+@dataclass(frozen=True, slots=True)
+class MicroStep:
+    """One micro-step of `rows` rows of `tokens` tokens. `casts` says that parameters and the residual stream are float32 and autocast casts what it needs
+    (one process, ddp under bf16); else under bf16 the engine holds both in bf16 (fsdp2, zero2, zero3). `teacher_width` 0 is no teacher: its outputs are cached.
+    """
+
+    student: Architecture
+    teacher: Architecture
+    train: TrainSettings
+    rows: int
+    tokens: int
+    teacher_width: int
+    casts: bool
+
+    @property
+    def largest(self) -> Moment:
+        """The moment that needs most."""
+        return max((self.of_teacher(), self.of_loss(), *map(self.of_backward, range(self.student.num_layers))), key=lambda moment: moment.total)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number that products take."""
+        return BF16 if self.train.precision is Precision.bf16 else FLOAT32
+
+    @property
+    def stream_bytes(self) -> int:
+        """The residual stream [B, T, D], and the input of a checkpointed layer."""
+        return self._all_tokens * self.student.hidden * (FLOAT32 if self.casts else self.width)
+
+    def of_teacher(self) -> Moment:
+        """Its embeddings, which its own forward method holds to the end, and its largest layer."""
+        if not self.teacher_width:
+            return Moment()
+        states = self._all_tokens * self.teacher.hidden * self.teacher_width
+        autocast = self.train.precision is Precision.bf16
+        return Moment(layer=states + layer_bytes(self.teacher, self.teacher_width, self.rows, self.tokens, autocast=autocast))
+
+    def of_loss(self) -> Moment:
+        """All that layers keep, the last norm's input and normed output in float32; hidden states of both models, once as they come and once of the tokens
+        that count, the student's gradient; of a chunk four sets of logits; the output matrix's gradient, and the matrix as it is multiplied."""
+        student, per_token = self.student, 2 * self.width * self.student.hidden + FLOAT32 * self.student.hidden
+        per_token += 2 * self.teacher_width * self.teacher.hidden
+        chunk = min(self._all_tokens, chunk_tokens(student.vocab, on_cpu=False)) * student.vocab
+        matrix = (FLOAT32 + (BF16 if self.casts and self.width == BF16 else 0)) * student.vocab * student.hidden
+        loss = self._all_tokens * per_token + FLOAT32 * (4 if self.teacher_width else 3) * chunk + matrix
+        last_norm = 2 * FLOAT32 * student.hidden * self._all_tokens
+        return Moment(activations=sum(map(self._held, range(student.num_layers))) + last_norm, loss=loss)
+
+    def of_backward(self, layer: int) -> Moment:
+        """The backward pass of one layer: what the layers up to it keep, itself as a whole, the residual's gradient, and its own gradients."""
+        held, letter = sum(map(self._held, range(layer))), self.student.pattern[layer]
+        inputs = (2 if self.train.gradient_checkpointing == "host" else 1) if self._again(layer) else 0  # host: the next layer's is on its way back
+        shared = 1 if inputs and (self.casts or self.width == FLOAT32) else 0  # the norm keeps its input itself where that is float32
+        return Moment(activations=held, layer=self._kept(letter) + (inputs - shared + 1) * self.stream_bytes + self._gradients(letter))
+
+    @property
+    def _all_tokens(self) -> int:
+        return self.rows * self.tokens
+
+    def _again(self, layer: int) -> bool:
+        """Whether a layer is computed again in the backward pass."""
+        return bool(self.train.gradient_checkpointing) and layer % self.train.checkpoint_every == 0
+
+    def _held(self, layer: int) -> int:
+        """What a layer keeps between its forward and its backward pass."""
+        if not self._again(layer):
+            return self._kept(self.student.pattern[layer])
+        return 0 if self.train.gradient_checkpointing == "host" else self.stream_bytes
+
+    def _kept(self, letter: str) -> int:
+        """What a layer keeps that is not computed again: its norm's input and normed output in float32, the mixer's input once for every product of it, and
+        the mixer's own; where autocast casts, also the layer's matrices in bf16."""
+        student, width, casts = self.student, self.width, self.casts and self.width == BF16
+        products = 3 if letter == "*" and casts else 1
+        norm = self._all_tokens * (2 * FLOAT32 * student.hidden + products * width * student.hidden + FLOAT32)
+        matrices = BF16 * sum(copies * out * into for copies, out, into in layer_parameters(student, letter).matrices) if casts else 0
+        return norm + matrices + self._mixer_kept(letter)
+
+    def _mixer_kept(self, letter: str) -> int:
+        """Mamba-2: in_proj's output and the kernel's own. Attention: queries, keys, values, their weighted sum, a float32 a query, and the
+        scores where there is no fused kernel. Feed-forward: relu and
+        square; under bf16 autocast squares in float32, so that relu is there in both, and the square in bf16."""
+        student, width = self.student, self.width
+        if letter == "M":
+            return self._all_tokens * width * self._mamba_outputs + self._scan.mixer_keeps()
+        if letter == "*":
+            heads = student.num_attention_heads, student.num_key_value_heads
+            kept = self._all_tokens * (2 * sum(heads) * student.attention_head_dim * width + FLOAT32 * heads[0])
+            return kept + score_bytes(student, width, self.rows, self.tokens)
+        return self._all_tokens * 2 * FLOAT32 * student.ffn
+
+    def _gradients(self, letter: str) -> int:
+        """What a mixer's backward pass makes at once, less what it has let go of by then.
+
+        Mamba-2: the gradients of its output and of in_proj's, and the kernel's own. Attention: gradients of the weighted sum, queries, keys and values, of
+        the queries in float32 under bf16, of keys and values by query head. Feed-forward: torch's backward pass of a square holds gradient, input to the
+        first power, that doubled, and the result, all float32, when the square kept for down_proj is gone.
+        """
+        student, width = self.student, self.width
+        if letter == "M":
+            output = self._all_tokens * student.hidden * width if self.casts and width == BF16 else 0
+            return output + self._all_tokens * width * self._mamba_outputs + self._scan.mixer_back()
+        if letter == "*":
+            queries, keys = (heads * student.attention_head_dim for heads in (student.num_attention_heads, student.num_key_value_heads))
+            by_head = 2 * queries * width if queries != keys else 0
+            sums = FLOAT32 * (student.num_attention_heads + (queries if width == BF16 else 0))
+            scores = 9 * score_bytes(student, width, self.rows, self.tokens) // 4  # forward, beside those kept; two gradients backward are less
+            return self._all_tokens * (2 * (queries + keys) * width + by_head + sums) + scores
+        return self._all_tokens * (4 * FLOAT32 - width) * student.ffn
+
+    @property
+    def _mamba_outputs(self) -> int:
+        return self.student.mamba_inner + self.student.mamba_conv_channels + self.student.mamba_num_heads
+
+    @property
+    def _scan(self) -> ScanMemory:
+        student = self.student
+        sizes = student.mamba_num_heads, student.mamba_head_dim, student.mamba_num_groups, student.mamba_state_size
+        return ScanMemory(*sizes, self.rows, self.tokens, self.width)
