@@ -12,6 +12,7 @@ from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_total_parameters
 from minitron.machine.device import process_memory_bytes
 from minitron.machine.memory_plan import MemoryPlan
+from minitron.mamba import token_blocks
 from minitron.mamba.kernel_memory import ScanMemory
 
 FLOAT32 = 4
@@ -42,10 +43,19 @@ def layer_bytes(model: Architecture, width: int, rows: int, tokens: int, *, auto
     """The most that one layer holds on its way in eval mode on a GPU, on so many rows of so many tokens, `width` bytes a number: its input and the norm's
     output, which a mixer's callers hold to its end, and the mixer's own, or what the norm makes where that is more. `tapped`: importance is read on the way.
     """
-    kinds = [_mixer_bytes(model, letter, width, rows, tokens, autocast=autocast, tapped=tapped) for letter in set(model.pattern)]
     copies = 2 if width == FLOAT32 else 3  # in float32: the input, where that is narrower, and the normed one without and with the norm's weight
-    norm = (copies * FLOAT32 - width) * model.hidden * rows * tokens
-    return 2 * rows * tokens * model.hidden * width + max(norm, *kinds)
+    states, normed = rows * tokens * model.hidden * width, copies * FLOAT32 - width
+    if tokens <= token_blocks.LONG_TOKENS:
+        kinds = [_mixer_bytes(model, letter, width, rows, tokens, autocast=autocast, tapped=tapped) for letter in set(model.pattern)]
+        return 2 * states + max(normed * model.hidden * rows * tokens, *kinds)
+    block = token_blocks.largest_block(tokens)  # of the parts' outputs there are those, and once more when they are joined; of heads a sum in float32
+    kinds = [2 * states, states + normed * model.hidden * rows * block]
+    for letter in set(model.pattern) - {"*"}:
+        kinds.append(states + _mixer_bytes(model, letter, width, rows, block, autocast=autocast, tapped=tapped))
+    if "*" in model.pattern:
+        one = _mixer_bytes(model, "*", width, rows, tokens, autocast=autocast, tapped=tapped) // model.num_key_value_heads
+        kinds.append(FLOAT32 * model.hidden * rows * tokens + states + one)
+    return 2 * states + max(kinds)
 
 
 def score_bytes(model: Architecture, width: int, rows: int, tokens: int) -> int:

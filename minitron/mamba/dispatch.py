@@ -29,14 +29,16 @@ def replacements() -> tuple[tuple[object, str, Callable], ...]:
     """What `install` changes, as (owner, name, new function)."""
     from transformers.models.nemotron_h import modeling_nemotron_h as modeling
 
-    mixing, norm, feeding = modeling.NemotronHMamba2Mixer, modeling.NemotronHRMSNorm, modeling.NemotronHMLP
-    methods = ((mixing, mixer.mixer_forward, _mix_long), (norm, mixer.norm_forward, _as_it_is), (feeding, mixer.mlp_forward, _feed_long))
+    methods = (
+        (modeling.NemotronHMamba2Mixer, mixer.mixer_forward, _mix_long), (modeling.NemotronHRMSNorm, mixer.norm_forward, _feed_long),
+        (modeling.NemotronHMLP, mixer.mlp_forward, _feed_long), (modeling.NemotronHAttention, _theirs, _attend_long),
+    )  # fmt: skip
     return (
         (modeling, "mamba2_chunk_scan", _function(mixer.chunk_scan, modeling.mamba2_chunk_scan)),
         (modeling, "causal_conv1d_fn", _function(_convolve, modeling.causal_conv1d_fn, prepare=_as_kernels_take)),
         *((modeling, name, _function(inspect.unwrap(getattr(modeling, name)), getattr(modeling, name)))
           for name in ("causal_conv1d_update", "mamba2_split_conv1d_scan_combined", "mamba2_selective_state_update")),
-        *((owner, "forward", _method(ours, owner.forward, by_blocks)) for owner, ours, by_blocks in methods),
+        *((owner, "forward", _method(ours, owner.forward, in_parts)) for owner, ours, in_parts in methods),
     )  # fmt: skip
 
 
@@ -65,15 +67,15 @@ def _function(ours: Callable, theirs: Callable, prepare: Callable = lambda first
     return function
 
 
-def _method(ours: Callable, theirs: Callable, by_blocks: Callable) -> Callable:
-    """A module's forward, chosen by its input; ours may fall back on theirs, and theirs may go by blocks of tokens."""
+def _method(ours: Callable, theirs: Callable, in_parts: Callable) -> Callable:
+    """A module's forward, chosen by its input; ours may fall back on theirs, and theirs may go in parts."""
     theirs = getattr(theirs, "in_place_of", theirs)
 
     @functools.wraps(theirs)
     def forward(module, hidden_states, *args, **kwargs):
         if is_ours(hidden_states.device):
             return ours(module, hidden_states, *args, theirs=theirs, **kwargs)
-        return by_blocks(functools.partial(theirs, module), hidden_states, *args, **kwargs)
+        return in_parts(functools.partial(theirs, module), hidden_states, *args, **kwargs)
 
     forward.in_place_of = theirs
     return forward
@@ -102,15 +104,23 @@ def _as_kernels_take(x_BET: torch.Tensor, **named) -> tuple[torch.Tensor, dict]:
 
 def _mix_long(forward: Callable, hidden_states, cache_params=None, attention_mask=None, seq_idx=None, **kwargs):
     """A Mamba-2 mixer's forward, by blocks where the row is long and whole."""
-    if cache_params is None and attention_mask is None and token_blocks.goes_by_blocks(hidden_states):
+    if cache_params is None and attention_mask is None and token_blocks.goes_in_parts(hidden_states):
         return token_blocks.mix_by_blocks(functools.partial(forward, **kwargs), hidden_states, seq_idx)
     documents = {} if seq_idx is None else {"seq_idx": seq_idx}
     return forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **documents, **kwargs)
 
 
 def _feed_long(forward: Callable, x):
-    return token_blocks.feed_by_blocks(forward, x) if token_blocks.goes_by_blocks(x) else forward(x)
+    return token_blocks.feed_by_blocks(forward, x) if token_blocks.goes_in_parts(x) else forward(x)
 
 
-def _as_it_is(forward: Callable, *args, **kwargs):
-    return forward(*args, **kwargs)
+def _attend_long(forward: Callable, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+    """Attention's forward, by heads where the row is long and whole and nothing listens to its projections, as ZeRO-3 does."""
+    (module,) = forward.args
+    if past_key_values is None and token_blocks.goes_in_parts(hidden_states) and not any(map(mixer.is_heard, module.children())):
+        return token_blocks.attend_by_heads(module, hidden_states, attention_mask, **kwargs)
+    return forward(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
+
+
+def _theirs(module, *args, theirs: Callable, **kwargs):
+    return theirs(module, *args, **kwargs)

@@ -212,9 +212,14 @@ def mixer_forward(module, hidden_states, *, theirs: Callable, cache_params=None,
 
 def _plain(x, *modules) -> bool:
     """Whether these are nothing but products of float32 matrices, to whose inputs and outputs nothing listens (hooks)."""
-    heard = any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks for part in modules)
+    heard = any(map(is_heard, modules))
     linear = all(type(part) is nn.Linear and part.bias is None and part.weight.dtype == torch.float32 for part in modules)
     return linear and not heard and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+
+
+def is_heard(module: nn.Module) -> bool:
+    """Whether something listens to a module's inputs and outputs."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def chunk_scan(hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, initial_states=None, dt_softplus=False,
@@ -237,7 +242,6 @@ def norm_forward(module, hidden_states, *, theirs: Callable):
 def mlp_forward(module, x, *, theirs: Callable):
     """NemotronHMLP.forward; transformers' own where something listens to what lies between (hooks), and for anything but float32 without biases."""
     up, activation, down = module.up_proj, module.act_fn, module.down_proj
-    listened = activation._forward_hooks or activation._forward_pre_hooks or activation._backward_hooks or activation._backward_pre_hooks
-    if listened or not _plain(x, up, down) or module.config.mlp_hidden_act != "relu2":
+    if is_heard(activation) or not _plain(x, up, down) or module.config.mlp_hidden_act != "relu2":
         return theirs(module, x)
     return FeedForward.apply(*keeping(x.reshape(-1, x.shape[-1]), up.weight, down.weight)).view(*x.shape[:-1], -1)

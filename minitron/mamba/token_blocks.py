@@ -1,12 +1,12 @@
-"""Rows of hundreds of thousands of tokens through a Mamba-2 or FFN mixer, a block of tokens at a time.
+"""Rows of hundreds of thousands of tokens through a layer: norm, Mamba-2 and FFN a block of tokens at a time, attention a key-value head at a time.
 
-Between its projections a mixer holds several times what goes in: of 524,288 tokens the FFN of the 9B would hold 45 GiB in bf16, its Mamba-2 mixer 42.
-By blocks only the mixer's input and output are of the whole row. Where gradients flow each block is computed again in the backward pass, from its
-input and, in a Mamba-2 mixer, from what the block before handed on: the convolution's last inputs and the scan's state.
+Between its projections a mixer holds several times what goes in: of 524,288 tokens the FFN of the 9B would hold 45 GiB in bf16, its Mamba-2 mixer 42, its
+attention 12 and 32 more in its backward pass. In parts only the mixer's input and output are of the whole row. Where gradients flow each part is computed
+again in the backward pass, from its input and, in a Mamba-2 mixer, from what the block before handed on: the convolution's last inputs and the scan's state.
 
 The kernels take that state as transformers hands it to them in generation: through a cache, which here keeps gradients.
 
-Letters: B batch, T tokens, t tokens of a block, D hidden, E channels of the convolution, K its kernel.
+Letters: B batch, T tokens, t tokens of a block, D hidden, E channels of the convolution, K its kernel, R query heads of a key-value head, H head dim.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-BLOCK_TOKENS = 65_536  # longer rows go by blocks: large enough that a GPU does not wait for launches, a multiple of every scan's chunk
+LONG_TOKENS = 65_536  # longer rows go in parts
+BLOCK_TOKENS = 32_768  # large enough that a GPU does not wait for launches, a multiple of every scan's chunk
 
 
-def goes_by_blocks(hidden_BTD: torch.Tensor, block_tokens: int | None = None) -> bool:
-    """Whether a row is longer than a block."""
-    return hidden_BTD.ndim == 3 and hidden_BTD.shape[1] > (block_tokens or BLOCK_TOKENS)
+def goes_in_parts(hidden_BTD: torch.Tensor) -> bool:
+    """Whether a row is long."""
+    return hidden_BTD.ndim == 3 and hidden_BTD.shape[1] > LONG_TOKENS
 
 
 def feed_by_blocks(function: Callable[[torch.Tensor], torch.Tensor], hidden_BTD: torch.Tensor, block_tokens: int | None = None) -> torch.Tensor:
@@ -51,6 +52,27 @@ def mix_by_blocks(function: Callable[..., torch.Tensor], hidden_BTD: torch.Tenso
         outputs.append(output)
         first += part_BtD.shape[1]
     return torch.cat(outputs, dim=1)
+
+
+def attend_by_heads(module, hidden_BTD: torch.Tensor, attention_mask: torch.Tensor | None, **settings) -> tuple[torch.Tensor, None]:
+    """NemotronHAttention.forward [B, T, D], summed up in float32 over the key-value heads, each with its query heads; no weights are given."""
+    from transformers.models.nemotron_h import modeling_nemotron_h as modeling
+
+    attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, modeling.eager_attention_forward)
+    heads, dim = module.num_key_value_groups, module.head_dim
+
+    def one(hidden_BTD, number):
+        queries, keys = slice(number * heads * dim, (number + 1) * heads * dim), slice(number * dim, (number + 1) * dim)
+        projected = (F.linear(hidden_BTD, matrix.weight[rows])
+                     for matrix, rows in ((module.q_proj, queries), (module.k_proj, keys), (module.v_proj, keys)))  # fmt: skip
+        states = (rows_BTd.unflatten(2, (-1, dim)).transpose(1, 2) for rows_BTd in projected)
+        found, _ = attend(module, *states, attention_mask, dropout=0.0, scaling=module.scaling, **settings)
+        return F.linear(found.flatten(2), module.o_proj.weight[:, queries])
+
+    total_BTD = torch.zeros(hidden_BTD.shape, device=hidden_BTD.device)
+    for number in range(module.config.num_key_value_heads):
+        total_BTD += _again(one, hidden_BTD, number)
+    return total_BTD.to(torch.get_autocast_dtype(hidden_BTD.device.type) if torch.is_autocast_enabled(hidden_BTD.device.type) else hidden_BTD.dtype), None
 
 
 class BlockCache:
@@ -87,6 +109,11 @@ def _again(function: Callable, *arguments):
     if not torch.is_grad_enabled():
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def largest_block(tokens: int) -> int:
+    """Tokens of the longest block of a long row."""
+    return max(_sizes(tokens, BLOCK_TOKENS))
 
 
 def _sizes(tokens: int, block_tokens: int) -> list[int]:

@@ -3,16 +3,18 @@
 A micro-step has three such moments: the teacher at work on its largest layer; the loss, with everything kept for the backward pass; and a layer's own
 backward pass, with what the layers before it have kept. Counted are the tensors of transformers' NemotronH as autograd keeps them and as autocast casts
 them, and mamba-ssm's (mamba/kernel_memory.py). Left out: some 70 bytes a token of vectors in the loss, masks, and what torch's products take for themselves.
+Rows longer than LONG_TOKENS go through their layers in parts (mamba/token_blocks.py): of_long.
 
 D hidden, F ffn, V vocabulary; of attention Q query heads, K key-value heads, H head dim; of Mamba-2 W outputs of in_proj.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distill.chunked_loss import chunk_tokens
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import layer_parameters
 from minitron.checkpoints.forward_memory import layer_bytes, score_bytes
+from minitron.mamba import token_blocks
 from minitron.mamba.kernel_memory import ScanMemory
 from minitron.settings.training import Precision, TrainSettings
 
@@ -45,6 +47,12 @@ class MicroStep:
     tokens: int
     teacher_width: int
     casts: bool
+    by_heads: bool = True  # whether attention to a long row goes a key-value head at a time: not under ZeRO-3, which listens to its projections
+
+    @property
+    def is_long(self) -> bool:
+        """Whether rows go through the layers in parts."""
+        return self.tokens > token_blocks.LONG_TOKENS
 
     @property
     def largest(self) -> Moment:
@@ -77,12 +85,14 @@ class MicroStep:
         chunk = min(self._all_tokens, chunk_tokens(student.vocab, on_cpu=False)) * student.vocab
         matrix = (FLOAT32 + (BF16 if self.casts and self.width == BF16 else 0)) * student.vocab * student.hidden
         loss = self._all_tokens * per_token + FLOAT32 * (4 if self.teacher_width else 3) * chunk + matrix
-        last_norm = 2 * FLOAT32 * student.hidden * self._all_tokens
+        last_norm = self.stream_bytes if self.is_long else 2 * FLOAT32 * student.hidden * self._all_tokens
         return Moment(activations=sum(map(self._held, range(student.num_layers))) + last_norm, loss=loss)
 
     def of_backward(self, layer: int) -> Moment:
         """The backward pass of one layer: what the layers up to it keep, itself as a whole, the residual's gradient, and its own gradients."""
         held, letter = sum(map(self._held, range(layer))), self.student.pattern[layer]
+        if self.is_long:
+            return Moment(activations=held, layer=self._long(layer))
         inputs = (2 if self.train.gradient_checkpointing == "host" else 1) if self._again(layer) else 0  # host: the next layer's is on its way back
         shared = 1 if inputs and (self.casts or self.width == FLOAT32) else 0  # the norm keeps its input itself where that is float32
         return Moment(activations=held, layer=self._kept(letter) + (inputs - shared + 1) * self.stream_bytes + self._gradients(letter))
@@ -98,8 +108,42 @@ class MicroStep:
     def _held(self, layer: int) -> int:
         """What a layer keeps between its forward and its backward pass."""
         if not self._again(layer):
-            return self._kept(self.student.pattern[layer])
+            return 2 * self.stream_bytes if self.is_long else self._kept(self.student.pattern[layer])
         return 0 if self.train.gradient_checkpointing == "host" else self.stream_bytes
+
+    def _long(self, layer: int) -> int:
+        """A long row's layer in its backward pass: its input (from the host with the next one's), the residual's gradient, the normed input and what it takes
+        to make gradients of that: those of the parts done, beside the part at work, or once more when they are joined; the norm's own come after.
+        """
+        letter, stream = self.student.pattern[layer], self.stream_bytes
+        inputs = (2 if self.train.gradient_checkpointing == "host" else 1) if self._again(layer) else 0
+        output = self._all_tokens * self.student.hidden * self.width if self.casts and self.width == BF16 else 0  # the mixer's, in what autocast casts to
+        if letter == "*":
+            heads = self.student.num_key_value_heads if self.by_heads else 1
+            part = (self._mixer_kept(letter) + self._gradients(letter)) // heads + self._products(letter)
+        else:
+            block = replace(self, tokens=token_blocks.largest_block(self.tokens))
+            part = block._block_kept(letter) + block._block_gradients(letter) + block._products(letter) - block.stream_bytes
+        return (inputs + 2) * stream + output + max(stream + part, 2 * stream)
+
+    def _products(self, letter: str) -> int:
+        """What autocast casts for a mixer's products: its input once, or for each of attention's three, and its matrices."""
+        if not (self.casts and self.width == BF16):
+            return 0
+        matrices = BF16 * sum(copies * out * into for copies, out, into in layer_parameters(self.student, letter).matrices)
+        return self._all_tokens * (3 if letter == "*" else 1) * self.width * self.student.hidden + matrices
+
+    def _block_kept(self, letter: str) -> int:
+        """Of a block: a Mamba-2 mixer as transformers computes it with a cache, convolution and scan by kernels, the gated norm in float32 by torch."""
+        if letter == "-":
+            return self._mixer_kept(letter)
+        student, width = self.student, self.width
+        convolved = 2 * student.mamba_conv_channels
+        norm = 4 * FLOAT32 + 2 * width  # scan and gate, its silu and their product; normed, and as out_proj takes it
+        return self._all_tokens * (width * (self._mamba_outputs + convolved + student.mamba_inner) + norm * student.mamba_inner)
+
+    def _block_gradients(self, letter: str) -> int:
+        return self._gradients(letter) if letter == "-" else self._all_tokens * 4 * FLOAT32 * self.student.mamba_inner
 
     def _kept(self, letter: str) -> int:
         """What a layer keeps that is not computed again: its norm's input and normed output in float32, the mixer's input once for every product of it, and

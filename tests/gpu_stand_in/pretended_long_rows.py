@@ -69,7 +69,8 @@ def main() -> None:
             peak, whole[pattern] = measured(pattern, way)
             found[title][len(pattern)] = peak, hashlib.sha256(whole[pattern].numpy().tobytes()).hexdigest()
     whole["packed"] = measured(PATTERNS[0], "host", packed=True)[1]
-    token_blocks.BLOCK_TOKENS, found["by blocks"] = BLOCK, {}
+    token_blocks.LONG_TOKENS = token_blocks.BLOCK_TOKENS = BLOCK
+    found["by blocks"] = {}
     for pattern in PATTERNS:
         peak, gradients = measured(pattern, "host")
         of_packed = measured(pattern, "host", packed=True)[1] if pattern == PATTERNS[0] else whole["packed"]

@@ -31,10 +31,11 @@ class Training:
     precision: str
     keys: int = 2
     every: int = 1
+    long: bool = False
 
     @property
     def title(self) -> str:
-        every = f", every {self.every}" if self.every > 1 else ""
+        every = (f", every {self.every}" if self.every > 1 else "") + ", in parts" * self.long
         return f"{self.pattern} {self.precision} {self.keys} key-value heads, checkpointing {self.way}{every}"
 
 
@@ -44,6 +45,7 @@ TRAININGS = [
     *(Training(pattern, way, "bf16") for pattern in ("MMM", "---", "***") for way in (False, "host")),
     Training("M-*M-", False, "float32"),
     Training("M-*M-", True, "bf16", every=2),
+    *(Training(pattern, way, "bf16", long=True) for pattern in ("MMM", "---", "***", "M-*M-") for way in (True, "host")),
 ]
 
 
@@ -65,17 +67,22 @@ def trained(case: Training) -> dict:
     from distill.objectives import distillation_loss
     from memory_budget.hf_config import architecture_from_config
     from minitron.families.nemotron_h import FAMILY
+    from minitron.mamba import token_blocks
     from minitron.settings.training import Precision, TrainSettings
     from minitron.training.memory import training_memory
     from minitron.training.steps import train_plan
 
+    token_blocks.LONG_TOKENS, token_blocks.BLOCK_TOKENS = (512, 256) if case.long else (65_536, 32_768)
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-    configs = (model_config(case.pattern, 64, 192, 8, VOCABULARY, torch.float32, keys=case.keys),
-               model_config(case.pattern, 96, 256, 16, VOCABULARY, dtype, keys=case.keys))  # fmt: skip
+    configs = [model_config(case.pattern, 64, 192, 8, VOCABULARY, torch.float32, keys=case.keys),
+               model_config(case.pattern, 96, 256, 16, VOCABULARY, dtype, keys=case.keys)]  # fmt: skip
+    if case.long:  # wide layers, so that they are most of what a micro-step holds
+        configs[0] |= {"intermediate_size": 768, "mamba_num_heads": 32, "head_dim": 128}
     student, teacher = FAMILY.build(configs[0]).to(DEVICE), FAMILY.build(configs[1]).to(dtype).to(DEVICE)
     train = TrainSettings(batch=2 * ROWS, micro_batch=ROWS, precision=Precision[case.precision], gradient_checkpointing=case.way, checkpoint_every=case.every)
     engine, loss = open_engine(Launch(), student.train(), train_plan(train)), distillation_loss(teacher)
-    rows = torch.randint(VOCABULARY, (ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
+    tokens = 2 * TOKENS if case.long else TOKENS
+    rows = torch.randint(VOCABULARY, (ROWS, tokens), generator=torch.Generator().manual_seed(1))
     for _ in range(2):
         for last in (False, True):
             fixed = ALLOCATOR.allocated
@@ -84,7 +91,7 @@ def trained(case: Training) -> dict:
                 engine.backward(engine.measure(loss, rows)["loss"])
             peak = ALLOCATOR.peak
         engine.update(1e-3)
-    plan = training_memory(*map(architecture_from_config, configs), train, Launch(), sequence_length=TOKENS, teacher_bytes_per_number=dtype.itemsize,
+    plan = training_memory(*map(architecture_from_config, configs), train, Launch(), sequence_length=tokens, teacher_bytes_per_number=dtype.itemsize,
                            on_gpu=True)  # fmt: skip
     parts = asdict(plan)
     return {"parts": parts, "planned_fixed": sum(parts[name] for name in FIXED), "fixed": fixed, "peak": peak}

@@ -169,6 +169,7 @@ def blocks_of_eight(monkeypatch):
         first, kwargs = dispatch._as_kernels_take(first, **kwargs)
         return convolve(first, *args, **kwargs)
 
+    monkeypatch.setattr(token_blocks, "LONG_TOKENS", 8)
     monkeypatch.setattr(token_blocks, "BLOCK_TOKENS", 8)
     monkeypatch.setattr(modeling, "causal_conv1d_fn", prepared)
     monkeypatch.setattr(modeling.NemotronHMamba2Mixer, "forward", by_blocks(modeling.NemotronHMamba2Mixer.forward, dispatch._mix_long))
