@@ -250,6 +250,15 @@ def test_a_batch_of_scoring_seldom_waits(walk_of, run_pretended, tmp_path):
     assert more_waits(*ended, times=8, what="a batch of scoring") <= SYNCS_PER_SCORING_BATCH
 
 
+def test_more_processes_than_gpus_are_refused_before_any_work(environment, tmp_path):
+    """The first of two, as accelerate starts them, on a machine of one GPU."""
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}
+    command = [sys.executable, str(HERE / "pretended_run.py"), "runs_folder=runs", "stage=data"]
+    finished = subprocess.run(command, env=environment | launched, cwd=tmp_path, text=True, capture_output=True, timeout=120)
+    told = "error: num_processes puts 2 processes on this machine, where torch sees 1 GPU; it must be at most one a GPU, or device=cpu\n"
+    assert (finished.returncode, finished.stderr, finished.stdout) == (2, told, "") and not (tmp_path / "runs").exists()
+
+
 @stand_in
 def test_the_pretended_device_is_as_strict_as_a_real_one(environment, tmp_path):
     finished = subprocess.run([sys.executable, str(HERE / "pretended_checks.py")], env=environment, cwd=tmp_path, text=True, capture_output=True)
