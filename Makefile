@@ -7,7 +7,7 @@ STAND_IN_VENV := .venv-gpu-stand-in
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install install-cuda demo tiny-teacher house test test-slow gpu-check gpu-stand-in vllm-check clean
+.PHONY: install install-cuda demo tiny-teacher house test test-slow gpu-check gpu-stand-in gpu-stand-in-kernels gpu-stand-in-walks vllm-check clean
 .PHONY: gpu-carry gpu-carried-site gpu-carried-tests gpu-carried-rows gpu-check-carried
 .DELETE_ON_ERROR:
 
@@ -109,9 +109,14 @@ $(STAND_IN_VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 # What a first GPU run would trip over, looked for without one: mamba-ssm's kernels in Triton's interpreter against the scan in plain torch, then
-# walks on a pretended CUDA device. Under 15 minutes on two cores.
+# walks and memory plans on a pretended CUDA device, at the same time, a core each. Under 15 minutes on two cores.
 gpu-stand-in: $(STAND_IN_VENV)/installed
+	$(MAKE) --jobs=2 gpu-stand-in-kernels gpu-stand-in-walks
+
+gpu-stand-in-kernels: $(STAND_IN_VENV)/installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 GPU_STAND_IN=1 $(STAND_IN_VENV)/bin/python -m pytest -q tests/gpu_stand_in/test_kernels.py $(PYTEST_ARGS)
+
+gpu-stand-in-walks: $(STAND_IN_VENV)/installed
 	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(STAND_IN_VENV)/bin/python -m pytest -q -s tests/gpu_stand_in/test_pretended.py tests/gpu_stand_in/test_pretended_plans.py $(PYTEST_ARGS)
 
 # vLLM for CPUs in an environment of its own, beside the same torch; what comes along and is built for another one goes.

@@ -45,7 +45,9 @@ def run_pipeline(settings: Settings, console: Console) -> None:
 
 
 def check_before_work(settings: Settings) -> None:
-    """Everything that the stages to run refuse from settings and config.json alone, the one that was asked for first. Raises ValueError."""
+    """Everything that the stages to run refuse from settings and config.json alone, the one that was asked for first, and what was launched otherwise than
+    this machine is made. Raises ValueError."""
+    processes.check_this_launch(settings.device)
     asked = stages().get(settings.stage.value)
     needed = [] if isinstance(asked, UsingStage) else order_of(settings)
     for stage in [asked] * (asked is not None) + [stages()[name] for name in needed if stages()[name] is not asked]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from pretended_cuda import ALLOCATOR, CUDA, SYNCS, Pretended
+from pretended_cuda import ALLOCATOR, CUDA, SYNCS, KernelMemory, Pretended, on_cpu
 from pretended_torch import install
 
 
@@ -154,6 +154,32 @@ def check_the_packages_compute_what_transformers_does_without_them() -> None:
     model.cuda()
     for found, wanted in zip(outputs(ids.cuda()), expected, strict=True):
         assert (found - wanted).norm() <= 1e-4 * wanted.norm(), (found - wanted).norm() / wanted.norm()
+
+
+def check_autocast_casts_products_down_and_powers_up_also_when_a_layer_is_computed_again() -> None:
+    layer, rows, seen = torch.nn.Linear(4, 4, bias=False).cuda(), torch.ones(2, 4, device="cuda", requires_grad=True), []
+
+    def called(rows):
+        product = layer(rows)
+        seen.append(product.dtype)
+        return product.square()
+
+    called(rows)
+    with torch.autocast("cuda", torch.bfloat16):
+        result = torch.utils.checkpoint.checkpoint(called, rows, use_reentrant=False)
+    result.sum().backward()
+    assert seen == [torch.float32, torch.bfloat16, torch.bfloat16] and result.dtype == layer.weight.grad.dtype == torch.float32
+
+
+def check_what_a_kernel_takes_is_counted_while_it_runs_and_what_it_keeps_until_its_backward_pass_is_through() -> None:
+    rows = torch.ones(1024, device="cuda", requires_grad=True)
+    before = ALLOCATOR.allocated
+    ALLOCATOR.reset_peak()
+    result = on_cpu(lambda rows: rows * 2, rows, memory=KernelMemory(keeps=2**20, forward=2**24, backward=2**25))
+    assert ALLOCATOR.peak - before == 4096 + 2**20 + 2**24 and ALLOCATOR.allocated - before == 4096 + 2**20
+    ALLOCATOR.reset_peak()
+    result.backward(torch.ones_like(result))
+    assert 2**25 + 2**20 <= ALLOCATOR.peak - before < 2**25 + 2**20 + 2**15 and ALLOCATOR.allocated - before < 2**15
 
 
 def main() -> None:

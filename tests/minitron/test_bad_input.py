@@ -6,11 +6,14 @@ import shutil
 import struct
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+
+from minitron.machine.processes import check_launch
 
 
 @pytest.fixture
@@ -34,10 +37,26 @@ def test_a_command_that_is_right_is_not_refused(door, tmp_path, small_settings):
     assert (finished.returncode, finished.stderr) == (0, "")
 
 
+def test_processes_for_gpus_are_refused_where_there_are_none(door_of_two, done_folders, tmp_path, small_settings):
+    """conf/accelerate/fsdp2.yaml on a machine without GPUs; with device=cpu or auto the same launch trains in test_distill_stage.py."""
+    finished = door_of_two("fsdp2", tmp_path, "runs_folder=runs", *small_settings, "device=cuda")
+    assert finished.returncode == 2 and "Traceback" not in finished.stderr + finished.stdout
+    said = "error: device is cuda, but torch sees no GPU here, and num_processes puts 2 processes on this machine, each of which needs one for NCCL; it must be"
+    assert len(finished.error_lines) == 2 and all(line.startswith(said) for line in finished.error_lines)  # one of each process
+    assert done_folders(tmp_path / "runs") == set()
+
+
+@pytest.mark.parametrize(("device", "processes", "gpus", "refused"), [("auto", 4, 2, True), ("cuda", 2, 1, True), ("cuda", 2, 0, True), ("auto", 2, 2, False),
+                                                                      ("cpu", 4, 2, False), ("cpu", 2, 0, False), ("auto", 2, 0, False), ("auto", 1, 0, False)])  # fmt: skip
+def test_more_processes_than_gpus_are_refused(device, processes, gpus, refused):
+    with pytest.raises(ValueError, match=r"num_processes puts \d processes on this machine") if refused else nullcontext():
+        check_launch(device, processes_here=processes, gpus_here=gpus)
+
+
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("stage=bogus", "stage: Invalid value 'bogus', expected one of [base, data, distill, distill_cache, distill_whole, evaluate, export, "),
+        ("stage=bogus", "stage: Invalid value 'bogus', expected one of [against_slice, base, data, distill, distill_cache, distill_whole, evaluate, export, "),
         ("foo=1", "foo is no setting"),
         ("distill.train.learning_rat=1", "distill.train.learning_rat is no setting"),
         ("data.vocab=many", "data.vocab: Value 'many'"),
