@@ -47,7 +47,8 @@ def test_processes_for_gpus_are_refused_where_there_are_none(door_of_two, done_f
 
 
 @pytest.mark.parametrize(("device", "processes", "gpus", "refused"), [("auto", 4, 2, True), ("cuda", 2, 1, True), ("cuda", 2, 0, True), ("auto", 2, 2, False),
-                                                                      ("cpu", 4, 2, False), ("cpu", 2, 0, False), ("auto", 2, 0, False), ("auto", 1, 0, False)])  # fmt: skip
+                                                                      ("cpu", 4, 2, False), ("cpu", 2, 0, False), ("auto", 2, 0, False),
+                                                                      ("auto", 1, 0, False)])  # fmt: skip
 def test_more_processes_than_gpus_are_refused(device, processes, gpus, refused):
     with pytest.raises(ValueError, match=r"num_processes puts \d processes on this machine") if refused else nullcontext():
         check_launch(device, processes_here=processes, gpus_here=gpus)
