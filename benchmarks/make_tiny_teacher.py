@@ -7,6 +7,7 @@ Run: make tiny-teacher   (two hours of one thread; interrupted, it goes on where
 import argparse
 import json
 import platform
+import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -84,17 +85,21 @@ def main() -> int:
     teacher, data = found["teacher"], found["data"]
     records = [json.loads(line) for line in (teacher.folder / "metrics.jsonl").read_text().splitlines()]
     last = records[-1]
-    convert_checkpoint(teacher.model_folder, options.out, dtype="BF16", lines=card_lines(last["tokens"]))
+    made = options.out.with_name(f"{options.out.name}.partial")
+    shutil.rmtree(made, ignore_errors=True)
+    convert_checkpoint(teacher.model_folder, made, dtype="BF16", lines=card_lines(last["tokens"]))
     training = {
-        "digest": digest_of(options.out), "tokens": last["tokens"], "steps": last["total_steps"], "seconds": round(last["seconds"]),
+        "digest": digest_of(made), "tokens": last["tokens"], "steps": last["total_steps"], "seconds": round(last["seconds"]),
         "machine": f"{torch.get_num_threads()} thread, {torch.backends.cpu.get_cpu_capability()}", "torch": torch.__version__,
         "text": {"python": platform.python_version(), "fingerprint": text_fingerprint(), "train_tokens": data.facts["train_tokens"]},
         "settings": {"data": key_settings(settings.data), "tiny": key_settings(settings.teacher.tiny), "train": key_settings(settings.teacher.train),
                      "seed": settings.seed},
-        **measured(options.out, np.load(data.folder / "heldout.npy", mmap_mode="r")),
+        **measured(made, np.load(data.folder / "heldout.npy", mmap_mode="r")),
         "curve": curve_of(records),
     }  # fmt: skip
-    write_json(options.out / TRAINING_FILE, training)
+    write_json(made / TRAINING_FILE, training)
+    shutil.rmtree(options.out, ignore_errors=True)
+    made.rename(options.out)
     print(json.dumps({"benchmark": "make_tiny_teacher"} | {name: training[name] for name in ("digest", "tokens", "seconds", "held_out", "needle")}))
     return 0
 
