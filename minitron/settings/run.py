@@ -87,8 +87,6 @@ class TeacherSettings:
 
     def __post_init__(self) -> None:
         self.train.check("teacher.train")
-        if self.path is not None and self.train_anew:
-            raise ValueError(f"teacher.path is {self.path!r} and teacher.train_anew true; the tiny teacher is trained only where no path is given")
         at_least(self, "teacher", 1, "held_out_every")
 
 

@@ -57,7 +57,7 @@ def test_more_processes_than_gpus_are_refused(device, processes, gpus, refused):
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("stage=bogus", "stage: Invalid value 'bogus', expected one of [against_slice, base, data, distill, distill_cache, distill_whole, evaluate, export, "),
+        ("stage=bogus", "stage: Invalid value 'bogus', expected one of [against_slice, base, data, distill, distill_cache, distill_slice, distill_whole, "),
         ("foo=1", "foo is no setting"),
         ("distill.train.learning_rat=1", "distill.train.learning_rat is no setting"),
         ("data.vocab=many", "data.vocab: Value 'many'"),
