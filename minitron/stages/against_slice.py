@@ -1,4 +1,4 @@
-"""The student held against the plain slice of its architecture after the same tokens, on the rows that grade both (prune.against_slice)."""
+"""The student held against the plain slice of its architecture after the same tokens (prune.against_slice)."""
 
 from typing import Any
 

@@ -135,7 +135,7 @@ def test_conversations_serve_the_tiny_teacher_too(door, tmp_path):
     chat = [{"messages": [{"role": role, "content": content.format(number)} for role, content in said]} for number in range(300)]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chat))
     finished = door(tmp_path, "device=cpu", "stage=data", "data.files=[chat.jsonl]", "data.messages_field=messages", "data.rows=documents",
-                    "data.sequence_length=64", "data.vocab=300")  # fmt: skip
+                    "data.sequence_length=64", "data.vocab=300", "teacher.train_anew=true")  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     (folder,) = (path.parent for path in (tmp_path / "runs" / "store" / "data").glob("*/done.json"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")

@@ -53,7 +53,7 @@ WIDTH_CURVES = {"hidden": {"0": [1.0, 0.5, 0.2]}, "ffn": {"1": [1.0, 0.3, 0.0]}}
 
 def small_settings(folder: Path, tiny: Architecture) -> Settings:
     sizes = {field.name: getattr(tiny, field.name) for field in fields(TinyTeacherSettings)}
-    made = Settings(runs_folder=str(folder / "runs"), run_name="small", teacher=TeacherSettings(tiny=TinyTeacherSettings(**sizes)))
+    made = Settings(runs_folder=str(folder / "runs"), run_name="small", teacher=TeacherSettings(tiny=TinyTeacherSettings(**sizes), train_anew=True))
     made.data.vocab = 300
     made.budget = BudgetSettings(name="small-device", device_gib=0.00012, cushion_fraction=0.0)
     made.workload = WorkloadSettings(context_tokens=256)

@@ -191,10 +191,10 @@ def search_of(**values) -> SearchSettings:
 
 
 def test_the_shortlist_knows_of_the_cut_only_where_it_ranks_by_it(tiny):
-    sizes = TeacherSettings(tiny=TinyTeacherSettings(**{field.name: getattr(tiny, field.name) for field in fields(TinyTeacherSettings)}))
+    sizes = TinyTeacherSettings(**{field.name: getattr(tiny, field.name) for field in fields(TinyTeacherSettings)})
 
     def key(search: SearchSettings | None = None, **values) -> dict:
-        return stages()["shortlist"].what(Settings(teacher=sizes, search=search or search_of(), prune=PruneSettings(**values)))
+        return stages()["shortlist"].what(Settings(teacher=TeacherSettings(tiny=sizes, train_anew=True), search=search or search_of(), prune=PruneSettings(**values)))
 
     compensated = {"method": PruneMethod.compensated}
     plain = key()

@@ -70,7 +70,7 @@ def test_every_stage_is_of_one_of_two_kinds_and_needs_stages_that_there_are():
 
 def test_a_walk_runs_what_a_stage_needs_before_it():
     order = order_of(Settings(stage=Stage.all))
-    assert order[0] == "data" and order[-1] == "evaluate" and "merge" not in order
+    assert order[0] == "teacher" and order[-1] == "evaluate" and "merge" not in order
     for place, name in enumerate(order):
         assert set(stages()[name].needs(Settings())) <= set(order[:place])
 

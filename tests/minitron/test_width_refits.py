@@ -149,8 +149,8 @@ def test_every_width_of_one_factor_is_the_fit_of_its_own_sums():
 
 
 def key(tiny, search: SearchSettings, **values) -> dict:
-    sizes = TeacherSettings(tiny=TinyTeacherSettings(**{field.name: getattr(tiny, field.name) for field in fields(TinyTeacherSettings)}))
-    return stages()["shortlist"].what(Settings(teacher=sizes, search=search, prune=PruneSettings(**values)))
+    sizes = TinyTeacherSettings(**{field.name: getattr(tiny, field.name) for field in fields(TinyTeacherSettings)})
+    return stages()["shortlist"].what(Settings(teacher=TeacherSettings(tiny=sizes, train_anew=True), search=search, prune=PruneSettings(**values)))
 
 
 @pytest.mark.parametrize(("axis", "low"), [("ffn", 20), ("mamba_heads", 4), ("mamba_channels", 2), ("attention_heads", 2)])
