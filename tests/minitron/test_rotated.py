@@ -194,7 +194,8 @@ def test_the_shortlist_knows_of_the_cut_only_where_it_ranks_by_it(tiny):
     sizes = TinyTeacherSettings(**{field.name: getattr(tiny, field.name) for field in fields(TinyTeacherSettings)})
 
     def key(search: SearchSettings | None = None, **values) -> dict:
-        return stages()["shortlist"].what(Settings(teacher=TeacherSettings(tiny=sizes, train_anew=True), search=search or search_of(), prune=PruneSettings(**values)))
+        teacher = TeacherSettings(tiny=sizes, train_anew=True)
+        return stages()["shortlist"].what(Settings(teacher=teacher, search=search or search_of(), prune=PruneSettings(**values)))
 
     compensated = {"method": PruneMethod.compensated}
     plain = key()
