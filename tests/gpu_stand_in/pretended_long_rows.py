@@ -12,7 +12,7 @@ import torch
 from pretended_cuda import ALLOCATOR
 from pretended_torch import install
 
-TOKENS, HIDDEN, VOCABULARY, FFN = 2048, 32, 64, 256
+TOKENS, HIDDEN, VOCABULARY, FFN = 2048, 32, 64, 64
 BLOCK, STARTS = 256, (300, 512, 515, 1900)  # tokens of a block, and where the row's documents but the first begin
 WAYS = ((False, "all kept"), (True, "inputs on the device"), ("host", "inputs in main memory"))
 PATTERNS = ("M-" * 2, "M-" * 6, "M-" * 12)
