@@ -1,20 +1,24 @@
 """Architecture: the sizes and the pattern of a model, without weights.
 
 Legend of pattern letters: M Mamba-2 · * attention · - FFN · E mixture of experts (MoE) FFN.
-A transformer block of Llama's kind is two letters, `*-`, since each half has a norm of its own.
+A letter is a sublayer: a norm and a mixer whose output is added to the residual stream. A layer, what config.json's
+num_hidden_layers counts, is one sublayer in NemotronH and Mamba-2, and two, `*-`, in a transformer block of Llama's kind.
 
 Sizes may be numpy arrays instead of int where the search evaluates many architectures of one pattern
 at once: the formulas of this package are plain arithmetic and pass them through.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 LAYER_KINDS = {"M": "mamba", "*": "attention", "-": "ffn", "E": "moe"}
+BLOCK = "*-"
+BLOCK_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers are such blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """Sizes of one model; depth is len(pattern), everything else derivable is a property."""
+    """Sizes of one model; the pattern has a letter for every sublayer, everything else derivable is a property."""
 
     model_type: str
     pattern: str
@@ -48,12 +52,37 @@ class Architecture:
     moe_latent: int = 0
 
     def num_layers_of(self, kind: str) -> int:
-        """Number of layers of one kind, by its letter."""
+        """Number of sublayers of one kind, by its letter."""
         return self.pattern.count(kind)
 
     @property
-    def num_layers(self) -> int:
+    def num_sublayers(self) -> int:
         return len(self.pattern)
+
+    @property
+    def sublayers_per_layer(self) -> int:
+        return len(BLOCK) if self.model_type in BLOCK_TYPES else 1
+
+    @property
+    def num_layers(self) -> int:
+        """Depth, as config.json's num_hidden_layers counts it."""
+        return len(self.pattern) // self.sublayers_per_layer
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The letters of every layer: one each, or those of a block."""
+        per_layer = self.sublayers_per_layer
+        return tuple(self.pattern[first : first + per_layer] for first in range(0, len(self.pattern), per_layer))
+
+    def sublayers_of(self, layers: Iterable[int]) -> tuple[int, ...]:
+        """The sublayers, by number, that layers consist of."""
+        per_layer = self.sublayers_per_layer
+        return tuple(per_layer * layer + part for layer in layers for part in range(per_layer))
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the output projection is a matrix of its own."""
+        return not self.tied_embeddings
 
     @property
     def mamba_inner(self) -> int:
@@ -77,6 +106,8 @@ def check_architecture(architecture: Architecture) -> None:
             f"pattern {architecture.pattern!r} must be a string of layer letters M (Mamba-2), * (attention), - (FFN), E (MoE)"
             + (f"; unknown: {' '.join(unknown)}" if unknown else "; it is empty")
         )
+    if architecture.model_type in BLOCK_TYPES and set(architecture.layer_kinds) != {BLOCK}:
+        raise ValueError(f"pattern {architecture.pattern!r} must be blocks of attention and FFN, {BLOCK}, for {architecture.model_type}")
     needed = {"hidden": True, "vocab": True, "ffn": "-" in architecture.pattern, **_needed_by_kind(architecture)}
     for name, is_needed in needed.items():
         if is_needed and getattr(architecture, name) < 1:

@@ -33,7 +33,7 @@ class LayerParameters:
 def count_parameters(architecture: Architecture, *, active_only: bool = False) -> dict[str, int]:
     """Parameters by kind: embedding, head, mamba, attention, ffn, moe, norm.
 
-    norm holds the norm in front of every layer and the final one, (layers + 1)·D. Norms inside a mixer (Mamba's gated
+    norm holds the norm in front of every sublayer and the final one, (sublayers + 1)·D. Norms inside a mixer (Mamba's gated
     norm, attention's q and k norms) count with their mixer. A tied head counts 0. With active_only, of the routed
     experts only those that one token passes through count.
     """
@@ -44,7 +44,7 @@ def count_parameters(architecture: Architecture, *, active_only: bool = False) -
     for letter, kind in LAYER_KINDS.items():
         layer = layer_parameters(architecture, letter, active_only=active_only)
         counts[kind] = architecture.num_layers_of(letter) * layer.total
-    counts["norm"] = (architecture.num_layers + 1) * architecture.hidden
+    counts["norm"] = (architecture.num_sublayers + 1) * architecture.hidden
     return counts
 
 

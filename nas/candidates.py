@@ -12,7 +12,9 @@ from memory_budget.parameters import count_total_parameters
 from memory_budget.units import format_gib
 from memory_budget.workload import Workload
 from nas.filters import Filters, nothing_passes
-from nas.space import WIDTHS, SearchSpace
+from nas.axes import WIDTHS, identifier
+from nas.depth import spelled
+from nas.space import SearchSpace
 from nas.throughput import Serving, tokens_per_second
 
 BLOCK_POINTS = 2**16  # architectures evaluated at once: half a MiB an array, which stays in a core's cache
@@ -24,7 +26,7 @@ Widths = dict[str, tuple[int, ...]]
 class Candidates:
     """Architectures as columns of one length; row i has depth `num_layers[i]` and the widths of the other columns.
 
-    The last two columns are the teacher's value in every row when left out.
+    The last columns are the teacher's value in every row when left out.
     """
 
     teacher: Architecture
@@ -37,6 +39,7 @@ class Candidates:
     total_bytes: np.ndarray
     mamba_head_dim: np.ndarray | None = None
     num_attention_heads: np.ndarray | None = None
+    num_key_value_heads: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name in WIDTHS:
@@ -59,12 +62,8 @@ class Candidates:
         return replace(self.teacher, pattern=self.pattern(int(self.num_layers[row])), **widths)
 
     def identifier(self, row: int) -> str:
-        """Names a candidate by its sizes, e.g. L56-H4480-F15680-M128; -P64 and -A32 only where channels or attention heads are not the teacher's."""
-        name = f"L{self.num_layers[row]}-H{self.hidden[row]}-F{self.ffn[row]}-M{self.mamba_num_heads[row]}"
-        for letter, field in (("P", "mamba_head_dim"), ("A", "num_attention_heads")):
-            if (value := int(getattr(self, field)[row])) != getattr(self.teacher, field):
-                name += f"-{letter}{value}"
-        return name
+        """Names a candidate by its sizes (nas.axes)."""
+        return identifier(self.teacher, {name: int(getattr(self, name)[row]) for name in ("num_layers", *WIDTHS)})
 
     def tokens_per_second(self, workload: Workload, serving: Serving) -> np.ndarray:
         """Modelled throughput of every row (nas.throughput), [rows]."""
@@ -76,14 +75,9 @@ class Candidates:
         return column
 
 
-def spelled(teacher: Architecture, layers: tuple[int, ...]) -> str:
-    """The pattern of the teacher's layers that stay."""
-    return "".join(teacher.pattern[layer] for layer in layers)
-
-
 def enumerate_candidates(teacher: Architecture, space: SearchSpace, kept_layers: Mapping[int, tuple[int, ...]], workload: Workload) -> Candidates:
     """The whole space with parameters and total bytes under the workload. `kept_layers` maps each depth to its layers."""
-    parts = [block.candidates(np.arange(block.total_bytes.size)) for block in _blocks(teacher, space, kept_layers, workload)]
+    parts = [block.candidates(block.allowed()) for block in _blocks(teacher, space, kept_layers, workload)]
     return _joined(parts)
 
 
@@ -102,8 +96,11 @@ def enumerate_fitting(
         if len(part):
             parts.append(part)
         elif not parts:
-            least = block.candidates(np.array([np.argmin(block.total_bytes)]))
-            smallest = least if smallest is None or least.total_bytes[0] < smallest.total_bytes[0] else smallest
+            allowed = block.allowed()
+            least = block.candidates(allowed[[np.argmin(block.total_bytes.reshape(-1)[allowed])]] if len(allowed) else allowed)
+            smallest = least if len(least) and (smallest is None or least.total_bytes[0] < smallest.total_bytes[0]) else smallest
+    if smallest is None and not parts:
+        raise ValueError(f"none of the {num_looked_at:,} candidates keeps to {' and '.join(removed)}; other options of search.* would")
     if not parts:
         raise ValueError(nothing_passes(removed, smallest.architecture(0), smallest.identifier(0), workload=workload, space=space, filters=filters))
     return _joined(parts), num_looked_at
@@ -131,11 +128,27 @@ class _Block:
     widths: Widths
     parameters: np.ndarray
     total_bytes: np.ndarray
+    space: SearchSpace
+    many: Architecture
+
+    def of_couplings(self) -> dict[str, np.ndarray]:
+        """Mask of who keeps to it, per equation; what each KV head keeps of its query heads is one where both are cut."""
+        masks = {f"{coupling} (no loader of {self.teacher.model_type} takes another)": coupling.holds(self.many) for coupling in self.space.couplings}
+        if self.space.num_key_value_heads is not None and not self.space.query_heads_follow:
+            queries, keys = self.many.num_attention_heads, self.many.num_key_value_heads
+            within = queries * self.teacher.num_key_value_heads <= keys * self.teacher.num_attention_heads
+            masks["num_attention_heads % num_key_value_heads == 0, each with as many as the teacher's or fewer"] = (queries % keys == 0) & within
+        return {name: np.broadcast_to(mask, self.total_bytes.shape) for name, mask in masks.items()}
+
+    def allowed(self) -> np.ndarray:
+        """Flat positions of those that keep to all equations."""
+        masks = list(self.of_couplings().values())
+        return np.flatnonzero(np.logical_and.reduce(masks)) if masks else np.arange(self.total_bytes.size)
 
     def passing(self, filters: Filters, removed: Counter, workload: Workload) -> Candidates:
         """Those that pass; adds to `removed` how many each filter took from what the ones before it left."""
         passes, num_left = None, self.total_bytes.size
-        for limit, mask in filters.of_sizes(self.parameters, self.total_bytes).items():
+        for limit, mask in {**self.of_couplings(), **filters.of_sizes(self.parameters, self.total_bytes)}.items():
             passes = mask if passes is None else passes & mask
             num_left, before = int(np.count_nonzero(passes)), num_left
             removed[limit] += before - num_left
@@ -150,6 +163,8 @@ class _Block:
         """Columns of the points given by their flat positions."""
         places = np.unravel_index(points, self.total_bytes.shape)
         columns = {name: np.array(options, dtype=np.int64)[place] for (name, options), place in zip(self.widths.items(), places, strict=True)}
+        if self.space.query_heads_follow:
+            columns["num_attention_heads"] = _following(self.teacher, columns["num_key_value_heads"])
         return Candidates(
             teacher=self.teacher,
             kept_layers=self.kept_layers,
@@ -174,9 +189,16 @@ def _blocks(teacher: Architecture, space: SearchSpace, kept_layers: Mapping[int,
         for widths in _split(space.widths(teacher)):
             grid = dict(zip(widths, np.ix_(*(np.array(options, dtype=np.int64) for options in widths.values())), strict=True))
             shape = tuple(len(options) for options in widths.values())
+            if space.query_heads_follow:
+                grid["num_attention_heads"] = _following(teacher, grid["num_key_value_heads"])
             many = replace(teacher, pattern=pattern, **grid)
             sizes = (count_total_parameters(many), memory_report(many, workload).total)
-            yield _Block(teacher, layers, depth, widths, *(np.broadcast_to(size, shape) for size in sizes))
+            yield _Block(teacher, layers, depth, widths, *(np.broadcast_to(size, shape) for size in sizes), space, many)
+
+
+def _following(teacher: Architecture, key_value_heads: np.ndarray) -> np.ndarray:
+    """Query heads of so many KV heads at the teacher's ratio."""
+    return key_value_heads * (teacher.num_attention_heads // teacher.num_key_value_heads)
 
 
 def _split(widths: Widths) -> Iterator[Widths]:

@@ -36,7 +36,8 @@ class Imported:
 def to_export_config(architecture: Architecture) -> dict[str, int | str]:
     """The object for an architecture, all names given."""
     sizes = {name: getattr(architecture, field) for name, field in SIZES.items()}
-    return {"num_layers": architecture.num_layers, **sizes, "hybrid_override_pattern": architecture.pattern}
+    pattern = {} if architecture.sublayers_per_layer > 1 else {"hybrid_override_pattern": architecture.pattern}
+    return {"num_layers": architecture.num_layers, **sizes, **pattern}
 
 
 def from_export_config(config: Mapping[str, Any], teacher: Architecture) -> Imported:
@@ -48,15 +49,13 @@ def from_export_config(config: Mapping[str, Any], teacher: Architecture) -> Impo
     if unknown := sorted(set(config) - {"num_layers", *SIZES, *PATTERNS}):
         raise ValueError(f"export_config has {', '.join(unknown)}; it may have num_layers, {', '.join((*SIZES, *PATTERNS))}")
     sizes = {field: _size(config.get(name, getattr(teacher, field)), name, getattr(teacher, field)) for name, field in SIZES.items()}
-    if sizes["num_key_value_heads"] != teacher.num_key_value_heads:
-        raise ValueError(f"num_query_groups ({sizes['num_key_value_heads']}) must be the teacher's {teacher.num_key_value_heads}: they are not cut")
     pattern = _pattern(config)
     if "num_layers" not in config:
         pattern = teacher.pattern if pattern is None else pattern
-        return Imported(len(pattern), pattern, sizes)
+        return Imported(len(pattern) // teacher.sublayers_per_layer, pattern, sizes)
     num_layers = _size(config["num_layers"], "num_layers", teacher.num_layers)
-    if pattern is not None and num_layers != len(pattern):
-        raise ValueError(f"num_layers ({num_layers}) contradicts the pattern {pattern}, which has {len(pattern)} layers")
+    if pattern is not None and num_layers * teacher.sublayers_per_layer != len(pattern):
+        raise ValueError(f"num_layers ({num_layers}) contradicts the pattern {pattern}, which has {len(pattern) // teacher.sublayers_per_layer} layers")
     if pattern is None and num_layers == teacher.num_layers:
         pattern = teacher.pattern
     return Imported(num_layers, pattern, sizes)

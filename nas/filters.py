@@ -9,7 +9,8 @@ from memory_budget.architecture import Architecture
 from memory_budget.calculator import memory_report
 from memory_budget.units import format_count, format_gib
 from memory_budget.workload import Workload
-from nas.space import WIDTHS, SearchSpace
+from nas.axes import WIDTHS
+from nas.space import SearchSpace
 from nas.throughput import Serving
 
 USUAL_STEPS = {"hidden": 128, "ffn": 64}  # for an axis with one option; heads go one per group
@@ -104,8 +105,9 @@ def _shallower(architecture: Architecture, num_removed: int, floors: Mapping[str
     """The pattern without so many layers, each time one of the kind that saves most; "" where the floors forbid it."""
     pattern = architecture.pattern
     for _ in range(num_removed):
-        shorter = [pattern.replace(kind, "", 1) for kind in set(pattern) if pattern.count(kind) > floors.get(kind, 0)]
-        if len(pattern) < 2 or not shorter:
+        kinds = set(replace(architecture, pattern=pattern).layer_kinds)
+        shorter = [pattern.replace(kind, "", 1) for kind in kinds if pattern.count(kind) > floors.get(kind, 0)]
+        if len(pattern) <= architecture.sublayers_per_layer or not shorter:
             return ""
         pattern = min(shorter, key=lambda left: memory_report(replace(architecture, pattern=left), workload).total)
     return pattern

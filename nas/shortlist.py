@@ -4,7 +4,7 @@ import numpy as np
 
 from nas.candidates import Candidates
 
-STRATUM = ("num_layers", "hidden", "mamba_num_heads", "mamba_head_dim", "num_attention_heads")
+STRATUM = ("num_layers", "hidden", "mamba_num_heads", "mamba_head_dim", "num_attention_heads", "num_key_value_heads")
 
 
 def diversified(candidates: Candidates, retained: np.ndarray, size: int) -> list[int]:

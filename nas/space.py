@@ -5,24 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from memory_budget.architecture import Architecture
+from nas.axes import WIDTHS, Coupling
 
 Floors = Mapping[str, int]
-
-# Axes of width: the architecture's field → the setting search.<name> that gives its options. Also the order of enumeration.
-WIDTHS = {
-    "hidden": "hidden",
-    "ffn": "ffn",
-    "mamba_num_heads": "mamba_heads",
-    "mamba_head_dim": "mamba_channels",
-    "num_attention_heads": "attention_heads",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class SearchSpace:
     """Options per axis, each ascending; `floors` is the least number of layers of each kind, by its letter.
 
-    mamba_head_dim (channels of a Mamba head) and num_attention_heads (query heads) are None where only the teacher's value is allowed.
+    mamba_head_dim (channels of a Mamba head), num_attention_heads (query heads) and num_key_value_heads are None where only the teacher's value is
+    allowed; but query heads follow KV heads, at the teacher's ratio, where only those have options. `couplings` are equations that every candidate keeps.
     """
 
     num_layers: tuple[int, ...]
@@ -32,10 +24,16 @@ class SearchSpace:
     floors: Floors
     mamba_head_dim: tuple[int, ...] | None = None
     num_attention_heads: tuple[int, ...] | None = None
+    num_key_value_heads: tuple[int, ...] | None = None
+    couplings: tuple[Coupling, ...] = ()
+
+    @property
+    def query_heads_follow(self) -> bool:
+        return self.num_key_value_heads is not None and self.num_attention_heads is None
 
     @property
     def size(self) -> int:
-        """Number of points: depths times the options of every width."""
+        """Number of points: depths times the options of every width, those included that couplings leave out."""
         return len(self.num_layers) * math.prod(len(options) for name in WIDTHS if (options := getattr(self, name)) is not None)
 
     def widths(self, teacher: Architecture) -> dict[str, tuple[int, ...]]:
@@ -74,12 +72,19 @@ def check_space(space: SearchSpace, teacher: Architecture) -> None:
     widths = space.widths(teacher)
     for heads in widths["mamba_num_heads"]:
         _check_multiple("mamba heads", heads, teacher.mamba_num_groups, "groups")
-    for heads in widths["num_attention_heads"]:
-        _check_multiple("attention heads", heads, teacher.num_key_value_heads, "key-value heads")
+    if space.num_key_value_heads is None:
+        for heads in widths["num_attention_heads"]:
+            _check_multiple("attention heads", heads, teacher.num_key_value_heads, "key-value heads")
+    for coupling in space.couplings:
+        if not any(first % second == 0 for first in widths[coupling.field] for second in widths[coupling.of]):
+            names = [f"search.{WIDTHS[name]} ({', '.join(map(str, widths[name]))})" for name in (coupling.field, coupling.of)]
+            raise ValueError(f"{coupling} holds for no options of {' and '.join(names)}; no loader of {teacher.model_type} takes another")
     for kind, floor in space.floors.items():
+        if kind not in teacher.layer_kinds:
+            raise ValueError(f"search.floors keeps {floor} layers of kind {kind!r}; the teacher's layers are of the kinds {sorted(set(teacher.layer_kinds))}")
         if floor > teacher.num_layers_of(kind):
             raise ValueError(f"search.floors keeps {floor} layers of kind {kind!r}; the teacher has {teacher.num_layers_of(kind)}")
-    least = sum(min(teacher.num_layers_of(kind), space.floors.get(kind, 0)) for kind in set(teacher.pattern))
+    least = sum(min(teacher.num_layers_of(kind), space.floors.get(kind, 0)) for kind in set(teacher.layer_kinds))
     if space.num_layers[0] < least:
         raise ValueError(f"search.layers has the option {space.num_layers[0]}; the floors per kind of layer keep at least {least}")
 

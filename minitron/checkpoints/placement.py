@@ -21,6 +21,8 @@ from memory_budget.architecture import Architecture
 from minitron.checkpoints.files import Checkpoint, PlannedWeights
 from minitron.checkpoints.stored_linear import load_to_compute
 from minitron.families.base import Family
+from minitron.families.state import model_tensors
+from minitron.families.table import names_by_canonical
 
 ROWS_BYTES = 2**25  # of a vocabulary's matrix, which is never in memory whole where it is only looked up and rewritten
 
@@ -84,8 +86,7 @@ class WholeModel:
         return [self.parts.embed(ids_BT) for ids_BT in batches]
 
     def stored_rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        tensors = {self.family.canonical_name(file_name): tensor for file_name, tensor in self.model.state_dict().items()}
-        yield 0, tensors[name]
+        yield 0, model_tensors(self.family, self.model)[name]
 
     def visit(self, layers: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
         for layer in layers:
@@ -106,7 +107,7 @@ class StreamedModel:
                  weights: PlannedWeights | None = None):  # fmt: skip
         self.family, self.architecture, self.config, self.device = family, architecture, dict(config), device
         self.checkpoint = weights or Checkpoint(folder)
-        self.names = {family.canonical_name(name): name for name in self.checkpoint.entries}
+        self.names = names_by_canonical(family, architecture, self.checkpoint.entries)
         self.dtype = _model_dtype(self.config, self.checkpoint)
         keep_freed_memory()
 
@@ -149,7 +150,7 @@ class StreamedModel:
         return {name: self.checkpoint.read(self.names[prefix + name], into=tensor).to(self.device) for name, tensor in empty.items()}
 
     def _load_outside(self, part: str) -> nn.Module:
-        prefix = self.family.outside_names[part]
+        prefix = self.family.outside_names["embed" if part == "head" and self.architecture.tied_embeddings else part]
         return self._load(lambda: self.family.build_outside(self.config, part), self._fill(prefix, self._empty(prefix)))
 
     def _load(self, build: Callable[[], nn.Module], state: dict[str, torch.Tensor]) -> nn.Module:

@@ -17,6 +17,7 @@ from minitron.checkpoints.files import DTYPES, Checkpoint, PlannedTensor, Planne
 from minitron.checkpoints.placement import StreamedModel
 from minitron.checkpoints.shards import save_model_weights, write_weights
 from minitron.families.base import Family
+from minitron.families.state import model_tensors
 from minitron.machine.device import available_memory_bytes
 from minitron.mamba import dispatch
 from minitron.walk.store import write_json
@@ -32,8 +33,7 @@ def write_model(folder: Path, family: Family, model: nn.Module, *, config: dict,
     `dtypes` maps canonical tensor names to the dtype each is stored in.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names = {name: family.canonical_name(name) for name in model.state_dict()}
-    state = {family.file_name(names[name]): tensor.detach().to(dtypes[names[name]]) for name, tensor in model.state_dict().items()}
+    state = {family.file_name(name): tensor.detach().to(dtypes[name]) for name, tensor in model_tensors(family, model).items()}
     save_model_weights(state, folder, max_shard_bytes=max_shard_bytes)
     write_companions(folder, config=config, companions=companions, card=card)
 
@@ -98,8 +98,8 @@ def check_written(folder: Path, family: Family, planned: Sequence[PlannedTensor]
         check_layer_by_layer(folder, family, planned, config)
         return "reloaded layer by layer, every tensor and every layer's output equal"
     model, weights = family.build(config), PlannedWeights(planned)
-    for name, tensor in model.state_dict().items():
-        tensor.copy_(weights.read(family.file_name(family.canonical_name(name))))
+    for name, tensor in model_tensors(family, model).items():
+        tensor.copy_(weights.read(family.file_name(name)))
     return f"reloaded, logits differ by {check_reload(folder, family, model):.1e}"
 
 
@@ -126,7 +126,7 @@ def check_layer_by_layer(folder: Path, family: Family, planned: Sequence[Planned
         if not by_layer and not written.holds(tensor):
             raise RuntimeError(f"{folder}: tensor {tensor.name}, read back, is not what was planned")
     ids_BT = torch.randint(architecture.vocab, (1, LAYER_CHECK_TOKENS), generator=torch.Generator().manual_seed(0))
-    (hidden_BTD,), layers = found.embed([ids_BT]), range(architecture.num_layers)
+    (hidden_BTD,), layers = found.embed([ids_BT]), range(architecture.num_sublayers)
     for (layer, one), (_, other) in zip(found.visit(layers), expected.visit(layers), strict=True):
         for name, tensor in other.state_dict().items():
             if not same_bits(one.state_dict()[name], tensor):

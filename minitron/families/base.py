@@ -2,30 +2,38 @@
 
 A tensor's dimension is a tuple of segments laid end to end; a segment is a tuple of axes, slowest first,
 whose sizes multiply. `in_proj` rows of a Mamba-2 mixer, for example, are five segments: z, x, B, C, dt.
+
+What the rest of the program walks are sublayers: x + mixer(norm(x)), one letter of the pattern each. A transformer block
+is two of them. Canonical tensor names number sublayers, `layers.7.norm.weight` and `layers.7.mixer.…`, whatever a file calls them.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from memory_budget.architecture import Architecture
+
+if TYPE_CHECKING:  # so that settings can ask for a family's rules without torch
+    from torch import nn
 
 Segment = tuple[str, ...]
 Dimension = tuple[Segment, ...]
 
 # Axes that a plan may cut. Every other axis (vocabulary, groups, state, …) is kept whole.
-HIDDEN, FFN, MAMBA_HEAD, MAMBA_CHANNEL, ATTENTION_HEAD = "hidden", "ffn", "mamba_head", "mamba_channel", "attention_head"
-CUT_AXES = (HIDDEN, FFN, MAMBA_HEAD, MAMBA_CHANNEL, ATTENTION_HEAD)
+HIDDEN, FFN, MAMBA_HEAD, MAMBA_CHANNEL = "hidden", "ffn", "mamba_head", "mamba_channel"
+ATTENTION_HEAD, KEY_VALUE_HEAD = "attention_head", "key_value_head"
+CUT_AXES = (HIDDEN, FFN, MAMBA_HEAD, MAMBA_CHANNEL, ATTENTION_HEAD, KEY_VALUE_HEAD)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorAxes:
     """One row of a family's table: tensors whose canonical name ends so, and the axes of their dimensions.
 
-    `suffix` is the name without the layer's prefix ("mixer.in_proj.weight"); `kind` is the layer letter it
-    belongs to, or "" for a tensor outside the layers and "any" for one that every layer has. `only_if` names
+    `suffix` is the name without the sublayer's prefix ("mixer.in_proj.weight"); `kind` is the letter it
+    belongs to, or "" for a tensor outside the sublayers and "any" for one that every sublayer has. `only_if` names
     the field of Architecture that says whether the model has it; "" for a tensor that it always has.
     """
 
@@ -55,8 +63,23 @@ class Tap:
 
 
 @dataclass(frozen=True, slots=True)
+class Multiple:
+    """A coupling: what `field` of Architecture has must be a multiple of what `of` has, or no loader takes the model."""
+
+    field: str
+    of: str
+
+    def holds(self, architecture: Architecture) -> bool:
+        """Number by number where sizes are arrays."""
+        return getattr(architecture, self.field) % getattr(architecture, self.of) == 0
+
+    def __str__(self) -> str:
+        return f"{self.field} % {self.of} == 0"
+
+
+@dataclass(frozen=True, slots=True)
 class ModelParts:
-    """A model taken apart for walking it layer by layer: ids → embed → layers → norm → head → logits."""
+    """A model taken apart for walking it sublayer by sublayer: ids → embed → layers → norm → head → logits."""
 
     embed: nn.Module
     layers: list[nn.Module]
@@ -68,10 +91,12 @@ class ModelParts:
 class Family:
     """The duties of one family. `axis_sizes` gives the length of every axis named in the table.
 
-    `build_layer` and `build_outside` give one module alone ("embed", "norm" or "head" outside the layers), for models
+    `build_layer` and `build_outside` give one module alone (a sublayer; "embed", "norm" or "head"), for models
     that are never whole in memory; `outside_names` gives those modules' prefixes of canonical tensor names. `rms_epsilon`
-    gives, from config.json, the epsilon of the norms that layers and head read the residual stream through; None where they are no RMSNorm.
+    gives, from config.json, the epsilon of the norms that sublayers and head read the residual stream through; None where they are no RMSNorm.
     `handed_over` gives a config.json with which the model is the same one in programs that load it without `load`.
+    `couplings` are equations between sizes that transformers' configuration class insists on; `refused` gives, from config.json, what of the
+    model a cut could not honour (quantised weights, say), None where it can.
     """
 
     model_type: str
@@ -89,3 +114,5 @@ class Family:
     outside_names: Mapping[str, str]
     rms_epsilon: Callable[[dict], float] | None
     handed_over: Callable[[dict], dict]
+    couplings: tuple[Multiple, ...] = ()
+    refused: Callable[[dict], str | None] = lambda _config: None

@@ -5,16 +5,20 @@ Tensor names on disk are NVIDIA's (`backbone.…`); transformers' in-memory name
 lose that prefix ("canonical").
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from memory_budget.architecture import Architecture
-from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_CHANNEL, MAMBA_HEAD, Family, ModelParts, Tap, TensorAxes
+from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD, Family, ModelParts, Tap, TensorAxes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 _HIDDEN = ((HIDDEN,),)
 _FFN = ((FFN,),)
@@ -23,7 +27,7 @@ _HEADS = ((MAMBA_HEAD,),)
 _STATES = ("mamba_group", "mamba_state")
 _CONV = (*_INNER, _STATES, _STATES)
 _QUERY = ((ATTENTION_HEAD, "attention_channel"),)
-_KEY_VALUE = (("key_value_head", "attention_channel"),)
+_KEY_VALUE = ((KEY_VALUE_HEAD, "attention_channel"),)
 
 TABLE = (
     TensorAxes("embeddings.weight", "", ((("vocab",),), _HIDDEN)),
@@ -70,7 +74,7 @@ def axis_sizes(architecture: Architecture) -> Mapping[str, int]:
         "mamba_group": architecture.mamba_num_groups,
         "mamba_state": architecture.mamba_state_size,
         "conv_kernel": architecture.mamba_conv_kernel,
-        "key_value_head": architecture.num_key_value_heads,
+        KEY_VALUE_HEAD: architecture.num_key_value_heads,
         "attention_channel": architecture.attention_head_dim,
         "one": 1,
     }
@@ -171,6 +175,7 @@ def load(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu")
 
 def build(config: dict) -> nn.Module:
     """A freshly initialised float32 model of a config.json dict; on the meta device there is nothing to initialise."""
+    import torch
     from transformers import AutoModelForCausalLM, NemotronHConfig
     from transformers.initialization import no_init_weights
 
@@ -187,6 +192,7 @@ def build_layer(config: dict, layer: int) -> nn.Module:
 
 def build_outside(config: dict, part: str) -> nn.Module:
     """The embeddings ("embed"), the final norm ("norm") or the output projection ("head") alone."""
+    from torch import nn
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNorm
 
     sizes = _transformers_config(config)
@@ -195,6 +201,13 @@ def build_outside(config: dict, part: str) -> nn.Module:
     if part == "norm":
         return NemotronHRMSNorm(sizes.hidden_size, eps=sizes.layer_norm_epsilon)
     return nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
+
+
+def refused(config: dict) -> str | None:
+    """Mixtures of experts."""
+    if "E" in str(config.get("hybrid_override_pattern", "")) or "moe" in config.get("layers_block_type", []):
+        return "pattern has MoE layers (E), which cannot be pruned yet; supported layers: M (Mamba-2), * (attention), - (FFN)"
+    return None
 
 
 def rms_epsilon(config: dict) -> float:
@@ -241,4 +254,5 @@ FAMILY = Family(
     outside_names={"embed": "embeddings.", "norm": "norm_f.", "head": "lm_head."},
     rms_epsilon=rms_epsilon,
     handed_over=handed_over,
+    refused=refused,
 )

@@ -1,7 +1,7 @@
 """Reading a family's table of tensors: a tensor's row, its shape, and a checkpoint held against both."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 
 from memory_budget.architecture import Architecture
@@ -21,13 +21,19 @@ def split_layer(name: str) -> tuple[int | None, str]:
 def row_of(family: Family, architecture: Architecture, name: str) -> TensorAxes:
     """The table's row for a canonical tensor name. Raises ValueError where none or two match."""
     layer, suffix = split_layer(name)
-    if layer is not None and layer >= architecture.num_layers:
-        raise ValueError(f"tensor {name} belongs to layer {layer}; the pattern has {architecture.num_layers} layers")
+    if layer is not None and layer >= architecture.num_sublayers:
+        raise ValueError(f"tensor {name} belongs to layer {layer}; the pattern has {architecture.num_sublayers} layers")
     kinds = ("",) if layer is None else (architecture.pattern[layer], "any")
     rows = [row for row in family.table if row.suffix == suffix and row.kind in kinds]
     if len(rows) != 1:
         raise ValueError(f"tensor {name} is matched by {len(rows)} rows of the {family.model_type} axis table; it must be exactly 1")
     return rows[0]
+
+
+def names_by_canonical(family: Family, architecture: Architecture, file_names: Iterable[str]) -> dict[str, str]:
+    """Names in a checkpoint by canonical names; the head of a tied model, where it is stored a second time, is left out."""
+    named = {family.canonical_name(name): name for name in file_names}
+    return named if architecture.has_own_head else {name: file_name for name, file_name in named.items() if not name.startswith(family.outside_names["head"])}
 
 
 def expected_shape(family: Family, architecture: Architecture, row: TensorAxes) -> tuple[int, ...]:
@@ -53,7 +59,7 @@ def required_names(family: Family, architecture: Architecture) -> Iterator[str]:
     """Every tensor the pattern and the architecture's bias flags call for."""
     rows = [row for row in family.table if _has(architecture, row)]
     yield from (row.suffix for row in rows if row.kind == "")
-    for layer, kind in enumerate(architecture.pattern):
+    for layer, kind in enumerate(architecture.pattern):  # a letter a sublayer
         yield from (f"layers.{layer}.{row.suffix}" for row in rows if row.kind in (kind, "any"))
 
 

@@ -80,7 +80,7 @@ def _sources(context: StageContext, family: Family) -> list[Source]:
     for label, share in zip(settings.checkpoints, settings.shares(), strict=True):
         checkpoint = Checkpoint(_folder_of(context, label))
         title = context.inputs[label].facts.get("name", "the pruned model") if label in MERGEABLE else checkpoint.folder.name
-        names = {family.canonical_name(name): name for name in checkpoint.entries}
+        names = names_by_canonical(family, architecture_from_config(read_config(checkpoint.folder)), checkpoint.entries)
         found.append(Source(label, title, share, checkpoint, names))
     return found
 

@@ -9,6 +9,7 @@ import torch
 
 from minitron.checkpoints.files import PlannedTensor, PlannedWeights
 from minitron.families.base import Family
+from minitron.families.state import model_tensors
 from minitron.machine.device import pick_device
 from minitron.measures.held_out import held_out_loss
 from minitron.report.text import nats
@@ -40,8 +41,8 @@ def try_weights(context: StageContext, family: Family, config: dict, plan: Calla
         for shares in candidates[len(tried) :]:
             weights = PlannedWeights(plan(shares))
             with torch.no_grad():
-                for name, tensor in model.state_dict().items():
-                    tensor.copy_(weights.read(family.file_name(family.canonical_name(name))))
+                for name, tensor in model_tensors(family, model).items():
+                    tensor.copy_(weights.read(family.file_name(name)))
             tried.append({"weights": shares, "loss_nats_per_token": held_out_loss(model, batches)})
             write_json(path, tried)
             advance(1)

@@ -46,7 +46,7 @@ def measure_width(model: PlacedModel, batches: Sequence[torch.Tensor], on_layer=
     """Sums for every unit of every axis, and each layer's block influence, from batches of ids [B, T] (padding −1).
 
     All batches walk the layers together, so that each layer is loaded once. Block influence is Σ over tokens of
-    1 − cos(residual before, residual after). Raises ValueError naming the layer whose activations are not finite.
+    1 − cos(residual before, residual after), of a layer as config.json counts them. Raises ValueError naming the layer whose activations are not finite.
     """
     architecture = model.architecture
     ids_and_masks = [ids_and_mask(batch) for batch in batches]
@@ -54,16 +54,22 @@ def measure_width(model: PlacedModel, batches: Sequence[torch.Tensor], on_layer=
     hidden = model.embed([ids for ids, _ in ids_and_masks])
     found = _Found()
     lengths = [_lengths(batch_BTD) for batch_BTD in hidden]
-    for layer, block in model.visit(range(architecture.num_layers)):
-        taps, away = model.family.layer_taps(architecture, layer, block), torch.zeros((), dtype=torch.float64, device=model.device)
+    entered: list[torch.Tensor | None] = []  # what the layer at work was given, of which this may be the second sublayer
+    for sublayer, block in model.visit(range(architecture.num_sublayers)):
+        layer, part = divmod(sublayer, architecture.sublayers_per_layer)
+        entered, is_last = list(hidden) if part == 0 else entered, part == architecture.sublayers_per_layer - 1
+        taps, away = model.family.layer_taps(architecture, sublayer, block), torch.zeros((), dtype=torch.float64, device=model.device)
         for index, turned in enumerate(_run_tapped(block, taps, hidden, masks, found)):
-            lengths_after = _lengths(turned)
-            away += _turned_away(_lengths(turned.float() - hidden[index]), lengths[index], lengths_after, masks[index])
-            hidden[index], lengths[index] = turned, lengths_after
-        found.add(f"layer {layer} gives activations that", None, away)
+            hidden[index] = turned
+            if is_last:
+                lengths_after = _lengths(turned)
+                away += _turned_away(_lengths(turned.float() - entered[index]), lengths[index], lengths_after, masks[index])
+                lengths[index], entered[index] = lengths_after, None
+        if is_last:
+            found.add(f"layer {layer} gives activations that", None, away)
         on_layer()
     with model.open_head() as head:
-        tap = Tap(HIDDEN, architecture.num_layers, head.norm, "output", 0, (architecture.hidden,))
+        tap = Tap(HIDDEN, architecture.num_sublayers, head.norm, "output", 0, (architecture.hidden,))
         for _ in _run_tapped(head.norm, [tap], hidden, masks, found):
             pass
     sums, influence = found.read()

@@ -72,14 +72,14 @@ def measure_round(model: PlacedModel, block: Block, kept: Sequence[int], removab
     split = [ids_and_mask(batch) for batch in block.batches]
     ids, masks = [ids for ids, _ in split], [mask for _, mask in split]
     if block.full is None:
-        block.full = run_layers(model, model.embed(ids), range(model.architecture.num_layers))
+        block.full = run_sublayers(model, model.embed(ids), range(model.architecture.num_sublayers))
     skipped, states = _sweep(model, block, ids, list(kept), set(removable), limits)
     with model.open_head() as head:
         return _compare(head, block.full, states, skipped, ids, masks, criterion, limits)
 
 
-def run_layers(model: PlacedModel, hidden: list[torch.Tensor], layers: Sequence[int]) -> list[torch.Tensor]:
-    """Hidden states [B, T, D] of every batch after the given layers."""
+def run_sublayers(model: PlacedModel, hidden: list[torch.Tensor], layers: Sequence[int]) -> list[torch.Tensor]:
+    """Hidden states [B, T, D] of every batch after the given sublayers."""
     for _, block in model.visit(layers):
         hidden = [block(batch_BTD) for batch_BTD in hidden]
     return hidden
@@ -92,16 +92,18 @@ def _sweep(model: PlacedModel, block: Block, ids: list[torch.Tensor], kept: list
     save_at = _layers_to_save(states, kept, removable, start, limits.reuse_bytes, already=len(block.saved))
     new = sum(layer in removable for layer in kept[start:])
     buffers = [torch.cat([state, state.new_empty(new, *state.shape[1:])]) for state in states]
-    for layer, module in model.visit(kept[start:]):
+    size = model.architecture.sublayers_per_layer
+    for sublayer, module in model.visit(model.architecture.sublayers_of(kept[start:])):
+        layer, part = divmod(sublayer, size)
         used = 1 + len(skipped)
-        if layer in save_at:
+        if part == 0 and layer in save_at:
             block.saved[layer] = (tuple(skipped), [buffer[:used].clone() for buffer in buffers])
         for buffer in buffers:
-            if layer in removable:
+            if part == 0 and layer in removable:
                 buffer[used] = buffer[0]
             for rows in buffer[:used].flatten(0, 1).split(max(1, limits.branch_tokens // buffer.shape[2])):
                 rows.copy_(module(rows))
-        if layer in removable:
+        if part == size - 1 and layer in removable:
             skipped.append(layer)
     return skipped, buffers
 

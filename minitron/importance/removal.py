@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from minitron.settings.derived import KIND_LETTERS, floors
 from minitron.settings.run import Settings
 
+Kinds = Sequence[str]  # of every layer its letter, or of a block its letters (Architecture.layer_kinds)
 Ask = Callable[[Sequence[int], Sequence[int]], Mapping[int, float]]
 
 
@@ -35,47 +36,47 @@ class Removal:
         return asdict(self)
 
 
-def check_rules(pattern: str, num_layers: int, rules: LayerRules) -> None:
+def check_rules(kinds: Kinds, num_layers: int, rules: LayerRules) -> None:
     """Refuse rules that no removal down to `num_layers` can keep. Raises ValueError naming the setting, value and rule."""
     for layer in rules.protected:
-        if not 0 <= layer < len(pattern):
-            raise ValueError(f"scoring.protect names layer {layer}; the teacher has layers 0 to {len(pattern) - 1}")
-    stay = sum(max(min(rules.floors.get(kind, 0), pattern.count(kind)), _protected_of(kind, pattern, rules)) for kind in set(pattern))
+        if not 0 <= layer < len(kinds):
+            raise ValueError(f"scoring.protect names layer {layer}; the teacher has layers 0 to {len(kinds) - 1}")
+    stay = sum(max(min(rules.floors.get(kind, 0), kinds.count(kind)), _protected_of(kind, kinds, rules)) for kind in set(kinds))
     if num_layers < stay:
-        raise ValueError(f"{len(pattern) - num_layers} removals were asked for; search.floors and scoring.protect keep {stay} of {len(pattern)} layers")
-    excess = sum(max(0, pattern.count(kind) - ceiling) for kind, ceiling in rules.ceilings.items())
-    if num_layers < len(pattern) and excess > len(pattern) - num_layers:
-        raise ValueError(f"scoring.ceilings asks for {excess} removals; down to {num_layers} layers there are only {len(pattern) - num_layers}")
+        raise ValueError(f"{len(kinds) - num_layers} removals were asked for; search.floors and scoring.protect keep {stay} of {len(kinds)} layers")
+    excess = sum(max(0, kinds.count(kind) - ceiling) for kind, ceiling in rules.ceilings.items())
+    if num_layers < len(kinds) and excess > len(kinds) - num_layers:
+        raise ValueError(f"scoring.ceilings asks for {excess} removals; down to {num_layers} layers there are only {len(kinds) - num_layers}")
     for kind, ceiling in rules.ceilings.items():
-        if ceiling < max(rules.floors.get(kind, 0), _protected_of(kind, pattern, rules)):
+        if ceiling < max(rules.floors.get(kind, 0), _protected_of(kind, kinds, rules)):
             raise ValueError(f"scoring.ceilings keeps at most {ceiling} layers of kind {kind!r}, below its floor or its protected layers")
 
 
-def _protected_of(kind: str, pattern: str, rules: LayerRules) -> int:
-    return sum(pattern[layer] == kind for layer in rules.protected)
+def _protected_of(kind: str, kinds: Kinds, rules: LayerRules) -> int:
+    return sum(kinds[layer] == kind for layer in rules.protected)
 
 
-def removable_layers(pattern: str, kept: Sequence[int], num_layers: int, rules: LayerRules) -> list[int]:
+def removable_layers(kinds: Kinds, kept: Sequence[int], num_layers: int, rules: LayerRules) -> list[int]:
     """The layers that may go next, on the way from `kept` down to `num_layers`."""
-    count = {kind: sum(pattern[layer] == kind for layer in kept) for kind in set(pattern)}
-    free = [layer for layer in kept if layer not in rules.protected and count[pattern[layer]] > rules.floors.get(pattern[layer], 0)]
+    count = {kind: sum(kinds[layer] == kind for layer in kept) for kind in set(kinds)}
+    free = [layer for layer in kept if layer not in rules.protected and count[kinds[layer]] > rules.floors.get(kinds[layer], 0)]
     excess = {kind: max(0, count.get(kind, 0) - ceiling) for kind, ceiling in rules.ceilings.items()}
     if sum(excess.values()) >= len(kept) - num_layers > 0:  # every removal left is owed to a ceiling
-        free = [layer for layer in free if excess.get(pattern[layer], 0) > 0]
+        free = [layer for layer in free if excess.get(kinds[layer], 0) > 0]
     return free
 
 
-def rank_iteratively(pattern: str, num_layers: int, rules: LayerRules, ask: Ask, on_round: Callable[[Removal], None] = lambda _: None,
+def rank_iteratively(kinds: Kinds, num_layers: int, rules: LayerRules, ask: Ask, on_round: Callable[[Removal], None] = lambda _: None,
                      done: Sequence[Removal] = ()) -> list[Removal]:  # fmt: skip
     """Drop the layer with the lowest score, score again, down to `num_layers` (N2, arXiv 2508.14444).
 
     `ask(kept, removable)` gives the scores of a round; `done` are rounds of an interrupted ranking.
     """
-    kept, removals = list(range(len(pattern))), list(done)
+    kept, removals = list(range(len(kinds))), list(done)
     for removal in removals:
         kept.remove(removal.layer)
     while len(kept) > num_layers:
-        removable = removable_layers(pattern, kept, num_layers, rules)
+        removable = removable_layers(kinds, kept, num_layers, rules)
         scores = ask(kept, removable)
         lowest = min(removable, key=lambda layer: scores[layer])
         kept.remove(lowest)
@@ -84,6 +85,6 @@ def rank_iteratively(pattern: str, num_layers: int, rules: LayerRules, ask: Ask,
     return removals
 
 
-def rank_once(pattern: str, num_layers: int, rules: LayerRules, scores: Mapping[int, float]) -> list[Removal]:
+def rank_once(kinds: Kinds, num_layers: int, rules: LayerRules, scores: Mapping[int, float]) -> list[Removal]:
     """Drop layers in the order of scores asked once, skipping those the rules keep."""
-    return rank_iteratively(pattern, num_layers, rules, lambda kept, removable: {layer: scores[layer] for layer in removable})
+    return rank_iteratively(kinds, num_layers, rules, lambda kept, removable: {layer: scores[layer] for layer in removable})

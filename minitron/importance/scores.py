@@ -90,6 +90,10 @@ class ImportanceScores:
         """Score per query head, [Q]: L2 over the head's channels."""
         return np.linalg.norm(self.sites[ATTENTION_HEAD, layer], axis=1)
 
+    def key_value_heads(self, layer: int, number: int) -> np.ndarray:
+        """Score per KV head, [K], of `number`: L2 over the query heads that share it."""
+        return np.linalg.norm(self.attention_heads(layer).reshape(number, -1), axis=1)
+
 
 def aggregate(sums: WidthSums, *, tokens: str = "mean", samples: str = "l2") -> ImportanceScores:
     """Scores from sums: `tokens` and `samples` are "mean" or "l2"."""

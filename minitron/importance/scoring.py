@@ -102,12 +102,12 @@ def _blocks(context: StageContext, model: PlacedModel, rows: np.ndarray, block_t
 def _width(context: StageContext, model: PlacedModel, rows: np.ndarray) -> WidthSums:
     """The sums over all rows; a finished block of an interrupted run is read back."""
     blocks, total = _blocks(context, model, rows, context.settings.scoring.block_tokens), None
-    with context.console.track("width importance", len(blocks) * model.architecture.num_layers, "layers") as advance:
+    with context.console.track("width importance", len(blocks) * model.architecture.num_sublayers, "layers") as advance:
         for name, block in blocks.items():
             path = _part(context, f"width-{name}-of-{len(rows)}.safetensors")
             if path.exists():
                 sums = load_sums(path)
-                advance(model.architecture.num_layers)
+                advance(model.architecture.num_sublayers)
             else:
                 sums = measure_width(model, block, lambda: advance(1))
                 sums.save(path)
@@ -131,10 +131,10 @@ def _reduced(total: WidthSums | None, model: PlacedModel) -> WidthSums:
 
 def _depth(context: StageContext, model: PlacedModel, rows: np.ndarray, width: WidthSums, block_tokens: int) -> list[Removal]:
     """The order of removal by the criterion of the settings; finished rounds of an interrupted run are read back."""
-    scoring, pattern = context.settings.scoring, model.architecture.pattern
+    scoring, kinds = context.settings.scoring, model.architecture.layer_kinds
     target, rules = fewest_layers(context.settings), layer_rules(context.settings)
     if scoring.criterion is Criterion.block_influence:
-        return rank_once(pattern, target, rules, dict(enumerate((width.block_influence / width.num_tokens).tolist())))
+        return rank_once(kinds, target, rules, dict(enumerate((width.block_influence / width.num_tokens).tolist())))
     blocks = [Block(batches) for batches in _blocks(context, model, rows, block_tokens).values()]
     limits = SweepLimits(scoring.branch_tokens, scoring.logits_tokens, int(scoring.reuse_gib * GIB / max(1, len(blocks))))
     distance = scoring.criterion.name.removeprefix("iterative_")
@@ -145,10 +145,10 @@ def _depth(context: StageContext, model: PlacedModel, rows: np.ndarray, width: W
         return _reduced_round(total).scores(distance, normalised=scoring.normalised)
 
     if not scoring.criterion.name.startswith("iterative_"):
-        everything = range(len(pattern))
-        return rank_once(pattern, target, rules, ask(everything, everything)) if target < len(pattern) else []
+        everything = range(len(kinds))
+        return rank_once(kinds, target, rules, ask(everything, everything)) if target < len(kinds) else []
     done = _read_rounds(context)
-    with context.console.track("layer importance", len(pattern) - target, "layers", done=len(done)) as advance:
+    with context.console.track("layer importance", len(kinds) - target, "layers", done=len(done)) as advance:
         finished = list(done)
 
         def on_round(removal: Removal) -> None:
@@ -157,7 +157,7 @@ def _depth(context: StageContext, model: PlacedModel, rows: np.ndarray, width: W
                 write_json(_part(context, "rounds.json"), [round.to_json() for round in finished])
             advance(1, f"layer {removal.layer} goes, {removal.score:.3f}")
 
-        return rank_iteratively(pattern, target, rules, ask, on_round, done)
+        return rank_iteratively(kinds, target, rules, ask, on_round, done)
 
 
 def _reduced_round(total: RoundSums) -> RoundSums:

@@ -26,6 +26,7 @@ from torch import nn
 from minitron.checkpoints.placement import PlacedModel, ids_and_mask, look_up
 from minitron.checkpoints.stored_linear import load_to_compute
 from minitron.families.base import HIDDEN
+from minitron.families.state import load_tensors
 from minitron.families.table import expected_shape, required_names, row_of
 from minitron.pruning.basis import Basis
 from minitron.pruning.cut import plan_cuts
@@ -71,9 +72,8 @@ def build_compensated(base: PlacedModel, plan: PruningPlan, batches: Sequence[to
         basis = stream_basis(base, plan, batches, directions=recipe.directions, samples=recipe.direction_samples, config=config)
     with torch.device("meta"):
         student = base.family.build(base.family.hf_config(config, plan.student))
-    names = {base.family.canonical_name(name): name for name in student.state_dict()}
     tensors = CompensatedCut(base, plan, batches, basis, recipe, config=config, dtypes=dtypes).tensors()
-    student.load_state_dict({names[name]: torch.cat([piece.float() for piece in pieces]) for name, pieces in tensors}, assign=True)
+    load_tensors(base.family, student, {name: torch.cat([piece.float() for piece in pieces]) for name, pieces in tensors})
     return student.eval()
 
 
@@ -113,8 +113,8 @@ class CompensatedCut:
             yield table, embedding
         for _ in embedding:  # to its end, whoever wants it
             pass
-        positions, begun = {layer: position for position, layer in enumerate(self.plan.kept_layers)}, None
-        for layer, base_block in self.base.visit(range(self.plan.teacher.num_layers)):
+        positions, begun = {layer: position for position, layer in enumerate(self.plan.kept_sublayers)}, None
+        for layer, base_block in self.base.visit(range(self.plan.teacher.num_sublayers)):
             if layer in positions:
                 if begun is not None:  # the base is now behind it and behind the layers removed after it
                     yield from self._finish(begun)

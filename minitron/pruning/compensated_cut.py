@@ -60,7 +60,7 @@ def write_compensated(context: StageContext, family: Family, plan: PruningPlan, 
     kept_basis = context.folder / BASIS_FILE
     turns = plan.student.hidden < plan.teacher.hidden and not kept_basis.exists()
     walks = 1 + turns * {"loss": 2, "variance": 1, None: 0}[recipe.directions]
-    with context.console.track("compensating", plan.teacher.num_layers * walks, "layers") as advance:
+    with context.console.track("compensating", plan.teacher.num_sublayers * walks, "layers") as advance:
         if not kept_basis.exists():
             scratch = context.folder / RESIDUALS_FOLDER
             basis = stream_basis(base, plan, batches, directions=recipe.directions, config=base.config, samples=recipe.direction_samples,
@@ -112,7 +112,7 @@ class MadeWeights:
         """Where the walk comes by: embeddings, layers, the rest."""
         if name.startswith(self.family.outside_names["embed"]):
             return -1
-        return int(name.split(".")[1]) if name.startswith("layers.") else self.plan.student.num_layers
+        return int(name.split(".")[1]) if name.startswith("layers.") else self.plan.student.num_sublayers
 
     def _take(self, name: str) -> Iterator[torch.Tensor]:
         if name in self.stored:  # in a shard of another size
@@ -152,7 +152,7 @@ class MadeWeights:
         expected, device = self.cut.student_residuals[0], self.cut.base.device
         model = _streamed(self.family, self.folder, read_config(self.folder), self.plan.student, device)
         (found,) = model.embed([ids_and_mask(self.batches[0])[0]])
-        for _, block in model.visit(range(self.plan.student.num_layers)):
+        for _, block in model.visit(range(self.plan.student.num_sublayers)):
             found = block(found)
         difference = ((found - expected).abs().max() / expected.abs().max()).item()
         if not difference <= SAME_RESIDUALS:
@@ -225,7 +225,7 @@ def _solved_for(plan: PruningPlan, recipe: Recipe) -> list[tuple[int, int]]:
 def _sums_for_directions(plan: PruningPlan, recipe: Recipe) -> int:
     """Bytes of the moments of every norm and as much again for half of them (directions.py)."""
     turns = recipe.directions == "loss" and plan.student.hidden < plan.teacher.hidden
-    return 3 * 8 * num_sites(plan.teacher.hidden, plan.teacher.num_layers) * plan.teacher.hidden**2 * turns
+    return 3 * 8 * num_sites(plan.teacher.hidden, plan.teacher.num_sublayers) * plan.teacher.hidden**2 * turns
 
 
 def check_memory(plan: PruningPlan, recipe: Recipe, rows: np.ndarray, available: int, where: str, *, number_bytes: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from minitron.families.base import Dimension, Family
+from minitron.families.state import load_tensors, stored_state
 from minitron.families.table import check_tensors, row_of, split_layer
 from minitron.pruning.plan import PruningPlan
 
@@ -72,7 +73,7 @@ def plan_cuts(family: Family, plan: PruningPlan, shapes: Mapping[str, tuple[int,
     Raises ValueError for a tensor of the wrong shape, one matched by no row or by two, or one missing.
     """
     check_tensors(family, plan.teacher, shapes)
-    new_position = {layer: position for position, layer in enumerate(plan.kept_layers)}
+    new_position = {layer: position for position, layer in enumerate(plan.kept_sublayers)}
     cuts = []
     for name, shape in shapes.items():
         layer, suffix = split_layer(name)
@@ -111,9 +112,7 @@ def build_pruned(family: Family, teacher: nn.Module, plan: PruningPlan, teacher_
     """The student of a plan as a model in memory, cut from the teacher's weights."""
     with torch.device("meta"):
         student = family.build(family.hf_config(teacher_config, plan.student))
-    state = {name: tensor.clone() for name, tensor in cut_state(family, plan, teacher.state_dict()).items()}
-    names = {family.canonical_name(name): name for name in student.state_dict()}
-    student.load_state_dict({names[name]: tensor for name, tensor in state.items()}, assign=True)
+    load_tensors(family, student, {name: tensor.clone() for name, tensor in cut_state(family, plan, stored_state(teacher)).items()})
     return student.eval()
 
 

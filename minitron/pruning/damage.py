@@ -13,7 +13,7 @@ from minitron.checkpoints.placement import PlacedModel
 def walked_loss(model: PlacedModel, batches: Sequence[torch.Tensor]) -> float:
     """Next-token loss over batches of rows [B, T], nats per token, padding not counted; the logits of one row exist at a time."""
     residuals = model.embed([split_padding(rows_BT)[0] for rows_BT in batches])
-    for _, block in model.visit(range(model.architecture.num_layers)):
+    for _, block in model.visit(range(model.architecture.num_sublayers)):
         residuals = [block(residual_BTD) for residual_BTD in residuals]
     total, tokens = 0.0, 0
     with model.open_head() as head:

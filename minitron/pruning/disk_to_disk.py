@@ -14,6 +14,7 @@ from minitron.checkpoints.publish import check_layer_by_layer, check_reload, mod
 from minitron.checkpoints.shards import write_weights
 from minitron.families.base import Family
 from minitron.families.known import family_of
+from minitron.families.table import names_by_canonical
 from minitron.importance.scores import scores_of
 from minitron.machine.device import available_memory_bytes
 from minitron.pruning.compensated_cut import BASIS_FILE, MadeWeights, damage, write_compensated
@@ -78,7 +79,7 @@ def _write(context: StageContext, folder: Path, planned: list[PlannedTensor]) ->
 
 def planned_tensors(family: Family, plan: PruningPlan, source: Checkpoint) -> list[PlannedTensor]:
     """The student's tensors, each read and cut only when its turn to be written comes. The teacher's dtypes are kept."""
-    file_names = {family.canonical_name(name): name for name in source.entries}
+    file_names = names_by_canonical(family, plan.teacher, source.entries)
     shapes = {name: source.entries[file_name].shape for name, file_name in file_names.items()}
 
     def planned(cut: TensorCut) -> PlannedTensor:

@@ -10,17 +10,18 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from memory_budget.architecture import Architecture
-from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_CHANNEL, MAMBA_HEAD
+from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD
 from minitron.importance.scores import ImportanceScores
 from nas.depth import check_is_cut
 
 Indices = tuple[int, ...]
-AXIS_OF_KIND = {"M": (MAMBA_HEAD, MAMBA_CHANNEL), "-": (FFN,), "*": (ATTENTION_HEAD,)}
+AXIS_OF_KIND = {"M": (MAMBA_HEAD, MAMBA_CHANNEL), "-": (FFN,), "*": (KEY_VALUE_HEAD, ATTENTION_HEAD)}
 
 
 @dataclass(frozen=True, slots=True)
 class PruningPlan:
-    """`units` maps an axis to the kept indices per teacher layer; hidden has one entry, under layer -1, for all layers."""
+    """`kept_layers` are layers as config.json counts them. `units` maps an axis to the kept indices per sublayer of the teacher; hidden has one entry,
+    under -1, for all of them."""
 
     teacher: Architecture
     student: Architecture
@@ -28,8 +29,12 @@ class PruningPlan:
     units: Mapping[str, Mapping[int, Indices]]
 
     def kept(self, axis: str, layer: int) -> Indices | None:
-        """Kept indices of an axis in a teacher layer; None where all stay."""
+        """Kept indices of an axis in a sublayer of the teacher; None where all stay."""
         return self.units.get(axis, {}).get(-1 if axis == HIDDEN else layer)
+
+    @property
+    def kept_sublayers(self) -> Indices:
+        return self.teacher.sublayers_of(self.kept_layers)
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -44,7 +49,7 @@ def make_plan(teacher: Architecture, student: Architecture, kept_layers: Indices
     units: dict[str, dict[int, Indices]] = {}
     if student.hidden < teacher.hidden:
         units[HIDDEN] = {-1: top(scores.hidden(), student.hidden)}
-    for layer in kept_layers:
+    for layer in teacher.sublayers_of(kept_layers):
         for axis in AXIS_OF_KIND[teacher.pattern[layer]]:
             kept = _choose(axis, layer, teacher, student, scores)
             if kept is not None:
@@ -60,8 +65,11 @@ def _choose(axis: str, layer: int, teacher: Architecture, student: Architecture,
     if axis == MAMBA_HEAD and student.mamba_num_heads < teacher.mamba_num_heads:
         channels = _choose(MAMBA_CHANNEL, layer, teacher, student, scores)
         return top_per_group(scores.mamba_heads(layer, channels), teacher.mamba_num_groups, student.mamba_num_heads)
+    if axis == KEY_VALUE_HEAD and student.num_key_value_heads < teacher.num_key_value_heads:
+        return top(scores.key_value_heads(layer, teacher.num_key_value_heads), student.num_key_value_heads)
     if axis == ATTENTION_HEAD and student.num_attention_heads < teacher.num_attention_heads:
-        return top_per_group(scores.attention_heads(layer), teacher.num_key_value_heads, student.num_attention_heads)
+        groups = _choose(KEY_VALUE_HEAD, layer, teacher, student, scores)
+        return top_per_group(scores.attention_heads(layer), teacher.num_key_value_heads, student.num_attention_heads, groups)
     return None
 
 
@@ -70,7 +78,7 @@ def top(scores: np.ndarray, number: int) -> Indices:
     return tuple(sorted(np.argsort(-scores, kind="stable")[:number].tolist()))
 
 
-def top_per_group(scores: np.ndarray, groups: int, number: int) -> Indices:
-    """The same number of highest scored units from each of `groups` equal runs (SSM, arXiv 2504.11409, §3)."""
-    size = len(scores) // groups
-    return tuple(group * size + index for group in range(groups) for index in top(scores[group * size : (group + 1) * size], number // groups))
+def top_per_group(scores: np.ndarray, groups: int, number: int, kept: Indices | None = None) -> Indices:
+    """The same number of highest scored units from each of `groups` equal runs, or of those of them that are kept (SSM, arXiv 2504.11409, §3)."""
+    size, kept = len(scores) // groups, tuple(range(groups)) if kept is None else kept
+    return tuple(group * size + index for group in kept for index in top(scores[group * size : (group + 1) * size], number // len(kept)))

@@ -22,6 +22,12 @@ class NormalEquations:
         self.cross_OI.addmm_(targets_NO.T, inputs_NI)
         self.num_tokens += len(inputs_NI)
 
+    def of_inputs(self, indices: torch.Tensor) -> "NormalEquations":
+        """The sums of some of the inputs alone."""
+        some = NormalEquations(0, len(self.cross_OI), self.gram_II.device)
+        some.gram_II, some.cross_OI, some.num_tokens = self.gram_II[indices][:, indices], self.cross_OI[:, indices], self.num_tokens
+        return some
+
     def solve(self, start_OI: torch.Tensor, ridge: float, *, place: str) -> torch.Tensor:
         """The matrix M [O, I], float32, of the least Σ|M a − t|² + λ|M − start|², with λ = ridge_for(…) · mean over inputs of Σ a².
 

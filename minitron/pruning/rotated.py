@@ -20,6 +20,7 @@ from torch import nn
 from memory_budget.architecture import Architecture
 from minitron.checkpoints.placement import WholeModel
 from minitron.families.base import Family
+from minitron.families.state import model_tensors
 from minitron.families.table import row_of, split_layer
 from minitron.pruning.basis import Basis
 from minitron.pruning.directions import principal_basis, stream_covariance
@@ -38,7 +39,7 @@ def rotate_model(family: Family, model: nn.Module, architecture: Architecture, b
     if basis_DD is None:
         basis_DD = principal_basis(stream_covariance(base, batches, epsilon))
     basis = Basis(basis_DD)
-    state = {family.canonical_name(name): tensor for name, tensor in model.state_dict().items()}
+    state = model_tensors(family, model)
     roles = {name: stream_role(family, row_of(family, architecture, name)) for name in state}
     norms = {split_layer(name)[0]: name for name, role in roles.items() if role == NORM}
     for name, tensor in state.items():

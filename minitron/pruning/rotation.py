@@ -68,7 +68,7 @@ def norm_inputs(base: PlacedModel, batches: Sequence[torch.Tensor], on_layer: Ca
                 raise ValueError(f"prune: the residuals before {place} are not finite")
             yield tokens_ND
 
-    for layer, block in base.visit(range(base.architecture.num_layers)):
+    for layer, block in base.visit(range(base.architecture.num_sublayers)):
         yield from ((layer, tokens_ND) for tokens_ND in tokens(f"layer {layer}"))
         residuals = [block(residual_BTD) for residual_BTD in residuals]
         on_layer()

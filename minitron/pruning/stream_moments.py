@@ -78,7 +78,7 @@ def stream_moments(base: PlacedModel, batches: Sequence[torch.Tensor], epsilon: 
     Residuals before every layer lie in the folder `scratch` meanwhile (the system's own for such things when None), 2·D bytes a token and layer.
     Raises ValueError naming the layer whose residuals or gradients are not finite.
     """
-    num_layers = base.architecture.num_layers
+    num_layers = base.architecture.num_sublayers
     pairs = [ids_and_mask(batch) for batch in batches]
     masks = [mask for _, mask in pairs]
     sums = _Sums(base.architecture.hidden, num_layers, base.device)
@@ -113,7 +113,7 @@ def _file(folder: Path, layer: int) -> Path:
 
 def _walk_forward(base: PlacedModel, ids: Sequence[torch.Tensor], folder: Path, on_layer: Callable[[], None]) -> list[torch.Tensor]:
     """Residuals [B, T, D] behind the last layer; those before every layer are in the folder, rounded to bf16."""
-    residuals, num_layers = base.embed(ids), base.architecture.num_layers
+    residuals, num_layers = base.embed(ids), base.architecture.num_sublayers
     for layer, block in base.visit(range(num_layers)):
         torch.save([residual_BTD.bfloat16() for residual_BTD in residuals], _file(folder, layer))
         residuals = [block(residual_BTD) for residual_BTD in residuals]

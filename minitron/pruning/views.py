@@ -21,13 +21,15 @@ from torch import nn
 
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_total_parameters
-from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_CHANNEL, MAMBA_HEAD, Family
+from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD, Family
+from minitron.families.state import load_tensors, model_tensors
 from minitron.families.table import row_of
 from minitron.importance.scores import ImportanceScores
 from minitron.pruning.cut import TensorCut, is_run, kept_indices, plan_cuts
 from minitron.pruning.plan import Indices, PruningPlan, top, top_per_group
 
 GROUPED = (MAMBA_HEAD, ATTENTION_HEAD)
+ColumnsKey = tuple[str, int, bytes]  # a tensor's name, how many of its columns are kept, and which, where they are not the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,42 +47,32 @@ class SortedTeacher:
     """A teacher with its units in order of importance; `model` gives the same logits as before."""
 
     def __init__(self, family: Family, model: nn.Module, config: dict, architecture: Architecture, scores: ImportanceScores, head_dim: int | None = None, *,
-                 norm_scales: Mapping[str, torch.Tensor] = MappingProxyType({})):  # fmt: skip
+                 norm_scales: Mapping[str, torch.Tensor] = MappingProxyType({}), sort_key_values: bool = False):  # fmt: skip
         """Sorts the model's weights in place, one tensor at a time. `head_dim` is how many channels of a Mamba head
         candidates keep (None: all), since the ranking of the heads goes by the channels that stay. `norm_scales` are those
-        of a rotated model (rotated.rotate_model), whose hidden directions are in order already. `refitted` has, by name and number
-        of columns, matrices that candidates take in place of their first columns (width_refits.refit_widths)."""
+        of a rotated model (rotated.rotate_model), whose hidden directions are in order already. KV heads stay where they are unless some candidate
+        has fewer (`sort_key_values`). `refitted` has, by `columns_key`, matrices that candidates take in place of their columns (width_refits.refit_widths)."""
         self.family, self.config, self.architecture = family, config, architecture
         everything = tuple(range(architecture.num_layers))
-        orders = _orders(architecture, scores, head_dim or architecture.mamba_head_dim)
+        orders = _orders(architecture, scores, head_dim or architecture.mamba_head_dim, sort_key_values=sort_key_values)
         self._norm_scales = norm_scales
         if norm_scales:
             del orders[HIDDEN]
         plan = PruningPlan(architecture, architecture, everything, orders)
-        self.state = {family.canonical_name(name): parameter for name, parameter in model.state_dict().items()}
+        self.state = model_tensors(family, model)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
         for cut in self._cuts(plan):
             self.state[cut.target].copy_(cut.apply(self.state[cut.source]))
         self._regroup_inputs(model, architecture, everything)
         self._copies: dict[tuple, torch.Tensor] = {}
-        self.refitted: dict[tuple[str, int], torch.Tensor] = {}
+        self.refitted: dict[ColumnsKey, torch.Tensor] = {}
         self.model = model.eval()
 
     def view(self, student: Architecture, kept_layers: Indices) -> View:
         """The candidate of these sizes and layers. Raises RuntimeError where its parameters are not the planned number."""
-        teacher = self.architecture
-        units: dict[str, dict[int, Indices]] = {HIDDEN: {-1: _prefix(student.hidden)}}
-        for axis, number, groups in ((FFN, student.ffn, 1), (MAMBA_CHANNEL, student.mamba_head_dim, 1),
-                                     (MAMBA_HEAD, student.mamba_num_heads, teacher.mamba_num_groups),
-                                     (ATTENTION_HEAD, student.num_attention_heads, teacher.num_key_value_heads)):  # fmt: skip
-            size = {FFN: teacher.ffn, MAMBA_CHANNEL: teacher.mamba_head_dim, MAMBA_HEAD: teacher.mamba_num_heads}.get(axis, teacher.num_attention_heads)
-            if number < size:
-                kept = _prefix(number) if groups == 1 else top_per_group(-np.arange(size), groups, number)
-                units[axis] = dict.fromkeys(range(teacher.num_layers), kept)
-        tensors = {cut.target: self._cut(cut) for cut in self._cuts(PruningPlan(teacher, student, kept_layers, units))}
+        tensors = {cut.target: self._cut(cut) for cut in self._cuts(self._plan(student, kept_layers))}
         model = _empty_model(self.family, self.family.hf_config(self.config, student))
-        names = {self.family.canonical_name(name): name for name in model.state_dict()}
-        model.load_state_dict({names[name]: tensor for name, tensor in tensors.items()}, assign=True)
+        load_tensors(self.family, model, tensors)
         self._regroup_inputs(model, student, kept_layers)
         self._check(tensors, student)
         viewed = {tensor.untyped_storage().data_ptr() for tensor in (*self.state.values(), *self.refitted.values())}
@@ -88,21 +80,46 @@ class SortedTeacher:
         mamba = sum(size for name, size in copied.items() if _is_fused_mamba(name))
         return View(model.eval(), sum(copied.values()) - mamba, mamba, _digest(tensors))
 
+    def kept_columns(self, name: str, student: Architecture) -> tuple[ColumnsKey, torch.Tensor | None]:
+        """Which columns of a tensor a student keeps, and `columns_key` of that; None for all."""
+        plan = self._by_columns(self._plan(student, tuple(range(self.architecture.num_layers))))
+        columns = kept_indices(self.family, plan, name)[1]
+        return _columns_key(name, self._shapes[name][1] if columns is None else len(columns), columns), columns
+
+    def _plan(self, student: Architecture, kept_layers: Indices) -> PruningPlan:
+        """What a student keeps of the sorted teacher: the first of every axis, of grouped ones the first of every group."""
+        teacher, sizes = self.architecture, self.family.axis_sizes(self.architecture)
+        units: dict[str, dict[int, Indices]] = {HIDDEN: {-1: _prefix(student.hidden)}}
+        for axis, number, groups in ((FFN, student.ffn, 1), (MAMBA_CHANNEL, student.mamba_head_dim, 1),
+                                     (MAMBA_HEAD, student.mamba_num_heads, teacher.mamba_num_groups),
+                                     (ATTENTION_HEAD, student.num_attention_heads, teacher.num_key_value_heads),
+                                     (KEY_VALUE_HEAD, student.num_key_value_heads, 1)):  # fmt: skip
+            if number < sizes.get(axis, 0):
+                groups_kept = _prefix(student.num_key_value_heads) if axis == ATTENTION_HEAD else None
+                kept = _prefix(number) if groups == 1 else top_per_group(-np.arange(sizes[axis]), groups, number, groups_kept)
+                units[axis] = dict.fromkeys(range(teacher.num_sublayers), kept)
+        return PruningPlan(teacher, student, kept_layers, units)
+
     def _cuts(self, plan: PruningPlan) -> list[TensorCut]:
         """The plan's cuts, those of columns that read a grouped axis in the order of the columns: rank first, then group."""
-        columns = replace(plan, units={axis: {layer: self._by_rank(axis, kept) for layer, kept in layers.items()} if axis in GROUPED else layers
-                                       for axis, layers in plan.units.items()})  # fmt: skip
+        columns = self._by_columns(plan)
         return [
             replace(cut, keep=(cut.keep[0], kept_indices(self.family, columns, cut.source)[1])) if self._reads_groups(cut.source) else cut
             for cut in plan_cuts(self.family, plan, self._shapes)
         ]
 
+    def _by_columns(self, plan: PruningPlan) -> PruningPlan:
+        """A plan with heads by their columns in what reads them."""
+        return replace(plan, units={axis: {layer: self._by_rank(axis, kept) for layer, kept in layers.items()} if axis in GROUPED else layers
+                                    for axis, layers in plan.units.items()})  # fmt: skip
+
     def _by_rank(self, axis: str, kept: Indices) -> Indices:
         """Kept heads, given group by group, as columns: the sorted teacher's own order, or for a candidate a prefix."""
         groups = self.architecture.mamba_num_groups if axis == MAMBA_HEAD else self.architecture.num_key_value_heads
         heads = self.architecture.mamba_num_heads if axis == MAMBA_HEAD else self.architecture.num_attention_heads
-        if len(kept) < heads:
-            return _prefix(len(kept))
+        if len(kept) < heads:  # of columns that are sorted already
+            group, place = np.divmod(np.array(kept), heads // groups)
+            return tuple(np.sort(place * groups + group).tolist())
         return tuple(np.array(kept).reshape(groups, -1).T.reshape(-1).tolist())
 
     def _reads_groups(self, name: str) -> bool:
@@ -113,24 +130,25 @@ class SortedTeacher:
     def _cut(self, cut: TensorCut) -> torch.Tensor:
         """A view of the sorted tensor, or of what was refitted to its columns; a copy, shared by all candidates, only of what is no run along its
         first dimension, and of one number for a rotated model's norm."""
-        if (cut.source, cut.shape[-1]) in self.refitted:
-            return self.refitted[cut.source, cut.shape[-1]][: cut.shape[0]]
+        key = _columns_key(cut.source, cut.shape[-1], cut.keep[-1])
+        if key in self.refitted:
+            return self.refitted[key][: cut.shape[0]]
         tensor = self.state[cut.source]
         if cut.source in self._norm_scales and cut.shape != tuple(tensor.shape):
             (hidden,) = cut.shape
             return self._norm_scales[cut.source][hidden - 1].to(tensor.dtype).repeat(hidden)
-        rows = cut.keep[0]
-        if rows is not None and not is_run(rows):
-            key = (cut.source, len(rows))
-            if key not in self._copies:
-                self._copies[key] = tensor.index_select(0, rows.to(tensor.device))
-            tensor = self._copies[key]
-            cut = replace(cut, keep=(None, *cut.keep[1:]))
-        return cut.apply(tensor)
+        keep = list(cut.keep)
+        for dimension, indices in enumerate(cut.keep):
+            if indices is not None and not is_run(indices):
+                key = (cut.source, dimension, len(indices), indices.numpy().tobytes())
+                if key not in self._copies:
+                    self._copies[key] = self.state[cut.source].index_select(dimension, indices.to(tensor.device))
+                tensor, keep[dimension] = self._copies[key], None
+        return replace(cut, keep=tuple(keep)).apply(tensor)
 
     def _regroup_inputs(self, model: nn.Module, architecture: Architecture, kept_layers: Indices) -> None:
         """Modules that read heads get them rank first, then group, as their columns are."""
-        for layer, block in zip(kept_layers, self.family.parts(model).layers, strict=True):
+        for layer, block in zip(self.architecture.sublayers_of(kept_layers), self.family.parts(model).layers, strict=True):
             for name in self._shapes:
                 if name.startswith(f"layers.{layer}.") and self._reads_groups(name):
                     is_mamba = row_of(self.family, self.architecture, name).dimensions[1][0][0] == MAMBA_HEAD
@@ -144,6 +162,10 @@ class SortedTeacher:
             raise RuntimeError(f"the view of a candidate has {effective:,} parameters, its plan {planned:,}")
 
 
+def _columns_key(name: str, width: int, columns: torch.Tensor | None) -> ColumnsKey:
+    return name, width, b"" if columns is None or is_run(columns) else columns.numpy().tobytes()
+
+
 def _by_rank_hook(groups: int, per_group: int):
     def regroup(_module, args):
         activation = args[0]  # [..., G·R·P], heads group by group
@@ -153,7 +175,7 @@ def _by_rank_hook(groups: int, per_group: int):
     return regroup
 
 
-def _orders(architecture: Architecture, scores: ImportanceScores, head_dim: int) -> dict[str, dict[int, Indices]]:
+def _orders(architecture: Architecture, scores: ImportanceScores, head_dim: int, *, sort_key_values: bool) -> dict[str, dict[int, Indices]]:
     """Every unit of every axis in descending order of its score, grouped ones inside their group."""
     orders: dict[str, dict[int, Indices]] = {HIDDEN: {-1: _descending(scores.hidden())}}
     for layer, kind in enumerate(architecture.pattern):
@@ -165,7 +187,12 @@ def _orders(architecture: Architecture, scores: ImportanceScores, head_dim: int)
             orders.setdefault(MAMBA_CHANNEL, {})[layer] = _descending(channels)
             orders.setdefault(MAMBA_HEAD, {})[layer] = _descending(scores.mamba_heads(layer, kept), architecture.mamba_num_groups)
         elif kind == "*":
-            orders.setdefault(ATTENTION_HEAD, {})[layer] = _descending(scores.attention_heads(layer), architecture.num_key_value_heads)
+            groups = architecture.num_key_value_heads
+            heads = np.array(_descending(scores.attention_heads(layer), groups)).reshape(groups, -1)
+            if sort_key_values:
+                order = _descending(scores.key_value_heads(layer, groups))
+                orders.setdefault(KEY_VALUE_HEAD, {})[layer], heads = order, heads[list(order)]
+            orders.setdefault(ATTENTION_HEAD, {})[layer] = tuple(heads.reshape(-1).tolist())
     return orders
 
 

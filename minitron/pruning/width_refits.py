@@ -5,7 +5,8 @@ every layer is looked at alone: its writer W [D, I] is given activations a and m
 fewer, and is solved anew to make the same W·a of them. That serves candidates of every hidden size K, with its first K rows.
 
 Neurons and attention heads leave the activations of the others as they are. The units being in order, those kept come first in a, and one
-Gram matrix Σ a aᵀ serves every width. Mamba heads share a norm with their group, so the layer is run anew for each number of them.
+Gram matrix Σ a aᵀ serves every width; of fewer KV heads those kept are not the first, and have its rows and columns to themselves. Mamba heads
+share a norm with their group, so the layer is run anew for each number of them.
 Letters: B batch, T tokens of a row, D hidden, I inputs of a writing matrix.
 """
 
@@ -18,10 +19,9 @@ from torch import nn
 from memory_budget.architecture import Architecture
 from minitron.checkpoints.placement import WholeModel, ids_and_mask
 from minitron.families.base import MAMBA_HEAD
-from minitron.families.table import expected_shape
 from minitron.pruning.refit import NormalEquations
 from minitron.pruning.rotation import WRITE, real_tokens, stream_role
-from minitron.pruning.views import SortedTeacher
+from minitron.pruning.views import ColumnsKey, SortedTeacher
 
 
 @torch.no_grad()
@@ -33,14 +33,15 @@ def refit_widths(candidates: SortedTeacher, students: Iterable[Architecture], ba
     """
     family, teacher, students = candidates.family, candidates.architecture, list(students)
     base, pairs = WholeModel(family, candidates.model, teacher), [ids_and_mask(batch) for batch in batches]
-    residuals, everything = base.embed([ids for ids, _ in pairs]), tuple(range(teacher.num_layers))
+    residuals, everything = base.embed([ids for ids, _ in pairs]), tuple(range(teacher.num_sublayers))
     fewer_heads = {(student.mamba_num_heads, student.mamba_head_dim) for student in students} - {(teacher.mamba_num_heads, teacher.mamba_head_dim)}
-    views = [candidates.view(replace(teacher, mamba_num_heads=heads, mamba_head_dim=channels), everything) for heads, channels in fewer_heads]
+    views = [candidates.view(replace(teacher, mamba_num_heads=heads, mamba_head_dim=channels), tuple(range(teacher.num_layers)))
+             for heads, channels in fewer_heads]  # fmt: skip
     for layer, block in base.visit(everything):
         (row,) = [row for row in family.table if row.kind == teacher.pattern[layer] and stream_role(family, row) == WRITE]
-        writer = row.suffix.removesuffix(".weight")
-        widths = {expected_shape(family, student, row)[1] for student in students} - {expected_shape(family, teacher, row)[1]}
-        together = [block] if widths else []
+        writer, name = row.suffix.removesuffix(".weight"), f"layers.{layer}.{row.suffix}"
+        widths, others = _kept_columns(candidates, name, students)
+        together = [block] if widths or others else []
         runs = [family.parts(view.model).layers[layer] for view in views] if MAMBA_HEAD in row.dimensions[1][0] else together
         fits = [NormalEquations(run.get_submodule(writer).in_features, teacher.hidden, base.device) for run in runs]
         weight_DI = block.get_submodule(writer).weight.float()
@@ -53,8 +54,24 @@ def refit_widths(candidates: SortedTeacher, students: Iterable[Architecture], ba
             residuals[index] = behind_BTD
         for run, fit in zip(runs, fits, strict=True):
             start_DI = run.get_submodule(writer).weight
-            solved = fit.solve_first(widths if run is block else [start_DI.shape[1]], start_DI, ridge, place=f"layer {layer}")
-            candidates.refitted |= {(f"layers.{layer}.{row.suffix}", width): matrix_DI.to(start_DI.dtype) for width, matrix_DI in solved.items()}
+            if run is block:
+                solved = {key: fit.of_inputs(columns).solve(start_DI[:, columns], ridge, place=f"layer {layer}") for key, columns in others.items()}
+            else:
+                solved, widths = {}, [start_DI.shape[1]]
+            solved |= {(name, width, b""): matrix_DI for width, matrix_DI in fit.solve_first(widths, start_DI, ridge, place=f"layer {layer}").items()}
+            candidates.refitted |= {key: matrix_DI.to(start_DI.dtype) for key, matrix_DI in solved.items()}
+
+
+def _kept_columns(candidates: SortedTeacher, name: str, students: Iterable[Architecture]) -> tuple[set[int], dict[ColumnsKey, torch.Tensor]]:
+    """Of the columns of a writer that students keep: how many where they are the first ones, and which where they are not."""
+    widths, others = set(), {}
+    for student in students:
+        key, columns = candidates.kept_columns(name, student)
+        if columns is not None and key[2]:
+            others[key] = columns
+        elif columns is not None:
+            widths.add(key[1])
+    return widths, others
 
 
 def _run(block: nn.Module, writer: str, residual_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -120,7 +120,13 @@ def retained_importance(candidates: Candidates, scores: ImportanceScores, remova
     """
     teacher = candidates.teacher
     kept = _kept_share(scores.hidden(), candidates.hidden)
-    for kind, column, score_of in (("-", candidates.ffn, scores.ffn), ("M", candidates.mamba_num_heads, scores.mamba_heads)):
+    def key_value_heads(layer: int) -> np.ndarray:
+        return scores.key_value_heads(layer, teacher.num_key_value_heads)
+
+    axes = [("-", candidates.ffn, scores.ffn), ("M", candidates.mamba_num_heads, scores.mamba_heads)]
+    if (candidates.num_key_value_heads != teacher.num_key_value_heads).any():
+        axes.append(("*", candidates.num_key_value_heads, key_value_heads))
+    for kind, column, score_of in axes:
         layers = [layer for layer, letter in enumerate(teacher.pattern) if letter == kind]
         if layers:
             kept = kept * np.mean([_kept_share(score_of(layer), column) for layer in layers], axis=0)

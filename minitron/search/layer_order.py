@@ -20,7 +20,7 @@ def order_and_damage(context: StageContext, teacher: Architecture) -> tuple[list
 def given_layer_order(path: str | Path, teacher: Architecture) -> list[int]:
     """The order of a file. Raises ValueError where it cannot be read, holds no order, or names layers the teacher lacks."""
     order = read_layer_order(path)
-    check_layer_order(order, teacher.pattern)
+    check_layer_order(order, teacher.num_layers)
     return order
 
 

@@ -19,6 +19,7 @@ from minitron.settings.run import Settings
 from minitron.settings.search import Shortlist
 from minitron.settings.teachers import base_architecture
 from minitron.walk.stage import StageContext
+from nas.axes import WIDTHS
 from nas.candidates import Candidates, enumerate_candidates, enumerate_fitting
 from nas.depth import kept_layers, subsequence_layers
 from nas.shortlist import diversified, largest
@@ -80,7 +81,7 @@ def _layers_by_depth(context: StageContext, teacher: Architecture, order: list[i
     layers, unreached = {}, {}
     for depth in space.num_layers:
         try:
-            layers[depth] = kept_layers(teacher.pattern, order, depth, space.floors)
+            layers[depth] = kept_layers(teacher.layer_kinds, order, depth, space.floors)
         except ValueError as error:
             unreached[depth] = str(error)
     if not layers:
@@ -95,11 +96,11 @@ def _fixed_candidate(settings: Settings, teacher: Architecture, order: list[int]
     fixed = fixed_sizes(settings, teacher)
     student = fixed_student(settings, teacher)
     if "num_layers" in fixed:
-        layers = kept_layers(teacher.pattern, order, fixed["num_layers"], floors(settings))
+        layers = kept_layers(teacher.layer_kinds, order, fixed["num_layers"], floors(settings))
     else:
-        layers = subsequence_layers(teacher.pattern, student.pattern, {layer: rank for rank, layer in enumerate(order)})
-    widths = ((student.hidden,), (student.ffn,), (student.mamba_num_heads,), {}, (student.mamba_head_dim,), (student.num_attention_heads,))
-    return enumerate_candidates(teacher, SearchSpace((len(layers),), *widths), {len(layers): layers}, workload)
+        layers = subsequence_layers(teacher.layer_kinds, student.layer_kinds, {layer: rank for rank, layer in enumerate(order)})
+    widths = {name: (getattr(student, name),) for name in WIDTHS}
+    return enumerate_candidates(teacher, SearchSpace((len(layers),), floors={}, **widths), {len(layers): layers}, workload)
 
 
 def _shortlist(context: StageContext, candidates: Candidates, damage: list[float]) -> list[int]:
@@ -135,7 +136,7 @@ def _write_csv(path: Path, candidates: Candidates, shortlisted: list[int], most:
     """Sizes and bytes of every candidate, the shortlisted first; the rest by size, largest first, up to `most` rows."""
     rest = np.argsort(-candidates.total_bytes, kind="stable")[: max(0, most - len(shortlisted)) + len(shortlisted)]
     rows = [*shortlisted, *(row for row in rest.tolist() if row not in set(shortlisted))][:most]
-    columns = ("num_layers", "hidden", "ffn", "mamba_num_heads", "mamba_head_dim", "num_attention_heads", "parameters", "total_bytes")
+    columns = ("num_layers", *WIDTHS, "parameters", "total_bytes")
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("id", *columns, "total_gib", "pattern"))

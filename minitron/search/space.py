@@ -5,8 +5,9 @@ from dataclasses import replace
 from memory_budget.architecture import Architecture, check_architecture
 from memory_budget.calculator import memory_report
 from memory_budget.units import GIB, format_gib
-from minitron.settings.derived import axis_of, budget_of, fixed_sizes, floors, workload_of
+from minitron.settings.derived import axis_of, budget_of, couplings_of, fixed_sizes, floors, workload_of
 from minitron.settings.run import Settings
+from nas.axes import AXES
 from nas.candidates import enumerate_candidates
 from nas.depth import check_is_cut, kept_layers, subsequence_layers
 from nas.filters import Filters, advice
@@ -18,10 +19,10 @@ NO_BUDGET = 2**62
 
 def space_of(settings: Settings, teacher: Architecture) -> SearchSpace:
     """The options of every axis. Raises ValueError for options no student can have."""
-    axes = ("layers", "hidden", "ffn", "mamba_heads", "mamba_channels", "attention_heads")
-    layers, hidden, ffn, heads, channels, attention_heads = (axis_of(settings, axis, teacher) for axis in axes)
-    optional = ((channels, teacher.mamba_head_dim), (attention_heads, teacher.num_attention_heads))
-    space = SearchSpace(layers, hidden, ffn, heads, floors(settings), *(None if options == (value,) else options for options, value in optional))
+    options = {name: axis_of(settings, name, teacher) for name in AXES}
+    always = {AXES[name].field: options[name] for name in ("layers", "hidden", "ffn", "mamba_heads")}
+    optional = {axis.field: options[name] for name, axis in AXES.items() if axis.field not in always and options[name] != (axis.size(teacher),)}
+    space = SearchSpace(**always, floors=floors(settings), **optional, couplings=couplings_of(teacher))
     check_space(space, teacher)
     return space
 
@@ -59,10 +60,11 @@ def check_search(settings: Settings, teacher: Architecture) -> None:
             fixed_student(settings, teacher)
         return
     # Any layers that the floors allow do for a lower bound: the depth's true pattern is not known before scoring.
-    cheapest = sorted(range(teacher.num_layers), key=lambda layer: -memory_report(replace(teacher, pattern=teacher.pattern[layer]), workload).total)
-    layers = kept_layers(teacher.pattern, cheapest, space.num_layers[0], space.floors)
+    kinds = teacher.layer_kinds
+    cheapest = sorted(range(teacher.num_layers), key=lambda layer: -memory_report(replace(teacher, pattern=kinds[layer]), workload).total)
+    layers = kept_layers(kinds, cheapest, space.num_layers[0], space.floors)
     widths = {name: options[:1] for name, options in space.widths(teacher).items()}
-    bound = enumerate_candidates(teacher, replace(space, num_layers=(len(layers),), **widths), {len(layers): layers}, workload)
+    bound = enumerate_candidates(teacher, replace(space, num_layers=(len(layers),), couplings=(), **widths), {len(layers): layers}, workload)
     smallest = replace(bound.architecture(0), **settings.search.later_widths.given())
     needed = memory_report(smallest, workload).total
     if needed > budget.bytes:
@@ -76,5 +78,5 @@ def fixed_student(settings: Settings, teacher: Architecture) -> Architecture:
     """The architecture of `search.fixed`. Raises ValueError where it is no cut of the teacher."""
     student = replace(teacher, **{name: value for name, value in fixed_sizes(settings, teacher).items() if name != "num_layers"})
     check_architecture(student)
-    check_is_cut(teacher, student, subsequence_layers(teacher.pattern, student.pattern))
+    check_is_cut(teacher, student, subsequence_layers(teacher.layer_kinds, student.layer_kinds), couplings_of(teacher))
     return student

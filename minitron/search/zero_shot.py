@@ -120,7 +120,9 @@ def _sorted_base(context: StageContext, head_dim: int, students: Iterable[Archit
     rotates, refits = ranks_rotated(settings), ranks_refitted(settings)
     calibration = batches_of(calibration_rows(context, candidate_samples(settings)), settings.prune.batch, device) if rotates or refits else []
     norm_scales = rotate_model(family, model, architecture, calibration, config=config) if rotates else {}
-    sorted_base = SortedTeacher(family, model, config, architecture, scores, head_dim, norm_scales=norm_scales)
+    students = list(students)
+    fewer_keys = any(student.num_key_value_heads < architecture.num_key_value_heads for student in students)
+    sorted_base = SortedTeacher(family, model, config, architecture, scores, head_dim, norm_scales=norm_scales, sort_key_values=fewer_keys)
     if refits:
         refit_widths(sorted_base, students, calibration, settings.prune.ridge)
     return sorted_base

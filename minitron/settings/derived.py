@@ -6,12 +6,21 @@ from pathlib import Path
 from memory_budget.architecture import Architecture
 from memory_budget.budget import PRESETS, Budget
 from memory_budget.workload import Workload
+from minitron.families.base import Multiple
+from minitron.families.known import FAMILIES
 from minitron.settings.run import PruneMethod, Settings
 from minitron.settings.teachers import base_architecture
 from nas.exchange import read_export_config
-from nas.space import WIDTHS, Floors, axis_options
+from nas.axes import AXES, WIDTHS, axes_of, usual_step
+from nas.space import Floors, axis_options
 
 KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}
+
+
+def couplings_of(architecture: Architecture) -> tuple[Multiple, ...]:
+    """Equations between sizes that every candidate must keep."""
+    family = FAMILIES.get(architecture.model_type)
+    return family.couplings if family else ()
 
 
 def floors(settings: Settings) -> Floors:
@@ -57,6 +66,8 @@ def fixed_sizes(settings: Settings, teacher: Architecture) -> dict[str, int | st
     """What `search.fixed` asks for, its file's sizes first and the settings of its own over them; "num_layers" where only the depth is known."""
     given = settings.search.fixed.given()
     path = given.pop("file", None)
+    if "num_key_value_heads" in given and "num_attention_heads" not in given and teacher.num_key_value_heads:
+        given["num_attention_heads"] = given["num_key_value_heads"] * (teacher.num_attention_heads // teacher.num_key_value_heads)
     if path is None:
         return given
     try:
@@ -73,22 +84,18 @@ def fewest_layers(settings: Settings) -> int:
     base = base_architecture(settings)
     if settings.search.fixed.given():
         fixed = fixed_sizes(settings, base)
-        return len(fixed["pattern"]) if "pattern" in fixed else fixed.get("num_layers", base.num_layers)
+        return len(fixed["pattern"]) // base.sublayers_per_layer if "pattern" in fixed else fixed.get("num_layers", base.num_layers)
     return axis_of(settings, "layers", base)[0]
 
 
 def axis_of(settings: Settings, axis: str, teacher: Architecture) -> tuple[int, ...]:
     """Options of one axis of the search. Bounds up to 1 are shares of the teacher's value, rounded up to whole steps below it."""
-    value, natural = {
-        "layers": (teacher.num_layers, 1),
-        "hidden": (teacher.hidden, 128 if teacher.hidden >= 2048 else 16),
-        "ffn": (teacher.ffn, 64),
-        "mamba_heads": (teacher.mamba_num_heads, teacher.mamba_num_groups),
-        "mamba_channels": (teacher.mamba_head_dim, 8),
-        "attention_heads": (teacher.num_attention_heads, teacher.num_key_value_heads),
-    }[axis]
-    given = getattr(settings.search, axis)
-    step = natural if given.step is None else given.step
+    value, given = AXES[axis].size(teacher), getattr(settings.search, axis)
+    if not value:
+        if given != type(given)():
+            raise ValueError(f"search.{axis} is given, but a {teacher.model_type} has no such axis; it has {', '.join(axes_of(teacher))}")
+        return (value,)
+    step = usual_step(AXES[axis], teacher, couplings_of(teacher)) if given.step is None else given.step
 
     def bound(number: float | None) -> int | None:
         if number is None or number > 1:

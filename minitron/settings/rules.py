@@ -1,6 +1,6 @@
 """What every group of settings is made with: marks, checks and their plain values."""
 
-from dataclasses import field, fields, is_dataclass
+from dataclasses import MISSING, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -10,10 +10,15 @@ def how(default: Any) -> Any:
     return field(default=default, metadata={"how": True})
 
 
+def added(default: Any = MISSING, *, default_factory: Any = MISSING) -> Any:
+    """A setting that came later than keys that are in use: left out of them while it has its default."""
+    return field(default=default, default_factory=default_factory, metadata={"added": True})
+
+
 def key_settings(settings: Any) -> Any:
-    """A settings object as plain values, without what is marked `how`."""
+    """A settings object as plain values, without what is marked `how`, and what is `added` only where it is not its default."""
     if is_dataclass(settings):
-        return {f.name: key_settings(getattr(settings, f.name)) for f in fields(settings) if not f.metadata.get("how")}
+        return {f.name: key_settings(getattr(settings, f.name)) for f in fields(settings) if not f.metadata.get("how") and not _is_unused(f, settings)}
     if isinstance(settings, Enum):
         return settings.name
     if isinstance(settings, dict):
@@ -21,6 +26,13 @@ def key_settings(settings: Any) -> Any:
     if isinstance(settings, list | tuple):
         return [key_settings(value) for value in settings]
     return settings
+
+
+def _is_unused(one: Any, settings: Any) -> bool:
+    if not one.metadata.get("added"):
+        return False
+    default = one.default if one.default_factory is MISSING else one.default_factory()
+    return getattr(settings, one.name) == default
 
 
 def at_least(settings: Any, prefix: str, least: float, *names: str) -> None:

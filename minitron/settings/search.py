@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
-from minitron.settings.rules import at_least, check_kinds, how
+from minitron.settings.rules import added, at_least, check_kinds, how
+from nas.axes import AXES
 
 
 class Shortlist(Enum):
@@ -34,7 +35,8 @@ class AxisSettings:
 
 @dataclass(kw_only=True, slots=True)
 class FixedSettings:
-    """An architecture the user already knows; None keeps the teacher's value, all None means none is given."""
+    """An architecture the user already knows, by the architecture's fields or by the names of the axes; None keeps the teacher's value, all None means
+    none is given. Raises ValueError for a size given by both names."""
 
     file: str | None = None
     pattern: str | None = None
@@ -43,9 +45,28 @@ class FixedSettings:
     mamba_num_heads: int | None = None
     mamba_head_dim: int | None = None
     num_attention_heads: int | None = None
+    num_key_value_heads: int | None = added(None)
+    num_layers: int | None = added(None)
+    layers: int | None = added(None)
+    mamba_heads: int | None = added(None)
+    mamba_channels: int | None = added(None)
+    attention_heads: int | None = added(None)
+    key_value_heads: int | None = added(None)
+
+    def __post_init__(self) -> None:
+        for axis in AXES.values():
+            value = getattr(self, axis.name)
+            if axis.name == axis.field or value is None:
+                continue
+            if getattr(self, axis.field) is not None:
+                raise ValueError(f"search.fixed has {axis.name} ({value}) and {axis.field} ({getattr(self, axis.field)}), two names of one size; give one")
+            setattr(self, axis.field, value)  # so that a key is the same for both names
+            setattr(self, axis.name, None)
+        if self.pattern is not None and self.num_layers is not None:
+            raise ValueError(f"search.fixed has a pattern and layers ({self.num_layers}); the pattern says how many, give one")
 
     def given(self) -> dict[str, int | str]:
-        """The values that are set."""
+        """The values that are set, by the architecture's fields."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
@@ -56,6 +77,8 @@ class LaterWidthsSettings:
     hidden: int | None = None
     ffn: int | None = None
     mamba_num_heads: int | None = None
+    num_attention_heads: int | None = added(None)
+    num_key_value_heads: int | None = added(None)
 
     def given(self) -> dict[str, int]:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
@@ -72,6 +95,7 @@ class SearchSettings:
     mamba_heads: AxisSettings = field(default_factory=AxisSettings)
     mamba_channels: AxisSettings = field(default_factory=AxisSettings)
     attention_heads: AxisSettings = field(default_factory=AxisSettings)
+    key_value_heads: AxisSettings = added(default_factory=AxisSettings)
     floors: dict[str, int] = field(default_factory=dict)
     layer_order: str | None = None
     fixed: FixedSettings = field(default_factory=FixedSettings)

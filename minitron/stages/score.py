@@ -18,7 +18,7 @@ def what(settings: Settings) -> Any:
 def check(settings: Settings) -> None:
     base = base_architecture(settings)
     space_of(settings, base)  # its depths say how many layers are removed
-    check_rules(base.pattern, fewest_layers(settings), layer_rules(settings))
+    check_rules(base.layer_kinds, fewest_layers(settings), layer_rules(settings))
 
 
 def run(context: StageContext) -> dict:

@@ -94,11 +94,11 @@ def load_for_training(family: Family, folder: Path, *, launch: Launch, device: t
         if attention:
             model.set_attn_implementation(attention)
         return model
-    checkpoint = Checkpoint(folder)
-    names = {family.canonical_name(name): name for name in checkpoint.entries}
+    checkpoint, config = Checkpoint(folder), read_config(folder)
+    names = names_by_canonical(family, architecture_from_config(config), checkpoint.entries)
     dtypes = {DTYPES[entry.dtype] for entry in checkpoint.entries.values()}
     with torch.device("meta"):
-        model = family.build(read_config(folder)).to(dtype or min(dtypes, key=lambda one: one.itemsize)).eval()
+        model = family.build(config).to(dtype or min(dtypes, key=lambda one: one.itemsize)).eval()
     if attention:
         model.set_attn_implementation(attention)
     return Unread(model, lambda name: checkpoint.read(names[family.canonical_name(name)]), device)

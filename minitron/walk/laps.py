@@ -13,8 +13,9 @@ from minitron.settings.teachers import teacher_architecture
 from minitron.walk.stage import StoredStage, UsingStage
 from minitron.walk.store import Result
 from minitron.walk.table import stages
+from nas.axes import AXES, WIDTHS
 
-WIDTH_AXES = {"hidden": "hidden", "ffn": "ffn", "mamba_heads": "mamba_num_heads"}
+LATER = ("hidden", "ffn", "mamba_heads")  # axes that the second lap may cut; KV heads, and with them query heads, where they are asked for
 
 
 def depth_lap(settings: Settings) -> Settings | None:
@@ -26,11 +27,13 @@ def depth_lap(settings: Settings) -> Settings | None:
     if not settings.depth_lap.enabled or (isinstance(asked, StoredStage) and asked.in_one_lap(settings)):
         return None
     search, fixed, teacher = settings.search, settings.search.fixed, teacher_architecture(settings)
-    later = {field: axis_of(settings, axis, teacher)[0] for axis, field in WIDTH_AXES.items()}
+    later = {AXES[name].field: axis_of(settings, name, teacher)[0] for name in LATER}
+    if (fewest := axis_of(settings, "key_value_heads", teacher)[0]) < teacher.num_key_value_heads:
+        later |= {"num_key_value_heads": fewest, "num_attention_heads": fewest * (teacher.num_attention_heads // teacher.num_key_value_heads)}
     depths = len(axis_of(settings, "layers", teacher))
     search = replace(
-        search, **dict.fromkeys((*WIDTH_AXES, "mamba_channels", "attention_heads"), AxisSettings()), shortlist_size=max(2, depths), finalists=depths,
-        fixed=FixedSettings(pattern=fixed.pattern, file=fixed.file), later_widths=LaterWidthsSettings(**later),
+        search, **dict.fromkeys(WIDTHS.values(), AxisSettings()), shortlist_size=max(2, depths), finalists=depths,
+        fixed=FixedSettings(pattern=fixed.pattern, num_layers=fixed.num_layers, file=fixed.file), later_widths=LaterWidthsSettings(**later),
         max_parameters=None, min_gib=None, max_gib=None, min_tokens_per_second=None,
     )  # fmt: skip
     screen = replace(settings.screen, train=replace(settings.screen.train, tokens=settings.depth_lap.screen_tokens))
@@ -42,6 +45,6 @@ def depth_lap(settings: Settings) -> Settings | None:
 
 def width_lap(settings: Settings, depth_student: Result) -> Settings:
     """The second lap's settings: widths alone, cut from the first lap's student; the teacher still teaches."""
-    search = replace(settings.search, layers=AxisSettings(), layer_order=None, floors={}, fixed=replace(settings.search.fixed, pattern=None))
+    search = replace(settings.search, layers=AxisSettings(), layer_order=None, floors={}, fixed=replace(settings.search.fixed, pattern=None, num_layers=None))
     scoring = replace(settings.scoring, protect=[], ceilings={})
     return replace(settings, base=BaseSettings(path=str(depth_student.model_folder)), search=search, scoring=scoring)

@@ -1,0 +1,208 @@
+"""What families of transformer blocks have in common: a block is two sublayers, x + attention(norm(x)), then x + ffn(norm(x)).
+
+A family says which classes of transformers it is made of, which rows of the table it has, and what its config.json holds; names, halves of blocks,
+loading and building are here. Canonically block b is the sublayers 2b (attention) and 2b + 1 (FFN), and their parts are called norm and mixer.
+
+Letters: D hidden, F ffn, Q query heads, K KV heads, H head dim, V vocabulary, B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memory_budget.architecture import BLOCK, Architecture
+from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, Family, ModelParts, Multiple, Tap, TensorAxes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_HIDDEN, _FFN = ((HIDDEN,),), ((FFN,),)
+_VOCABULARY = (("vocab",),)
+_QUERY = ((ATTENTION_HEAD, "attention_channel"),)
+_KEY_VALUE = ((KEY_VALUE_HEAD, "attention_channel"),)
+_CHANNEL = (("attention_channel",),)
+
+TABLE = (
+    TensorAxes("embeddings.weight", "", (_VOCABULARY, _HIDDEN)),
+    TensorAxes("norm_f.weight", "", (_HIDDEN,)),
+    TensorAxes("lm_head.weight", "", (_VOCABULARY, _HIDDEN), only_if="has_own_head"),
+    TensorAxes("norm.weight", "any", (_HIDDEN,)),
+    TensorAxes("mixer.q_proj.weight", "*", (_QUERY, _HIDDEN)),
+    TensorAxes("mixer.k_proj.weight", "*", (_KEY_VALUE, _HIDDEN)),
+    TensorAxes("mixer.v_proj.weight", "*", (_KEY_VALUE, _HIDDEN)),
+    TensorAxes("mixer.o_proj.weight", "*", (_HIDDEN, _QUERY)),
+    TensorAxes("mixer.q_proj.bias", "*", (_QUERY,), only_if="attention_input_bias"),
+    TensorAxes("mixer.k_proj.bias", "*", (_KEY_VALUE,), only_if="attention_input_bias"),
+    TensorAxes("mixer.v_proj.bias", "*", (_KEY_VALUE,), only_if="attention_input_bias"),
+    TensorAxes("mixer.o_proj.bias", "*", (_HIDDEN,), only_if="attention_output_bias"),
+    TensorAxes("mixer.q_norm.weight", "*", (_CHANNEL,), only_if="attention_qk_norm"),  # shared by all heads
+    TensorAxes("mixer.k_norm.weight", "*", (_CHANNEL,), only_if="attention_qk_norm"),
+    TensorAxes("mixer.gate_proj.weight", "-", (_FFN, _HIDDEN)),  # a neuron is a row of gate and the same row of up
+    TensorAxes("mixer.up_proj.weight", "-", (_FFN, _HIDDEN)),
+    TensorAxes("mixer.down_proj.weight", "-", (_HIDDEN, _FFN)),
+    TensorAxes("mixer.gate_proj.bias", "-", (_FFN,), only_if="ffn_bias"),
+    TensorAxes("mixer.up_proj.bias", "-", (_FFN,), only_if="ffn_bias"),
+    TensorAxes("mixer.down_proj.bias", "-", (_HIDDEN,), only_if="ffn_bias"),
+)
+HALVES = ({"norm": "input_layernorm", "mixer": "self_attn"}, {"norm": "post_attention_layernorm", "mixer": "mlp"})
+OUTSIDE = {"embeddings": "model.embed_tokens", "norm_f": "model.norm", "lm_head": "lm_head"}
+_PART_OF = {theirs: (half, ours) for half, names in enumerate(HALVES) for ours, theirs in names.items()}
+
+
+def block_family(model_type: str, *, classes: str, config: Callable[[dict, Architecture], dict], couplings: tuple[Multiple, ...] = (),
+                 refused: Callable[[dict], str | None] = lambda _config: None) -> Family:  # fmt: skip
+    """A family of blocks. `classes` is what its classes' names in transformers begin with ("Llama"); `config` gives, from the teacher's config.json and
+    an architecture, what beside the sizes common to all the student's must hold."""
+    return Family(
+        model_type=model_type,
+        table=TABLE,
+        axis_sizes=axis_sizes,
+        hf_config=lambda teacher, architecture: _sizes(teacher, architecture) | config(teacher, architecture),
+        canonical_name=canonical_name,
+        file_name=file_name,
+        parts=parts,
+        layer_taps=layer_taps,
+        load=load,
+        build=build,
+        build_layer=partial(build_layer, model_type, classes),
+        build_outside=partial(build_outside, model_type, classes),
+        outside_names={"embed": "embeddings.", "norm": "norm_f.", "head": "lm_head."},
+        rms_epsilon=lambda given: transformers_config(given).rms_norm_eps,
+        handed_over=lambda given: given,
+        couplings=couplings,
+        refused=refused,
+    )
+
+
+def axis_sizes(architecture: Architecture) -> Mapping[str, int]:
+    """Length of every axis of TABLE."""
+    return {
+        HIDDEN: architecture.hidden,
+        FFN: architecture.ffn,
+        ATTENTION_HEAD: architecture.num_attention_heads,
+        KEY_VALUE_HEAD: architecture.num_key_value_heads,
+        "attention_channel": architecture.attention_head_dim,
+        "vocab": architecture.vocab,
+    }
+
+
+def _sizes(teacher: dict, architecture: Architecture) -> dict:
+    """The teacher's config.json with another architecture's sizes. head_dim is always written: elsewhere it is hidden size over heads."""
+    config = {key: value for key, value in teacher.items() if key not in ("transformers_version", "_name_or_path")}
+    return config | {
+        "num_hidden_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden,
+        "intermediate_size": architecture.ffn,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_key_value_heads": architecture.num_key_value_heads,
+        "head_dim": architecture.attention_head_dim,
+        "vocab_size": architecture.vocab,
+        "tie_word_embeddings": architecture.tied_embeddings,
+    }
+
+
+def canonical_name(name: str) -> str:
+    """`model.layers.3.mlp.up_proj.weight` → `layers.7.mixer.up_proj.weight`; a name of neither kind as it is."""
+    if match := re.fullmatch(r"model\.layers\.(\d+)\.(\w+)\.(.+)", name):
+        half, ours = _PART_OF.get(match[2], (0, match[2]))
+        return f"layers.{len(BLOCK) * int(match[1]) + half}.{ours}.{match[3]}"
+    for ours, theirs in OUTSIDE.items():
+        if name.startswith(f"{theirs}."):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def file_name(canonical: str) -> str:
+    """A tensor's name on the Hub and in memory, which are the same."""
+    if match := re.fullmatch(r"layers\.(\d+)\.(\w+)\.(.+)", canonical):
+        block, half = divmod(int(match[1]), len(BLOCK))
+        return f"model.layers.{block}.{HALVES[half][match[2]]}.{match[3]}"
+    ours, _, rest = canonical.partition(".")
+    return f"{OUTSIDE[ours]}.{rest}"
+
+
+def parts(model: nn.Module) -> ModelParts:
+    rotary = model.model.rotary_emb
+    halves = [half for block in model.model.layers for half in _halves(block, lambda: rotary)]
+    return ModelParts(embed=model.model.embed_tokens, layers=halves, norm=model.model.norm, head=model.lm_head)
+
+
+def layer_taps(architecture: Architecture, layer: int, block: nn.Module) -> list[Tap]:
+    """Where a sublayer's width importance is read: what its norm gives, and what its last matrix is given."""
+    found = [Tap(HIDDEN, layer, block.norm, "output", 0, (architecture.hidden,))]
+    if architecture.pattern[layer] == "*":
+        heads = (architecture.num_attention_heads, architecture.attention_head_dim)
+        return [*found, Tap(ATTENTION_HEAD, layer, block.mixer.o_proj, "input", 0, heads)]
+    return [*found, Tap(FFN, layer, block.mixer.down_proj, "input", 0, (architecture.ffn,))]
+
+
+def load(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
+    """The checkpoint as transformers' own model, in eval mode; dtype None keeps the stored one."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one bar a stage is enough
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True).to(device).eval()
+
+
+def build(config: dict) -> nn.Module:
+    """A freshly initialised float32 model of a config.json dict; on the meta device there is nothing to initialise."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights() if torch.get_default_device().type == "meta" else nullcontext():
+        return AutoModelForCausalLM.from_config(transformers_config(config), dtype=torch.float32)
+
+
+def build_layer(model_type: str, classes: str, config: dict, layer: int) -> nn.Module:
+    """One sublayer alone, freshly initialised on the current default device."""
+    block, half = divmod(layer, len(BLOCK))
+    sizes, of = transformers_config(config), _classes(model_type, classes)
+    return _halves(of("DecoderLayer")(sizes, block), lambda: of("RotaryEmbedding")(sizes))[half]
+
+
+def build_outside(model_type: str, classes: str, config: dict, part: str) -> nn.Module:
+    """The embeddings ("embed"), the final norm ("norm") or the output projection ("head") alone."""
+    from torch import nn
+
+    sizes = transformers_config(config)
+    if part == "embed":
+        return nn.Embedding(sizes.vocab_size, sizes.hidden_size)
+    if part == "norm":
+        return _classes(model_type, classes)("RMSNorm")(sizes.hidden_size, eps=sizes.rms_norm_eps)
+    return nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
+
+
+def transformers_config(config: dict) -> Any:
+    """transformers' own object of a config.json; it checks sizes. Raises ValueError for those that it refuses."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        sizes = CONFIG_MAPPING[config["model_type"]](**config)
+    except ValueError:
+        raise
+    except Exception as error:  # huggingface_hub's StrictDataclass errors are no ValueError
+        raise ValueError(str(error).strip().splitlines()[-1].strip()) from error
+    sizes._attn_implementation = "sdpa"  # what from_pretrained chooses
+    return sizes
+
+
+def _classes(model_type: str, prefix: str) -> Callable[[str], type]:
+    modeling = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    return lambda name: getattr(modeling, prefix + name)
+
+
+def _halves(block: nn.Module, make_rotary: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """A block's two sublayers, which share its modules."""
+    from minitron.families.halves import Attention, FeedForward
+
+    attention, ffn = ([getattr(block, theirs) for theirs in names.values()] for names in HALVES)
+    return Attention(*attention, make_rotary), FeedForward(*ffn)

@@ -1,0 +1,44 @@
+"""A model's tensors by canonical names, each once: those that a tied model has under two names, under the one that is stored."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from minitron.families.base import Family
+
+
+def model_tensors(family: Family, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a model of transformers, by canonical name."""
+    return {family.canonical_name(name): tensor for name, tensor in stored_state(model).items()}
+
+
+def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """state_dict() without the second names of tied tensors."""
+    tied = _second_names(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def load_tensors(family: Family, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Gives a model built on the meta device these tensors, by canonical name, without a copy; raises RuntimeError where one is missing or too many."""
+    tied = _second_names(model)
+    names = {family.canonical_name(name): name for name in model.state_dict() if name not in tied}
+    if missing := set(names) ^ set(tensors):
+        raise RuntimeError(f"tensors that a model of {family.model_type} and what is loaded into it do not share: {', '.join(sorted(missing))}")
+    model.load_state_dict({names[name]: tensor for name, tensor in tensors.items()}, assign=True, strict=False)
+    if tied:
+        model.tie_weights()
+    _make_buffers(model)
+
+
+def _second_names(model: nn.Module) -> Iterable[str]:
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def _make_buffers(model: nn.Module) -> None:
+    """Tables that a checkpoint does not store, those of rotary positions, follow from the configuration alone."""
+    device = next(model.parameters()).device
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+                setattr(parent, name, type(module)(module.config).to(device))
