@@ -11,9 +11,9 @@ from memory_budget.calculator import memory_report
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import format_gib
 from memory_budget.workload import Workload
-from nas.filters import Filters, nothing_passes
 from nas.axes import WIDTHS, identifier
 from nas.depth import spelled
+from nas.filters import Filters, nothing_passes
 from nas.space import SearchSpace
 from nas.throughput import Serving, tokens_per_second
 

@@ -81,6 +81,8 @@ def _mixer_bytes(model: Architecture, letter: str, width: int, rows: int, tokens
         queries, keys = (heads * model.attention_head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
         scores = 13 * score_bytes(model, width, rows, tokens) // FLOAT32  # before and after the softmax, which copies and masks them
         return all_tokens * 2 * (queries + keys) * width + max(all_tokens * max(model.hidden * width, queries * taps), scores)
+    if model.ffn_gated:  # gate, its activation and up, or the product in the first one's stead
+        return all_tokens * model.ffn * max(3 * width, width + taps)
     squared = FLOAT32 if autocast and width < FLOAT32 else width
     squares = 2 * width + squared + (squared if squared != width else 0)
     return all_tokens * model.ffn * max(squares, width + taps)

@@ -14,6 +14,7 @@ from minitron.checkpoints.files import DTYPES, PIECE_BYTES, Checkpoint, PlannedT
 from minitron.checkpoints.publish import model_card, write_planned
 from minitron.families.base import Family
 from minitron.families.known import family_of
+from minitron.families.table import names_by_canonical
 from minitron.hand_over.merge_sweep import best_of, said_of, sweep_lines, try_weights
 from minitron.settings.hand_over import MERGEABLE
 from minitron.walk.stage import StageContext

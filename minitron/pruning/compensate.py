@@ -5,8 +5,12 @@ y of the student, which should be Q_Kᵀx. Three parts, each of which can be lef
 
 - The stream is written in the basis Q_K (rotation.py) of the directions that the loss needs most or that hold most of it (directions.py), or of the
   kept channels.
-- Reading. A layer wants n(x) and has s·n(y), s being its norm's weight, one number fitted to the calibration tokens. Least squares
-  gives the matrix R [D, K] of n(x) ≈ R·s·n(y); every matrix W that reads becomes W·diag(w)·R, whatever W is. Without a refit R = Q_K.
+- Reading. A layer wants n(x) and has g·n(y), g being its norm's weight. Least squares gives the matrix R [D, K] of n(x) ≈ R·g·n(y); every matrix W
+  that reads becomes W·diag(w)·R, whatever W is. Without a refit R = Q_K·s/g, s being the number of n(x) ≈ Q_K·s·n(y). Any g makes the same function;
+  it is the root mean square of the base's weights w, so that readers are as large as they were: an optimiser's step that knows no size, as Adam's, would
+  soon forget a matrix made small.
+- A head that is the table of embeddings cannot take w and R in. There the last norm keeps a weight for every direction, fitted so that the
+  logits are closest (tied_head.py).
 - Writing. The layer's last matrix is solved anew, from the student's own activations before it to what is missing in y to be
   Q_Kᵀx after the layer, and after those removed behind it. So it answers for cut neurons and heads, for removed layers and for what
   the layers before left wrong.
@@ -34,24 +38,29 @@ from minitron.pruning.directions import stream_basis
 from minitron.pruning.plan import PruningPlan
 from minitron.pruning.refit import NormalEquations
 from minitron.pruning.rotation import NORM, WRITE, check_rms, in_basis, normalised, real_tokens, stream_role
+from minitron.pruning.tied_head import TiedHead
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Which parts are on, and the weight of the cut without refits in those that are; see the file's top. Without directions nothing is rotated."""
+    """Which parts are on, and the weight of the cut without refits in those that are; see the file's top. Without directions nothing is rotated. Not
+    balanced, a norm has the fitted number s itself, and readers may be many times smaller than the base's: the control of what balancing is good for.
+    """
 
     directions: str | None = "loss"
     refit_reading: bool = True
     refit_writing: bool = True
     ridge: float = 1e-3
     direction_samples: int = 8
+    balanced: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """How the student reads the stream at one norm: the norm's weight, one number, and what takes rows [V, D] of a matrix that reads there to [V, K]."""
+    """How the student reads the stream at one norm: the norm's weight, a number or one for each direction, and what takes rows [V, D] of a matrix that
+    reads there to [V, K]."""
 
-    scale: float
+    scale: float | torch.Tensor
     rows: Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -124,13 +133,30 @@ class CompensatedCut:
             self.on_layer()
         yield from self._finish(begun)
         del begun
-        if not {norm, head} <= self.stored.keys():
+        outside = (norm,) if self.plan.student.tied_embeddings else (norm, head)
+        if not self.stored.keys() >= set(outside):
             ((_, weight_D),) = self.base.stored_rows(norm)
-            reading = self._reading(weight_D, self.dtypes.get(norm, torch.float32), "the output head")
-            yield from ((name, self._outside(name, reading)) for name in (norm, head) if name not in self.stored)
+            if self.plan.student.tied_embeddings:
+                reading = self._tied_reading(weight_D, table)
+            else:
+                reading = self._reading(weight_D, self.dtypes.get(norm, torch.float32), "the output head")
+            yield from ((name, self._outside(name, reading)) for name in outside if name not in self.stored)
 
     def _outside(self, name: str, reading: _Reading) -> Iterator[torch.Tensor]:
         return (self._made(name, rows, reading) for _, rows in self.base.stored_rows(name))
+
+    def _tied_reading(self, weight_D: torch.Tensor, table: str) -> _Reading:
+        """Of the last norm before a head that is the table of embeddings."""
+        fit = TiedHead(weight_D.float(), self.basis)
+        for wanted_ND, own_NK in self._normalised():
+            fit.add(wanted_ND, own_NK)
+        for first, rows_VD in self.base.stored_rows(table):
+            fit.add_rows(rows_VD.float(), sum(torch.bincount(ids[(ids >= first) & (ids < first + len(rows_VD))] - first, minlength=len(rows_VD))
+                                              for ids in self._real_ids()))  # fmt: skip
+        return _Reading(fit.solve(self.recipe.ridge), lambda rows_VD: rows_VD)
+
+    def _real_ids(self) -> Iterator[torch.Tensor]:
+        return (ids if mask is None else ids[mask] for ids, mask in zip(self.ids, self.masks, strict=True))
 
     def _embedding(self, name: str) -> Iterator[torch.Tensor]:
         """The student's table in pieces; on the way both models' tokens are looked up."""
@@ -182,19 +208,21 @@ class CompensatedCut:
         return equations.solve(writer.weight, self.recipe.ridge, place=place)
 
     def _reading(self, weight_D: torch.Tensor, stored: torch.dtype, place: str) -> _Reading:
-        """At a norm of this weight, to be stored so: its scale, then the matrix, both by least squares from n(y) to n(x)."""
+        """At a norm of this weight, to be stored so: the student's, then the matrix by least squares from n(y) to n(x)."""
         weight_D, basis_DK = weight_D.float(), self.basis.matrix_DK
         alike = square = 0.0
         for wanted_ND, own_NK in self._normalised():
             alike += (self.basis.project(wanted_ND) * own_NK).sum(dtype=torch.float64)
             square += own_NK.square().sum(dtype=torch.float64)
-        scale = float((alike / square).to(stored))
+        fitted = float(alike / square)
+        scale = float(torch.as_tensor(weight_D.square().mean().sqrt() if self.recipe.balanced else fitted).to(stored))
+        share = fitted / scale
         if not self.recipe.refit_reading:
-            return _Reading(scale, lambda rows_VD: self.basis.project(rows_VD, weight_D))
+            return _Reading(scale, lambda rows_VD: self.basis.project(rows_VD, weight_D).mul_(share))
         equations = NormalEquations(basis_DK.shape[1], basis_DK.shape[0], basis_DK.device)
         for wanted_ND, own_NK in self._normalised():
             equations.add(scale * own_NK, wanted_ND)
-        folded_DK = weight_D[:, None] * equations.solve(basis_DK, self.recipe.ridge, place=f"the stream before {place}")
+        folded_DK = weight_D[:, None] * equations.solve(share * basis_DK, self.recipe.ridge, place=f"the stream before {place}")
         return _Reading(scale, lambda rows_VD: rows_VD @ folded_DK)
 
     def _normalised(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -206,5 +234,5 @@ class CompensatedCut:
         """A tensor of the base, or rows of it, as the student has it: cut, folded, in its basis and in the dtype it is stored in."""
         cut, role, dtype = self.cuts[name], self.roles[name], self.dtypes.get(name, torch.float32)
         if role == NORM:
-            return torch.full((self.plan.student.hidden,), reading.scale, dtype=dtype, device=tensor.device)
+            return torch.as_tensor(reading.scale, dtype=dtype, device=tensor.device).expand(self.plan.student.hidden).contiguous()
         return in_basis(cut.apply(tensor), role, self.basis, reading and reading.rows, dtype).contiguous()

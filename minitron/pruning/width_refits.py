@@ -35,8 +35,8 @@ def refit_widths(candidates: SortedTeacher, students: Iterable[Architecture], ba
     base, pairs = WholeModel(family, candidates.model, teacher), [ids_and_mask(batch) for batch in batches]
     residuals, everything = base.embed([ids for ids, _ in pairs]), tuple(range(teacher.num_sublayers))
     fewer_heads = {(student.mamba_num_heads, student.mamba_head_dim) for student in students} - {(teacher.mamba_num_heads, teacher.mamba_head_dim)}
-    views = [candidates.view(replace(teacher, mamba_num_heads=heads, mamba_head_dim=channels), tuple(range(teacher.num_layers)))
-             for heads, channels in fewer_heads]  # fmt: skip
+    narrower = [replace(teacher, mamba_num_heads=heads, mamba_head_dim=channels) for heads, channels in fewer_heads]
+    views = [candidates.view(one, tuple(range(teacher.num_layers))) for one in narrower]
     for layer, block in base.visit(everything):
         (row,) = [row for row in family.table if row.kind == teacher.pattern[layer] and stream_role(family, row) == WRITE]
         writer, name = row.suffix.removesuffix(".weight"), f"layers.{layer}.{row.suffix}"
@@ -52,13 +52,14 @@ def refit_widths(candidates: SortedTeacher, students: Iterable[Architecture], ba
                 given_BTI = inner_BTI if run is block else _run(run, writer, residuals[index])[0]
                 fit.add(real_tokens(given_BTI, mask), wanted)
             residuals[index] = behind_BTD
-        for run, fit in zip(runs, fits, strict=True):
+        for number, (run, fit) in enumerate(zip(runs, fits, strict=True)):
             start_DI = run.get_submodule(writer).weight
             if run is block:
                 solved = {key: fit.of_inputs(columns).solve(start_DI[:, columns], ridge, place=f"layer {layer}") for key, columns in others.items()}
+                first = fit.solve_first(widths, start_DI, ridge, place=f"layer {layer}")
+                solved |= {(name, width, b""): matrix_DI for width, matrix_DI in first.items()}
             else:
-                solved, widths = {}, [start_DI.shape[1]]
-            solved |= {(name, width, b""): matrix_DI for width, matrix_DI in fit.solve_first(widths, start_DI, ridge, place=f"layer {layer}").items()}
+                solved = {candidates.kept_columns(name, narrower[number])[0]: fit.solve(start_DI, ridge, place=f"layer {layer}")}
             candidates.refitted |= {key: matrix_DI.to(start_DI.dtype) for key, matrix_DI in solved.items()}
 
 

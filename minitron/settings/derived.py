@@ -10,8 +10,8 @@ from minitron.families.base import Multiple
 from minitron.families.known import FAMILIES
 from minitron.settings.run import PruneMethod, Settings
 from minitron.settings.teachers import base_architecture
-from nas.exchange import read_export_config
 from nas.axes import AXES, WIDTHS, axes_of, usual_step
+from nas.exchange import read_export_config
 from nas.space import Floors, axis_options
 
 KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}

@@ -25,6 +25,7 @@ from minitron.checkpoints.files import DTYPES, Checkpoint, stored_bytes
 from minitron.checkpoints.publish import model_card, state_tensors, write_planned
 from minitron.families.base import HIDDEN, Family
 from minitron.families.known import family_of
+from minitron.families.table import names_by_canonical
 from minitron.machine.device import pick_device, process_memory_bytes
 from minitron.settings.teachers import teacher_architecture
 from minitron.settings.training import DistillSettings, Rows, TrainSettings

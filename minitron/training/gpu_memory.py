@@ -57,7 +57,7 @@ class MicroStep:
     @property
     def largest(self) -> Moment:
         """The moment that needs most."""
-        return max((self.of_teacher(), self.of_loss(), *map(self.of_backward, range(self.student.num_layers))), key=lambda moment: moment.total)
+        return max((self.of_teacher(), self.of_loss(), *map(self.of_backward, range(self.student.num_sublayers))), key=lambda moment: moment.total)
 
     @property
     def width(self) -> int:
@@ -86,7 +86,7 @@ class MicroStep:
         matrix = (FLOAT32 + (BF16 if self.casts and self.width == BF16 else 0)) * student.vocab * student.hidden
         loss = self._all_tokens * per_token + FLOAT32 * (4 if self.teacher_width else 3) * chunk + matrix
         last_norm = self.stream_bytes if self.is_long else 2 * FLOAT32 * student.hidden * self._all_tokens
-        return Moment(activations=sum(map(self._held, range(student.num_layers))) + last_norm, loss=loss)
+        return Moment(activations=sum(map(self._held, range(student.num_sublayers))) + last_norm, loss=loss)
 
     def of_backward(self, layer: int) -> Moment:
         """The backward pass of one layer: what the layers up to it keep, itself as a whole, the residual's gradient, and its own gradients."""
@@ -95,21 +95,27 @@ class MicroStep:
             return Moment(activations=held, layer=self._long(layer))
         inputs = (2 if self.train.gradient_checkpointing == "host" else 1) if self._again(layer) else 0  # host: the next layer's is on its way back
         shared = 1 if inputs and (self.casts or self.width == FLOAT32) else 0  # the norm keeps its input itself where that is float32
-        return Moment(activations=held, layer=self._kept(letter) + (inputs - shared + 1) * self.stream_bytes + self._gradients(letter))
+        beside = sum(self._kept(self.student.pattern[other]) for other in range(layer - self._part(layer), layer)) if self._again(layer) else 0
+        held -= self.stream_bytes if beside and inputs == 1 else 0  # the block's input, counted below
+        return Moment(activations=held, layer=beside + self._kept(letter) + (inputs - shared + 1) * self.stream_bytes + self._gradients(letter))
 
     @property
     def _all_tokens(self) -> int:
         return self.rows * self.tokens
 
     def _again(self, layer: int) -> bool:
-        """Whether a layer is computed again in the backward pass."""
-        return bool(self.train.gradient_checkpointing) and layer % self.train.checkpoint_every == 0
+        """Whether a sublayer is computed again in the backward pass, with the block that it may be part of."""
+        return bool(self.train.gradient_checkpointing) and layer // self.student.sublayers_per_layer % self.train.checkpoint_every == 0
+
+    def _part(self, layer: int) -> int:
+        """Which part of its layer a sublayer is."""
+        return layer % self.student.sublayers_per_layer
 
     def _held(self, layer: int) -> int:
-        """What a layer keeps between its forward and its backward pass."""
+        """What a sublayer keeps between its forward and its backward pass."""
         if not self._again(layer):
             return 2 * self.stream_bytes if self.is_long else self._kept(self.student.pattern[layer])
-        return 0 if self.train.gradient_checkpointing == "host" else self.stream_bytes
+        return 0 if self.train.gradient_checkpointing == "host" or self._part(layer) else self.stream_bytes
 
     def _long(self, layer: int) -> int:
         """A long row's layer in its backward pass: its input (from the host with the next one's), the residual's gradient, the normed input and what it takes
@@ -157,7 +163,7 @@ class MicroStep:
     def _mixer_kept(self, letter: str) -> int:
         """Mamba-2: in_proj's output and the kernel's own. Attention: queries, keys, values, their weighted sum, a float32 a query, and the
         scores where there is no fused kernel. Feed-forward: relu and
-        square; under bf16 autocast squares in float32, so that relu is there in both, and the square in bf16."""
+        square; under bf16 autocast squares in float32, so that relu is there in both, and the square in bf16. Gated: gate, its activation, up, their product."""
         student, width = self.student, self.width
         if letter == "M":
             return self._all_tokens * width * self._mamba_outputs + self._scan.mixer_keeps()
@@ -165,7 +171,7 @@ class MicroStep:
             heads = student.num_attention_heads, student.num_key_value_heads
             kept = self._all_tokens * (2 * sum(heads) * student.attention_head_dim * width + FLOAT32 * heads[0])
             return kept + score_bytes(student, width, self.rows, self.tokens)
-        return self._all_tokens * 2 * FLOAT32 * student.ffn
+        return self._all_tokens * student.ffn * (4 * width if student.ffn_gated else 2 * FLOAT32)
 
     def _gradients(self, letter: str) -> int:
         """What a mixer's backward pass makes at once, less what it has let go of by then.
@@ -184,6 +190,8 @@ class MicroStep:
             sums = FLOAT32 * (student.num_attention_heads + (queries if width == BF16 else 0))
             scores = 9 * score_bytes(student, width, self.rows, self.tokens) // 4  # forward, beside those kept; two gradients backward are less
             return self._all_tokens * (2 * (queries + keys) * width + by_head + sums) + scores
+        if student.ffn_gated:  # of the product, and of what it was made of
+            return self._all_tokens * 3 * width * student.ffn
         return self._all_tokens * (4 * FLOAT32 - width) * student.ffn
 
     @property

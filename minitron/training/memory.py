@@ -116,7 +116,7 @@ def activation_bytes_per_token(student: Architecture, train: TrainSettings) -> i
     """What forward keeps for backward on a CPU, up to the last hidden states."""
     width = BF16 if train.precision is Precision.bf16 else FLOAT32
     by_blocks = train.precision is Precision.float32  # mamba/blockwise.FeedForward and mixer
-    kept = [_layer_activations(student, letter, by_blocks=by_blocks) for letter in student.pattern]
+    kept = [sum(_layer_activations(student, letter, by_blocks=by_blocks) for letter in letters) for letters in student.layer_kinds]
     if not train.gradient_checkpointing:
         return sum(kept) * width
     again, whole = kept[:: train.checkpoint_every], sum(kept) - sum(kept[:: train.checkpoint_every])
@@ -156,7 +156,7 @@ class PhaseMemory:
         rows, width = train.micro_batch or train.batch // self.launch.world_size, FLOAT32
         if train.precision is Precision.bf16 and not _casts(self.launch):
             width = BF16
-        return len(self.student.pattern[:: train.checkpoint_every]) * self.student.hidden * width * rows * self.sequence_length
+        return len(self.student.layer_kinds[:: train.checkpoint_every]) * self.student.hidden * width * rows * self.sequence_length
 
 
 def loss_bytes(student: Architecture, teacher: Architecture, tokens: int) -> int:
@@ -177,6 +177,8 @@ def _layer_activations(model: Architecture, letter: str, *, by_blocks: bool) -> 
             mixer += model.mamba_conv_channels + model.mamba_inner * model.mamba_state_size // CHUNK_TOKENS
     elif letter == "*":  # queries, keys, values, their weighted sum
         mixer = 2 * (model.num_attention_heads + model.num_key_value_heads) * model.attention_head_dim
+    elif model.ffn_gated:  # gate, its activation, up, their product
+        mixer = 4 * model.ffn
     else:  # up's output, and unless it goes by blocks its relu and the square
         mixer = model.ffn if by_blocks else 3 * model.ffn
     return 2 * model.hidden + mixer

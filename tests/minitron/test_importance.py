@@ -16,7 +16,7 @@ from minitron.checkpoints.placement import StreamedModel, WholeModel
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, MAMBA_HEAD
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.activations import measure_width
-from minitron.importance.layers import Block, SweepLimits, measure_round, run_layers
+from minitron.importance.layers import Block, SweepLimits, measure_round, run_sublayers
 from minitron.importance.removal import LayerRules, Removal, check_rules, rank_iteratively, rank_once, removable_layers
 from minitron.importance.scores import ImportanceScores, aggregate, load_scores, load_sums
 
@@ -491,9 +491,9 @@ def test_a_streamed_teacher_gives_the_models_logits(teacher, tiny, config_of, wr
     folder = write_checkpoint(tmp_path / "teacher", teacher, config_of(tiny))
     streamed = StreamedModel(FAMILY, folder, read_config(folder), tiny, torch.device("cpu"))
     with torch.no_grad(), streamed.open_head() as head:
-        hidden = run_layers(streamed, streamed.embed([rows]), range(9))
+        hidden = run_sublayers(streamed, streamed.embed([rows]), range(9))
         assert torch.equal(head.logits(hidden[0]), logits_of(teacher, rows))
-        assert not torch.equal(head.logits(run_layers(streamed, streamed.embed([rows]), range(8))[0]), logits_of(teacher, rows))
+        assert not torch.equal(head.logits(run_sublayers(streamed, streamed.embed([rows]), range(8))[0]), logits_of(teacher, rows))
 
 
 # Rules of removal.

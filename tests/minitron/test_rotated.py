@@ -141,7 +141,7 @@ def test_they_are_what_the_compensated_cut_fits_where_its_stream_is_the_bases(ro
     """Where the cut loses directions that matter, it fits to what the student made of the stream; only before the first layer that is the same."""
     for model, hidden in ((narrow, 20), (teacher, 20)):
         plan = make_plan(tiny, replace(tiny, hidden=hidden), EVERYTHING, scores)
-        student = build_compensated(WholeModel(FAMILY, model, tiny), plan, rows, Recipe("variance", False, False), config=config_of(tiny))
+        student = build_compensated(WholeModel(FAMILY, model, tiny), plan, rows, Recipe("variance", False, False, balanced=False), config=config_of(tiny))
         fitted = {FAMILY.canonical_name(name): tensor for name, tensor in student.named_parameters()}
         _, norm_scales = rotate(model, tiny)
         same = {name: scale_D[hidden - 1].item() == pytest.approx(fitted[name][0].item(), rel=1e-4) for name, scale_D in norm_scales.items()}
@@ -158,7 +158,7 @@ def test_a_view_is_the_compensated_cut_without_refits(name, views, teacher, tiny
     plan, config = make_plan(tiny, student_of(tiny, name), CUTS[name][1], scores), config_of(tiny)
     base = WholeModel(FAMILY, teacher, tiny)
     basis = Basis(principal_basis(stream_covariance(base, rows, EPSILON))[:, : plan.student.hidden].contiguous())
-    cut = build_compensated(base, plan, rows, Recipe(refit_reading=False, refit_writing=False), config=config, basis=basis)
+    cut = build_compensated(base, plan, rows, Recipe(refit_reading=False, refit_writing=False, balanced=False), config=config, basis=basis)
     own, other = logits_of(views[name].model), logits_of(cut)
     assert name == "ffn" or difference(own, other) > 1e-4, "the control: the numbers differ where hidden is cut"
     norms = {name: norm for name, norm in views[name].model.named_parameters() if name.endswith(("norm.weight", "norm_f.weight")) and "mixer" not in name}

@@ -100,7 +100,7 @@ def test_candidates_of_every_hidden_size_share_it(refitted, tiny):
     for hidden in (16, 24, 32):
         view = refitted["ffn"].view(replace(tiny, hidden=hidden, ffn=20), EVERYTHING)
         weight = view.model.model.layers[4].mixer.down_proj.weight
-        assert torch.equal(weight, refitted["ffn"].refitted["layers.4.mixer.down_proj.weight", 20][:hidden]) and weight.shape == (hidden, 20)
+        assert torch.equal(weight, refitted["ffn"].refitted["layers.4.mixer.down_proj.weight", 20, b""][:hidden]) and weight.shape == (hidden, 20)
         assert view.copied_bytes == 0
         refitted["ffn"].view(replace(tiny, hidden=hidden, ffn=24), EVERYTHING)  # a width that was not asked for: as it was
 

@@ -64,7 +64,7 @@ def test_the_newer_name_of_the_pattern_is_read_and_its_pipeline_marks_dropped():
         ({"hidden_size": 24.0}, r"hidden_size \(24.0\) must be a whole number"),
         ({"num_layers": 0}, r"num_layers \(0\) must be a whole number"),
         ({"mamba_num_heads": True}, r"mamba_num_heads \(True\) must be a whole number"),
-        ({"num_query_groups": 1}, r"num_query_groups \(1\) must be the teacher's 2"),
+        ({"num_query_groups": 3}, r"num_query_groups \(3\) must be a whole number of at least 1 and at most the teacher's 2"),
     ],
 )
 def test_what_is_no_cut_of_the_teacher_is_refused(config, said):
