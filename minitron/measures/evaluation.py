@@ -1,4 +1,4 @@
-"""Teacher, pruned and student measured alike: held-out text, speed, a long-context probe, tasks of lm-eval.
+"""Teacher, pruned and student measured alike: held-out text, speed, a long-context probe, prompts, tasks of lm-eval.
 
 Every measurement of a checkpoint is kept by itself (minitron.measures.kept), so what was measured before, by this run or another, is
 not measured again; a model is loaded only where something of it is missing.
@@ -23,6 +23,7 @@ from minitron.checkpoints.files import stored_bytes
 from minitron.checkpoints.forward_memory import check_forward, forward_memory
 from minitron.families.known import family_of
 from minitron.machine.device import let_go, pick_device
+from minitron.measures.continuations import check_prompts, continuations
 from minitron.measures.held_out import CHUNK_TOKENS, by_position, by_source, token_sums
 from minitron.measures.kept import kept, measurements_folder
 from minitron.measures.needle import check_vocabulary, measure_needle
@@ -30,6 +31,7 @@ from minitron.measures.speed import machine_of, make_prompts, measure_speed
 from minitron.measures.tasks import load_task, run_task, task_identity
 from minitron.settings.evaluate import EvaluateSettings, SpeedSettings
 from minitron.settings.rules import key_settings
+from minitron.settings.teachers import max_positions
 from minitron.text.key_values import Vocabulary, vocabulary_of
 from minitron.text.samples import batches_of, evaluation_rows, spread_rows
 from minitron.walk.console import Advance
@@ -145,6 +147,10 @@ def _measures(context: StageContext, models: Models) -> Iterator[Measure]:
         check_vocabulary(vocabulary, wanted.needle)
         make = partial(_needle, models, rows, vocabulary, wanted)
         yield Measure("needle", {**of_rows, **key_settings(wanted.needle)}, make)
+    if wanted.prompts:
+        check_prompts(tokenizer, wanted, max_positions(context.settings))
+        of_prompts = {"prompts": list(wanted.prompts), "new_tokens": wanted.new_tokens, "teacher": context.inputs["teacher"].key}
+        yield Measure("prompts", of_prompts, partial(_prompts, models, tokenizer, wanted))
     for task in wanted.tasks:
         yield Measure(_task_name(task), task_identity(load_task(task, wanted), wanted), partial(_task, models, tokenizer, task, wanted))
 
@@ -168,10 +174,19 @@ def _held_out(models: Models, rows_RT: np.ndarray, sources_R: np.ndarray, batch:
 
 
 def _speed(models: Models, rows_RT: np.ndarray, lengths: SpeedSettings, name: str, _on_share: Share) -> dict[str, Any]:
-    # transformers' cache asks an attention layer how long it is, so a model without one cannot decode there.
-    can_decode = "*" in architecture_from_config(read_config(models.folders[name])).pattern
     prompts = make_prompts(rows_RT, lengths.input_tokens, lengths.batch).to(models.device)
-    return measure_speed(models.alone(name), prompts, lengths, can_decode=can_decode)
+    return measure_speed(models.alone(name), prompts, lengths, can_decode=_can_decode(models, name))
+
+
+def _can_decode(models: Models, name: str) -> bool:
+    """transformers' cache asks an attention layer how long it is, so a model without one cannot decode there."""
+    return "*" in architecture_from_config(read_config(models.folders[name])).pattern
+
+
+def _prompts(models: Models, tokenizer: PreTrainedTokenizerBase, wanted: EvaluateSettings, name: str, _on_share: Share) -> list[dict[str, Any]]:
+    if not _can_decode(models, name):
+        return [{"prompt": prompt, "text": None} for prompt in wanted.prompts]
+    return continuations(models.alone(name), tokenizer, wanted.prompts, new_tokens=wanted.new_tokens)
 
 
 def _needle(models: Models, rows_RT: np.ndarray, vocabulary: Vocabulary, wanted: EvaluateSettings, name: str, on_share: Share) -> dict[str, Any]:
@@ -197,4 +212,5 @@ def _facts(wanted: EvaluateSettings, found: Mapping[str, Any]) -> dict[str, Any]
     speed = [found[_speed_name(lengths)] for lengths in wanted.speed]
     decode = speed[0]["decode_tokens_per_second"] if speed else None
     tasks = {task: found[_task_name(task)] for task in wanted.tasks}
-    return {**found["held_out"], "decode_tokens_per_second": decode, "speed": speed, "needle": found.get("needle"), "tasks": tasks}
+    facts = {**found["held_out"], "decode_tokens_per_second": decode, "speed": speed, "needle": found.get("needle"), "tasks": tasks}
+    return facts | ({"continuations": found["prompts"]} if wanted.prompts else {})

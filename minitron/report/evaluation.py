@@ -1,4 +1,4 @@
-"""The report's section on the evaluation: by source, speed and memory, the long-context probe, tasks; models side by side."""
+"""The report's section on the evaluation: by source, speed and memory, the long-context probe, what they write, tasks; models side by side."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +18,7 @@ def evaluation_blocks(summary: Summary, image: Callable[[str, str], str]) -> lis
         needle_note(summary),
         needle_table(summary),
         image("needle.png", "how often the fact was found, by the context's length and by where in it the fact stands"),
+        continuations_text(summary),
         tasks_table(summary),
     ]
 
@@ -78,6 +79,24 @@ def needle_note(summary: Summary) -> str:
     facts = "a fact stands" if probe["needles"] == 1 else f"{probe['needles']} facts stand"
     return (f"Long context: {facts} somewhere in held-out text and one is asked for at its end; the table has how often the right answer was the "
             f"likeliest, ± its standard error, of {probe['samples']} samples a length. Chance is {100 * probe['chance']:.1f} %.")  # fmt: skip
+
+
+def continuations_text(summary: Summary) -> str:
+    """What every model writes after each of evaluate.prompts."""
+    found = {name: result["continuations"] for name, result in _with(summary, "continuations").items()}
+    if not found:
+        return ""
+    blocks = ["What they write after a prompt, the likeliest token each time:"]
+    for number, one in enumerate(next(iter(found.values()))):
+        texts = {name: written[number]["text"] for name, written in found.items()}
+        lines = [f"- {name}: {'cannot decode in transformers, having no attention layer' if text is None else _quoted(text)}" for name, text in texts.items()]
+        blocks.append("\n".join([f"{_quoted(one['prompt'])}", "", *lines]))
+    return "\n\n".join(blocks)
+
+
+def _quoted(text: str) -> str:
+    """Text as it is, in one line, whatever Markdown or HTML it would be."""
+    return "“" + escaped(text).replace("&", "\\&").replace("\r", "").replace("\n", " ⏎ ") + "”"
 
 
 def tasks_table(summary: Summary) -> str:

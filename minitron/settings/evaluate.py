@@ -42,15 +42,19 @@ class EvaluateSettings:
     batch: int = how(8)
     speed: list[SpeedSettings] = field(default_factory=list)
     needle: NeedleSettings = field(default_factory=NeedleSettings)
+    prompts: list[str] = field(default_factory=list)
+    new_tokens: int = 48
     tasks: list[str] = field(default_factory=list)
     task_folders: list[str] = field(default_factory=list)
     task_limit: int | None = None
 
     def __post_init__(self) -> None:
-        at_least(self, "evaluate", 1, "samples", "batch", "task_limit")
+        at_least(self, "evaluate", 1, "samples", "batch", "new_tokens", "task_limit")
         for number, lengths in enumerate(self.speed):
             at_least(lengths, f"evaluate.speed[{number}]", 1, "input_tokens", "output_tokens", "batch")
-        for name in ("tasks", "task_folders"):
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError("evaluate.prompts has one without text; each must say something to go on with")
+        for name in ("prompts", "tasks", "task_folders"):
             twice = sorted({value for value in getattr(self, name) if getattr(self, name).count(value) > 1})
             if twice:
                 raise ValueError(f"evaluate.{name} names {twice[0]!r} twice; each must be named once")

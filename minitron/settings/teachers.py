@@ -8,6 +8,7 @@ from pathlib import Path
 
 from memory_budget.architecture import Architecture, check_architecture
 from memory_budget.hf_config import architecture_from_config, read_config
+from minitron.settings.gguf_teacher import gguf_teacher_config, gguf_teacher_digest
 from minitron.settings.run import Settings
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -22,7 +23,7 @@ HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 def teacher_architecture(settings: Settings) -> Architecture:
     """Sizes of the teacher, from its config.json alone. Raises ValueError for a path that is no checkpoint."""
-    if settings.teacher.path is not None:
+    if not is_tiny(settings):
         return architecture_from_config(teacher_config(settings))
     tiny = Architecture(model_type="nemotron_h", vocab=settings.data.vocab, **asdict(settings.teacher.tiny))
     check_architecture(tiny)
@@ -31,14 +32,24 @@ def teacher_architecture(settings: Settings) -> Architecture:
     return tiny
 
 
+def is_converted(settings: Settings) -> bool:
+    """Whether the walk converts its teacher from a GGUF file: its folder is there once stage teacher is done."""
+    return settings.teacher.gguf is not None or settings.teacher.package is not None
+
+
+def is_tiny(settings: Settings) -> bool:
+    """Whether the teacher is a tiny one of ours, with a tokenizer of ours, and no checkpoint from elsewhere."""
+    return settings.teacher.path is None and not is_converted(settings)
+
+
 def is_stored(settings: Settings) -> bool:
     """Whether the teacher is the tiny one that comes with the package."""
-    return settings.teacher.path is None and not settings.teacher.train_anew
+    return is_tiny(settings) and not settings.teacher.train_anew
 
 
 def is_trained(settings: Settings) -> bool:
     """Whether the walk trains its teacher, and the tokenizer."""
-    return settings.teacher.path is None and settings.teacher.train_anew
+    return is_tiny(settings) and settings.teacher.train_anew
 
 
 def _check_stored(wanted: Architecture, stored: Architecture) -> None:
@@ -64,9 +75,11 @@ def base_architecture(settings: Settings) -> Architecture:
 
 
 def teacher_config(settings: Settings) -> dict:
-    """The parsed config.json of a teacher that is not trained here: from its folder, from `teacher.config`, or from the Hub."""
+    """The parsed config.json of a teacher that is not trained here: from its folder, from `teacher.config`, from the Hub, or as a GGUF's header has it."""
     if is_stored(settings):
         return read_config(STORED_FOLDER)
+    if is_converted(settings):
+        return gguf_teacher_config(settings.teacher)
     path = settings.teacher.path
     if Path(path).is_dir():
         return read_config(path)
@@ -82,15 +95,18 @@ def max_positions(settings: Settings) -> int:
 
 
 def teacher_identity(settings: Settings) -> str:
-    """What a key says of the teacher: nothing more than that for one whose sizes are in it, a digest of the stored one's files, else of config.json."""
-    if settings.teacher.path is None:
+    """What a key says of the teacher: nothing more than that for one whose sizes are in it, a digest of a stored one's or GGUF's file, else of config.json."""
+    if is_tiny(settings):
         return stored_digest() if is_stored(settings) else "tiny"
+    if is_converted(settings):
+        return gguf_teacher_digest(settings.teacher)
     config = json.dumps(teacher_config(settings), sort_keys=True)
     return hashlib.sha256(f"{settings.teacher.revision}{config}".encode()).hexdigest()[:12]
 
 
 def teacher_folder(settings: Settings) -> Path:
-    """The folder of a teacher that is not trained here, with its weights; downloaded from the Hub if `teacher.path` is an id there."""
+    """The folder of a teacher that is there before the walk, with its weights; downloaded from the Hub if `teacher.path` is an id there."""
+    assert settings.teacher.path is not None or is_stored(settings), "a teacher that the walk makes lies where its stage left it"
     if is_stored(settings):
         return STORED_FOLDER
     path = Path(settings.teacher.path)

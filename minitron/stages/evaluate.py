@@ -1,4 +1,4 @@
-"""Teacher, pruned and student measured alike: held-out text, speed, long context, tasks of lm-eval."""
+"""Teacher, pruned and student measured alike: held-out text, speed, long context, prompts gone on with, tasks of lm-eval."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from minitron.walk.store import make_runs_folder
 
 def what(settings: Settings) -> Any:
     measured = key_settings(settings.evaluate)
-    return {**{name: measured[name] for name in ("samples", "speed", "needle")}, "tasks": tasks_identity(settings.evaluate)}
+    names = ("samples", "speed", "needle", *(("prompts", "new_tokens") if settings.evaluate.prompts else ()))  # those keys of earlier versions do not have
+    return {**{name: measured[name] for name in names}, "tasks": tasks_identity(settings.evaluate)}
 
 
 def check(settings: Settings) -> None:

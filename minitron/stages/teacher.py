@@ -1,12 +1,15 @@
-"""Your checkpoint, held against its config.json; else the tiny one that comes with the package, or one trained anew on the data."""
+"""Your checkpoint, held against its config.json; one converted from a GGUF; else the tiny one that comes with the package, or one trained anew on the data."""
 
 from typing import Any
 
 from distill.engines.sharing import check_sharing
+from minitron.settings.gguf_teacher import gguf_header, gguf_teacher_digest
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings
-from minitron.settings.teachers import is_stored, is_trained, stored_digest, teacher_architecture, teacher_config, teacher_folder
+from minitron.settings.teachers import is_converted, is_stored, is_trained, stored_digest, teacher_architecture, teacher_config, teacher_folder
 from minitron.walk.stage import StageContext, StoredStage
+
+CONVERSION_VERSION = 1  # rises when the same GGUF gives another checkpoint
 
 
 def needs(settings: Settings) -> tuple[str, ...]:
@@ -18,6 +21,8 @@ def what(settings: Settings) -> Any:
         return {"tiny": key_settings(settings.teacher.tiny), "train": key_settings(settings.teacher.train), "seed": settings.seed}
     if is_stored(settings):
         return {"stored": stored_digest()}
+    if is_converted(settings):
+        return {"gguf": gguf_teacher_digest(settings.teacher), "conversion": CONVERSION_VERSION}
     from minitron.checkpoints.files import Checkpoint
 
     # The folder too: the result says where the weights lie, and a card names them.
@@ -29,6 +34,8 @@ def check(settings: Settings) -> None:
     if is_trained(settings):
         check_sharing(settings.teacher.train.batch, settings.teacher.train.micro_batch, 1)
         settings.data.check_tokens("teacher.train", settings.teacher.train)
+    elif is_converted(settings):
+        teacher_architecture(settings)
     elif is_stored(settings):
         teacher_architecture(settings)
         if settings.data.arithmetic.problems:
@@ -51,6 +58,10 @@ def run(context: StageContext) -> dict:
         from minitron.checkpoints.tiny import unpack_tiny_teacher
 
         return unpack_tiny_teacher(context.folder)
+    if is_converted(settings):
+        from minitron.checkpoints.from_gguf import convert_gguf
+
+        return convert_gguf(gguf_header(settings.teacher), teacher_config(settings), context.folder, context.console)
     from minitron.checkpoints.given import given_checkpoint
 
     return given_checkpoint(teacher_folder(settings), settings.teacher.path)

@@ -13,7 +13,7 @@ from minitron.settings.training import PhaseSettings, SourceSettings
 from minitron.text.documents import source_identity
 
 # Of DataSettings: what source_identity answers for.
-SOURCE_SETTINGS = ("files", "dataset", "dataset_config", "dataset_revision", "dataset_split", "text_field", "arithmetic")
+SOURCE_SETTINGS = ("files", "dataset", "dataset_config", "dataset_revision", "dataset_split", "text_field", "arithmetic", "embedded")
 DATA_ROWS = "train"  # the data stage's own
 
 

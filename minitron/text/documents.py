@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from minitron.settings.rules import key_settings
-from minitron.settings.run import DataSettings
+from minitron.settings.run import DataSettings, Embedded
 from minitron.settings.teachers import HUB_ID
 from minitron.text.arithmetic import ARITHMETIC_VERSION, problem_documents
 from minitron.text.embedded import Document, embedded_documents, text_fingerprint
+from minitron.text.prose import PROSE_VERSION, prose_documents
 from minitron.text.traces import truncate_reasoning
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": None}  # of the datasets library; a .txt is read whole
@@ -40,7 +41,7 @@ def read_documents(data: DataSettings, write_chat: Callable[[list[dict]], str] |
     elif data.arithmetic.problems:
         documents = problem_documents(data.arithmetic)
     else:
-        documents = embedded_documents()
+        documents = prose_documents() if data.embedded is Embedded.prose else embedded_documents()
     documents = islice(documents, data.max_documents)
     return (truncate_reasoning(document, data.truncated_share) for document in documents) if data.truncated_share else documents
 
@@ -54,7 +55,7 @@ def source_title(data: DataSettings) -> str:
         return " ".join(filter(None, (data.dataset, data.dataset_config, data.dataset_split, f"at {data.dataset_revision or 'its newest revision'}")))
     if data.arithmetic.problems:
         return "generated problems"
-    return "the Python standard library's sources"
+    return f"the Python standard library's {'docstrings and topics' if data.embedded is Embedded.prose else 'sources'}"
 
 
 def source_identity(data: DataSettings) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def source_identity(data: DataSettings) -> dict[str, Any]:
         return {name: getattr(data, name) for name in names}
     if data.arithmetic.problems:
         return {"arithmetic": [ARITHMETIC_VERSION, key_settings(data.arithmetic)]}
-    return {"text": text_fingerprint()}
+    return {"text": text_fingerprint(), **({"prose": PROSE_VERSION} if data.embedded is Embedded.prose else {})}
 
 
 def check_source(data: DataSettings) -> None:

@@ -57,6 +57,11 @@ def embedded_documents() -> Iterator[Document]:
         text = path.read_text(encoding="utf-8", errors="replace")
         if text.strip():
             yield Document(name=name, text=text)
+    yield from topic_documents()
+
+
+def topic_documents() -> Iterator[Document]:
+    """pydoc's topics, a chapter of the language reference each, sorted by name."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):

@@ -3,11 +3,10 @@
 import numpy as np
 
 from distill.batches import count_tokens
-from minitron.settings.teachers import is_trained, teacher_folder
 from minitron.text.blends import rows_to_make
 from minitron.text.documents import source_title
 from minitron.text.rows import SplitRows
-from minitron.text.tokenise import tokenise
+from minitron.text.tokenise import tokenise, tokenizer_folder
 from minitron.walk.stage import StageContext
 
 
@@ -16,8 +15,7 @@ def make_phase_rows(context: StageContext) -> dict:
     from transformers import AutoTokenizer
 
     settings = context.settings
-    own = is_trained(settings)
-    tokenizer = AutoTokenizer.from_pretrained(context.inputs["data"].folder / "tokenizer" if own else teacher_folder(settings))
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(context))
     facts = {}
     for name, data in rows_to_make(settings).items():
         path = context.folder / f"{name}.npy"

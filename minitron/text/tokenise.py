@@ -12,7 +12,7 @@ import numpy as np
 
 from distill.batches import count_tokens
 from minitron.settings.run import DataSettings
-from minitron.settings.teachers import is_trained, teacher_architecture, teacher_folder
+from minitron.settings.teachers import is_trained, teacher_architecture
 from minitron.text import arithmetic
 from minitron.text import embedded as text
 from minitron.text.documents import read_documents, source_title
@@ -29,13 +29,11 @@ def make_rows(context: StageContext) -> dict:
     from transformers import AutoTokenizer
 
     settings, data = context.settings, context.settings.data
-    folder, total = context.folder / "tokenizer", data.max_documents
+    folder, total = tokenizer_folder(context), data.max_documents
     if data.dataset:
         context.console.say(f"     data  reading {source_title(data)} from the Hub")
     if is_trained(settings):
         total = _train_tokenizer(data, folder)
-    else:
-        folder = teacher_folder(settings)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     vocabulary = teacher_architecture(settings).vocab
     if len(tokenizer) > vocabulary:
@@ -54,6 +52,13 @@ def make_rows(context: StageContext) -> dict:
     empty = f"; left out for want of text: {num_empty:,}" if num_empty else ""
     counts = f"{facts['train_tokens']:,} train and {facts['heldout_tokens']:,} held-out tokens{source}"
     return {"headline": f"{counts} in rows of {data.sequence_length}, vocabulary {vocabulary:,}{empty}", **facts}
+
+
+def tokenizer_folder(context: StageContext) -> Path:
+    """Where the teacher's tokenizer is: in its checkpoint, or, for a teacher that is trained on the data, where stage data leaves it."""
+    if not is_trained(context.settings):
+        return context.inputs["teacher"].model_folder
+    return (context.inputs["data"].folder if "data" in context.inputs else context.folder) / "tokenizer"
 
 
 def _train_tokenizer(data: DataSettings, folder: Path) -> int:

@@ -65,7 +65,8 @@ def evaluated(walk, door, tasks, tmp_path_factory):
         assert finished.returncode == 0 and finished.stderr == "", finished.stderr
         store = folder / "runs" / "store" / "measurements"
         files = {path.relative_to(store).as_posix(): path.stat().st_mtime_ns for path in store.glob("*/*.json")}
-        return files, json.loads((folder / "runs" / "tiny" / "summary.json").read_text())
+        name = next((value.partition("=")[2] for value in more if value.startswith("run_name=")), "tiny")
+        return files, json.loads((folder / "runs" / name / "summary.json").read_text())
 
     run.folder = folder
     return run
@@ -214,3 +215,14 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch):
     assert tasks_identity(EvaluateSettings()) is None
     with pytest.raises(ValueError, match=r"evaluate.tasks is \['arc_easy'\], which needs the package lm-eval; install it with: pip install 'minitron\[eval\]'"):
         tasks_identity(EvaluateSettings(tasks=["arc_easy"]))
+
+
+def test_prompts_that_are_added_are_all_that_runs(evaluated):
+    before, summary = evaluated("evaluate.tasks=[own_choice, own_text]")
+    after, written = evaluated("evaluate.tasks=[own_choice, own_text]", "evaluate.prompts=['import ', 'def main']", "evaluate.new_tokens=5", "run_name=prompts")
+    assert before.items() <= after.items()
+    assert sorted(name.split("/")[1].rsplit("-", 1)[0] for name in after.keys() - before.keys()) == ["prompts"] * 3
+    for model in MODELS:
+        found = written["models"][model]["evaluation"]
+        assert [one["prompt"] for one in found["continuations"]] == ["import ", "def main"] and "continuations" not in summary["models"][model]["evaluation"]
+    assert "What they write after a prompt" in (evaluated.folder / "runs" / "prompts" / "report.html").read_text()
