@@ -162,8 +162,8 @@ class MicroStep:
 
     def _mixer_kept(self, letter: str) -> int:
         """Mamba-2: in_proj's output and the kernel's own. Attention: queries, keys, values, their weighted sum, a float32 a query, and the
-        scores where there is no fused kernel. Feed-forward: relu and
-        square; under bf16 autocast squares in float32, so that relu is there in both, and the square in bf16. Gated: gate, its activation, up, their product."""
+        scores where there is no fused kernel. Feed-forward: relu and square; under bf16 autocast squares in float32, so that relu is there in both,
+        and the square in bf16; gated, gate, its activation, up and their product."""
         student, width = self.student, self.width
         if letter == "M":
             return self._all_tokens * width * self._mamba_outputs + self._scan.mixer_keeps()
