@@ -158,6 +158,8 @@ def remove_states(folder: Path) -> None:
 @torch.no_grad()
 def load_weights(state: State, model: torch.nn.Module) -> None:
     """Copy a saved state's weights into a whole model."""
+    stored = {id(parameter): name for name, parameter in model.named_parameters()}  # of tied ones the first name alone
     with safe_open(state.folder / TENSORS_FILE, framework="pt") as file:
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(file.get_tensor(f"model.{name}"))
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if stored.get(id(tensor), name) == name:
+                tensor.copy_(file.get_tensor(f"model.{name}"))

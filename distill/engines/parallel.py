@@ -61,6 +61,8 @@ def shard(caller: Caller, device: torch.device, *, bf16: bool, unread: Unread | 
     fully_shard(caller, mesh=mesh, mp_policy=policy)
     if unread:
         caller.to_empty(device=device)
+        if getattr(caller.model, "all_tied_weights_keys", None):
+            caller.model.tie_weights()  # to_empty makes one parameter of each name
         with torch.no_grad():
             for name, tensor in [*caller.model.named_parameters(), *caller.model.named_buffers()]:
                 tensor.copy_(like(unread.read(name), tensor))

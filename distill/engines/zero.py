@@ -51,7 +51,8 @@ class Zero(Engine):
         if self.plan.optimizer != "adamw":
             raise ValueError(f"train.optimizer is {self.plan.optimizer}; under DeepSpeed it must be adamw")
         (optimizer,) = build_optimizers(caller.model, self.plan)
-        self.deepspeed, *_ = load_deepspeed().initialize(model=caller, optimizer=optimizer, config=_config(self.launch.engine, self.plan))
+        with _float_buffers_kept(caller):
+            self.deepspeed, *_ = load_deepspeed().initialize(model=caller, optimizer=optimizer, config=_config(self.launch.engine, self.plan))
         if self.launch.is_sharded:
             _keep_output_matrix(caller)
         self.zero = self.deepspeed.optimizer
@@ -161,9 +162,20 @@ def place_in_slices(caller: Caller) -> nn.Module:
     """A frozen model under ZeRO-3: a layer is whole only while it runs."""
     bf16 = next(caller.parameters()).dtype == torch.bfloat16
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": bf16}, "steps_per_print": 2**31}
-    placed, *_ = load_deepspeed().initialize(model=caller, config=config)
+    with _float_buffers_kept(caller):
+        placed, *_ = load_deepspeed().initialize(model=caller, config=config)
     _keep_output_matrix(caller)
     return placed
+
+
+@contextmanager
+def _float_buffers_kept(caller: Caller) -> Iterator[None]:
+    """DeepSpeed casts buffers with the weights; the frequencies of rotary positions must stay as exact as they are."""
+    exact = {name: (buffer, buffer.clone()) for name, buffer in caller.named_buffers() if buffer.is_floating_point()}
+    yield
+    for name, buffer in caller.named_buffers():
+        if name in exact and buffer.dtype != exact[name][1].dtype:
+            buffer.data = exact[name][1].to(buffer.device)
 
 
 def _keep_output_matrix(caller: Caller) -> None:

@@ -35,10 +35,33 @@ def _second_names(model: nn.Module) -> Iterable[str]:
     return getattr(model, "all_tied_weights_keys", None) or {}
 
 
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A model on the meta device with its parameters in a dtype, and by name the tables that no checkpoint stores, which keep their own."""
+    buffers = {}
+    model = model.to(dtype)
+    for prefix, parent, name, module in _unstored(model):
+        exact = _made_anew(module)
+        buffers |= {f"{prefix}{buffer_name}": buffer for buffer_name, buffer in exact.named_buffers()}
+        setattr(parent, name, exact.to("meta"))
+    return model, buffers
+
+
 def _make_buffers(model: nn.Module) -> None:
     """Tables that a checkpoint does not store, those of rotary positions, follow from the configuration alone."""
     device = next(model.parameters()).device
-    for parent in list(model.modules()):
-        for name, module in parent.named_children():
-            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-                setattr(parent, name, type(module)(module.config).to(device))
+    for _, parent, name, module in _unstored(model):
+        setattr(parent, name, _made_anew(module).to(device))
+
+
+def _unstored(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
+    """Prefix of names, parent, name and module of those with buffers on the meta device."""
+    return [
+        (f"{path}.{name}." if path else f"{name}.", parent, name, module)
+        for path, parent in model.named_modules() for name, module in parent.named_children()
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False))
+    ]  # fmt: skip
+
+
+def _made_anew(module: nn.Module) -> nn.Module:
+    with torch.device("cpu"):
+        return type(module)(module.config)

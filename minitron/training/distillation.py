@@ -25,6 +25,7 @@ from minitron.checkpoints.files import DTYPES, Checkpoint, stored_bytes
 from minitron.checkpoints.publish import model_card, state_tensors, write_planned
 from minitron.families.base import HIDDEN, Family
 from minitron.families.known import family_of
+from minitron.families.state import in_dtype
 from minitron.families.table import names_by_canonical
 from minitron.machine.device import pick_device, process_memory_bytes
 from minitron.settings.teachers import teacher_architecture
@@ -99,10 +100,11 @@ def load_for_training(family: Family, folder: Path, *, launch: Launch, device: t
     names = names_by_canonical(family, architecture_from_config(config), checkpoint.entries)
     dtypes = {DTYPES[entry.dtype] for entry in checkpoint.entries.values()}
     with torch.device("meta"):
-        model = family.build(config).to(dtype or min(dtypes, key=lambda one: one.itemsize)).eval()
+        model = family.build(config)
+    model, buffers = in_dtype(model, dtype or min(dtypes, key=lambda one: one.itemsize))
     if attention:
         model.set_attn_implementation(attention)
-    return Unread(model, lambda name: checkpoint.read(names[family.canonical_name(name)]), device)
+    return Unread(model.eval(), lambda name: buffers[name] if name in buffers else checkpoint.read(names[family.canonical_name(name)]), device)
 
 
 def _name(context: StageContext) -> str:

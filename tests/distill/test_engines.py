@@ -77,6 +77,46 @@ def test_two_processes_go_on_from_one_and_one_from_two_along_the_same_curve(engi
     assert all(torch.allclose(last[name], reference[name], rtol=1e-4, atol=1e-5) for name in reference)
 
 
+@pytest.fixture(scope="module")
+def tied_alone(worker, tmp_path_factory):
+    """(folder, losses) of a tied Llama's run in one process."""
+    folder, records = tmp_path_factory.mktemp("tied"), []
+    worker.run(folder, {"save_every_steps": 1}, llama="tied", on_step=records.append)
+    return folder, [record.loss for record in records]
+
+
+def test_a_head_of_its_own_leaves_the_curve_of_tied_embeddings(tied_alone, worker, tmp_path):
+    """The control: from the same numbers."""
+    records = []
+    worker.run(tmp_path, {}, llama="untied", on_step=records.append)
+    losses = [record.loss for record in records]
+    assert losses[0] == pytest.approx(tied_alone[1][0], rel=1e-6) and losses[2:] != pytest.approx(tied_alone[1][2:], rel=1e-3)
+
+
+def test_rotary_frequencies_stay_exact_where_deepspeed_casts_buffers(worker):
+    from distill.engines.zero import _float_buffers_kept
+
+    model = worker.build_llama(2, tied=True)
+    exact = model.model.rotary_emb.inv_freq.clone()
+    with _float_buffers_kept(model):
+        model.bfloat16()
+        assert not torch.equal(model.model.rotary_emb.inv_freq.float(), exact)
+    assert torch.equal(model.model.rotary_emb.inv_freq, exact) and model.lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_tied_embeddings_walk_the_curve_of_one_process(engine, tied_alone, worker, launch, tmp_path):
+    """One matrix gets the gradients of both its uses, and is stored once."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    codes, printed = launch(engine, tmp_path, plan={"save_every_steps": 1}, llama="tied", seed=2)
+    assert codes == [0, 0], printed
+    assert [step["loss"] for step in launched_steps(tmp_path)] == pytest.approx(tied_alone[1], rel=1e-5)
+    ours, reference = weights_of(tmp_path), weights_of(tied_alone[0])
+    assert ours.keys() == reference.keys() and not any("lm_head" in name for name in ours)
+    assert all(torch.allclose(ours[name], reference[name], rtol=1e-4, atol=1e-5) for name in reference)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_in_bf16_two_processes_follow_the_curve_as_far_as_it_tells(engine, alone, worker, launch, tmp_path):
     if engine.startswith("zero"):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
 from distill.batches import PADDING, RowBatches
 from distill.engines.launch import Launch, read_launch
@@ -37,6 +37,17 @@ def build_model(seed: int, hidden: int = 16) -> NemotronHForCausalLM:
     return NemotronHForCausalLM(config).float()
 
 
+def build_llama(seed: int, *, tied: bool) -> LlamaForCausalLM:
+    """A Llama of three blocks whose head is its table of embeddings, or begins as the same numbers."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=65, hidden_size=18, num_hidden_layers=3, intermediate_size=23, num_attention_heads=6, num_key_value_heads=3, head_dim=4,
+                         tie_word_embeddings=True)  # fmt: skip
+    model = LlamaForCausalLM(config).float()
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
 def build_teacher() -> NemotronHForCausalLM:
     """A model that is sure of itself: a KL near zero would be a difference of rounding errors."""
     teacher = build_model(1, hidden=32)
@@ -54,8 +65,8 @@ def padded_rows() -> np.ndarray:
 
 
 def run(folder: Path, plan: dict, *, seed: int = 2, launch: Launch | None = None, on_step: Callable[[StepRecord], None] = lambda record: None,
-        poison_at: int | None = None) -> StepRecord:  # fmt: skip
-    """Distils build_model(seed) from a fixed teacher in `folder`, as part of a launch or alone. In the last process the loss of the
+        poison_at: int | None = None, llama: str = "") -> StepRecord:  # fmt: skip
+    """Distils build_model(seed), or a "tied" or "untied" Llama, from a fixed teacher in `folder`, as part of a launch or alone. In the last process the loss of the
     `poison_at`-th of its batches is nan."""
     launch, calls = launch or Launch(), []
     plan = dict(plan)
@@ -69,7 +80,8 @@ def run(folder: Path, plan: dict, *, seed: int = 2, launch: Launch | None = None
             means["loss"] = means["loss"] * float("nan")
         return means
 
-    return train_phases(build_model(seed), phases, loss, folder=folder, on_step=on_step, launch=launch)
+    student = build_llama(seed, tied=llama == "tied") if llama else build_model(seed)
+    return train_phases(student, phases, loss, folder=folder, on_step=on_step, launch=launch)
 
 
 def kill_later(folder: Path, states: int, seconds: float) -> None:
@@ -86,7 +98,7 @@ def kill_later(folder: Path, states: int, seconds: float) -> None:
 
 
 def main(folder: str, plan: dict, stop_at: int | None = None, kill_at: int | None = None, kill_after: tuple[int, float] | None = None,
-         full_at: int | None = None, poison_at: int | None = None, seed: int = 7) -> None:  # fmt: skip
+         full_at: int | None = None, poison_at: int | None = None, seed: int = 7, llama: str = "") -> None:  # fmt: skip
     """Every record goes to folder/steps.jsonl. A SIGTERM comes to the first process in step `stop_at`, a SIGKILL in step `kill_at`, or
     `kill_after` so many states and seconds; from step `full_at` on no file may grow beyond 20,000 bytes, as on a disk that is nearly full.
     `seed` is another than alone, so that weights must come from a state, unless a run of its own is wanted.
@@ -108,7 +120,7 @@ def main(folder: str, plan: dict, stop_at: int | None = None, kill_at: int | Non
             os.kill(os.getpid(), signal.SIGKILL)
 
     try:
-        run(Path(folder), plan, seed=seed, launch=read_launch(), on_step=on_step, poison_at=poison_at)
+        run(Path(folder), plan, seed=seed, launch=read_launch(), on_step=on_step, poison_at=poison_at, llama=llama)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         os._exit(130)
