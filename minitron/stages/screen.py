@@ -7,6 +7,7 @@ from minitron.machine import processes
 from minitron.settings.derived import base_stage, candidate_samples
 from minitron.settings.rules import key_settings
 from minitron.settings.run import PruneMethod, Settings
+from minitron.stages.prune import BALANCED
 from minitron.walk.stage import Lap, PerCandidate, StageContext, StoredStage
 from minitron.walk.store import Result
 from minitron.walk.tracking import record_finished
@@ -17,7 +18,7 @@ def needs(settings: Settings) -> tuple[str, ...]:
 
 
 def what(settings: Settings) -> Any:
-    cut = {"prune": {**key_settings(settings.prune), "samples": candidate_samples(settings)}} if settings.prune.method is PruneMethod.compensated else {}
+    cut = {"prune": {**key_settings(settings.prune), "samples": candidate_samples(settings), **BALANCED}} if settings.prune.method is PruneMethod.compensated else {}
     short = {name: value for name, value in key_settings(settings.screen).items() if name != "cut_samples"}
     return {"candidate": settings.candidate, "seed": settings.seed, **short, **cut}
 
