@@ -39,7 +39,5 @@ def _check_second_head(family: Family, architecture: Architecture, checkpoint: C
 
 def _same_values(checkpoint: Checkpoint, one: str, other: str) -> bool:
     """Whether two tensors of a shape are equal, some rows of each at a time."""
-    for first, rows in checkpoint.read_rows(one):
-        if not torch.equal(rows.float(), checkpoint.read_some(other, first, len(rows)).float()):
-            return False
-    return True
+    pairs = ((rows, checkpoint.read_some(other, first, len(rows))) for first, rows in checkpoint.read_rows(one))
+    return all(torch.equal(rows.float(), others.float()) for rows, others in pairs)

@@ -7,7 +7,6 @@ from minitron.settings.rules import key_settings
 from minitron.settings.run import PruneMethod, Settings
 from minitron.walk.stage import StageContext, StoredStage
 
-
 BALANCED = {"balanced": 1}  # of a compensated cut: its readers are as large as the base's, its norms likewise; a slice is what it was
 
 

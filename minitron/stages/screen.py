@@ -18,7 +18,8 @@ def needs(settings: Settings) -> tuple[str, ...]:
 
 
 def what(settings: Settings) -> Any:
-    cut = {"prune": {**key_settings(settings.prune), "samples": candidate_samples(settings), **BALANCED}} if settings.prune.method is PruneMethod.compensated else {}
+    compensated = settings.prune.method is PruneMethod.compensated
+    cut = {"prune": {**key_settings(settings.prune), "samples": candidate_samples(settings), **BALANCED}} if compensated else {}
     short = {name: value for name, value in key_settings(settings.screen).items() if name != "cut_samples"}
     return {"candidate": settings.candidate, "seed": settings.seed, **short, **cut}
 
