@@ -55,9 +55,10 @@ def check_search(settings: Settings, teacher: Architecture) -> None:
     space, workload, budget = space_of(settings, teacher), workload_of(settings), budget_of(settings)
     serving_of(settings), filters_of(settings)
     if settings.search.fixed.given():
-        fixed = fixed_sizes(settings, teacher)
-        if "pattern" in fixed or "num_layers" not in fixed:
-            fixed_student(settings, teacher)
+        depth = fixed_sizes(settings, teacher).get("num_layers", teacher.num_layers)
+        if not 1 <= depth <= teacher.num_layers:
+            raise ValueError(f"search.fixed.layers ({depth}) must be at least 1 and at most the teacher's {teacher.num_layers}")
+        fixed_student(settings, teacher)
         return
     # Any layers that the floors allow do for a lower bound: the depth's true pattern is not known before scoring.
     kinds = teacher.layer_kinds
