@@ -158,6 +158,7 @@ def model_card(title: str, *, lines: list[str], architecture: Architecture, base
                     f"state {architecture.mamba_state_size}"),
         ("vocabulary", f"{architecture.vocab:,}"),
     ]  # fmt: skip
-    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in sizes)]
-    letters = "Pattern letters: M Mamba-2, `*` attention, - FFN."
+    is_of_blocks = architecture.sublayers_per_layer > 1
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in sizes if name != "Mamba-2" or not is_of_blocks)]
+    letters = "Pattern letters: `*` attention, - FFN; a layer is both." if is_of_blocks else "Pattern letters: M Mamba-2, `*` attention, - FFN."
     return "\n".join([*head, "---", "", f"# {title}", "", *lines, "", *table, "", letters, ""])

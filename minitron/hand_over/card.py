@@ -78,7 +78,7 @@ def export_card(summary: Summary, laps: Sequence[Lap], exported: Exported, *, li
         "Licence": licence_note(licence, teacher),
         "Memory": _memory(summary, student),
         "Evaluation": _evaluation(summary, exported),
-        "Use": USE,
+        "Use": USE if "M" in student["architecture"]["pattern"] else USE.partition(" --mamba")[0] + "`.",
         "Other programs": _programs(findings),
         "Made by": _made_by(summary, arguments),
     }

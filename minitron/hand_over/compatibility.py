@@ -1,7 +1,8 @@
-"""What other programs ask of a NemotronH folder, field by field, and whether one has it. Nothing of theirs is imported.
+"""What other programs ask of a folder, field by field, and whether one has it. Nothing of theirs is imported.
 
 Read in their sources: transformers 5.23; vLLM 0.32.0 (models/nemotron_h.py, mamba/mamba_mixer2.py, mamba/ops/ssd_combined.py, attention/backends/
-flash_attn.py); llama.cpp's convert_hf_to_gguf.py of 2026 (NemotronHForCausalLM and its parents) with the tensors its loader creates.
+flash_attn.py); llama.cpp's convert_hf_to_gguf.py of 2026 (NemotronHForCausalLM and its parents) with the tensors its loader creates. Of Llama's and
+Qwen3's folders there are those rules that are no family's own, and what transformers' configuration classes check.
 """
 
 import math
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from memory_budget.architecture import BLOCK_TYPES
 from memory_budget.hf_config import BLOCK_TYPE_LETTERS
 
 TRANSFORMERS, VLLM, LLAMA_CPP = "transformers", "vLLM", "llama.cpp"
@@ -137,6 +139,14 @@ RULES = (
     Rule(LLAMA_CPP, "tensor names", "must begin with backbone. or be lm_head.weight", _names_are_published),
     Rule(LLAMA_CPP, "tokenizer", "must be one whose pre-tokenizer it has on its list", lambda folder: False if folder.own_tokenizer else None),
 )  # fmt: skip
+_OF_ANY = {(VLLM, "head_dim"), (VLLM, "num_key_value_heads"), (VLLM, "max_position_embeddings"), (VLLM, "tokenizer.json"), (LLAMA_CPP, "tokenizer")}
+BLOCK_RULES = (
+    Rule(TRANSFORMERS, "hidden_size", "must be a multiple of num_attention_heads in a llama",
+         lambda folder: folder.config.get("model_type") != "llama" or _divides("num_attention_heads", "hidden_size")(folder)),
+    Rule(TRANSFORMERS, "layer_types", "must have an entry for every layer, where it is given",
+         lambda folder: len(folder.config.get("layer_types") or ()) in (0, folder.size("num_hidden_layers"))),
+    *(rule for rule in RULES if (rule.program, rule.field) in _OF_ANY),
+)  # fmt: skip
 # What is shown of a field that is no key of config.json.
 SHOWN: Mapping[str, Callable[[Folder], str]] = {
     "tokenizer": lambda folder: "trained here" if folder.own_tokenizer else "the teacher's",
@@ -153,7 +163,7 @@ def _prefixes(tensors: Sequence[str]) -> str:
 def check_folder(folder: Folder) -> list[Finding]:
     """Every rule, with what the folder has there and whether the program takes it."""
     findings = []
-    for rule in RULES:
+    for rule in BLOCK_RULES if folder.config.get("model_type") in BLOCK_TYPES else RULES:
         value = SHOWN[rule.field](folder) if rule.field in SHOWN else folder.config.get(rule.field, "absent")
         findings.append(Finding(rule.program, rule.field, rule.rule, str(value), rule.holds(folder)))
     return findings

@@ -53,7 +53,7 @@ def prune_teacher(context: StageContext) -> dict:
     else:
         check, facts = _check(family, plan, source, folder, config), {}
     parameters = count_total_parameters(student)
-    sizes = f"{architecture.num_layers} → {student.num_layers} layers, {source.num_parameters:,} → {parameters:,} parameters"
+    sizes = f"{architecture.num_layers} → {student.num_layers} layers, {count_total_parameters(architecture):,} → {parameters:,} parameters"
     headline = f"{sizes}, {format_gib(sum(tensor.num_bytes for tensor in sliced))} written; {check}"
     facts |= {"parameters": parameters, "removed_layers": removed, "description": described}
     return {"headline": headline, "path": "checkpoint", **facts}
@@ -99,10 +99,9 @@ def removed_layers(plan: PruningPlan) -> list[int]:
 
 def describe_cut(plan: PruningPlan, teacher: str) -> str:
     """One sentence for the model card: what was cut from what."""
-    sizes = [
-        (label, getattr(plan.teacher, field), getattr(plan.student, field))
-        for label, field in (("hidden", "hidden"), ("FFN", "ffn"), ("Mamba heads", "mamba_num_heads"), ("layers", "num_layers"))
-    ]
+    named = (("hidden", "hidden"), ("FFN", "ffn"), ("Mamba heads", "mamba_num_heads"), ("Mamba channels", "mamba_head_dim"),
+             ("query heads", "num_attention_heads"), ("KV heads", "num_key_value_heads"), ("layers", "num_layers"))  # fmt: skip
+    sizes = [(label, getattr(plan.teacher, field), getattr(plan.student, field)) for label, field in named]
     changed = [f"{label} {before} → {after}" for label, before, after in sizes if before != after]
     layers = removed_layers(plan)
     gone = f" Removed layers (from 0): {', '.join(map(str, layers))}." if layers else ""

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from minitron.hand_over.compatibility import RULES, Folder, check_folder, verdicts
+from minitron.hand_over.compatibility import BLOCK_RULES, RULES, Folder, check_folder, verdicts
 
 GOOD = {
     "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-", "num_hidden_layers": 5,
@@ -83,6 +83,34 @@ def test_every_rule_has_a_case_that_breaks_it():
     broken = set().union(*(expected for _, expected in CASES.values()))
     broken |= {("vLLM", "tensor names"), ("llama.cpp", "tensor names"), ("vLLM", "tokenizer.json"), ("llama.cpp", "tokenizer")}
     assert broken == {(rule.program, rule.field) for rule in RULES}
+
+
+BLOCKS = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 504, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+    "num_hidden_layers": 2, "max_position_embeddings": 2048, "tie_word_embeddings": True, "intermediate_size": 1152, "vocab_size": 49152,
+}  # fmt: skip
+BLOCK_CASES = {
+    "hidden": ({"hidden_size": 500}, {("transformers", "hidden_size")}),
+    "layer types": ({"layer_types": ["full_attention"] * 3}, {("transformers", "layer_types")}),
+    "odd head_dim": ({"head_dim": 20}, {("vLLM", "head_dim")}),
+    "KV heads": ({"num_key_value_heads": 2}, {("vLLM", "num_key_value_heads")}),
+    "positions": ({"max_position_embeddings": GONE}, {("vLLM", "max_position_embeddings")}),
+}
+
+
+@pytest.mark.parametrize("case", BLOCK_CASES)
+def test_of_a_folder_of_blocks_one_wrong_field_is_refused(case):
+    change, expected = BLOCK_CASES[case]
+    named = {"tensors": ("model.embed_tokens.weight",)}
+    assert refused(BLOCKS, **named) == set() == refused(BLOCKS | {"layer_types": ["full_attention"] * 2}, **named)
+    assert refused(BLOCKS | change, **named) == expected
+    assert refused(BLOCKS | {"model_type": "qwen3", "hidden_size": 500}, **named) == set(), "which has no such equation"
+
+
+def test_every_rule_of_blocks_has_a_case_that_breaks_it():
+    assert refused(BLOCKS, files=(), own_tokenizer=True) == {("vLLM", "tokenizer.json"), ("llama.cpp", "tokenizer")}
+    broken = set().union(*(expected for _, expected in BLOCK_CASES.values())) | {("vLLM", "tokenizer.json"), ("llama.cpp", "tokenizer")}
+    assert broken == {(rule.program, rule.field) for rule in BLOCK_RULES}
 
 
 def test_a_verdict_names_field_value_and_rule():
