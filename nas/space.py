@@ -80,7 +80,7 @@ def check_space(space: SearchSpace, teacher: Architecture) -> None:
             names = [f"search.{WIDTHS[name]} ({', '.join(map(str, widths[name]))})" for name in (coupling.field, coupling.of)]
             raise ValueError(f"{coupling} holds for no options of {' and '.join(names)}; no loader of {teacher.model_type} takes another")
     for kind, floor in space.floors.items():
-        if kind not in teacher.layer_kinds:
+        if floor and kind not in teacher.layer_kinds:
             raise ValueError(f"search.floors keeps {floor} layers of kind {kind!r}; the teacher's layers are of the kinds {sorted(set(teacher.layer_kinds))}")
         if floor > teacher.num_layers_of(kind):
             raise ValueError(f"search.floors keeps {floor} layers of kind {kind!r}; the teacher has {teacher.num_layers_of(kind)}")

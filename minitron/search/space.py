@@ -7,9 +7,8 @@ from memory_budget.calculator import memory_report
 from memory_budget.units import GIB, format_gib
 from minitron.settings.derived import axis_of, budget_of, couplings_of, fixed_sizes, floors, workload_of
 from minitron.settings.run import Settings
-from nas.axes import AXES
-from nas.candidates import enumerate_candidates
-from nas.depth import check_is_cut, kept_layers, subsequence_layers
+from nas.axes import AXES, identifier
+from nas.depth import check_is_cut, kept_layers, spelled, subsequence_layers
 from nas.filters import Filters, advice
 from nas.space import SearchSpace, check_space
 from nas.throughput import Serving, device_of
@@ -63,13 +62,15 @@ def check_search(settings: Settings, teacher: Architecture) -> None:
     kinds = teacher.layer_kinds
     cheapest = sorted(range(teacher.num_layers), key=lambda layer: -memory_report(replace(teacher, pattern=kinds[layer]), workload).total)
     layers = kept_layers(kinds, cheapest, space.num_layers[0], space.floors)
-    widths = {name: options[:1] for name, options in space.widths(teacher).items()}
-    bound = enumerate_candidates(teacher, replace(space, num_layers=(len(layers),), couplings=(), **widths), {len(layers): layers}, workload)
-    smallest = replace(bound.architecture(0), **settings.search.later_widths.given())
-    needed = memory_report(smallest, workload).total
+    widths = {name: options[0] for name, options in space.widths(teacher).items()}
+    if space.query_heads_follow:
+        widths["num_attention_heads"] = widths["num_key_value_heads"] * (teacher.num_attention_heads // teacher.num_key_value_heads)
+    bound = replace(teacher, pattern=spelled(teacher, layers), **widths)
+    smallest = replace(bound, **settings.search.later_widths.given())
+    smallest_id, needed = identifier(teacher, {"num_layers": len(layers), **widths}), memory_report(smallest, workload).total
     if needed > budget.bytes:
         raise ValueError(
-            f"budget of {format_gib(budget.bytes)} fits none of the {space.size:,} candidates; the smallest, {bound.identifier(0)}, "
+            f"budget of {format_gib(budget.bytes)} fits none of the {space.size:,} candidates; the smallest, {smallest_id}, "
             f"needs at least {format_gib(needed)}; {advice(smallest, space, workload)}"
         )
 
