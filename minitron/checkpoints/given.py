@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from memory_budget.architecture import describe_layers
 from memory_budget.hf_config import architecture_from_config, read_config
 from minitron.checkpoints.files import Checkpoint
 from minitron.families.known import family_of
@@ -14,5 +15,5 @@ def given_checkpoint(folder: Path, name: str) -> dict:
     family, architecture = family_of(config), architecture_from_config(config)
     checkpoint = Checkpoint(folder)
     check_tensors(family, architecture, {family.canonical_name(tensor): entry.shape for tensor, entry in checkpoint.entries.items()})
-    headline = f"{name}: {checkpoint.num_parameters:,} parameters, pattern {architecture.pattern}"
+    headline = f"{name}: {checkpoint.num_parameters:,} parameters, {describe_layers(architecture)}"
     return {"headline": headline, "path": str(folder), "name": name, "parameters": checkpoint.num_parameters}
