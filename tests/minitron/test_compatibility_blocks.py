@@ -136,7 +136,7 @@ def test_positions_are_handed_over_in_both_spellings_and_are_the_same_to_transfo
 
 @pytest.mark.parametrize("family", GOOD)
 def test_a_config_is_as_it_was_after_a_model_was_built_of_it(family):
-    config = GOOD[family] | {"rope_scaling": {key: value for key, value in LLAMA3.items()}, "num_hidden_layers": 1, "layer_types": None}
+    config = GOOD[family] | {"rope_scaling": dict(LLAMA3), "num_hidden_layers": 1, "layer_types": None}
     before = deepcopy(config)
     with torch.device("meta"):
         FAMILIES[family].build(config)
