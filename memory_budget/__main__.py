@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from memory_budget.architecture import Architecture
+from memory_budget.architecture import BLOCK, Architecture, describe_layers
 from memory_budget.budget import PRESETS, Budget, fits, parse_budget
 from memory_budget.calculator import MemoryReport, max_batch, max_context_tokens, memory_report
 from memory_budget.hf_config import architecture_from_config, read_config, unmodelled_settings
@@ -217,9 +217,14 @@ def as_table(answer: Answer) -> str:
 def model_rows(answer: Answer) -> list[tuple[str, str, str]]:
     architecture = answer.architecture
     total, active = count_total_parameters(architecture), count_active_parameters(architecture)
-    layers = ", ".join(f"{architecture.num_layers_of(letter)} {name}" for letter, name in
-                       (("M", "Mamba-2"), ("*", "attention"), ("-", "FFN"), ("E", "MoE")) if letter in architecture.pattern)
-    rows = [("parameters", format_count(total, "parameters"), f"{architecture.model_type}, {architecture.num_layers} layers: {layers}")]
+    if BLOCK in architecture.layer_kinds:
+        layers = describe_layers(architecture)
+    else:
+        by_kind = ", ".join(f"{architecture.num_layers_of(letter)} {name}" for letter, name in
+                            (("M", "Mamba-2"), ("*", "attention"), ("-", "FFN"), ("E", "MoE")) if letter in architecture.pattern)
+        layers = f"{architecture.num_layers} layers: {by_kind}"
+    tied = ", embeddings tied to the head" if architecture.tied_embeddings else ""
+    rows = [("parameters", format_count(total, "parameters"), f"{architecture.model_type}, {layers}{tied}")]
     if active != total:
         rows.append(("  active per token", format_count(active, "parameters"), ""))
     by_kind = count_parameters(architecture)
@@ -236,9 +241,9 @@ def memory_rows(answer: Answer) -> list[tuple[str, str, str]]:
     rows = [
         ("weights", format_gib(report.weights), weights),
         ("KV cache", format_gib(report.kv_cache), f"{workload.kv_dtype}, {served}"),
-        ("SSM state", format_gib(report.ssm_state), workload.ssm_dtype),
-        ("conv state", format_gib(report.conv_state), workload.compute_dtype),
     ]
+    if "M" in answer.architecture.pattern:
+        rows += [("SSM state", format_gib(report.ssm_state), workload.ssm_dtype), ("conv state", format_gib(report.conv_state), workload.compute_dtype)]
     if workload.activation_tokens:
         chunk = format_count(workload.activation_tokens, "tokens")
         rows.append(("activations", format_gib(report.activations), f"estimate, a prefill chunk of {chunk}"))

@@ -95,6 +95,13 @@ class Architecture:
         return self.mamba_inner + 2 * self.mamba_num_groups * self.mamba_state_size
 
 
+def describe_layers(architecture: Architecture) -> str:
+    """What the layers are, for a person: their pattern, or how many blocks."""
+    if set(architecture.layer_kinds) == {BLOCK}:
+        return f"{architecture.num_layers} blocks of attention and FFN"
+    return f"pattern {architecture.pattern}"
+
+
 def check_architecture(architecture: Architecture) -> None:
     """Refuse sizes that no model can have. Scalars only.
 

@@ -62,15 +62,26 @@ def architecture_from_config(config: Config) -> Architecture:
 def unmodelled_settings(config: Config) -> list[str]:
     """What the config asks for that the calculator leaves out, a sentence each, for the reader of a report."""
     notes = []
-    window = config.get("sliding_window", 4096 if config.get("model_type") == "mistral" else None)
-    is_used = config.get("use_sliding_window", False) if str(config.get("model_type")).startswith("qwen") else True
-    if window is not None and is_used:
+    window = _window(config)
+    if window is not None:
         notes.append(f"sliding_window ({window} tokens) is not modelled: the KV cache is counted for the whole context")
     if config.get("model_type") == "nemotron_h" and config.get("num_nextn_predict_layers"):
         notes.append("multi-token prediction layers are not counted, as in transformers")
     if "quantization_config" in config:
         notes.append("quantization_config is not read: choose the weights' number format with --weights")
     return notes
+
+
+def _window(config: Config) -> int | None:
+    """Tokens that attention looks back in some layer, where that is not the whole context: in all of Mistral's, in Qwen's from max_window_layers on."""
+    model_type = config.get("model_type")
+    if model_type == "llama":  # has no such setting
+        return None
+    if model_type not in ("qwen2", "qwen3"):
+        return config.get("sliding_window", 4096 if model_type == "mistral" else None)
+    types = config.get("layer_types")
+    has_windows = (config.get("max_window_layers", 28) or 0) < config.get("num_hidden_layers", 32) if types is None else "sliding_attention" in types
+    return config.get("sliding_window", 4096) if config.get("use_sliding_window", False) and has_windows else None
 
 
 def _nemotron_h(config: Config) -> Architecture:

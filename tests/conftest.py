@@ -51,6 +51,15 @@ SMALL = (
     "evaluate.needle={lengths: [64], depths: 2, samples: 2, alternatives: 4}",
 )  # fmt: skip
 
+# A walk of a Llama or Qwen3 teacher of write_block_teacher: 0.00238 GiB as a tied Llama, and of the students only the smaller ones fit.
+SMALL_BLOCKS = (
+    "~experiment", "device=cpu", "data.sequence_length=64", "data.max_train_tokens=30000", "data.max_heldout_tokens=4000",
+    "scoring.samples=8", "scoring.layer_samples=4", "workload.context_tokens=1024", "budget.name=small", "budget.device_gib=0.0017",
+    "budget.cushion_fraction=0", "budget.set_aside_gib=0", "depth_lap.enabled=false",
+    "search.fixed={layers: 3, hidden: 96, ffn: 128, key_value_heads: 1}", "prune.samples=8", "prune.against_slice=false",
+    "distill.train.tokens=2048", "evaluate.samples=8", "evaluate.speed=[]", "evaluate.needle={lengths: [64], depths: 2, samples: 2, alternatives: 4}",
+)  # fmt: skip
+
 # What accelerate's launcher tells the processes of the configs in conf/accelerate, as distill/test_engines.py checks.
 ENGINES = {
     "ddp": {"ACCELERATE_MIXED_PRECISION": "no"},
@@ -125,6 +134,43 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def small_settings() -> tuple[str, ...]:
     return SMALL
+
+
+@pytest.fixture(scope="session")
+def small_block_settings() -> tuple[str, ...]:
+    return SMALL_BLOCKS
+
+
+@pytest.fixture(scope="session")
+def write_block_teacher() -> Callable[..., Path]:
+    """Writes a random tiny Llama or Qwen3 as transformers saves one, with the tokenizer of the tiny teacher: 4 blocks, hidden 128, FFN 192, 4 query heads
+    of 32 channels on 2 KV heads, 2,048 tokens; weights large enough for attention to matter, norms apart from 1, Llama's positions scaled."""
+
+    def write(folder: Path, family: str, *, tied: bool) -> Path:
+        import torch
+        import transformers
+
+        from minitron.settings.teachers import STORED_FOLDER
+
+        llama3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
+        prefix, positions = {"llama": ("Llama", llama3), "qwen3": ("Qwen3", {"rope_type": "default"})}[family]
+        config = getattr(transformers, f"{prefix}Config")(
+            vocab_size=2048, hidden_size=128, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+            max_position_embeddings=4096, rope_parameters={**positions, "rope_theta": 50000.0}, tie_word_embeddings=tied, initializer_range=0.08,
+            bos_token_id=0, eos_token_id=0, pad_token_id=1,
+        )  # fmt: skip
+        random = torch.Generator().manual_seed(0)
+        model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=random)
+                parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else 0.08 * noise)
+        model.save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+            shutil.copyfile(STORED_FOLDER / name, folder / name)
+        return folder
+
+    return write
 
 
 @pytest.fixture(scope="session")

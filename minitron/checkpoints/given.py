@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from memory_budget.architecture import Architecture
+from memory_budget.architecture import Architecture, describe_layers
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.files import Checkpoint
@@ -22,7 +22,7 @@ def given_checkpoint(folder: Path, name: str) -> dict:
     check_tensors(family, architecture, {canonical: checkpoint.entries[tensor].shape for canonical, tensor in names.items()})
     _check_second_head(family, architecture, checkpoint)
     parameters = count_total_parameters(architecture)
-    headline = f"{name}: {parameters:,} parameters, pattern {architecture.pattern}"
+    headline = f"{name}: {parameters:,} parameters, {describe_layers(architecture)}"
     return {"headline": headline, "path": str(folder), "name": name, "parameters": parameters}
 
 

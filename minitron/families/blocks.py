@@ -12,6 +12,7 @@ import importlib
 import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,7 @@ TABLE = (
     TensorAxes("mixer.down_proj.bias", "-", (_HIDDEN,), only_if="ffn_bias"),
 )
 HALVES = ({"norm": "input_layernorm", "mixer": "self_attn"}, {"norm": "post_attention_layernorm", "mixer": "mlp"})
+DEFAULT_THETA = 10_000.0  # of transformers' rotary positions, where config.json has none
 OUTSIDE = {"embeddings": "model.embed_tokens", "norm_f": "model.norm", "lm_head": "lm_head"}
 _PART_OF = {theirs: (half, ours) for half, names in enumerate(HALVES) for ours, theirs in names.items()}
 
@@ -75,7 +77,7 @@ def block_family(model_type: str, *, classes: str, config: Callable[[dict, Archi
         build_outside=partial(build_outside, model_type, classes),
         outside_names={"embed": "embeddings.", "norm": "norm_f.", "head": "lm_head."},
         rms_epsilon=lambda given: transformers_config(given).rms_norm_eps,
-        handed_over=lambda given: given,
+        handed_over=handed_over,
         couplings=couplings,
         refused=refused,
     )
@@ -106,6 +108,18 @@ def _sizes(teacher: dict, architecture: Architecture) -> dict:
         "vocab_size": architecture.vocab,
         "tie_word_embeddings": architecture.tied_embeddings,
     }
+
+
+def handed_over(config: dict) -> dict:
+    """Rotary positions in both spellings. transformers from version 5 on reads and writes `rope_parameters`; older versions, and programs of their time,
+    read `rope_theta` and `rope_scaling` and would take their own defaults without a word. Where both are there, transformers takes the scaling from the
+    older one, so they are made to say the same."""
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    theta = parameters.get("rope_theta", config.get("rope_theta", DEFAULT_THETA))
+    parameters = {**parameters, "rope_type": kind, "rope_theta": theta}
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    return config | {"rope_parameters": parameters, "rope_theta": theta, "rope_scaling": None if kind == "default" else scaling}
 
 
 def canonical_name(name: str) -> str:
@@ -186,7 +200,7 @@ def transformers_config(config: dict) -> Any:
     from transformers import CONFIG_MAPPING
 
     try:
-        sizes = CONFIG_MAPPING[config["model_type"]](**config)
+        sizes = CONFIG_MAPPING[config["model_type"]](**deepcopy(config))  # it fills in what rope_scaling leaves out, in place
     except ValueError:
         raise
     except Exception as error:  # huggingface_hub's StrictDataclass errors are no ValueError

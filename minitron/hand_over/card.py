@@ -12,7 +12,7 @@ from minitron.hand_over.compatibility import Finding, programs_of, verdicts
 from minitron.report.evaluation import tasks_table
 from minitron.report.summary import sequences_text
 from minitron.report.text import Summary, escaped, nats, table
-from minitron.report.verdict import evaluations, how_to_read, models_table
+from minitron.report.verdict import evaluations, how_to_read, how_to_read_memory, models_table
 from minitron.walk.stage import Lap
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
@@ -78,7 +78,7 @@ def export_card(summary: Summary, laps: Sequence[Lap], exported: Exported, *, li
         "Licence": licence_note(licence, teacher),
         "Memory": _memory(summary, student),
         "Evaluation": _evaluation(summary, exported),
-        "Use": USE if "M" in student["architecture"]["pattern"] else USE.partition(" --mamba")[0] + "`.",
+        "Use": USE + (SERVE_WITH_STATE if "M" in student["architecture"]["pattern"] else SERVE),
         "Other programs": _programs(findings),
         "Made by": _made_by(summary, arguments),
     }
@@ -109,7 +109,7 @@ def _memory(summary: Summary, student: Mapping[str, Any]) -> str:
     rows = [(label, format_gib(memory[part])) for part, label in PARTS.items() if memory[part]]
     rows += [("**total**", f"**{format_gib(memory['total'])}**"), (f"budget ({escaped(budget['name'])})", format_gib(budget["bytes"]))]
     fits = "It fits" if memory["total"] <= budget["bytes"] else "It does **not** fit"
-    text = f"{fits} the budget when serving {sequences_text(budget['workload'])}. {how_to_read({**summary, 'models': {}})}"
+    text = f"{fits} the budget when serving {sequences_text(budget['workload'])}. {how_to_read_memory(summary)}"
     return f"{table(('what for', 'memory'), rows)}\n\n{text}"
 
 
@@ -147,4 +147,6 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
 ```
 
-With vLLM: `vllm serve FOLDER --mamba_ssm_cache_dtype float32`; with a smaller state accuracy drops."""
+"""
+SERVE = "With vLLM: `vllm serve FOLDER`."
+SERVE_WITH_STATE = "With vLLM: `vllm serve FOLDER --mamba_ssm_cache_dtype float32`; with a smaller state accuracy drops."

@@ -17,6 +17,7 @@ from minitron.families.base import Family
 from minitron.families.known import family_of
 from minitron.hand_over.card import Exported, Licence, distilled, export_card, licence_of
 from minitron.hand_over.compatibility import Finding, Folder, check_folder, verdicts
+from minitron.hand_over.rules import RULES
 from minitron.report.summary import build_summary
 from minitron.report.text import nats
 from minitron.settings.hand_over import StudentState
@@ -134,14 +135,15 @@ def _student(family: Family, lap: Lap, state: StudentState) -> Student:
 
 def _write(partial: Path, family: Family, student: Student, laps: Sequence[Lap], console: Console) -> list[Finding]:
     """The whole export in a folder of its own; gives what other programs would say to it."""
-    settings, results, config = laps[-1].settings, laps[-1].results, read_config(student.companions)
+    settings, results, config = laps[-1].settings, laps[-1].results, family.handed_over(read_config(student.companions))
     licence = licence_of(results["teacher"].model_folder)
     files = [path.name for path in student.companions.iterdir()]
-    findings = check_folder(Folder(config, [tensor.name for tensor in student.planned], files, own_tokenizer=is_tiny(settings)))
+    folder = Folder(config, [tensor.name for tensor in student.planned], files, own_tokenizer=is_tiny(settings))
+    findings = check_folder(folder, RULES[family.model_type])
     card = export_card(build_summary(laps), laps, student.exported, licence=licence, findings=findings, arguments=sys.argv[1:])
     total = sum(tensor.num_bytes for tensor in student.planned)
     with console.track("exporting", total / GIB, "GiB") as advance:
-        check = write_planned(partial, family, student.planned, config=family.handed_over(config), companions=student.companions, card=card,
+        check = write_planned(partial, family, student.planned, config=config, companions=student.companions, card=card,
                               max_shard_bytes=int(settings.prune.max_shard_gib * GIB), on_bytes=lambda num_bytes: advance(num_bytes / GIB))  # fmt: skip
     console.say(check)
     _copy_licence(licence, partial)

@@ -25,6 +25,9 @@ from minitron.settings.run import PruneMethod
 from minitron.settings.teachers import base_architecture
 from minitron.walk.stage import StageContext
 from minitron.walk.store import write_json
+from nas.axes import LAYERS, WIDTH_AXES
+
+SHORT_TITLES = {"hidden": "hidden", "ffn": "FFN", "mamba_heads": "Mamba heads"}  # of axes, in a sentence; others by their own
 
 
 def prune_teacher(context: StageContext) -> dict:
@@ -98,10 +101,8 @@ def removed_layers(plan: PruningPlan) -> list[int]:
 
 
 def describe_cut(plan: PruningPlan, teacher: str) -> str:
-    """One sentence for the model card: what was cut from what."""
-    named = (("hidden", "hidden"), ("FFN", "ffn"), ("Mamba heads", "mamba_num_heads"), ("Mamba channels", "mamba_head_dim"),
-             ("query heads", "num_attention_heads"), ("KV heads", "num_key_value_heads"), ("layers", "num_layers"))  # fmt: skip
-    sizes = [(label, getattr(plan.teacher, field), getattr(plan.student, field)) for label, field in named]
+    """One sentence for the model card: what was cut from what, every axis that became smaller."""
+    sizes = [(SHORT_TITLES.get(axis.name, axis.title), axis.size(plan.teacher), axis.size(plan.student)) for axis in (*WIDTH_AXES, LAYERS)]
     changed = [f"{label} {before} → {after}" for label, before, after in sizes if before != after]
     layers = removed_layers(plan)
     gone = f" Removed layers (from 0): {', '.join(map(str, layers))}." if layers else ""

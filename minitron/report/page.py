@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from memory_budget.architecture import BLOCK
 from memory_budget.units import format_gib
 from minitron.report.evaluation import evaluation_blocks
 from minitron.report.search import architecture_table, candidates_table, choice_sentences, pattern_lines, screens_table, table_notes
-from minitron.report.summary import REASONERS, chosen_candidate
+from minitron.report.summary import REASONERS, chosen_candidate, kinds_of
 from minitron.report.text import Summary, duration, escaped, image, nats, sentence, table
 from minitron.report.verdict import evaluations, how_to_read, models_table, verdict
 
@@ -122,13 +123,15 @@ def _teacher_blocks(part: Part) -> list[str]:
 
 def _score_blocks(part: Part) -> list[str]:
     """Layers were scored by the first lap, the widths that are cut by the last."""
-    blocks = []
+    blocks, of_blocks = [], BLOCK in kinds_of(part.summary, part.summary["importance"]["pattern"])
     if part.which is not Which.widths:
         some_at_floor = None in part.summary["importance"]["first_round_scores"]
-        note = "Layers without a bar are of a kind that may not lose more of them." if some_at_floor and "layer_importance.png" in part.plots else ""
+        reason = "must stay" if of_blocks else "are of a kind that may not lose more of them"
+        note = f"Layers without a bar {reason}." if some_at_floor and "layer_importance.png" in part.plots else ""
         blocks += [part.plot("layer_importance.png", "importance of every layer before any was removed"), note]
     if part.which is not Which.depth:
-        blocks += [part.plot("width_importance.png", "importance of the units of every axis, sorted, one line a layer")]
+        lines = "one line a layer, of hidden channels two: for what attention reads and for what the FFN reads" if of_blocks else "one line a layer"
+        blocks += [part.plot("width_importance.png", f"importance of the units of every axis, sorted, {lines}")]
     return blocks
 
 
@@ -137,7 +140,7 @@ def _search_blocks(part: Part) -> list[str]:
     blocks = []
     if part.which is not Which.depth:
         student = summary["models"].get("student", chosen_candidate(summary))
-        blocks += [architecture_table(summary["models"]["teacher"], student)]
+        blocks += [architecture_table(summary, student)]
     if part.which is not Which.widths:
         blocks += [pattern_lines(summary)]
     blocks += [candidates_table(candidates), table_notes(summary, part.lap)]

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from memory_budget.architecture import BLOCK
 from memory_budget.units import format_gib, to_gib
 from minitron.report import plot_style, plots_evaluation, plots_search
 from minitron.report.plot_style import GREY, MODELS, RED, draw_curve, new_axes, new_figure, viridis, viridis_map
 from minitron.report.plots_search import candidates, depths, pareto
-from minitron.report.summary import REASONERS, chosen_candidate, removed_layers, sequences_text
+from minitron.report.summary import KIND_NAMES, REASONERS, chosen_candidate, kinds_of, removed_layers, sequences_text
 
 Summary = Mapping[str, Any]
 
@@ -21,7 +22,7 @@ PARTS = {
     "conv_state": ("convolution state", "#CC79A7"),
     "activations": ("activations", "#56B4E9"),
 }
-KINDS = {"M": ("Mamba-2", "#0072B2"), "*": ("attention", "#D55E00"), "-": ("FFN", "#009E73"), "E": ("MoE", "#CC79A7")}
+KIND_COLOURS = {"M": "#0072B2", "*": "#D55E00", "-": "#009E73", "E": "#CC79A7", BLOCK: "#56B4E9"}
 AXES = {"hidden": "hidden channels", "ffn": "FFN neurons", "mamba_head": "Mamba-2 heads", "attention_head": "attention heads"}
 CRITERIA = {
     "mse": "squared change of the logits\nover their square (ratio)",
@@ -109,21 +110,21 @@ def _layer_importance(summary: Summary):
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
-    pattern, removed = importance["pattern"], set(removed_layers(summary))
+    kinds, removed = kinds_of(summary, importance["pattern"]), set(removed_layers(summary))
     figure = new_figure(8, 3.4)
     criterion = importance["criterion"].removeprefix("iterative_")
     scale = "mean squared change\n(logits²)" if criterion == "mse" and not importance["normalised"] else CRITERIA[criterion]
     axes = new_axes(figure, title="What leaving out one layer does", x="layer (0 is next to the input)", y=scale)
     for layer, score in scores.items():
         gone = layer in removed
-        colour = KINDS[pattern[layer]][1]
+        colour = KIND_COLOURS[kinds[layer]]
         axes.bar(layer, score, width=0.8, color="white" if gone else colour, edgecolor=colour, hatch="////" if gone else None, linewidth=1.0)
     axes.set_yscale("log")
     axes.set_ylim(min(scores.values()) / 2, max(scores.values()) * 2)
-    axes.set_xlim(-0.8, len(pattern) - 0.2)
+    axes.set_xlim(-0.8, len(kinds) - 0.2)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
     axes.grid(axis="y", alpha=0.3)
-    keys = [Patch(color=colour, label=label) for letter, (label, colour) in KINDS.items() if letter in pattern]
+    keys = [Patch(color=colour, label=KIND_NAMES[kind]) for kind, colour in KIND_COLOURS.items() if kind in kinds]
     if removed:
         keys.append(Patch(facecolor="white", edgecolor=GREY, hatch="////", label="removed"))
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=9, frameon=False)
@@ -137,12 +138,14 @@ def _width_importance(summary: Summary):
     import matplotlib
 
     figure = new_figure(8, 2.9)
-    depth = len(summary["importance"]["pattern"])
+    pattern = summary["importance"]["pattern"]
+    depth = len(kinds_of(summary, pattern))
+    per_layer = len(pattern) // depth
     for position, axis in enumerate([axis for axis in AXES if axis in curves], start=1):
         y = "score (share of the highest)" if position == 1 else ""
         axes = new_axes(figure, 1, len(curves), position, title=AXES[axis], x="rank (share of units)", y=y)
-        for layer, curve in curves[axis].items():
-            axes.plot([rank / (len(curve) - 1) for rank in range(len(curve))], curve, color=viridis(int(layer) / depth), linewidth=1.0)
+        for sublayer, curve in curves[axis].items():
+            axes.plot([rank / (len(curve) - 1) for rank in range(len(curve))], curve, color=viridis(int(sublayer) // per_layer / depth), linewidth=1.0)
         axes.set_ylim(0, 1.02)
         axes.grid(alpha=0.3)
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, depth), viridis_map())

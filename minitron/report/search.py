@@ -3,14 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from memory_budget.architecture import LAYER_KINDS
+from memory_budget.architecture import BLOCK, LAYER_KINDS
 from memory_budget.units import format_gib
-from minitron.report.summary import best_first, chosen_candidate, cut_pattern, highest_rung, removed_layers
+from minitron.report.summary import KIND_NAMES, best_first, chosen_candidate, cut_kinds, highest_rung, kinds_of, removed_layers
 from minitron.report.text import Summary, change, duration, escaped, nats, speed, table
 
 Candidate = Mapping[str, Any]
 
-KIND_NAMES = {"M": "Mamba-2", "*": "attention", "-": "FFN", "E": "MoE"}
+BLOCK_LETTER = "B"  # of the picture of layers, where a block is one character
 SIZES = (
     ("hidden", "hidden width", "M*-E"),
     ("ffn", "FFN neurons", "-"),
@@ -119,25 +119,32 @@ def screens_table(lap: Summary) -> str:
     return table(("id", "held-out loss (nats/token)", "tokens", "time", "done in", "key"), rows)
 
 
-def architecture_table(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> str:
-    """Sizes side by side; only of the kinds of layers that the teacher has."""
+def architecture_table(summary: Summary, student: Mapping[str, Any]) -> str:
+    """Sizes of teacher and student side by side; only of the kinds of layers that the teacher has."""
+    teacher = summary["models"]["teacher"]
     before, after = teacher["architecture"], student["architecture"]
-    rows = [("layers", len(before["pattern"]), len(after["pattern"]))]
-    rows += [(f"– {KIND_NAMES[kind]}", before["pattern"].count(kind), after["pattern"].count(kind)) for kind in LAYER_KINDS if kind in before["pattern"]]
+    kinds, left = kinds_of(summary, before["pattern"]), kinds_of(summary, after["pattern"])
+    if set(kinds) == {BLOCK}:
+        rows = [(f"layers ({KIND_NAMES[BLOCK]})", len(kinds), len(left))]
+    else:
+        rows = [("layers", len(kinds), len(left))]
+        rows += [(f"– {KIND_NAMES[kind]}", kinds.count(kind), left.count(kind)) for kind in LAYER_KINDS if kind in kinds]
     rows += [(label, before[name], after[name]) for name, label, kinds in SIZES if set(kinds) & set(before["pattern"])]
     rows += [("parameters", teacher["parameters"], student["parameters"])]
     return table(("", "teacher", "student", "change"), [(label, f"{old:,}", f"{new:,}", change(old, new)) for label, old, new in rows])
 
 
 def pattern_lines(summary: Summary) -> str:
-    """The pattern of the model that is cut with the removed layers marked underneath, as a code block."""
-    pattern, removed, cut = cut_pattern(summary), removed_layers(summary), "base" if summary["base"] else "teacher"
+    """The layers of the model that is cut, a character each, with the removed ones marked underneath, as a code block."""
+    kinds, removed, cut = cut_kinds(summary), removed_layers(summary), "base" if summary["base"] else "teacher"
     if not removed:
         return "No layer is removed."
+    pattern = "".join(BLOCK_LETTER if kind == BLOCK else kind for kind in kinds)
     ruler = "".join(f"{layer:<10}" for layer in range(0, len(pattern), 10))
     marks = "".join("^" if layer in removed else " " for layer in range(len(pattern))).rstrip()
     student = "".join(" " if layer in removed else letter for layer, letter in enumerate(pattern)).rstrip()
     lines = [f"layer    {ruler.rstrip()}", f"{cut:<7}  {pattern}", f"removed  {marks}", f"student  {student}"]
     of = "the given base's " if summary["base"] else ""
-    listed = f"{len(removed)} of {of}{len(pattern)} layers removed: {', '.join(map(str, removed))}. Letters: M Mamba-2, `*` attention, - FFN."
+    letters = f"{BLOCK_LETTER} is a block of attention and FFN" if BLOCK in kinds else "Letters: M Mamba-2, `*` attention, - FFN"
+    listed = f"{len(removed)} of {of}{len(pattern)} layers removed: {', '.join(map(str, removed))}. {letters}."
     return "```\n" + "\n".join(lines) + "\n```\n\n" + listed

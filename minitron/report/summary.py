@@ -6,10 +6,11 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from memory_budget.architecture import BLOCK, Architecture
 from memory_budget.calculator import memory_report
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
@@ -28,6 +29,7 @@ MOST_CURVE_POINTS = 200
 SLICE_FACTS = ("models", "tokens", "learning_rate")  # of summary["against_slice"]: the plain slice as cut and as distilled
 REASONERS = {"teacher": "teacher", "student": "student", "student_whole": "student of whole traces alone"}  # of summary["reasoning"]
 RUNGS = ("short_distill_loss", "zero_shot_loss")  # the highest first
+KIND_NAMES = {"M": "Mamba-2", "*": "attention", "-": "FFN", "E": "MoE", BLOCK: "attention + FFN"}  # of layers, by their letters
 
 
 def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def _lap(lap: Lap) -> dict[str, Any]:
         "search": {name: search.facts[name] for name in ("num_candidates", "num_fitting", "reason")} | {"later_widths": later} if search else {},
         "removed_layers": prune.facts["removed_layers"] if prune else [],
         "distillation": {name: distill.facts[name] for name in ("tokens", "steps", "seconds", "final_kl_nats_per_token")} if distill else {},
-        "importance": _importance(results["score"]) if "score" in results else {},
+        "importance": _importance(results["score"], _teacher(lap.settings, results)[1]) if "score" in results else {},
         "curves": _curves(results),
     }
 
@@ -109,11 +111,10 @@ def _models(settings: Settings, results: Mapping[str, Result], budget_bytes: int
     evaluations = results["evaluate"].facts["models"] if "evaluate" in results else {}
     models = {}
     for name, stage in MODEL_STAGES.items():
-        if stage in results:
-            folder: Path | None = results[stage].folder / results[stage].facts["path"]
-            architecture = architecture_from_config(read_config(folder))
-        elif name == "teacher":
-            folder, architecture = None, teacher_architecture(settings)
+        if name == "teacher":
+            folder, architecture = _teacher(settings, results)
+        elif stage in results:
+            folder, architecture = _model_of(results[stage])
         else:
             continue
         memory = memory_report(architecture, workload_of(settings))
@@ -128,8 +129,21 @@ def _models(settings: Settings, results: Mapping[str, Result], budget_bytes: int
     return models
 
 
-def _importance(score: Result) -> dict[str, Any]:
-    """Order of removal, and what the first round, with every layer still there, said of each; null for kinds at their floor."""
+def _teacher(settings: Settings, results: Mapping[str, Result]) -> tuple[Path | None, Architecture]:
+    """The teacher's folder, None before there is one, and its architecture."""
+    return _model_of(results["teacher"]) if "teacher" in results else (None, teacher_architecture(settings))
+
+
+def _model_of(result: Result) -> tuple[Path, Architecture]:
+    folder = result.folder / result.facts["path"]
+    return folder, architecture_from_config(read_config(folder))
+
+
+def _importance(score: Result, teacher: Architecture) -> dict[str, Any]:
+    """Order of removal, and what the first round, with every layer still there, said of each; null for kinds at their floor.
+
+    Layers are numbered as everywhere; of width_curves alone the numbers are those of sublayers, the pattern's letters.
+    """
     layers = json.loads((score.folder / LAYERS_FILE).read_text())
     first = layers["rounds"][0]["scores"] if layers["rounds"] else {}
     return {
@@ -139,7 +153,7 @@ def _importance(score: Result) -> dict[str, Any]:
         "removal_order": layers["removal_order"],
         "removal_scores": [entry["score"] for entry in layers["rounds"]],
         "width_curves": layers["width_curves"],
-        "first_round_scores": [first.get(str(layer)) for layer in range(len(layers["pattern"]))],
+        "first_round_scores": [first.get(str(layer)) for layer in range(replace(teacher, pattern=layers["pattern"]).num_layers)],
     }
 
 
@@ -192,9 +206,14 @@ def highest_rung(candidates: Sequence[Mapping[str, Any]]) -> str | None:
     return next((rung for rung in RUNGS if any(candidate[rung] is not None for candidate in candidates)), None)
 
 
-def cut_pattern(summary: Mapping[str, Any]) -> str:
-    """The pattern whose layers `removed_layers` counts: the given base's, else the teacher's."""
-    return (summary["base"] or summary["models"]["teacher"])["architecture"]["pattern"]
+def cut_kinds(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kinds of the layers that `removed_layers` counts: the given base's, else the teacher's."""
+    return kinds_of(summary, (summary["base"] or summary["models"]["teacher"])["architecture"]["pattern"])
+
+
+def kinds_of(summary: Mapping[str, Any], pattern: str) -> tuple[str, ...]:
+    """The letters of every layer of a model of the run, by its pattern: one each, or those of a block."""
+    return replace(Architecture(**summary["models"]["teacher"]["architecture"]), pattern=pattern).layer_kinds
 
 
 def removed_layers(summary: Mapping[str, Any]) -> list[int]:
@@ -205,7 +224,7 @@ def removed_layers(summary: Mapping[str, Any]) -> list[int]:
     chosen = chosen_candidate(summary)
     if summary["depth_lap"] or "pruned" in summary["models"] or chosen is None:
         return summary["removed_layers"]
-    return sorted(set(range(len(cut_pattern(summary)))) - set(chosen["kept_layers"]))
+    return sorted(set(range(len(cut_kinds(summary)))) - set(chosen["kept_layers"]))
 
 
 def sequences_text(workload: Mapping[str, Any]) -> str:

@@ -153,10 +153,16 @@ def _measured(name: str, text: Callable[[float], str]) -> Callable[[Mapping], st
 
 def how_to_read(summary: Summary) -> str:
     """What the figures of memory and quality are of."""
+    tokens = [result["tokens"] for result in evaluations(summary).values()]
+    text = how_to_read_memory(summary)
+    return f"{text} Loss, KL and agreement: means over {tokens[0]:,} held-out tokens; lower loss and KL are better." if tokens else text
+
+
+def how_to_read_memory(summary: Summary) -> str:
+    """What the figures of memory are of; of an SSM state nothing is said where no layer has one."""
     workload = summary["budget"]["workload"]
-    formats = f"weights {workload['weights_dtype']}, KV cache {workload['kv_dtype']}, SSM state {workload['ssm_dtype']}"
+    state = f", SSM state {workload['ssm_dtype']}" if "M" in summary["models"]["teacher"]["architecture"]["pattern"] else ""
+    formats = f"weights {workload['weights_dtype']}, KV cache {workload['kv_dtype']}{state}"
     chunk = workload["activation_tokens"]
     activations = f"activations of {chunk:,} tokens at once included" if chunk else "activations left out"
-    text = f"Memory: {formats}, {activations}; 1 GiB = 2³⁰ bytes."
-    tokens = [result["tokens"] for result in evaluations(summary).values()]
-    return f"{text} Loss, KL and agreement: means over {tokens[0]:,} held-out tokens; lower loss and KL are better." if tokens else text
+    return f"Memory: {formats}, {activations}; 1 GiB = 2³⁰ bytes."

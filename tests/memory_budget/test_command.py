@@ -80,6 +80,24 @@ def test_a_quantised_report_says_what_stays_bf16(config_path):
     assert "the rest bf16" not in command(config_path("llama-3-8b")).stdout
 
 
+def test_layers_of_blocks_are_counted_as_config_json_counts_them(config_path):
+    """Llama-3-8B: num_hidden_layers is 32. A hybrid's are said kind by kind."""
+    first = command(config_path("llama-3-8b")).stdout.splitlines()[0]
+    assert first.endswith("llama, 32 blocks of attention and FFN")
+    assert command(config_path("nemotron-nano-9b-v2")).stdout.splitlines()[0].endswith("nemotron_h, 56 layers: 27 Mamba-2, 4 attention, 25 FFN")
+
+
+def test_tied_embeddings_are_said(config_path):
+    said = "embeddings tied to the head"
+    assert command(config_path("qwen3-0.6b")).stdout.splitlines()[0].endswith(f"28 blocks of attention and FFN, {said}")
+    assert said not in command(config_path("qwen3-8b")).stdout
+
+
+def test_states_are_shown_where_a_layer_has_one(config_path):
+    assert "SSM state" not in command(config_path("llama-3-8b")).stdout and "SSM state" in command(config_path("nemotron-nano-9b-v2")).stdout
+    assert json.loads(command(config_path("llama-3-8b"), "--json").stdout)["bytes"]["ssm_state"] == 0
+
+
 def test_a_window_that_is_not_modelled_is_said(config_path, config_of, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config_of("mistral-7b-v0.3"), "sliding_window": 4096}))
     assert "note: sliding_window (4096 tokens) is not modelled" in command(tmp_path).stdout

@@ -90,3 +90,14 @@ def test_a_sliding_window_is_named_as_left_out(config_of):
     assert unmodelled_settings(config) == []
     assert "4096 tokens" in unmodelled_settings({**config, "sliding_window": 4096})[0]
     assert unmodelled_settings({**config_of("qwen2-7b"), "sliding_window": 4096, "use_sliding_window": False}) == []
+
+
+def test_a_window_that_no_layer_has_is_not_named(config_of):
+    """Qwen's layers have one from max_window_layers on, or where layer_types says so; Llama has no such setting."""
+    qwen = {**config_of("qwen3-8b"), "use_sliding_window": True, "sliding_window": 4096}
+    layers = qwen["num_hidden_layers"]
+    assert unmodelled_settings({**qwen, "max_window_layers": layers}) == []
+    assert "4096 tokens" in unmodelled_settings({**qwen, "max_window_layers": layers - 1})[0]
+    assert unmodelled_settings({**qwen, "max_window_layers": 0, "layer_types": ["full_attention"] * layers}) == []
+    assert "4096 tokens" in unmodelled_settings({**qwen, "max_window_layers": layers, "layer_types": ["sliding_attention"] * layers})[0]
+    assert unmodelled_settings({**config_of("llama-3-8b"), "sliding_window": 4096}) == []

@@ -1,10 +1,13 @@
-"""Every rule of another program is held by a case that breaks it alone."""
+"""Every rule of another program for a NemotronH folder is held by a case that breaks it alone."""
 
 import math
 
 import pytest
 
-from minitron.hand_over.compatibility import BLOCK_RULES, RULES, Folder, check_folder, verdicts
+from minitron.families.known import FAMILIES
+from minitron.hand_over.compatibility import Folder, check_folder, verdicts
+from minitron.hand_over.rules import RULES as RULES_BY_FAMILY
+from minitron.hand_over.rules_nemotron_h import RULES
 
 GOOD = {
     "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-", "num_hidden_layers": 5,
@@ -57,7 +60,7 @@ CASES = {
 
 def refused(config: dict, *, tensors=TENSORS, files=FILES, own_tokenizer: bool = False) -> set[tuple[str, str]]:
     folder = Folder({key: value for key, value in config.items() if value is not GONE}, tensors, files, own_tokenizer)
-    return {(finding.program, finding.field) for finding in check_folder(folder) if finding.accepted is False}
+    return {(finding.program, finding.field) for finding in check_folder(folder, RULES) if finding.accepted is False}
 
 
 def test_a_published_config_is_accepted():
@@ -85,35 +88,11 @@ def test_every_rule_has_a_case_that_breaks_it():
     assert broken == {(rule.program, rule.field) for rule in RULES}
 
 
-BLOCKS = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 504, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
-    "num_hidden_layers": 2, "max_position_embeddings": 2048, "tie_word_embeddings": True, "intermediate_size": 1152, "vocab_size": 49152,
-}  # fmt: skip
-BLOCK_CASES = {
-    "hidden": ({"hidden_size": 500}, {("transformers", "hidden_size")}),
-    "layer types": ({"layer_types": ["full_attention"] * 3}, {("transformers", "layer_types")}),
-    "odd head_dim": ({"head_dim": 20}, {("vLLM", "head_dim")}),
-    "KV heads": ({"num_key_value_heads": 2}, {("vLLM", "num_key_value_heads")}),
-    "positions": ({"max_position_embeddings": GONE}, {("vLLM", "max_position_embeddings")}),
-}
-
-
-@pytest.mark.parametrize("case", BLOCK_CASES)
-def test_of_a_folder_of_blocks_one_wrong_field_is_refused(case):
-    change, expected = BLOCK_CASES[case]
-    named = {"tensors": ("model.embed_tokens.weight",)}
-    assert refused(BLOCKS, **named) == set() == refused(BLOCKS | {"layer_types": ["full_attention"] * 2}, **named)
-    assert refused(BLOCKS | change, **named) == expected
-    assert refused(BLOCKS | {"model_type": "qwen3", "hidden_size": 500}, **named) == set(), "which has no such equation"
-
-
-def test_every_rule_of_blocks_has_a_case_that_breaks_it():
-    assert refused(BLOCKS, files=(), own_tokenizer=True) == {("vLLM", "tokenizer.json"), ("llama.cpp", "tokenizer")}
-    broken = set().union(*(expected for _, expected in BLOCK_CASES.values())) | {("vLLM", "tokenizer.json"), ("llama.cpp", "tokenizer")}
-    assert broken == {(rule.program, rule.field) for rule in BLOCK_RULES}
+def test_every_family_that_can_be_cut_has_rules():
+    assert set(RULES_BY_FAMILY) == set(FAMILIES)
 
 
 def test_a_verdict_names_field_value_and_rule():
-    said = verdicts(check_folder(Folder(GOOD | {"chunk_size": 96}, TENSORS, FILES, own_tokenizer=False)))
+    said = verdicts(check_folder(Folder(GOOD | {"chunk_size": 96}, TENSORS, FILES, own_tokenizer=False), RULES))
     assert said[1] == "vLLM would not take it: chunk_size (96) must be a power of two"
     assert "not to be told from here: tokenizer" in said[2] and "would not" not in said[2]

@@ -1,4 +1,4 @@
-"""make vllm-check: real vLLM serves an exported student unchanged; VLLM_PYTHON names the interpreter that has it. Prints what it measures."""
+"""make vllm-check: real vLLM serves exported students of every family unchanged; VLLM_PYTHON names the interpreter that has it. Prints what it measures."""
 
 import json
 import os
@@ -33,6 +33,9 @@ STUDENT = ("teacher.tiny.attention_head_dim=32", "teacher.tiny.num_attention_hea
            "budget.device_gib=0.0004", "search.finalists=0", "search.shortlist_size=1")  # fmt: skip
 
 
+BLOCKS = {"llama": True, "qwen3": False}  # and whether embeddings and head are one matrix
+
+
 @dataclass(frozen=True, slots=True)
 class Served:
     url: str
@@ -57,9 +60,21 @@ def folder(door, small_settings, tmp_path_factory) -> Path:
     return place / "runs" / "tiny" / "export"
 
 
+@pytest.fixture(scope="module", params=BLOCKS)
+def block_folder(request, write_block_teacher, small_block_settings, door, tmp_path_factory) -> Path:
+    """What stage=export left of a tiny Llama's or Qwen3's student: fewer blocks, hidden channels, FFN neurons, query and KV heads."""
+    family, place = request.param, tmp_path_factory.mktemp(request.param)
+    teacher = write_block_teacher(place / "teacher", family, tied=BLOCKS[family])
+    for stage in ("distill", "export"):
+        finished = door(place, f"teacher.path={teacher}", "run_name=blocks", *small_block_settings, f"stage={stage}")
+        assert finished.returncode == 0, finished.stderr
+    assert "vLLM takes all" in finished.stdout
+    return place / "runs" / "blocks" / "export"
+
+
 @pytest.fixture(scope="module")
-def serve(folder, tmp_path_factory):
-    """Starts vLLM's server with further options and waits until it answers; one at a time."""
+def serve(tmp_path_factory):
+    """Starts vLLM's server of a model with further options and waits until it answers; one at a time."""
     running: list[subprocess.Popen] = []
 
     def stop() -> None:
@@ -68,20 +83,22 @@ def serve(folder, tmp_path_factory):
             process.wait()
         running.clear()
 
-    def start(port: int, *options: str) -> Served:
+    def start(model: Path, port: int, *options: str) -> Served:
         stop()
         log = tmp_path_factory.mktemp("vllm") / "server.log"
         own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment = own | {"VLLM_CPU_KVCACHE_SPACE": str(POOL_GIB), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         # The `vllm` command itself ends at once in vllm-cpu: it asks for the version of a package named vllm.
-        command = [VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "student", "--host", "127.0.0.1",
-                   "--port", str(port), "--max-model-len", str(CONTEXT), "--mamba_ssm_cache_dtype", "float32", "--enforce-eager", *options]  # fmt: skip
+        command = [VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "student", "--host", "127.0.0.1",
+                   "--port", str(port), "--max-model-len", str(CONTEXT), "--enforce-eager", *options]  # fmt: skip
         with log.open("w") as output:
             running.append(subprocess.Popen(command, cwd=log.parent, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True))
-        until = time.monotonic() + 400
+        began = time.monotonic()
+        until = began + 400
         while not is_ready(port):
             assert running[0].poll() is None and time.monotonic() < until, log.read_text()[-4000:]
             time.sleep(0.5)
+        print(f"\nvLLM answers after {time.monotonic() - began:.0f} s")
         return Served(f"http://127.0.0.1:{port}/v1", log.read_text())
 
     yield start
@@ -89,9 +106,9 @@ def serve(folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(serve) -> Served:
+def served(serve, folder) -> Served:
     """Without prefix caching: with it vLLM 0.32.0 fails on a CPU at a prompt longer than a block, as its scan there keeps no states on the way."""
-    return serve(8642, "--dtype", "float32", "--no-enable-prefix-caching")
+    return serve(folder, 8642, "--mamba_ssm_cache_dtype", "float32", "--dtype", "float32", "--no-enable-prefix-caching")
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +190,39 @@ def test_cache_size_and_concurrency_are_the_calculators(served, folder, environm
 
 
 def test_cache_size_in_bf16_with_prefix_caching_is_the_calculators(serve, folder, environment):
-    """Last: it takes the place of the other server."""
-    printed, predicted = printed_sizes(serve(8643, "--dtype", "bfloat16")), predicted_sizes(folder, environment, "--prefix-caching")
+    """The last of this student's: it takes the place of the other server."""
+    server = serve(folder, 8643, "--mamba_ssm_cache_dtype", "float32", "--dtype", "bfloat16")
+    printed, predicted = printed_sizes(server), predicted_sizes(folder, environment, "--prefix-caching")
     print(f"\nbf16, prefix caching: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
     assert predicted == printed != predicted_sizes(folder, environment)
+
+
+@pytest.fixture(scope="module")
+def block_served(serve, block_folder) -> Served:
+    return serve(block_folder, 8644, "--dtype", "float32")
+
+
+def test_prompt_log_probabilities_of_a_student_of_blocks_are_transformers(block_served, block_folder):
+    """Over a prompt longer than the 256 positions that Llama's are scaled from. The controls: one
+    matrix of one block a hundredth off, then the frequencies that positions turn by."""
+    ids = AutoTokenizer.from_pretrained(block_folder)((Path(json.__file__).read_text())[:3000])["input_ids"][:700]
+    model = family_of(read_config(block_folder)).load(block_folder)
+    difference = prompt_differences(block_served, model, ids)
+    name = model.config.model_type
+    print(f"\n{name}: prompt log-probabilities of {len(ids) - 1} tokens: largest difference {difference.max():.1e} nats, mean {difference.mean():.1e}")
+    assert difference.max() <= TOLERANCE_NATS
+    for parameter in (model.model.layers[1].self_attn.v_proj.weight.data, model.model.rotary_emb.inv_freq):
+        kept = parameter.clone()
+        parameter.mul_(1.01)
+        assert prompt_differences(block_served, model, ids).max() > TOLERANCE_NATS
+        parameter.copy_(kept)
+
+
+def test_cache_size_and_concurrency_of_a_student_of_blocks_are_the_calculators(block_served, block_folder, environment):
+    """The control: with another KV head a token takes twice the bytes, so half the tokens fit."""
+    options = ("--weights", "float32", "--kv", "float32")
+    printed, predicted = printed_sizes(block_served), predicted_sizes(block_folder, environment, *options)
+    print(f"\nfloat32: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
+    assert predicted == printed
+    teacher = predicted_sizes(block_folder.parents[2] / "teacher", environment, *options)
+    assert teacher[0] < 0.5 * printed[0]

@@ -78,3 +78,11 @@ def test_an_axis_left_open_has_the_teachers_value_alone():
 def test_a_space_no_student_can_be_in_is_refused(change, said):
     with pytest.raises(ValueError, match=said):
         check_space(replace(SPACE, **change), TEACHER)
+
+
+def test_a_floor_of_nothing_is_no_ask_of_a_kind_that_the_teacher_lacks():
+    space = replace(SPACE, num_layers=(2,), mamba_num_heads=(0,), num_attention_heads=(4,), floors={"M": 0, "*": 0, "-": 0})
+    blocks = replace(TEACHER, model_type="llama", pattern="*-" * 4, mamba_num_groups=0, mamba_num_heads=0)
+    check_space(space, blocks)
+    with pytest.raises(ValueError, match=r"search.floors keeps 1 layers of kind '\*'; the teacher's layers are of the kinds \['\*-'\]"):
+        check_space(replace(space, floors={"*": 1}), blocks)

@@ -176,3 +176,36 @@ def test_a_device_of_ones_own_numbers():
 def test_numbers_that_cannot_be_are_refused(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+# Sizes of Llama-3.2-1B: blocks of grouped-query attention and a gated FFN, embeddings and head one matrix.
+BLOCKS = Architecture(
+    model_type="llama", pattern="*-" * 16, hidden=2048, vocab=128256, tied_embeddings=True, ffn=8192, ffn_gated=True,
+    num_attention_heads=32, num_key_value_heads=8, attention_head_dim=64,
+)  # fmt: skip
+BLOCK_PARAMETERS = 2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048  # q and o, k and v, gate and up and down
+
+
+def test_a_token_of_a_model_of_blocks_costs_what_a_hand_counts():
+    """Every matrix of 16 blocks and the head, and scores and values of 32 query heads: sharing KV heads saves no products."""
+    by_hand = 2 * (16 * BLOCK_PARAMETERS + 128256 * 2048) + 16 * 4 * 32 * 64 * 1000
+    assert flops_per_token(BLOCKS, 1000) == by_hand
+    assert flops_per_token(replace(BLOCKS, num_key_value_heads=32), 1000) == by_hand + 2 * 16 * 2 * (32 - 8) * 64 * 2048  # wider k and v, no more
+    assert flops_per_token(replace(BLOCKS, ffn_gated=False), 1000) == by_hand - 2 * 16 * 8192 * 2048  # the control: without its gate
+
+
+def test_a_head_is_read_at_every_step_and_an_embeddings_row_is_not():
+    """Tied or not the same bytes move, though the untied model holds a matrix more."""
+    moved = 2 * (16 * (BLOCK_PARAMETERS + 2 * 2048) + 2048 + 128256 * 2048)
+    untied = replace(BLOCKS, tied_embeddings=False)
+    assert weight_bytes_per_pass(BLOCKS, WORKLOAD) == weight_bytes_per_pass(untied, WORKLOAD) == moved
+    assert memory_report(BLOCKS, WORKLOAD).weights == moved and memory_report(untied, WORKLOAD).weights == moved + 2 * 128256 * 2048
+    assert flops_per_token(untied, 1) == flops_per_token(BLOCKS, 1)
+
+
+def test_a_step_reads_the_keys_and_values_of_key_value_heads_alone():
+    per_sequence = 16 * 2 * 8 * 64 * 2 * 5000
+    moved = decode_step_bytes(BLOCKS, WORKLOAD, context_tokens=5000, batch=8)
+    assert moved == weight_bytes_per_pass(BLOCKS, WORKLOAD) + 8 * per_sequence
+    fewer = replace(BLOCKS, num_key_value_heads=4)  # the control: half the KV heads, half the bytes beside the weights
+    assert decode_step_bytes(fewer, WORKLOAD, context_tokens=5000, batch=8) == weight_bytes_per_pass(fewer, WORKLOAD) + 4 * per_sequence

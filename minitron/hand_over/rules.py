@@ -1,0 +1,9 @@
+"""Which rules of other programs hold for which family of models."""
+
+from collections.abc import Mapping, Sequence
+
+from minitron.hand_over import rules_nemotron_h
+from minitron.hand_over.compatibility import Rule
+from minitron.hand_over.rules_blocks import LLAMA_RULES, QWEN3_RULES
+
+RULES: Mapping[str, Sequence[Rule]] = {"nemotron_h": rules_nemotron_h.RULES, "llama": LLAMA_RULES, "qwen3": QWEN3_RULES}

@@ -1,0 +1,97 @@
+"""What other programs ask of a NemotronH folder.
+
+Read in their sources: transformers 5.23; vLLM 0.32.0 (models/nemotron_h.py, mamba/mamba_mixer2.py, mamba/ops/ssd_combined.py, attention/backends/
+flash_attn.py); llama.cpp's convert_hf_to_gguf.py of 2026 (NemotronHForCausalLM and its parents) with the tensors its loader creates.
+"""
+
+import math
+
+from memory_budget.hf_config import BLOCK_TYPE_LETTERS
+from minitron.hand_over.compatibility import (
+    LLAMA_CPP,
+    TRANSFORMERS,
+    VLLM,
+    Folder,
+    Rule,
+    divides,
+    fits_flash_attention,
+    given,
+    has_class,
+    known_tokenizer,
+    named,
+    says,
+    tokenizer_there,
+)
+
+CLASS = "NemotronHForCausalLM"
+
+
+def pattern_of(folder: Folder) -> str:
+    """One letter a layer, from either spelling; ? for what is no kind of layer."""
+    text = folder.config.get("hybrid_override_pattern")
+    names = folder.config.get("layers_block_type") or ()
+    return text if isinstance(text, str) else "".join(BLOCK_TYPE_LETTERS.get(name, "?") for name in names)
+
+
+def _inner(folder: Folder) -> int:
+    return folder.size("mamba_num_heads") * folder.size("mamba_head_dim")
+
+
+def _is_full_range(folder: Folder) -> bool:
+    limit = folder.config.get("time_step_limit", [0.0, math.inf])
+    return list(limit) == [0.0, math.inf]
+
+
+def _is_plain_pattern(folder: Folder) -> bool:
+    text = folder.config.get("hybrid_override_pattern")
+    return isinstance(text, str) and set(text) <= set("M*-") and 0 < len(text) == folder.size("num_hidden_layers")
+
+
+def _power_of_two(folder: Folder) -> bool:
+    size = folder.size("chunk_size")
+    return "chunk_size" not in folder.config or (size > 0 and size & (size - 1) == 0)
+
+
+RULES = (
+    Rule(TRANSFORMERS, "model_type", "must be nemotron_h", says("model_type", "nemotron_h")),
+    Rule(TRANSFORMERS, "head_dim", "must be given: attention_head_dim is not read, and 128 is taken", given("head_dim")),
+    Rule(TRANSFORMERS, "hybrid_override_pattern", "must hold a *: its cache asks an attention layer how long it is", lambda folder: "*" in pattern_of(folder)),
+    has_class(VLLM, CLASS),
+    Rule(VLLM, "hybrid_override_pattern", "must be of M, *, - and E", lambda folder: pattern_of(folder) != "" and set(pattern_of(folder)) <= set("M*-E")),
+    Rule(VLLM, "num_hidden_layers", "must be the pattern's length", lambda folder: folder.size("num_hidden_layers") == len(pattern_of(folder))),
+    Rule(VLLM, "head_dim", "must be a multiple of 8 and at most 256, for FlashAttention", fits_flash_attention),
+    Rule(VLLM, "num_key_value_heads", "must divide num_attention_heads", divides("num_key_value_heads", "num_attention_heads")),
+    Rule(VLLM, "attention_bias", "must be false: its attention has no biases", says("attention_bias", False, None)),
+    Rule(VLLM, "mlp_hidden_act", "must be relu2: it always computes that", says("mlp_hidden_act", "relu2", None)),
+    Rule(VLLM, "mamba_hidden_act", "must be silu, which its kernels know", says("mamba_hidden_act", "silu", None)),
+    Rule(VLLM, "n_groups", "must divide mamba_num_heads", divides("n_groups", "mamba_num_heads")),
+    Rule(VLLM, "conv_kernel", "must be 2 to 4", lambda folder: 2 <= folder.size("conv_kernel") <= 4),
+    Rule(VLLM, "chunk_size", "must be a power of two", _power_of_two),
+    Rule(VLLM, "time_step_limit", "must be 0 to infinity: it always computes that", _is_full_range),
+    Rule(VLLM, "tie_word_embeddings", "must be false: it reads lm_head.weight", says("tie_word_embeddings", False, None)),
+    Rule(VLLM, "max_position_embeddings", "must be given: it is the longest context served", given("max_position_embeddings")),
+    named(VLLM, "backbone.", "lm_head."),
+    tokenizer_there("tokenizer.json"),
+    has_class(LLAMA_CPP, CLASS),
+    Rule(LLAMA_CPP, "hybrid_override_pattern", "must be a string of M, * and -, num_hidden_layers long: it does not know transformers' names of layers",
+         _is_plain_pattern),
+    Rule(LLAMA_CPP, "num_experts_per_tok", "must be absent: a model with it is taken for a mixture of experts",
+         lambda folder: "num_experts_per_tok" not in folder.config),
+    Rule(LLAMA_CPP, "rms_norm_eps", "must be there, equal to layer_norm_epsilon: the loader asks for it, and the other is not converted to it",
+         lambda folder: folder.config.get("rms_norm_eps", folder.config.get("norm_eps")) == folder.config.get("layer_norm_epsilon", 1e-5)),
+    Rule(LLAMA_CPP, "head_dim", "must be given", given("head_dim", "attention_head_dim")),
+    Rule(LLAMA_CPP, "n_groups", "must divide mamba_num_heads", divides("n_groups", "mamba_num_heads")),
+    Rule(LLAMA_CPP, "mamba_num_heads × mamba_head_dim", "must be a multiple of 64, or of mamba_d_head where that is given",
+         lambda folder: _inner(folder) > 0 and _inner(folder) % (folder.size("mamba_d_head") or 64) == 0,
+         lambda folder: f"{_inner(folder):,}"),
+    Rule(LLAMA_CPP, "conv_kernel", "must be given", given("conv_kernel", "d_conv")),
+    Rule(LLAMA_CPP, "ssm_state_size", "must be given", given("ssm_state_size", "state_size", "d_state")),
+    Rule(LLAMA_CPP, "intermediate_size", "must be given", given("intermediate_size")),
+    Rule(LLAMA_CPP, "hidden_act", "must be absent or silu", says("hidden_act", "silu", None)),
+    Rule(LLAMA_CPP, "mlp_hidden_act", "must be relu2: it always computes that", says("mlp_hidden_act", "relu2", None)),
+    Rule(LLAMA_CPP, "use_bias", "must be false: its Mamba-2 projections have no biases", says("use_bias", False, None)),
+    Rule(LLAMA_CPP, "vocab_size", "must be a multiple of 8: it pads the list of tokens to one, the embeddings not",
+         lambda folder: folder.size("vocab_size") % 8 == 0),
+    named(LLAMA_CPP, "backbone.", "lm_head."),
+    known_tokenizer(lambda folder: False if folder.own_tokenizer else None),
+)  # fmt: skip
