@@ -27,6 +27,7 @@ from minitron.pruning.basis import Basis, basis_without
 from minitron.pruning.plan import Indices, PruningPlan
 from minitron.pruning.rotation import check_rms, norm_inputs, normalised
 from minitron.pruning.stream_moments import Moments, stream_moments
+from minitron.pruning.tied_head import aligned
 from minitron.text.samples import batches_of, spread_rows
 
 RIDGE = 1e-3  # of the mean variance, so that few tokens have an inverse
@@ -45,9 +46,14 @@ def stream_basis(base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.T
         return Basis(channel_basis(plan.kept(HIDDEN, -1), hidden, base.device))
     epsilon = check_rms(base.family, config)
     if directions == "variance":
-        return basis_without(principal_basis(stream_covariance(base, batches, epsilon, on_layer))[:, kept:])
-    some = batches_of(spread_rows(torch.cat(list(batches)).cpu().numpy(), samples), len(batches[0]), base.device)
-    return basis_without(least_needed(stream_moments(base, some, epsilon, scratch=scratch, on_layer=on_layer), hidden - kept))
+        left_out_Dr = principal_basis(stream_covariance(base, batches, epsilon, on_layer))[:, kept:]
+    else:
+        some = batches_of(spread_rows(torch.cat(list(batches)).cpu().numpy(), samples), len(batches[0]), base.device)
+        left_out_Dr = least_needed(stream_moments(base, some, epsilon, scratch=scratch, on_layer=on_layer), hidden - kept)
+    if not plan.student.tied_embeddings:
+        return basis_without(left_out_Dr)
+    ((_, weight_D),) = base.stored_rows(f"{base.family.outside_names['norm']}weight")
+    return aligned(basis_without(left_out_Dr), weight_D)
 
 
 def stream_covariance(base: PlacedModel, batches: Sequence[torch.Tensor], epsilon: float, on_layer: Callable[[], None] = lambda: None) -> torch.Tensor:

@@ -7,7 +7,8 @@ in common, and little of logits of tokens that never come), Σ over tokens of |E
 
     [(Q_Kᵀ G Q_K) ∘ Σ n(y) n(y)ᵀ] v = diag(Q_Kᵀ G diag(w) Σ n(x) n(y)ᵀ)
 
-with ∘ the product of entries. Letters: N tokens, V rows of the table, D hidden of the base, K hidden of the student.
+with ∘ the product of entries. The basis of the kept directions matters here, which it does not elsewhere: in that of the eigenvectors of
+Q_Kᵀ diag(w) Q_K, diag(v) can be all of w that does not lead out of them. Letters: N tokens, V rows of the table, D hidden of the base, K hidden of the student.
 """
 
 import torch
@@ -15,6 +16,13 @@ import torch
 from minitron.pruning.basis import Basis
 
 SMOOTHING = 1.0  # seen once more than it was, every token
+
+
+def aligned(basis: Basis, weight_D: torch.Tensor) -> Basis:
+    """Another basis of the same directions: the one in which the last norm's weight has no entries beside its diagonal."""
+    basis_DK = basis.matrix_DK.double()
+    turn_KK = torch.linalg.eigh(basis_DK.T @ (weight_D.double()[:, None] * basis_DK))[1]
+    return Basis((basis_DK @ turn_KK).float())
 
 
 class TiedHead:
