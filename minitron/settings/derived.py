@@ -7,7 +7,7 @@ from memory_budget.architecture import Architecture
 from memory_budget.budget import PRESETS, Budget
 from memory_budget.workload import Workload
 from minitron.families.base import Multiple
-from minitron.families.known import FAMILIES
+from minitron.families.known import FAMILIES, family_of
 from minitron.settings.run import PruneMethod, Settings
 from minitron.settings.teachers import base_architecture
 from nas.axes import AXES, WIDTHS, axes_of, usual_step
@@ -113,6 +113,7 @@ def axis_of(settings: Settings, axis: str, teacher: Architecture) -> tuple[int, 
     value, given = AXES[axis].size(teacher), getattr(settings.search, axis)
     if not value:
         if given != type(given)():
+            family_of({"model_type": teacher.model_type})  # what cannot be pruned at all says so first
             raise ValueError(f"search.{axis} is given, but a {teacher.model_type} has no such axis; it has {', '.join(axes_of(teacher))}")
         return (value,)
     step = usual_step(AXES[axis], teacher, couplings_of(teacher)) if given.step is None else given.step
