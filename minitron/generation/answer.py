@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, TextStreamer
 
 from memory_budget.hf_config import read_config
 from minitron.families.known import family_of
+from minitron.families.text import begun
 from minitron.generation.generate import generate
 from minitron.generation.prompts import Tags, write_prompt
 from minitron.generation.thinking import count_reasoning
@@ -25,6 +26,7 @@ def print_answer(settings: Settings, laps: Sequence[Lap], console: Console) -> N
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tags = Tags(*wanted.thinking_tags)
     prompt = write_prompt(tokenizer, settings.prompt, None if settings.thinking is None else settings.thinking is Thinking.on)
+    prompt = begun(tokenizer, prompt)
     model = family_of(read_config(folder)).load(folder, device=str(pick_device(settings)))
     started = time.monotonic()
     (ids,) = generate(model, tokenizer, [prompt], new_tokens=wanted.new_tokens, thinking_budget=settings.thinking_budget, tags=tags,

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from minitron.families.text import begun
 from minitron.generation.generate import generate
 from minitron.settings.evaluate import EvaluateSettings
 
@@ -13,7 +14,7 @@ from minitron.settings.evaluate import EvaluateSettings
 def check_prompts(tokenizer: PreTrainedTokenizerBase, wanted: EvaluateSettings, positions: int) -> None:
     """Raises ValueError where a prompt and what is to follow are longer than the model's positions, in tokens."""
     for number, prompt in enumerate(wanted.prompts):
-        length = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        length = len(tokenizer(begun(tokenizer, prompt), add_special_tokens=False)["input_ids"])
         if length + wanted.new_tokens > positions:
             raise ValueError(f"evaluate.prompts[{number}] has {length:,} tokens and evaluate.new_tokens is {wanted.new_tokens:,}; together they must be "
                              f"at most {positions:,}, the teacher's max_position_embeddings")  # fmt: skip
@@ -21,5 +22,5 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, wanted: EvaluateSettings, 
 
 def continuations(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, new_tokens: int) -> list[dict[str, Any]]:
     """Every prompt with the text that follows it, special tokens left out. One prompt at a time, so that none is padded."""
-    written = [generate(model, tokenizer, [prompt], new_tokens=new_tokens)[0] for prompt in prompts]
+    written = [generate(model, tokenizer, [begun(tokenizer, prompt)], new_tokens=new_tokens)[0] for prompt in prompts]
     return [{"prompt": prompt, "text": tokenizer.decode(ids, skip_special_tokens=True)} for prompt, ids in zip(prompts, written, strict=True)]

@@ -53,21 +53,22 @@ def make_sample(vocabulary: Vocabulary, text_T: np.ndarray, settings: NeedleSett
     keys, values = chosen[: settings.needles], chosen[settings.needles :]
     needles = [vocabulary.line(key, value) for key, value in zip(keys, values[: settings.needles], strict=True)]
     question = vocabulary.question(keys[0])
-    room = length - len(question) - sum(map(len, needles))
+    room = length - len(vocabulary.beginning) - len(question) - sum(map(len, needles))
     haystack = text_T[(random.integers(len(text_T)) + np.arange(room)) % len(text_T)].tolist()
     places = [round(depth * room), *random.integers(room + 1, size=len(needles) - 1).tolist()]
     for place, needle in sorted(zip(places, needles, strict=True), reverse=True):  # from behind, so that places stay
         haystack[place:place] = needle
     right = int(random.integers(len(values)))
     values[0], values[right] = values[right], values[0]
-    return Sample(haystack + question, values, right)
+    return Sample(vocabulary.beginning + haystack + question, values, right)
 
 
 @torch.no_grad()
 def measure_needle(model: nn.Module, vocabulary: Vocabulary, rows_RT: np.ndarray, settings: NeedleSettings, *, batch_tokens: int,
                    on_tokens: Callable[[int], None] = lambda _: None) -> dict[str, Any]:  # fmt: skip
     """Accuracy by length, with its standard error, and by depth within each; `batch_tokens` are run through the model at once."""
-    device, text_T = next(model.parameters()).device, rows_RT[rows_RT != PADDING]
+    device, within_RT = next(model.parameters()).device, rows_RT[:, len(vocabulary.beginning) :]
+    text_T = within_RT[within_RT != PADDING]
     depths = [place / (settings.depths - 1) for place in range(settings.depths)] if settings.depths > 1 else [0.5]
     by_length = []
     for length in settings.lengths:

@@ -16,11 +16,9 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from distill.batches import count_tokens
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
-from memory_budget.parameters import layer_parameters
-from memory_budget.units import GIB, format_gib
+from memory_budget.units import GIB
 from minitron.checkpoints.files import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, bytes_of, read_header
 from minitron.checkpoints.placement import StreamedModel, ids_and_mask
 from minitron.checkpoints.shards import write_weights
@@ -28,12 +26,11 @@ from minitron.families.base import Family
 from minitron.machine.device import pick_device, process_memory_bytes
 from minitron.pruning.basis import Basis
 from minitron.pruning.compensate import CompensatedCut, Recipe, build_compensated
+from minitron.pruning.cut_cost import check_memory, cut_line, few_tokens_note
 from minitron.pruning.damage import walked_loss
 from minitron.pruning.directions import stream_basis
 from minitron.pruning.plan import PruningPlan
-from minitron.pruning.refit import ridge_for
-from minitron.pruning.stream_moments import num_sites
-from minitron.settings.derived import candidate_samples
+from minitron.settings.derived import calibration_samples, candidate_samples
 from minitron.settings.run import PruneSettings
 from minitron.text.samples import batches_of, screening_rows, spread_rows
 from minitron.walk.stage import StageContext
@@ -50,11 +47,12 @@ def write_compensated(context: StageContext, family: Family, plan: PruningPlan, 
     Raises ValueError as CompensatedCut does, and before anything is loaded where the device's memory is too small for it.
     """
     settings, source, device = context.settings.prune, context.base_folder, pick_device(context.settings)
-    rows, recipe = calibration_rows(context, settings.samples), _recipe(settings)
+    rows, recipe = calibration_rows(context, calibration_samples(context.settings)), _recipe(settings)
     base = _streamed(family, source, read_config(source), plan.teacher, device)
     widest = max(dtype.itemsize for dtype in _stored_dtypes(base).values())
     check_memory(plan, recipe, rows, *process_memory_bytes(device), number_bytes=widest)
     batches = batches_of(rows, settings.batch, device)
+    context.console.say(f"    prune  {cut_line(plan, recipe, rows, device, number_bytes=widest)}")
     if note := few_tokens_note(plan, recipe, rows):
         context.console.say(f"    prune  {note}")
     kept_basis = context.folder / BASIS_FILE
@@ -202,46 +200,3 @@ def _streamed(family: Family, folder: Path, config: Mapping, architecture: Archi
 def _stored_dtypes(base: StreamedModel) -> dict[str, torch.dtype]:
     """By canonical name."""
     return {name: DTYPES[base.checkpoint.entries[file_name].dtype] for name, file_name in base.names.items()}
-
-
-def few_tokens_note(plan: PruningPlan, recipe: Recipe, rows: np.ndarray) -> str | None:
-    """What to say where the calibration tokens are fewer than the inputs of a matrix that is solved for; None where they are not."""
-    tokens, widest = count_tokens(rows), max((inputs for inputs, _ in _solved_for(plan, recipe)), default=0)
-    if tokens >= widest:
-        return None
-    ridge, needed = ridge_for(recipe.ridge, widest, tokens), -(-widest * len(rows) // tokens)
-    return (f"{tokens:,} calibration tokens are fewer than the {widest:,} inputs solved for: prune.ridge goes from {recipe.ridge:g} up to {ridge:.2g}; "
-            f"prune.samples={needed} would do")  # fmt: skip
-
-
-def _solved_for(plan: PruningPlan, recipe: Recipe) -> list[tuple[int, int]]:
-    """Inputs and outputs of every matrix that is."""
-    student = plan.student
-    inner = {"M": student.mamba_inner, "-": student.ffn, "*": student.num_attention_heads * student.attention_head_dim}
-    reading = [(student.hidden, plan.teacher.hidden)] * recipe.refit_reading
-    return reading + [(inner[kind], student.hidden) for kind in student.pattern] * recipe.refit_writing
-
-
-def _sums_for_directions(plan: PruningPlan, recipe: Recipe) -> int:
-    """Bytes of the moments of every norm and as much again for half of them (directions.py)."""
-    turns = recipe.directions == "loss" and plan.student.hidden < plan.teacher.hidden
-    return 3 * 8 * num_sites(plan.teacher.hidden, plan.teacher.num_sublayers) * plan.teacher.hidden**2 * turns
-
-
-def check_memory(plan: PruningPlan, recipe: Recipe, rows: np.ndarray, available: int, where: str, *, number_bytes: int) -> None:
-    """Refuse to begin what `available` bytes cannot hold. Raises ValueError.
-
-    At least: both models' residuals of all tokens in float32, and beside them two layers of the base and one of the student as stored, `number_bytes` a
-    number, and in float64 either the Gram matrix of a fit, its factor and two matrices of its shape, or what directions are chosen by.
-    """
-    teacher, student = plan.teacher, plan.student
-    residuals = 4 * count_tokens(rows) * (teacher.hidden + student.hidden)
-    of_teacher, of_student = (max(layer_parameters(one, kind).total for kind in set(one.pattern)) for one in (teacher, student))
-    fit = max((8 * (2 * inputs * inputs + 2 * inputs * outputs) for inputs, outputs in _solved_for(plan, recipe)), default=0)
-    beside = number_bytes * (2 * of_teacher + of_student) + max(fit, _sums_for_directions(plan, recipe))
-    if residuals + beside <= available:
-        return
-    fitting = len(rows) * (available - beside) // residuals
-    advice = f"prune.samples={fitting} would fit" if fitting > 0 else f"{format_gib(beside)} are for the matrices alone, so prune.method must be slice"
-    needed = f"the compensated cut needs at least {format_gib(residuals + beside)}, and {where} has {format_gib(available)}"
-    raise ValueError(f"prune.samples is {len(rows)}, {count_tokens(rows):,} tokens: {needed}; {advice}")

@@ -7,9 +7,14 @@ from collections.abc import Iterable
 
 import torch
 
+LEAST_STRIP = 128
+
 
 class NormalEquations:
-    """Σ a aᵀ and Σ t aᵀ over tokens, for inputs a and targets t, in float64: all that a least squares fit needs, added up in one pass."""
+    """Σ a aᵀ and Σ t aᵀ over tokens, for inputs a and targets t, in float64: all that a least squares fit needs, added up in one pass.
+
+    Of the first, which is symmetric, the upper part is added up, and mirrored before it is used.
+    """
 
     def __init__(self, num_inputs: int, num_outputs: int, device: torch.device):
         self.gram_II = torch.zeros(num_inputs, num_inputs, dtype=torch.float64, device=device)
@@ -18,12 +23,14 @@ class NormalEquations:
 
     def add(self, inputs_NI: torch.Tensor, targets_NO: torch.Tensor) -> None:
         inputs_NI, targets_NO = inputs_NI.double(), targets_NO.double()
-        self.gram_II.addmm_(inputs_NI.T, inputs_NI)
+        for first, end in _strips(len(self.gram_II)):
+            self.gram_II[first:end, first:].addmm_(inputs_NI[:, first:end].T, inputs_NI[:, first:])
         self.cross_OI.addmm_(targets_NO.T, inputs_NI)
         self.num_tokens += len(inputs_NI)
 
     def of_inputs(self, indices: torch.Tensor) -> "NormalEquations":
         """The sums of some of the inputs alone."""
+        self._mirror()
         some = NormalEquations(0, len(self.cross_OI), self.gram_II.device)
         some.gram_II, some.cross_OI, some.num_tokens = self.gram_II[indices][:, indices], self.cross_OI[:, indices], self.num_tokens
         return some
@@ -43,6 +50,7 @@ class NormalEquations:
         """
         if not (torch.isfinite(self.gram_II).all() and torch.isfinite(self.cross_OI).all()):
             raise ValueError(f"prune: the activations of {place} are not finite")
+        self._mirror()
         start_OI, num_inputs, diagonal_I = start_OI.double(), len(self.gram_II), self.gram_II.diagonal()
         added = ridge_for(ridge, num_inputs, self.num_tokens) * diagonal_I.mean()
         diagonal_I += added  # in place: at 15,680 inputs a copy takes 1.8 GiB
@@ -56,6 +64,17 @@ class NormalEquations:
             return (start_OW + torch.cholesky_solve(left_OW.T, factor_II[:width, :width]).T).float()
 
         return {width: first(width) for width in widths}
+
+
+    def _mirror(self) -> None:
+        for first, end in _strips(len(self.gram_II)):
+            self.gram_II[end:, first:end] = self.gram_II[first:end, end:].T
+
+
+def _strips(size: int) -> list[tuple[int, int]]:
+    """First and end of strips of rows: 8 of a large matrix, which leave 7/16 of the products out; none so narrow that a product of it were slow."""
+    width = max(LEAST_STRIP, -(-size // 8))
+    return [(first, min(first + width, size)) for first in range(0, size, width)]
 
 
 def ridge_for(ridge: float, num_inputs: int, num_tokens: int) -> float:

@@ -14,6 +14,7 @@ from nas.axes import AXES, WIDTHS, axes_of, usual_step
 from nas.exchange import read_export_config
 from nas.space import Floors, axis_options
 
+TOKENS_PER_INPUT, MOST_CALIBRATION_TOKENS = 43, 2**18  # docs/compensated.md has what fewer and more are worth
 KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}
 
 
@@ -57,9 +58,28 @@ def _ranks_compensated(settings: Settings, *widths: str) -> bool:
     return any(axis_of(settings, WIDTHS[width], base)[0] < getattr(base, width) for width in widths)
 
 
-def candidate_samples(settings: Settings) -> int:
-    """Calibration rows that candidates are ranked and cut on: the chosen one's own cut may have more."""
+def asked_candidate_samples(settings: Settings) -> int | None:
+    """Calibration rows that candidates are ranked and cut on, as keys say it: the chosen one's own cut may have more; None: by their width."""
     return settings.prune.samples if settings.screen.cut_samples is None else settings.screen.cut_samples
+
+
+def candidate_samples(settings: Settings) -> int:
+    """The number of them."""
+    return _samples(settings, asked_candidate_samples(settings))
+
+
+def calibration_samples(settings: Settings) -> int:
+    """Calibration rows of the chosen candidate's cut."""
+    return _samples(settings, settings.prune.samples)
+
+
+def _samples(settings: Settings, asked: int | None) -> int:
+    """As asked, else TOKENS_PER_INPUT for every input of the base's widest matrix that a cut may refit."""
+    if asked is not None:
+        return asked
+    base = base_architecture(settings)
+    widest = max(base.hidden, base.ffn, base.mamba_inner, base.num_attention_heads * base.attention_head_dim)
+    return -(-min(TOKENS_PER_INPUT * widest, MOST_CALIBRATION_TOKENS) // settings.data.sequence_length)
 
 
 def fixed_sizes(settings: Settings, teacher: Architecture) -> dict[str, int | str]:

@@ -227,7 +227,7 @@ class PruneSettings:
     """The cut; what stands between method and max_shard_gib is of the compensated one."""
 
     method: PruneMethod = PruneMethod.slice
-    samples: int = 64
+    samples: int | None = None
     rotate: bool = True
     directions: Directions = Directions.loss
     direction_samples: int = 8

@@ -15,7 +15,7 @@ def needs(settings: Settings) -> tuple[str, ...]:
 def what(settings: Settings) -> Any:
     if settings.prune.method is PruneMethod.slice:
         return {}  # nothing else to choose
-    return {**key_settings(settings.prune), "held_out": settings.search.screen_samples}
+    return {**key_settings(settings.prune), "balanced": 1, "held_out": settings.search.screen_samples}
 
 
 def run(context: StageContext) -> dict:

@@ -4,7 +4,7 @@ from typing import Any
 
 from distill.engines.sharing import check_sharing
 from minitron.machine import processes
-from minitron.settings.derived import base_stage, candidate_samples
+from minitron.settings.derived import asked_candidate_samples, base_stage
 from minitron.settings.rules import key_settings
 from minitron.settings.run import PruneMethod, Settings
 from minitron.walk.stage import Lap, PerCandidate, StageContext, StoredStage
@@ -17,7 +17,8 @@ def needs(settings: Settings) -> tuple[str, ...]:
 
 
 def what(settings: Settings) -> Any:
-    cut = {"prune": {**key_settings(settings.prune), "samples": candidate_samples(settings)}} if settings.prune.method is PruneMethod.compensated else {}
+    compensated = {"prune": {**key_settings(settings.prune), "samples": asked_candidate_samples(settings), "balanced": 1}}
+    cut = compensated if settings.prune.method is PruneMethod.compensated else {}
     short = {name: value for name, value in key_settings(settings.screen).items() if name != "cut_samples"}
     return {"candidate": settings.candidate, "seed": settings.seed, **short, **cut}
 

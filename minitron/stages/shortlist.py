@@ -6,7 +6,7 @@ from typing import Any
 
 from minitron.search.layer_order import given_layer_order
 from minitron.search.space import check_search
-from minitron.settings.derived import base_stage, candidate_samples, ranks_refitted, ranks_rotated
+from minitron.settings.derived import asked_candidate_samples, base_stage, ranks_refitted, ranks_rotated
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings
 from minitron.settings.search import CHOOSING
@@ -30,8 +30,8 @@ def what(settings: Settings) -> Any:
         "throughput": key_settings(settings.throughput),
         "teacher": teacher_identity(settings),
         "tiny": {**key_settings(settings.teacher.tiny), "vocab": settings.data.vocab} if is_trained(settings) else None,
-        **({"rotated_samples": candidate_samples(settings)} if ranks_rotated(settings) else {}),
-        **({"refitted": {"samples": candidate_samples(settings), "ridge": settings.prune.ridge}} if ranks_refitted(settings) else {}),
+        **({"rotated_samples": asked_candidate_samples(settings)} if ranks_rotated(settings) else {}),
+        **({"refitted": {"samples": asked_candidate_samples(settings), "ridge": settings.prune.ridge}} if ranks_refitted(settings) else {}),
     }
 
 

@@ -6,10 +6,12 @@ lines return. Keys and values are words of one token in the tokenizer at hand, s
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+
+from minitron.families.text import beginning
 
 WORD = re.compile(r"[Ġ▁][a-z]{3,}")  # with the space before it, as byte-level and SentencePiece tokenizers write it
 MOST_WORDS = 1024
@@ -19,12 +21,13 @@ MOST_MENTIONS = 3  # of each, at least 2
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Ids: of single-token words, and of the fixed parts of what is said."""
+    """Ids: of single-token words, of the fixed parts of what is said, and of what a text begins with."""
 
     words: list[int]
     opening: list[int]
     says: list[int]
     end: list[int]
+    beginning: list[int] = field(default_factory=list)
 
     def question(self, key: int) -> list[int]:
         return [*self.opening, key, *self.says]
@@ -38,7 +41,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\nThe word of", " is", ".\n")]
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     words = [number for number, token in enumerate(tokens) if token and WORD.fullmatch(token) and number not in sum(parts, [])][:MOST_WORDS]
-    return Vocabulary(words, *parts)
+    return Vocabulary(words, *parts, beginning(tokenizer))
 
 
 def hide_lines(tokens: list[int], name: str, vocabulary: Vocabulary, *, share: float, stretch: int) -> list[int]:

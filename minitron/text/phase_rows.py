@@ -3,6 +3,7 @@
 import numpy as np
 
 from distill.batches import count_tokens
+from minitron.families.text import beginning
 from minitron.text.blends import rows_to_make
 from minitron.text.documents import source_title
 from minitron.text.rows import SplitRows
@@ -34,7 +35,7 @@ def _described(fact: dict) -> str:
 
 
 def _rows(context: StageContext, data, tokenizer) -> np.ndarray:
-    train, held_out = SplitRows("train", data), SplitRows("heldout", data)
+    train, held_out = (SplitRows(name, data, beginning(tokenizer)) for name in ("train", "heldout"))
     held_out.limit = 0  # none is wanted
     with context.console.track(f"rows of {data.sequence_length:,}", data.max_documents, "documents") as advance:
         tokenise(data, tokenizer, train, held_out, advance)

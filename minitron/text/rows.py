@@ -5,6 +5,7 @@ Rows stay in the order of their documents. A row shorter than T is padded on the
 token's id: `distill.batches.split_padding` takes it apart again.
 """
 
+from collections.abc import Sequence
 from itertools import groupby, islice
 
 import numpy as np
@@ -44,16 +45,17 @@ class Packer:
 
     NUM_OPEN = 16
 
-    def __init__(self, sequence_length: int):
-        self.sequence_length, self._open = sequence_length, []
+    def __init__(self, sequence_length: int, beginning: Sequence[int] = ()):
+        self.sequence_length, self.beginning, self._open = sequence_length, list(beginning), []
 
     def add(self, documents: list[list[int]]) -> np.ndarray:
         """The rows closed by these documents."""
         closed = []
         for document in documents:
-            for start in range(0, len(document), self.sequence_length):
-                if len(piece := document[start : start + self.sequence_length]) > 1:  # else nothing in it is predicted
-                    closed += self._place(piece)
+            room = self.sequence_length - len(self.beginning)
+            for start in range(0, len(document), room):
+                if len(piece := document[start : start + room]) > 1:  # else nothing in it is predicted
+                    closed += self._place(self.beginning + piece)
         return self._padded(closed)
 
     def rest(self) -> np.ndarray:
@@ -83,26 +85,29 @@ class Packer:
 class SplitRows:
     """The rows of one split, gathered document by document up to the split's limit of tokens."""
 
-    def __init__(self, name: str, data: DataSettings):
-        """`name` is train or heldout."""
-        self.name, self.data = name, data
+    def __init__(self, name: str, data: DataSettings, beginning: Sequence[int] = ()):
+        """`name` is train or heldout; every row, and every document of a packed one, begins with the ids of `beginning`."""
+        self.name, self.data, self.beginning = name, data, list(beginning)
         self.limit: int | None = getattr(data, f"max_{name}_tokens")
         self.num_documents = self.num_tokens = self.longest = 0  # of the documents; tokens of the longest
         self._parts: list[np.ndarray] = []
         self._sources: list[tuple[str, int]] = []
         self._row_tokens = 0
-        self._packer = Packer(data.sequence_length)
+        self._packer = Packer(data.sequence_length, self.beginning)
 
     def add(self, documents: list[list[int]], source: str = "") -> None:
         """Cut further tokenised documents, all of one source, into rows."""
         cut = {Rows.windows: windows, Rows.documents: document_rows}.get(self.data.rows)
-        part = cut(documents, self.data.sequence_length) if cut else self._packer.add(documents)
+        part = self._begun(cut(documents, self.data.sequence_length - len(self.beginning))) if cut else self._packer.add(documents)
         self._parts.append(part)
         self._sources.append((source, len(part)))
         self._row_tokens += count_tokens(part)
         self.num_documents += len(documents)
         self.num_tokens += sum(map(len, documents))
         self.longest = max([self.longest, *map(len, documents)])
+
+    def _begun(self, rows: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.tile(np.array(self.beginning, dtype=np.int32), (len(rows), 1)), rows], axis=1) if self.beginning else rows
 
     @property
     def is_full(self) -> bool:

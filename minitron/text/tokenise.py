@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.batches import count_tokens
+from minitron.families.text import beginning
 from minitron.settings.run import DataSettings
 from minitron.settings.teachers import is_trained, teacher_architecture
 from minitron.text import arithmetic
@@ -38,7 +39,7 @@ def make_rows(context: StageContext) -> dict:
     vocabulary = teacher_architecture(settings).vocab
     if len(tokenizer) > vocabulary:
         raise ValueError(f"tokenizer of {folder} has {len(tokenizer)} tokens; the teacher's vocabulary holds {vocabulary}")
-    train, held_out = SplitRows("train", data), SplitRows("heldout", data)
+    train, held_out = (SplitRows(name, data, beginning(tokenizer)) for name in ("train", "heldout"))
     with context.console.track("tokenising", total, "documents") as advance:
         num_empty = tokenise(data, tokenizer, train, held_out, advance)
     _check_split(train, held_out, num_empty, source_title(data))

@@ -3,17 +3,15 @@
 A lower bound: the matrix products of student and teacher at the rate that the device reaches here. Scan, norms and waiting come on top.
 """
 
-import time
 from collections.abc import Sequence
 
 import torch
 
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_parameters, count_total_parameters
+from minitron.machine.rate import duration, product_flops_per_second
 from minitron.mamba.kernels import check_kernels
 from minitron.settings.training import Precision, TrainSettings
-
-MEASURED_SIZE = 1024  # of the square matrices whose product is timed
 
 
 def without_kernels(device: torch.device) -> str | None:
@@ -40,17 +38,6 @@ def training_flops(student: Architecture, teacher: Architecture | None, phases: 
     return sum(train.tokens * (3 * forward(student, length) + forward(teacher, length)) for train, length in phases)
 
 
-def product_flops_per_second(device: torch.device, precision: Precision) -> float:
-    """The device's rate of matrix products, measured in a few milliseconds."""
-    matrix = torch.randn(MEASURED_SIZE, MEASURED_SIZE, device=device, dtype=torch.bfloat16 if precision is Precision.bf16 else torch.float32)
-    seconds = []
-    for _ in range(4):
-        started = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # waits for it
-        seconds.append(time.perf_counter() - started)
-    return 2 * MEASURED_SIZE**3 / min(seconds)
-
-
 def check_time(flops: int, device: torch.device, precision: Precision, *, processes: int, max_hours: float | None) -> str | None:
     """What to say of a run's least duration where kernels are missing and it is above a minute.
 
@@ -59,14 +46,10 @@ def check_time(flops: int, device: torch.device, precision: Precision, *, proces
     reason = without_kernels(device)
     if reason is None:
         return None
-    rate = product_flops_per_second(device, precision)
+    rate = product_flops_per_second(device, torch.bfloat16 if precision is Precision.bf16 else torch.float32)
     hours = flops / rate / processes / 3600
-    told = f"without fused Mamba-2 kernels ({reason}) this run takes at least {_duration(hours)} "
+    told = f"without fused Mamba-2 kernels ({reason}) this run takes at least {duration(hours)} "
     told += f"({flops:.1e} FLOP of matrix products at {rate / 1e12:.2f} TFLOP/s in each of {processes} processes)"
     if max_hours is not None and hours > max_hours:
         raise ValueError(f"distill.max_hours is {max_hours:g}; {told}; raise it (null: no limit), train on fewer tokens, or where the kernels are")
     return told if hours > 1 / 60 else None
-
-
-def _duration(hours: float) -> str:
-    return f"{hours / 8766:,.1f} years" if hours > 8766 else f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.0f} minutes"

@@ -66,8 +66,8 @@ def padded_rows() -> np.ndarray:
 
 def run(folder: Path, plan: dict, *, seed: int = 2, launch: Launch | None = None, on_step: Callable[[StepRecord], None] = lambda record: None,
         poison_at: int | None = None, llama: str = "") -> StepRecord:  # fmt: skip
-    """Distils build_model(seed), or a "tied" or "untied" Llama, from a fixed teacher in `folder`, as part of a launch or alone. In the last process the loss of the
-    `poison_at`-th of its batches is nan."""
+    """Distils build_model(seed), or a "tied" or "untied" Llama, from a fixed teacher in `folder`, as part of a launch or alone. In the last process
+    the loss of the `poison_at`-th of its batches is nan."""
     launch, calls = launch or Launch(), []
     plan = dict(plan)
     phases = [Phase(RowBatches(padded_rows(), plan.pop("batch", 4), seed=1), TrainPlan(**PLAN | plan))]

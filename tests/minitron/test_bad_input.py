@@ -277,7 +277,7 @@ def test_a_config_that_is_no_json_is_refused(refused, checkpoint):
     assert "must be JSON" in refused("teacher.path=mine", "stage=prune")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["mamba2", "gpt_neox"])
 def test_an_unsupported_model_type_is_refused_with_the_supported_ones(model_type, refused, checkpoint):
     change_config(checkpoint, model_type=model_type)
     said = refused("teacher.path=mine", "stage=prune")

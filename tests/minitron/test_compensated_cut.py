@@ -19,7 +19,8 @@ from minitron.checkpoints.placement import StreamedModel
 from minitron.families.nemotron_h import FAMILY
 from minitron.pruning.basis import Basis
 from minitron.pruning.compensate import Recipe
-from minitron.pruning.compensated_cut import BASIS_FILE, MadeWeights, check_memory, few_tokens_note
+from minitron.pruning.compensated_cut import BASIS_FILE, MadeWeights
+from minitron.pruning.cut_cost import check_memory, few_tokens_note
 from minitron.pruning.disk_to_disk import planned_tensors
 from minitron.pruning.plan import PruningPlan
 from minitron.settings.run import Directions, PruneMethod, PruneSettings, ScreenSettings, Settings

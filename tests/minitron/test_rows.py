@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from distill.batches import count_tokens
+from distill.batches import PADDING, count_tokens, mark_start
 from minitron.settings.run import DataSettings
 from minitron.settings.training import Rows
 from minitron.text.rows import Packer, SplitRows, document_rows, windows
@@ -86,3 +86,18 @@ def test_a_split_without_a_row_says_what_it_had_and_what_is_needed():
     shorter = SplitRows("train", DataSettings(sequence_length=10, rows=Rows.documents))
     shorter.add(TOKENISED)
     assert shorter.rows().shape == (4, 10)
+
+
+@pytest.mark.parametrize("rows", list(Rows))
+def test_every_row_begins_with_what_a_text_begins_with(rows):
+    """And every document of a packed row; without it, the control, they begin with the documents' own first ids."""
+    documents = [list(range(10, 10 + length)) for length in (9, 4, 23, 6)]
+    begun, plain = (SplitRows("train", DataSettings(sequence_length=8, rows=rows), beginning) for beginning in ([3], []))
+    for split in (begun, plain):
+        split.add(documents)
+    own, other = begun.rows(), plain.rows()
+    marked = own < PADDING
+    assert set(own[:, 0]) | set(mark_start(own[marked]).tolist()) == {3} and (rows is not Rows.packed or marked.any())
+    assert own.shape[1] == other.shape[1] == 8 and 3 not in other[:, 0]
+    inside = own[:, 1:][(own[:, 1:] >= 0)]
+    assert set(inside.tolist()) <= set(range(10, 33)) and len(inside) > 20
