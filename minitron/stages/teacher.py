@@ -1,4 +1,4 @@
-"""Your checkpoint, held against its config.json; one converted from a GGUF; else the tiny one that comes with the package, or one trained anew on the data."""
+"""Your checkpoint, held against its config.json; one converted from a GGUF; the tiny one of the package, or one trained anew."""
 
 from typing import Any
 
