@@ -1,6 +1,6 @@
 """What a candidate must keep to, and what to say where none does."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,12 +9,11 @@ from memory_budget.architecture import Architecture
 from memory_budget.calculator import memory_report
 from memory_budget.units import format_count, format_gib
 from memory_budget.workload import Workload
-from nas.axes import WIDTHS
+from nas.axes import AXES, WIDTHS, Coupling, usual_step
 from nas.space import SearchSpace
 from nas.throughput import Serving
 
 USUAL_STEPS = {"hidden": 128, "ffn": 64}  # for an axis with one option; heads go one per group
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filters:
@@ -76,7 +75,7 @@ def step_savings(smallest: Architecture, space: SearchSpace, workload: Workload)
     lower = {}
     for name, setting in WIDTHS.items():
         options, value = getattr(space, name), getattr(smallest, name)
-        if options is not None and (step := _width_step(name, options, smallest)) < value:
+        if options is not None and (step := _width_step(name, options, smallest, space.couplings)) < value:
             lower[setting] = step, replace(smallest, **{name: value - step})
     step = space.num_layers[1] - space.num_layers[0] if len(space.num_layers) > 1 else 1
     if shallower := _shallower(smallest, step, space.floors, workload):
@@ -94,9 +93,11 @@ def nothing_passes(removed: Mapping[str, int], smallest: Architecture, name: str
     return f"{text}; {helps}" if helps else text
 
 
-def _width_step(name: str, options: tuple[int, ...], architecture: Architecture) -> int:
+def _width_step(name: str, options: tuple[int, ...], architecture: Architecture, couplings: Sequence[Coupling]) -> int:
     if len(options) > 1:
         return options[1] - options[0]
+    if any(coupling.field == name for coupling in couplings):
+        return usual_step(AXES[WIDTHS[name]], architecture, couplings)
     per_group = {"mamba_num_heads": architecture.mamba_num_groups, "num_attention_heads": architecture.num_key_value_heads}
     return {**USUAL_STEPS, **per_group}.get(name, 1)
 

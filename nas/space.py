@@ -75,6 +75,8 @@ def check_space(space: SearchSpace, teacher: Architecture) -> None:
     if space.num_key_value_heads is None:
         for heads in widths["num_attention_heads"]:
             _check_multiple("attention heads", heads, teacher.num_key_value_heads, "key-value heads")
+    if space.query_heads_follow:
+        widths["num_attention_heads"] = tuple(heads * (teacher.num_attention_heads // teacher.num_key_value_heads) for heads in widths["num_key_value_heads"])
     for coupling in space.couplings:
         if not any(first % second == 0 for first in widths[coupling.field] for second in widths[coupling.of]):
             names = [f"search.{WIDTHS[name]} ({', '.join(map(str, widths[name]))})" for name in (coupling.field, coupling.of)]

@@ -95,12 +95,17 @@ class Checkpoint:
     def read_rows(self, name: str, most_bytes: int = PIECE_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
         """A tensor in pieces of at most so many bytes (at least a row), as (number of the first row, rows); a row is an index of the first dimension."""
         entry = self.entries[name]
-        rows, *rest = entry.shape
+        rows = entry.shape[0]
         step = max(1, most_bytes * rows // max(entry.num_bytes, 1))
         for first in range(0, rows, step):
-            offset = entry.offset + first * entry.num_bytes // rows
-            piece = empty_tensor((min(step, rows - first), *rest), DTYPES[entry.dtype], offset, direct=self.direct)
-            yield first, self._fill(piece, entry, offset)
+            yield first, self.read_some(name, first, min(step, rows - first))
+
+    def read_some(self, name: str, first: int, number: int) -> torch.Tensor:
+        """So many rows of a tensor from `first` on."""
+        entry = self.entries[name]
+        offset = entry.offset + first * entry.num_bytes // entry.shape[0]
+        piece = empty_tensor((number, *entry.shape[1:]), DTYPES[entry.dtype], offset, direct=self.direct)
+        return self._fill(piece, entry, offset)
 
     def _fill(self, tensor: torch.Tensor, entry: TensorEntry, offset: int) -> torch.Tensor:
         """The file's bytes from `offset` on as a tensor. Raises ValueError where they are not all there."""

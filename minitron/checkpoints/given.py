@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
-from memory_budget.architecture import describe_layers
+import torch
+
+from memory_budget.architecture import Architecture, describe_layers
 from memory_budget.hf_config import architecture_from_config, read_config
+from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.files import Checkpoint
+from minitron.families.base import Family
 from minitron.families.known import family_of
-from minitron.families.table import check_tensors
+from minitron.families.table import check_tensors, names_by_canonical
 
 
 def given_checkpoint(folder: Path, name: str) -> dict:
@@ -14,6 +18,26 @@ def given_checkpoint(folder: Path, name: str) -> dict:
     config = read_config(folder)
     family, architecture = family_of(config), architecture_from_config(config)
     checkpoint = Checkpoint(folder)
-    check_tensors(family, architecture, {family.canonical_name(tensor): entry.shape for tensor, entry in checkpoint.entries.items()})
-    headline = f"{name}: {checkpoint.num_parameters:,} parameters, {describe_layers(architecture)}"
-    return {"headline": headline, "path": str(folder), "name": name, "parameters": checkpoint.num_parameters}
+    names = names_by_canonical(family, architecture, checkpoint.entries)
+    check_tensors(family, architecture, {canonical: checkpoint.entries[tensor].shape for canonical, tensor in names.items()})
+    _check_second_head(family, architecture, checkpoint)
+    parameters = count_total_parameters(architecture)
+    headline = f"{name}: {parameters:,} parameters, {describe_layers(architecture)}"
+    return {"headline": headline, "path": str(folder), "name": name, "parameters": parameters}
+
+
+def _check_second_head(family: Family, architecture: Architecture, checkpoint: Checkpoint) -> None:
+    """Where the table of embeddings is the head and a head is stored all the same, it must be that table: transformers loads another one untied."""
+    named = {family.canonical_name(name): name for name in checkpoint.entries}
+    table, head = (named.get(f"{family.outside_names[part]}weight") for part in ("embed", "head"))
+    if architecture.has_own_head or head is None:
+        return
+    if checkpoint.entries[table].shape != checkpoint.entries[head].shape or not _same_values(checkpoint, table, head):
+        raise ValueError(f"tie_word_embeddings is true in {checkpoint.folder / 'config.json'}, but {head} holds other values than {table}: "
+                         "if the model has a head of its own, set it to false; else store the table alone")  # fmt: skip
+
+
+def _same_values(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors of a shape are equal, some rows of each at a time."""
+    pairs = ((rows, checkpoint.read_some(other, first, len(rows))) for first, rows in checkpoint.read_rows(one))
+    return all(torch.equal(rows.float(), others.float()) for rows, others in pairs)

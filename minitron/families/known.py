@@ -16,8 +16,8 @@ def family_of(config: dict) -> Family:
         counted = ", ".join(name for name in COUNTED if name not in FAMILIES)
         raise ValueError(f"model_type {model_type!r} cannot be pruned; supported: {', '.join(FAMILIES)} (only counted, by python -m memory_budget: {counted})")
     family = FAMILIES[model_type]
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "unknown method")
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method", "unknown method")
         raise ValueError(f"quantization_config is there ({method}): stages cut and train plain weights; give the checkpoint before it was quantised")
     if reason := family.refused(config):
         raise ValueError(reason)

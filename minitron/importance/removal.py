@@ -48,6 +48,8 @@ def check_rules(kinds: Kinds, num_layers: int, rules: LayerRules) -> None:
     if num_layers < len(kinds) and excess > len(kinds) - num_layers:
         raise ValueError(f"scoring.ceilings asks for {excess} removals; down to {num_layers} layers there are only {len(kinds) - num_layers}")
     for kind, ceiling in rules.ceilings.items():
+        if kind not in kinds and any(kind in block for block in kinds):
+            raise ValueError(f"scoring.ceilings keeps at most {ceiling} layers of kind {kind!r}; the teacher's layers are of the kinds {sorted(set(kinds))}")
         if ceiling < max(rules.floors.get(kind, 0), _protected_of(kind, kinds, rules)):
             raise ValueError(f"scoring.ceilings keeps at most {ceiling} layers of kind {kind!r}, below its floor or its protected layers")
 

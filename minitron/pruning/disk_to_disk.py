@@ -56,7 +56,7 @@ def prune_teacher(context: StageContext) -> dict:
     else:
         check, facts = _check(family, plan, source, folder, config), {}
     parameters = count_total_parameters(student)
-    sizes = f"{architecture.num_layers} → {student.num_layers} layers, {source.num_parameters:,} → {parameters:,} parameters"
+    sizes = f"{architecture.num_layers} → {student.num_layers} layers, {count_total_parameters(architecture):,} → {parameters:,} parameters"
     headline = f"{sizes}, {format_gib(sum(tensor.num_bytes for tensor in sliced))} written; {check}"
     facts |= {"parameters": parameters, "removed_layers": removed, "description": described}
     return {"headline": headline, "path": "checkpoint", **facts}

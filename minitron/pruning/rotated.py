@@ -8,11 +8,15 @@ of a token and d_K = √(E_K/K + ε) its root mean square,
     s_K = Σ E_K/(d_D·d_K) / Σ E_K/d_K²     over tokens, at every norm,
 
 which one walk gives for all K at once; s_D is 1. (The compensated cut fits s the same, from the student's own residuals.)
+
+A head that is the table of embeddings E cannot take the last norm's weight w in: the table becomes E·Q, the head would be E·diag(w)·Q. So a tied model is
+given a head of its own first; it is there to rank candidates by, and what is written stays tied (tied_head.py).
 Letters: N tokens of a batch, D hidden of the model, K hidden of a student.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -27,14 +31,23 @@ from minitron.pruning.directions import principal_basis, stream_covariance
 from minitron.pruning.rotation import NORM, READ, check_rms, in_basis, norm_inputs, stream_role
 
 
+def with_own_head(architecture: Architecture) -> Architecture:
+    """The architecture that a model has once it is rotated."""
+    return replace(architecture, tied_embeddings=False)
+
+
 @torch.no_grad()
 def rotate_model(family: Family, model: nn.Module, architecture: Architecture, batches: Sequence[torch.Tensor], *, config: dict,
                  basis_DD: torch.Tensor | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
     """Rotates the model's weights in place; gives for every norm of the stream, by canonical name, its number for each hidden size 1 … D, [D].
 
     `batches` are calibration rows [B, T], padding included. The basis is that of the principal directions unless one is given. Weights keep their
-    dtype, so in bf16 they are rounded anew. Raises ValueError for norms that are no RMSNorm and for residuals that are not finite.
+    dtype, so in bf16 they are rounded anew; a tied head becomes a matrix of its own, and the architecture `with_own_head`. Raises ValueError for norms that
+    are no RMSNorm and for residuals that are not finite.
     """
+    if architecture.tied_embeddings:
+        untie(model)
+        architecture = with_own_head(architecture)
     base, epsilon = WholeModel(family, model, architecture), check_rms(family, config)
     if basis_DD is None:
         basis_DD = principal_basis(stream_covariance(base, batches, epsilon))
@@ -48,6 +61,13 @@ def rotate_model(family: Family, model: nn.Module, architecture: Architecture, b
     for name in norms.values():
         state[name].fill_(1)
     return {norms[layer]: scale_D for layer, scale_D in _scales(base, batches, epsilon).items()}
+
+
+def untie(model: nn.Module) -> None:
+    """Makes a copy of the table of embeddings the model's head, where it was the table itself."""
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+    model.get_output_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone(), requires_grad=False)
 
 
 def _scales(base: WholeModel, batches: Sequence[torch.Tensor], epsilon: float) -> dict[int | None, torch.Tensor]:

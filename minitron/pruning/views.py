@@ -69,7 +69,9 @@ class SortedTeacher:
         self.model = model.eval()
 
     def view(self, student: Architecture, kept_layers: Indices) -> View:
-        """The candidate of these sizes and layers. Raises RuntimeError where its parameters are not the planned number."""
+        """The candidate of these sizes and layers; of a tied model that was rotated, which has a head of its own now (rotated.py), so has it. Raises
+        RuntimeError where its parameters are not the planned number."""
+        student = replace(student, tied_embeddings=self.architecture.tied_embeddings)
         tensors = {cut.target: self._cut(cut) for cut in self._cuts(self._plan(student, kept_layers))}
         model = _empty_model(self.family, self.family.hf_config(self.config, student))
         load_tensors(self.family, model, tensors)

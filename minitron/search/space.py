@@ -54,23 +54,24 @@ def check_search(settings: Settings, teacher: Architecture) -> None:
     space, workload, budget = space_of(settings, teacher), workload_of(settings), budget_of(settings)
     serving_of(settings), filters_of(settings)
     if settings.search.fixed.given():
-        fixed = fixed_sizes(settings, teacher)
-        if "pattern" in fixed or "num_layers" not in fixed:
-            fixed_student(settings, teacher)
+        depth = fixed_sizes(settings, teacher).get("num_layers", teacher.num_layers)
+        if not 1 <= depth <= teacher.num_layers:
+            raise ValueError(f"search.fixed.layers ({depth}) must be at least 1 and at most the teacher's {teacher.num_layers}")
+        fixed_student(settings, teacher)
         return
     # Any layers that the floors allow do for a lower bound: the depth's true pattern is not known before scoring.
     kinds = teacher.layer_kinds
     cheapest = sorted(range(teacher.num_layers), key=lambda layer: -memory_report(replace(teacher, pattern=kinds[layer]), workload).total)
     layers = kept_layers(kinds, cheapest, space.num_layers[0], space.floors)
-    widths = {name: options[0] for name, options in space.widths(teacher).items()}
+    sizes = {name: options[0] for name, options in space.widths(teacher).items()}
     if space.query_heads_follow:
-        widths["num_attention_heads"] = widths["num_key_value_heads"] * (teacher.num_attention_heads // teacher.num_key_value_heads)
-    bound = replace(teacher, pattern=spelled(teacher, layers), **widths)
-    smallest = replace(bound, **settings.search.later_widths.given())
-    smallest_id, needed = identifier(teacher, {"num_layers": len(layers), **widths}), memory_report(smallest, workload).total
+        sizes["num_attention_heads"] = sizes["num_key_value_heads"] * (teacher.num_attention_heads // teacher.num_key_value_heads)
+    smallest = replace(teacher, pattern=spelled(teacher, layers), **sizes | settings.search.later_widths.given())
+    needed = memory_report(smallest, workload).total
+    name = identifier(teacher, {"num_layers": len(layers), **sizes})
     if needed > budget.bytes:
         raise ValueError(
-            f"budget of {format_gib(budget.bytes)} fits none of the {space.size:,} candidates; the smallest, {smallest_id}, "
+            f"budget of {format_gib(budget.bytes)} fits none of the {space.size:,} candidates; the smallest, {name}, "
             f"needs at least {format_gib(needed)}; {advice(smallest, space, workload)}"
         )
 

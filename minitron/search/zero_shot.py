@@ -17,7 +17,7 @@ from minitron.families.known import family_of
 from minitron.importance.scores import scores_of
 from minitron.machine.device import pick_device
 from minitron.pruning.compensated_cut import calibration_rows
-from minitron.pruning.rotated import rotate_model
+from minitron.pruning.rotated import rotate_model, with_own_head
 from minitron.pruning.views import SortedTeacher, View
 from minitron.pruning.width_refits import refit_widths
 from minitron.search.distances import GPU_CHUNK_TOKENS, Distance, best_first, measure_batch
@@ -93,7 +93,9 @@ def _measured(context: StageContext, entries: Mapping[str, dict], head_dim: int,
 
 def _check_memory(context: StageContext, device: torch.device, *, tokens: int) -> None:
     """Raises ValueError where a GPU cannot hold the base, in the teacher's stead or beside it; candidates are views of it."""
-    stages = {base_stage(context.settings): base_architecture(context.settings), "teacher": teacher_architecture(context.settings)}
+    settings = context.settings
+    base = with_own_head(base_architecture(settings)) if ranks_rotated(settings) else base_architecture(settings)
+    stages = {"teacher": teacher_architecture(settings), base_stage(settings): base}  # a teacher that is the base once
     models = [(architecture, stored_bytes(context.inputs[stage].model_folder)) for stage, architecture in stages.items()]
     plan = forward_memory("shortlist", models, tokens=tokens, logits_tokens=GPU_CHUNK_TOKENS, advice="Lower evaluate.batch, or set search.shortlist_size=1 and "
                           "search.finalists=0, which measures nothing")  # fmt: skip
@@ -120,7 +122,7 @@ def _sorted_base(context: StageContext, head_dim: int, students: Iterable[Archit
     rotates, refits = ranks_rotated(settings), ranks_refitted(settings)
     calibration = batches_of(calibration_rows(context, candidate_samples(settings)), settings.prune.batch, device) if rotates or refits else []
     norm_scales = rotate_model(family, model, architecture, calibration, config=config) if rotates else {}
-    students = list(students)
+    architecture, students = with_own_head(architecture) if rotates else architecture, list(students)
     fewer_keys = any(student.num_key_value_heads < architecture.num_key_value_heads for student in students)
     sorted_base = SortedTeacher(family, model, config, architecture, scores, head_dim, norm_scales=norm_scales, sort_key_values=fewer_keys)
     if refits:

@@ -7,6 +7,8 @@ from minitron.settings.rules import key_settings
 from minitron.settings.run import PruneMethod, Settings
 from minitron.walk.stage import StageContext, StoredStage
 
+BALANCED = {"balanced": 1}  # of a compensated cut: its readers are as large as the base's, its norms likewise; a slice is what it was
+
 
 def needs(settings: Settings) -> tuple[str, ...]:
     return (base_stage(settings), "score", "search", *(("data",) if settings.prune.method is PruneMethod.compensated else ()))
@@ -15,7 +17,7 @@ def needs(settings: Settings) -> tuple[str, ...]:
 def what(settings: Settings) -> Any:
     if settings.prune.method is PruneMethod.slice:
         return {}  # nothing else to choose
-    return {**key_settings(settings.prune), "balanced": 1, "held_out": settings.search.screen_samples}
+    return {**key_settings(settings.prune), "held_out": settings.search.screen_samples, **BALANCED}
 
 
 def run(context: StageContext) -> dict:

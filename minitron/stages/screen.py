@@ -7,6 +7,7 @@ from minitron.machine import processes
 from minitron.settings.derived import asked_candidate_samples, base_stage
 from minitron.settings.rules import key_settings
 from minitron.settings.run import PruneMethod, Settings
+from minitron.stages.prune import BALANCED
 from minitron.walk.stage import Lap, PerCandidate, StageContext, StoredStage
 from minitron.walk.store import Result
 from minitron.walk.tracking import record_finished
@@ -17,8 +18,8 @@ def needs(settings: Settings) -> tuple[str, ...]:
 
 
 def what(settings: Settings) -> Any:
-    compensated = {"prune": {**key_settings(settings.prune), "samples": asked_candidate_samples(settings), "balanced": 1}}
-    cut = compensated if settings.prune.method is PruneMethod.compensated else {}
+    compensated = settings.prune.method is PruneMethod.compensated
+    cut = {"prune": {**key_settings(settings.prune), "samples": asked_candidate_samples(settings), **BALANCED}} if compensated else {}
     short = {name: value for name, value in key_settings(settings.screen).items() if name != "cut_samples"}
     return {"candidate": settings.candidate, "seed": settings.seed, **short, **cut}
 

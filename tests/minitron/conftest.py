@@ -1,11 +1,11 @@
-"""A tiny NemotronH whose every tensor has its say: random sizes apart from each other, no weight constant.
+"""A tiny NemotronH, and tiny models of blocks, whose every tensor has its say: random sizes apart from each other, no weight constant.
 
 transformers initialises A_log, D, dt_bias and the norms so that exchanging two heads or channels would go
 unnoticed; `build_model` overwrites them all.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,12 @@ import torch
 from torch import nn
 
 from memory_budget.architecture import Architecture
+from memory_budget.hf_config import architecture_from_config
 from minitron.checkpoints.shards import save_model_weights
+from minitron.families.base import Family
+from minitron.families.known import family_of
 from minitron.families.nemotron_h import FAMILY
+from minitron.families.state import model_tensors
 from minitron.training.tiny_teacher import TINY_CONFIG
 from minitron.walk.store import write_json
 
@@ -24,6 +28,26 @@ TINY = Architecture(
     model_type="nemotron_h", pattern="M-M*-M-*-", hidden=32, vocab=97, ffn=48, num_attention_heads=6, num_key_value_heads=2, attention_head_dim=8,
     mamba_num_heads=8, mamba_head_dim=4, mamba_num_groups=2, mamba_state_size=6, mamba_conv_kernel=4,
 )  # fmt: skip
+
+# Of blocks: with biases where there are any; qwen3's heads are not hidden size over heads.
+_SIZES = {"hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 4, "num_attention_heads": 6, "vocab_size": TINY.vocab, "rms_norm_eps": 1e-5,
+          "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0, "dtype": "float32"}  # fmt: skip
+BLOCKS = {
+    "llama tied": {"model_type": "llama", **_SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "llama untied": {"model_type": "llama", **_SIZES, "num_key_value_heads": 3, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    "qwen3 tied": {"model_type": "qwen3", **_SIZES, "num_key_value_heads": 3, "head_dim": 10, "tie_word_embeddings": True, "use_sliding_window": False,
+                   "sliding_window": None, "max_window_layers": 4, "layer_types": None},
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class BlockModel:
+    """A random model of blocks: not to be changed where it is shared."""
+
+    family: Family
+    config: dict
+    architecture: Architecture
+    model: nn.Module
 
 
 @torch.no_grad()
@@ -40,11 +64,11 @@ def _randomise(model: nn.Module, seed: int) -> None:
         last = name.removesuffix(".weight").split(".")[-1]
         if name.endswith("conv1d.weight"):
             value = normal(parameter, 0.5)
-        elif last == "embeddings":
+        elif last in ("embeddings", "embed_tokens"):
             value = normal(parameter, 1.0)
         elif parameter.ndim == 2:
             value = normal(parameter, parameter.shape[1] ** -0.5)
-        elif last in ("norm", "norm_f"):
+        elif "norm" in last:
             value = 1 + normal(parameter, 0.3)
         elif last == "A_log":
             value = uniform(parameter, -1.0, 1.5)
@@ -85,6 +109,28 @@ def teacher(build_model) -> nn.Module:
 
 
 @pytest.fixture(scope="session")
+def build_blocks() -> Callable[..., BlockModel]:
+    """A new random model of blocks in eval mode: build_blocks("llama tied", seed=1, num_hidden_layers=2)."""
+
+    def build(name: str, seed: int = 0, **changes) -> BlockModel:
+        config = BLOCKS[name] | changes
+        if "layer_types" in config:
+            config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
+        family, architecture = family_of(config), architecture_from_config(config)
+        model = family.build(config).eval()
+        _randomise(model, seed)
+        return BlockModel(family, config, architecture, model)
+
+    return build
+
+
+@pytest.fixture(scope="session", params=BLOCKS)
+def blocks(request, build_blocks) -> BlockModel:
+    """One of each kind, shared by all tests."""
+    return build_blocks(request.param)
+
+
+@pytest.fixture(scope="session")
 def token_ids() -> Callable[..., torch.Tensor]:
     """Random ids [rows, tokens] within the tiny vocabulary."""
     return lambda rows=2, tokens=40, seed=1: torch.randint(TINY.vocab, (rows, tokens), generator=torch.Generator().manual_seed(seed))
@@ -119,7 +165,8 @@ def write_checkpoint() -> Callable[..., Path]:
 
     def write(folder: Path, model: nn.Module, config: dict, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 2**30) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        state = {FAMILY.file_name(FAMILY.canonical_name(name)): tensor.to(dtype or tensor.dtype) for name, tensor in model.state_dict().items()}
+        family = family_of(config)
+        state = {family.file_name(name): tensor.to(dtype or tensor.dtype) for name, tensor in model_tensors(family, model).items()}
         save_model_weights(state, folder, max_shard_bytes=max_shard_bytes)
         dtype_name = str(next(iter(state.values())).dtype).removeprefix("torch.")
         write_json(folder / "config.json", config | {"dtype": dtype_name})

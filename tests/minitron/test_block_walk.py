@@ -1,90 +1,222 @@
-"""A Llama's and a Qwen3's student by the command that users give, and what a person reads of it: page, cards, summary, export."""
+"""The whole walk for a tied Llama, sliced, and a tied Qwen3, compensated, by the real command; and a user's mistakes with such teachers."""
 
 import json
-import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitron.families.known import FAMILIES
+from memory_budget.hf_config import architecture_from_config, read_config
+from memory_budget.parameters import count_total_parameters
+from minitron.checkpoints.files import Checkpoint
+from minitron.text.embedded import topic_documents, train_tokenizer
 
-TIED = {"llama": True, "qwen3": False}
-
-
-@pytest.fixture(scope="module", params=TIED)
-def run(request, write_block_teacher, small_block_settings, door, tmp_path_factory) -> tuple[str, Path]:
-    """(family, run folder) of a finished walk with its export."""
-    family, place = request.param, tmp_path_factory.mktemp(request.param)
-    teacher = write_block_teacher(place / "teacher", family, tied=TIED[family])
-    for stage in ("all", "export"):
-        finished = door(place, f"teacher.path={teacher}", "run_name=blocks", *small_block_settings, f"stage={stage}")
-        assert finished.returncode == 0, finished.stderr
-    (place / "exported.txt").write_text(finished.stdout)
-    return family, place / "runs" / "blocks"
-
-
-def summary_of(folder: Path) -> dict:
-    return json.loads((folder / "summary.json").read_text())
-
-
-def test_layers_of_the_summary_are_blocks(run):
-    summary = summary_of(run[1])
-    importance, chosen = summary["importance"], summary["candidates"][0]
-    assert len(importance["first_round_scores"]) == 4 and None not in importance["first_round_scores"]
-    assert sorted([*summary["removed_layers"], *chosen["kept_layers"]]) == [0, 1, 2, 3]
-    assert set(importance["width_curves"]["hidden"]) == {str(sublayer) for sublayer in range(9)}  # by sublayer: two a block, and the last norm
+VOCABULARY = 320
+OWN = {
+    "llama tied": ("prune.method=slice", "search.hidden={values: [36]}", "search.key_value_heads={values: [1, 2]}"),
+    "qwen3 tied": ("prune.method=compensated", "prune.samples=16", "prune.direction_samples=4", "prune.against_slice=true", "search.hidden={values: [40]}",
+                   "search.ffn={values: [40]}", "search.key_value_heads={values: [2, 3]}", "scoring.placement=stream",
+                   "scoring.criterion=block_influence"),
+}  # fmt: skip
+CANDIDATES = {"llama tied": {"L3-H36-F56-A3-K1", "L3-H36-F56"}, "qwen3 tied": {"L3-H40-F40-A4-K2", "L3-H40-F40"}}
+COMMON = (
+    "~experiment", "device=cpu", "run_name=own", "teacher.path=mine", "data.files=['texts/*.txt']", "data.sequence_length=32",
+    "data.max_train_tokens=4000", "data.max_heldout_tokens=2000", "workload.context_tokens=64", "budget.device_gib=1", "search.floors={attention: 0}",
+    "search.layers={values: [3]}", "scoring.samples=8", "scoring.layer_samples=4", "search.shortlist_size=2", "search.finalists=2", "search.screen_samples=4",
+    "depth_lap.enabled=false", "screen.train.tokens=256", "screen.prompt_tokens=8", "screen.new_tokens=4", "distill.train.tokens=512",
+    "evaluate.samples=4", "evaluate.prompts=['import os']", "evaluate.new_tokens=4", "evaluate.speed=[{input_tokens: 8, output_tokens: 4, batch: 1}]",
+    "evaluate.needle.lengths=[]", "export.folder=out", "generate.new_tokens=6",
+)  # fmt: skip
 
 
-def test_the_page_counts_blocks_and_shows_what_was_cut(run):
-    page = (run[1] / "report.md").read_text()
-    (gone,) = summary_of(run[1])["removed_layers"]
-    assert f"1 of 4 layers removed: {gone}. B is a block of attention and FFN." in page
-    picture = dict(line.split("  ", 1) for line in page.split("```\n")[1].splitlines()[1:4])
-    assert picture == {"teacher": "BBBB", "removed": " " * gone + "^", "student": ("B" * gone + " " + "BBB"[gone:]).rstrip()}
-    rows = dict(re.findall(r"^\| ([^|]+) \| (\d[\d,]* \| \d[\d,]*) \|", page, re.MULTILINE))
-    assert rows["layers (attention + FFN)"] == "4 | 3" and rows["KV heads"] == "2 | 1" and rows["query heads"] == "4 | 2"
-    assert rows["FFN neurons"] == "192 | 128"
-    assert "SSM" not in page and "Mamba" not in page and "*-*-" not in page.replace("\\", "")
+@dataclass(frozen=True, slots=True)
+class BlockWalk:
+    """A finished walk and what was asked for after it."""
+
+    name: str
+    folder: Path
+    settings: tuple[str, ...]
+    finished: dict
+
+    @property
+    def summary(self) -> dict:
+        return json.loads((self.folder / "runs" / "own" / "summary.json").read_text())
 
 
-def test_the_page_has_both_plots_of_importance(run):
-    page = (run[1] / "report.md").read_text()
-    assert (run[1] / "layer_importance.png").exists() and (run[1] / "width_importance.png").exists()
-    assert "sorted, one line a layer, of hidden channels two" in page and "Layers without a bar" not in page
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """Documents and a tokenizer of them."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "texts").mkdir()
+    documents = list(topic_documents())
+    for document in documents:
+        (folder / "texts" / f"{document.name.rpartition('/')[2]}.txt").write_text(document.text[:2000])
+    train_tokenizer((document.text[:2000] for document in documents), VOCABULARY, folder / "tokenizer")
+    return folder
 
 
-def test_every_axis_that_was_cut_is_in_the_cards(run):
-    family, folder = run
-    cut = "hidden 128 → 96, FFN 192 → 128, query heads 4 → 2, KV heads 2 → 1, layers 4 → 3. Removed layers (from 0): "
-    for card in ((folder / "pruned" / "README.md").read_text(), (folder / "export" / "README.md").read_text()):
-        assert cut in card
-        assert "| layers | 3 blocks of attention and FFN |" in card and "2 query heads, 1 KV heads × 32" in card
-        assert "Mamba" not in card and "Pattern letters" not in card and "mamba_ssm" not in card
-        assert ("(tied)" in card) == TIED[family]
+@pytest.fixture(scope="module")
+def make_teacher(texts, build_blocks, write_checkpoint):
+    """Writes a folder with texts and a teacher in `mine` that reads them; gives the model."""
+
+    def make(folder: Path, name: str, **changes):
+        (folder / "texts").symlink_to(texts / "texts")
+        blocks = build_blocks(name, vocab_size=VOCABULARY, **changes)
+        write_checkpoint(folder / "mine", blocks.model, blocks.config)
+        for path in (texts / "tokenizer").iterdir():
+            (folder / "mine" / path.name).write_bytes(path.read_bytes())
+        return blocks
+
+    return make
 
 
-def test_the_teachers_headline_says_blocks(run):
-    headline = summary_of(run[1])["stages"]["teacher"]["headline"]
-    assert headline.endswith("parameters, 4 blocks of attention and FFN")
+@pytest.fixture(scope="module", params=OWN)
+def block_walk(request, door, make_teacher, tmp_path_factory) -> BlockWalk:
+    folder, settings = tmp_path_factory.mktemp("walk"), (*COMMON, *OWN[request.param])
+    settings = (*settings, f"runs_folder={folder / 'runs'}")
+    make_teacher(folder, request.param)
+    finished = {"all": door(folder, *settings)}
+    assert finished["all"].returncode == 0, finished["all"].stderr
+    for stage, more in (("export", ()), ("generate", ("prompt=import",)), ("merge", ("merge.checkpoints=[prune,distill]",))):
+        finished[stage] = door(folder, *settings, f"stage={stage}", *more)
+        assert finished[stage].returncode == 0, finished[stage].stderr
+    return BlockWalk(request.param, folder, settings, finished)
 
 
-def test_transformers_and_vllm_take_the_export(run):
-    record, said = json.loads((run[1] / "export" / "export.json").read_text()), (run[1].parents[1] / "exported.txt").read_text()
-    assert "transformers takes all" in said and "vLLM takes all" in said
-    expected = {("llama.cpp", "original_max_position_embeddings")} if run[0] == "llama" else set()  # scaled from 256, not from 8,192
-    assert {(one["program"], one["field"]) for one in record["refused"]} == expected
+def test_every_stage_ends_and_the_report_is_there(block_walk):
+    stages = {line.split()[0] for line in block_walk.finished["all"].stdout.splitlines() if line.strip()}
+    wanted = {"data", "teacher", "score", "shortlist", "teacher_cache", "screen", "search", "prune", "distill", "evaluate", "report"}
+    assert wanted | ({"prune_slice", "distill_slice", "against_slice"} if block_walk.name == "qwen3 tied" else set()) <= stages
+    assert (block_walk.folder / "runs" / "own" / "report.html").stat().st_size > 10_000
 
 
-def test_plain_transformers_loads_the_export_and_finds_the_student(run):
-    family, folder = run
-    ids = torch.arange(40).reshape(2, 20) * 7
+def test_the_candidates_are_those_of_the_space(block_walk):
+    candidates = block_walk.summary["candidates"]
+    assert {candidate["id"] for candidate in candidates} == CANDIDATES[block_walk.name]
+    assert all(candidate["zero_shot_loss"] > 0 and candidate["short_distill_loss"] > 0 and candidate["tokens_per_second"] > 0 for candidate in candidates)
+    assert len({candidate["parameters"] for candidate in candidates}) == 2 and sum(candidate["chosen"] for candidate in candidates) == 1
+    assert all(candidate["architecture"]["tied_embeddings"] for candidate in candidates), "though they may be ranked with a head of their own"
+    said = block_walk.finished["all"].stdout
+    assert ("in the rotated basis" in said) == ("refitted to its widths" in said) == (block_walk.name == "qwen3 tied")
+
+
+@pytest.mark.parametrize("model", ["pruned", "student"])
+def test_planned_parameters_are_those_written_and_transformers_loads_them(block_walk, model):
+    models = block_walk.summary["models"]
+    folder, planned = Path(models[model]["path"]), models[model]["parameters"]
+    loaded, architecture = AutoModelForCausalLM.from_pretrained(folder), architecture_from_config(read_config(folder))
+    assert loaded.num_parameters() == Checkpoint(folder).num_parameters == count_total_parameters(architecture) == planned < models["teacher"]["parameters"]
+    assert architecture.num_layers == 3 == loaded.config.num_hidden_layers and "lm_head.weight" not in Checkpoint(folder).entries
+    ids = AutoTokenizer.from_pretrained(folder)("import os\n", return_tensors="pt")
+    assert loaded.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] == ids["input_ids"].shape[1] + 3
+
+
+def test_distillation_lowered_the_kl_to_the_teacher(block_walk):
+    kl = {name: model["evaluation"]["kl_to_teacher_nats_per_token"] for name, model in block_walk.summary["models"].items()}
+    assert kl["teacher"] == 0 < kl["student"] < kl["pruned"]
+
+
+def test_the_card_says_every_size_that_was_cut(block_walk):
+    card = (Path(block_walk.summary["models"]["pruned"]["path"]) / "README.md").read_text()
+    chosen = next(candidate for candidate in block_walk.summary["candidates"] if candidate["chosen"])["architecture"]
+    assert f"hidden 48 → {chosen['hidden']}" in card and "layers 4 → 3" in card and "Removed layers (from 0): " in card and "Mamba" not in card
+    keys = 2 if block_walk.name == "llama tied" else 3
+    cut = f"KV heads {keys} → {chosen['num_key_value_heads']}"
+    assert (cut in card and f"query heads 6 → {chosen['num_attention_heads']}" in card) == (chosen["num_key_value_heads"] < keys)
+
+
+def test_the_export_is_the_student_and_no_program_is_said_to_want_another_family(block_walk):
+    folders = (block_walk.folder / "out", block_walk.summary["models"]["student"]["path"])
+    exported, student = map(AutoModelForCausalLM.from_pretrained, folders)
     with torch.no_grad():
-        exported, student, pruned = (
-            load(path)(ids, use_cache=False).logits
-            for load, path in ((AutoModelForCausalLM.from_pretrained, folder / "export"), (FAMILIES[family].load, folder / "student"),
-                               (FAMILIES[family].load, folder / "pruned"))
-        )  # fmt: skip
-    assert torch.equal(exported, student) and not torch.equal(exported, pruned)
-    assert AutoTokenizer.from_pretrained(folder / "export").decode([300]) != ""
+        assert torch.equal(*(model(torch.arange(40)[None], use_cache=False).logits for model in (exported, student)))
+    text = (block_walk.folder / "out" / "README.md").read_text() + block_walk.finished["export"].stdout
+    assert "nemotron" not in text.lower() and "mamba" not in text.lower() and "vllm serve FOLDER`." in text
+    refused = {"llama tied": [], "qwen3 tied": ["vLLM would not take it: head_dim (10) must be a multiple of 8 and at most 256, for FlashAttention"]}
+    assert [line for line in block_walk.finished["export"].stdout.splitlines() if "would not take it" in line] == refused[block_walk.name]
+
+
+def test_text_is_generated(block_walk):
+    assert "6 tokens" in block_walk.finished["generate"].stdout
+
+
+def test_the_merge_is_the_mean(block_walk):
+    (folder,) = (path.parent / "checkpoint" for path in block_walk.folder.glob("runs/store/merge/*/done.json"))
+    merged, pruned, student = (Checkpoint(path) for path in (folder, *(block_walk.summary["models"][name]["path"] for name in ("pruned", "student"))))
+    assert merged.entries.keys() == pruned.entries.keys()
+    assert all(torch.allclose(merged.read(name), (pruned.read(name) + student.read(name)) / 2, atol=1e-6) for name in merged.entries)
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == merged.num_parameters
+
+
+def test_a_second_run_does_no_stage_again(block_walk, door):
+    again = door(block_walk.folder, *block_walk.settings)
+    assert again.returncode == 0 and again.stdout.count("(already done)") >= 11, again.stdout + again.stderr
+
+
+# A user's mistakes.
+
+
+@pytest.fixture(scope="module")
+def mistaken(door, make_teacher, tmp_path_factory):
+    """Runs a walk of a one-block teacher that is wrong somewhere, gives the one line that it was refused with; `change` is given the folder first."""
+    folders = {}
+
+    def run(name: str, *arguments: str, change=None, **config) -> str:
+        if change or (name, *config) not in folders:
+            folder = folders[(name, *config)] = tmp_path_factory.mktemp("mistake")
+            make_teacher(folder, name, num_hidden_layers=2)
+            written = read_config(folder / "mine")
+            (folder / "mine" / "config.json").write_text(json.dumps(written | config))
+        folder = folders[(name, *config)]
+        if change:
+            change(folder)
+            folders.pop((name, *config))
+        finished = door(folder, *(one for one in COMMON if not one.startswith("search.layers")), "search.layers={values: [1]}", *arguments)
+        assert finished.returncode == 2 and len(finished.error_lines) == 1 and "Traceback" not in finished.stderr + finished.stdout, finished.stderr
+        assert not list(folder.glob("runs/store/score/*/done.json"))
+        return finished.error_lines[0].removeprefix("error: ")
+
+    return run
+
+
+MISTAKES = {
+    "counted only": ("llama tied", {"model_type": "mamba2", "num_heads": 12, "head_dim": 8, "n_groups": 1, "state_size": 4}, ("stage=score",),
+                     "model_type 'mamba2' cannot be pruned; supported: nemotron_h, llama, qwen3 (only counted, by python -m memory_budget: mamba2, "),
+    "quantised": ("llama tied", {"quantization_config": {"quant_method": "awq"}}, ("stage=score",), "quantization_config is there (awq)"),
+    "windows": ("qwen3 tied", {"use_sliding_window": True, "sliding_window": 16}, ("stage=teacher",), "use_sliding_window is true with a window of 16 tokens"),
+    "no axis": ("llama tied", {}, ("stage=search", "search.attention_channels={values: [4]}"), "search.attention_channels is no setting"),
+    "another family's axis": ("llama tied", {}, ("stage=search", "search.mamba_heads={low: 0.5}"),
+                              "search.mamba_heads is given, but a llama has no such axis; it has layers, hidden, ffn, attention_heads, key_value_heads"),
+    "floors": ("llama tied", {}, ("stage=search", "search.floors={attention: 2}"), "search.floors keeps 2 layers of kind '*'; the teacher's layers are"),
+    "ceilings": ("llama tied", {}, ("stage=score", "scoring.ceilings={attention: 1}"),
+                 "scoring.ceilings keeps at most 1 layers of kind '*'; the teacher's layers are"),
+    "an equation": ("llama tied", {}, ("stage=search", "search.hidden={values: [40]}"),
+                    "hidden % num_attention_heads == 0 holds for no options of search.hidden (40) and search.attention_heads (6)"),
+    "a fixed equation": ("llama tied", {}, ("stage=search", "search.fixed.hidden=40"), "the student breaks hidden % num_attention_heads == 0"),
+    "twice": ("llama tied", {}, ("stage=search", "search.fixed={mamba_heads: 4, mamba_num_heads: 6}"),
+              "search.fixed has mamba_heads (4) and mamba_num_heads (6), two names of one size; give one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_before_any_work(name, mistaken):
+    teacher, config, arguments, said = MISTAKES[name]
+    assert said in mistaken(teacher, *arguments, **config)
+
+
+@pytest.mark.parametrize("stage", ["teacher", "base"])
+def test_a_tied_checkpoint_with_another_head_is_refused(stage, mistaken, build_blocks):
+    def add_head(folder: Path) -> None:
+        own = Checkpoint(folder / "mine")
+        state = {name: own.read(name) for name in own.entries}
+        (folder / "other").mkdir()
+        for path in (folder / "mine").iterdir():
+            (folder / "other" / path.name).write_bytes(path.read_bytes())
+        wrong = folder / ("mine" if stage == "teacher" else "other")
+        save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"] + 1}, wrong / "model.safetensors", metadata={"format": "pt"})
+
+    said = mistaken("llama tied", f"stage={stage}", *(["base.path=other"] if stage == "base" else []), change=add_head)
+    assert "tie_word_embeddings is true" in said and "lm_head.weight holds other values than model.embed_tokens.weight" in said
