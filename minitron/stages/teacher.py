@@ -3,6 +3,7 @@
 from typing import Any
 
 from distill.engines.sharing import check_sharing
+from minitron.families.known import family_of
 from minitron.settings.gguf_teacher import gguf_header, gguf_teacher_digest
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings
@@ -34,17 +35,13 @@ def check(settings: Settings) -> None:
     if is_trained(settings):
         check_sharing(settings.teacher.train.batch, settings.teacher.train.micro_batch, 1)
         settings.data.check_tokens("teacher.train", settings.teacher.train)
-    elif is_converted(settings):
-        teacher_architecture(settings)
-    elif is_stored(settings):
+        return
+    family_of(teacher_config(settings))
+    if is_stored(settings):
         teacher_architecture(settings)
         if settings.data.arithmetic.problems:
             raise ValueError(f"data.arithmetic.problems is {settings.data.arithmetic.problems}; the tiny teacher that comes with the package has seen none: "
                              "teacher.train_anew=true trains one on them")  # fmt: skip
-    else:
-        from minitron.families.known import family_of  # brings torch, which a run that finds everything done goes without
-
-        family_of(teacher_config(settings))
 
 
 def run(context: StageContext) -> dict:
