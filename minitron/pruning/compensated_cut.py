@@ -47,7 +47,7 @@ def write_compensated(context: StageContext, family: Family, plan: PruningPlan, 
     Raises ValueError as CompensatedCut does, and before anything is loaded where the device's memory is too small for it.
     """
     settings, source, device = context.settings.prune, context.base_folder, pick_device(context.settings)
-    rows, recipe = calibration_rows(context, calibration_samples(context.settings)), _recipe(settings)
+    rows, recipe = calibration_rows(context, calibration_samples(context.settings)), _recipe(settings, plan.student)
     base = _streamed(family, source, read_config(source), plan.teacher, device)
     widest = max(dtype.itemsize for dtype in _stored_dtypes(base).values())
     check_memory(plan, recipe, rows, *process_memory_bytes(device), number_bytes=widest)
@@ -164,11 +164,18 @@ def compensated_model(context: StageContext, family: Family, plan: PruningPlan) 
     settings, source = context.settings.prune, context.base_folder
     base = _streamed(family, source, read_config(source), plan.teacher, pick_device(context.settings))
     batches = batches_of(calibration_rows(context, candidate_samples(context.settings)), settings.batch, base.device)
-    return build_compensated(base, plan, batches, _recipe(settings), config=base.config, dtypes=_stored_dtypes(base))
+    return build_compensated(base, plan, batches, _recipe(settings, plan.student), config=base.config, dtypes=_stored_dtypes(base))
 
 
-def _recipe(settings: PruneSettings) -> Recipe:
-    directions = settings.directions.value if settings.rotate else None
+def _directions(settings: PruneSettings, student: Architecture) -> str:
+    """By loss, but by variance for a head that is the table of embeddings and cannot be refitted (docs/compensated.md)."""
+    if settings.directions is not None:
+        return settings.directions.value
+    return "variance" if student.tied_embeddings else "loss"
+
+
+def _recipe(settings: PruneSettings, student: Architecture) -> Recipe:
+    directions = _directions(settings, student) if settings.rotate else None
     return Recipe(directions, settings.refit_reading, settings.refit_writing, settings.ridge, settings.direction_samples)
 
 

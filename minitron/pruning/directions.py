@@ -11,7 +11,8 @@ part outside U is known exactly, and a Schur complement is the inverse of a bloc
     ½ Σ_s tr[(Uᵀ C_s⁻¹ U)⁻¹ Uᵀ F_s U].
 
 With one site that is an eigenproblem: U spans the first r of L·v, where C = L Lᵀ and v are the eigenvectors of Lᵀ F L by ascending eigenvalue. With
-more it is minimised from there, with C and F of all sites together, by L-BFGS over U = qr(A).
+more it is minimised from there, with C and F of all sites together, by L-BFGS over U = qr(A). A head that is the table of embeddings is not
+refitted: what it is given in the directions U is lost to it, and there the rise is ½ tr[Uᵀ C U Uᵀ F U].
 
 Letters: S norm inputs ("sites") or runs of them, D hidden of the base, K hidden of the student, r = D − K.
 """
@@ -49,7 +50,8 @@ def stream_basis(base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.T
         left_out_Dr = principal_basis(stream_covariance(base, batches, epsilon, on_layer))[:, kept:]
     else:
         some = batches_of(spread_rows(torch.cat(list(batches)).cpu().numpy(), samples), len(batches[0]), base.device)
-        left_out_Dr = least_needed(stream_moments(base, some, epsilon, scratch=scratch, on_layer=on_layer), hidden - kept)
+        left_out_Dr = least_needed(stream_moments(base, some, epsilon, scratch=scratch, on_layer=on_layer), hidden - kept,
+                                   tied=plan.student.tied_embeddings)  # fmt: skip
     if not plan.student.tied_embeddings:
         return basis_without(left_out_Dr)
     ((_, weight_D),) = base.stored_rows(f"{base.family.outside_names['norm']}weight")
@@ -77,18 +79,28 @@ def channel_basis(kept: Indices | None, hidden: int, device: torch.device) -> to
 
 
 @torch.no_grad()
-def least_needed(moments: Moments, number: int) -> torch.Tensor:
-    """The orthonormal directions [D, number], float64, that the loss can best do without; see the file's top. Uses the covariances up."""
+def least_needed(moments: Moments, number: int, *, tied: bool = False) -> torch.Tensor:
+    """The orthonormal directions [D, number], float64, that the loss can best do without; see the file's top. Uses the covariances up. `tied` says that
+    the last site is read by a head that cannot be refitted.
+    """
     covariances_SDD, fishers_SDD = moments.covariances_SDD, moments.fishers_SDD
     diagonals_SD = covariances_SDD.diagonal(dim1=1, dim2=2)
     diagonals_SD += RIDGE * diagonals_SD.mean(1, keepdim=True)
     factor_DD = torch.linalg.cholesky(covariances_SDD.mean(0))
     needs_DD = factor_DD.T @ fishers_SDD.sum(0) @ factor_DD
     start_Dr = torch.linalg.qr(factor_DD @ torch.linalg.eigh(needs_DD)[1][:, :number])[0]
+    at_head_DD = covariances_SDD[-1].clone() if tied else None
     precisions_SDD = covariances_SDD
     for precision_DD in precisions_SDD:
         precision_DD.copy_(torch.cholesky_inverse(torch.linalg.cholesky(precision_DD)))
-    return _minimised(start_Dr, lambda left_out_Dr: expected_rise(left_out_Dr, precisions_SDD, fishers_SDD))
+
+    def rise(left_out_Dr: torch.Tensor) -> torch.Tensor:
+        if at_head_DD is None:
+            return expected_rise(left_out_Dr, precisions_SDD, fishers_SDD)
+        lost_rr, needed_rr = (left_out_Dr.T @ (matrix_DD @ left_out_Dr) for matrix_DD in (at_head_DD, fishers_SDD[-1]))
+        return expected_rise(left_out_Dr, precisions_SDD[:-1], fishers_SDD[:-1]) + (lost_rr * needed_rr.T).sum() / 2
+
+    return _minimised(start_Dr, rise)
 
 
 def expected_rise(left_out_Dr: torch.Tensor, precisions_SDD: torch.Tensor, fishers_SDD: torch.Tensor) -> torch.Tensor:

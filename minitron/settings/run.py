@@ -229,7 +229,7 @@ class PruneSettings:
     method: PruneMethod = PruneMethod.slice
     samples: int | None = None
     rotate: bool = True
-    directions: Directions = Directions.loss
+    directions: Directions | None = None
     direction_samples: int = 8
     refit_reading: bool = True
     refit_writing: bool = True

@@ -23,7 +23,8 @@ COMPENSATED = {**ALWAYS, "prune": "b296c7d8cd86", "screen": "0cfa09f9e79a", "sho
 
 def settings(method: PruneMethod, **search) -> Settings:
     widths = {"hidden": AxisSettings(low=0.5), "ffn": AxisSettings(low=0.5)}
-    return Settings(teacher=TeacherSettings(tiny=TINY, train_anew=True), search=SearchSettings(**widths | search), prune=PruneSettings(method=method))
+    prune = PruneSettings(method=method, samples=64)  # what was the default then
+    return Settings(teacher=TeacherSettings(tiny=TINY, train_anew=True), search=SearchSettings(**widths | search), prune=prune)
 
 
 def digest(said: object) -> str:
