@@ -50,11 +50,9 @@ def check_is_cut(teacher: Architecture, student: Architecture, kept_layers: tupl
     for name in WIDTHS:
         if getattr(student, name) > getattr(teacher, name):
             raise ValueError(f"{name} of the student ({getattr(student, name)}) must be at most the teacher's ({getattr(teacher, name)})")
-    for name in ("vocab", "mamba_num_groups", "mamba_state_size", "mamba_conv_kernel", "attention_head_dim"):
+    for name in ("vocab", "mamba_num_groups", "mamba_state_size", "mamba_conv_kernel", "attention_head_dim", "tied_embeddings"):
         if getattr(student, name) != getattr(teacher, name):
             raise ValueError(f"{name} of the student ({getattr(student, name)}) must equal the teacher's ({getattr(teacher, name)}); it is not a cut axis")
-    if student.tied_embeddings and not teacher.tied_embeddings:
-        raise ValueError("tied_embeddings of the student is true; the teacher's embeddings and head are two matrices, which cannot be one")
     if teacher.num_key_value_heads and student.num_attention_heads * teacher.num_key_value_heads > teacher.num_attention_heads * student.num_key_value_heads:
         raise ValueError(f"{student.num_attention_heads} query heads for {student.num_key_value_heads} KV heads are more for each than the teacher has "
                          f"({teacher.num_attention_heads} for {teacher.num_key_value_heads}); a cut only makes it smaller")  # fmt: skip
