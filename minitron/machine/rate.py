@@ -19,4 +19,6 @@ def product_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def duration(hours: float) -> str:
-    return f"{hours / 8766:,.1f} years" if hours > 8766 else f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.0f} minutes"
+    if hours < 1:
+        return f"{hours * 60:,.0f} minutes" if hours * 60 >= 1.5 else f"{hours * 3600:,.0f} seconds"
+    return f"{hours / 8766:,.1f} years" if hours > 8766 else f"{hours:,.1f} hours"
