@@ -161,9 +161,10 @@ def _check_time(context: StageContext, config: dict, launch: Launch) -> None:
     settings = context.settings
     lengths = [parts[0].data.sequence_length for parts in phase_parts(settings)]
     trains = settings.distill.trains()
-    teacher = teacher_architecture(settings)
-    flops = training_flops(architecture_from_config(config), None if settings.distill.cached else teacher, list(zip(trains, lengths, strict=True)))
-    told = check_time(flops, pick_device(settings), trains[0].precision, processes=launch.world_size, max_hours=settings.distill.max_hours)
+    student, teacher = architecture_from_config(config), teacher_architecture(settings)
+    flops = training_flops(student, None if settings.distill.cached else teacher, list(zip(trains, lengths, strict=True)))
+    told = check_time(flops, pick_device(settings), trains[0].precision, processes=launch.world_size, max_hours=settings.distill.max_hours,
+                      has_mamba="M" in student.pattern)  # fmt: skip
     if told:
         context.console.say(f"  distill  {told}")
 

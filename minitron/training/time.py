@@ -33,22 +33,26 @@ def training_flops(student: Architecture, teacher: Architecture | None, phases: 
         if model is None:
             return 0
         attention = model.pattern.count("*") * 2 * length * model.num_attention_heads * model.attention_head_dim
-        return 2 * (count_total_parameters(model) - count_parameters(model)["embedding"]) + attention
+        looked_up = count_parameters(model)["embedding"] if model.has_own_head else 0  # a tied table is the head's matrix too
+        return 2 * (count_total_parameters(model) - looked_up) + attention
 
     return sum(train.tokens * (3 * forward(student, length) + forward(teacher, length)) for train, length in phases)
 
 
-def check_time(flops: int, device: torch.device, precision: Precision, *, processes: int, max_hours: float | None) -> str | None:
-    """What to say of a run's least duration where kernels are missing and it is above a minute.
+def check_time(flops: int, device: torch.device, precision: Precision, *, processes: int, max_hours: float | None, has_mamba: bool = True) -> str | None:
+    """What to say of a run's least duration where it is above a minute: on a CPU, and for models with Mamba-2 layers wherever kernels for them are missing.
 
     Raises ValueError where that is more than `max_hours` (None: no limit).
     """
-    reason = without_kernels(device)
-    if reason is None:
+    if has_mamba and (reason := without_kernels(device)) is not None:
+        why = f"without fused Mamba-2 kernels ({reason})"
+    elif device.type == "cpu":
+        why = "on a CPU"
+    else:
         return None
     rate = product_flops_per_second(device, torch.bfloat16 if precision is Precision.bf16 else torch.float32)
     hours = flops / rate / processes / 3600
-    told = f"without fused Mamba-2 kernels ({reason}) this run takes at least {duration(hours)} "
+    told = f"{why} this run takes at least {duration(hours)} "
     told += f"({flops:.1e} FLOP of matrix products at {rate / 1e12:.2f} TFLOP/s in each of {processes} processes)"
     if max_hours is not None and hours > max_hours:
         raise ValueError(f"distill.max_hours is {max_hours:g}; {told}; raise it (null: no limit), train on fewer tokens, or where the kernels are")
