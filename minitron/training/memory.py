@@ -9,13 +9,13 @@ import importlib.util
 import os
 from dataclasses import dataclass, fields, replace
 
-from distill.chunked_loss import chunk_tokens
+from distill.chunk_sizes import chunk_tokens
 from distill.engines.launch import Launch
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_parameters, count_total_parameters, layer_parameters
 from memory_budget.units import format_gib
-from minitron.machine.device import available_memory_bytes
-from minitron.mamba.chunks import CHUNK_TOKENS
+from minitron.machine.memory import available_memory_bytes
+from minitron.mamba.block_sizes import SCAN_TOKENS
 from minitron.settings.training import Optimizer, Precision, TrainSettings
 from minitron.training.gpu_memory import BF16, FLOAT32, MicroStep, Moment
 
@@ -174,7 +174,7 @@ def _layer_activations(model: Architecture, letter: str, *, by_blocks: bool) -> 
     if letter == "M":  # in_proj's output, the scan's, the gated norm's; by blocks also the convolution's and the states between chunks
         mixer = model.mamba_inner + model.mamba_conv_channels + model.mamba_num_heads + 2 * model.mamba_inner
         if by_blocks:
-            mixer += model.mamba_conv_channels + model.mamba_inner * model.mamba_state_size // CHUNK_TOKENS
+            mixer += model.mamba_conv_channels + model.mamba_inner * model.mamba_state_size // SCAN_TOKENS
     elif letter == "*":  # queries, keys, values, their weighted sum
         mixer = 2 * (model.num_attention_heads + model.num_key_value_heads) * model.attention_head_dim
     elif model.ffn_gated:  # gate, its activation, up, their product
