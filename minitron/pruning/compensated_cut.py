@@ -16,6 +16,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from distill.batches import count_tokens
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
@@ -24,9 +25,10 @@ from minitron.checkpoints.placement import StreamedModel, ids_and_mask
 from minitron.checkpoints.shards import write_weights
 from minitron.families.base import Family
 from minitron.machine.device import pick_device, process_memory_bytes
+from minitron.machine.pace import pace_here
 from minitron.pruning.basis import Basis
 from minitron.pruning.compensate import CompensatedCut, build_compensated
-from minitron.pruning.cut_cost import check_memory, cut_line, few_tokens_note
+from minitron.pruning.cut_cost import CutCost
 from minitron.pruning.damage import walked_loss
 from minitron.pruning.directions import stream_basis
 from minitron.pruning.plan import PruningPlan, Recipe, recipe_of
@@ -49,10 +51,11 @@ def write_compensated(context: StageContext, family: Family, plan: PruningPlan, 
     rows, recipe = calibration_rows(context, calibration_samples(context.settings)), recipe_of(settings, plan.student)
     base = _streamed(family, source, read_config(source), plan.teacher, device)
     widest = max(dtype.itemsize for dtype in _stored_dtypes(base).values())
-    check_memory(plan, recipe, rows, *process_memory_bytes(device), number_bytes=widest)
+    cost = CutCost(plan.teacher, plan.student, recipe, len(rows), count_tokens(rows), widest)
+    cost.check_memory(*process_memory_bytes(device))
     batches = batches_of(rows, settings.batch, device)
-    context.console.say(f"    prune  {cut_line(plan, recipe, rows, device, number_bytes=widest)}")
-    if note := few_tokens_note(plan, recipe, rows):
+    context.console.say(f"    prune  {cost.line(pace_here(str(device.type)))}")
+    if note := cost.few_tokens_note():
         context.console.say(f"    prune  {note}")
     kept_basis = context.folder / BASIS_FILE
     turns = plan.student.hidden < plan.teacher.hidden and not kept_basis.exists()

@@ -59,13 +59,22 @@ def _nothing(_settings: Settings) -> None:
     """There is nothing to check."""
 
 
+def _any_rows(_settings: Settings, _rows: int, _told: str) -> None:
+    """The stage takes as many rows as there are."""
+
+
+def _silent(_settings: Settings, _console: Console) -> None:
+    """Nothing is said before other stages work."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredStage:
     """A stage whose result is kept in the store.
 
     `version` rises when results change for the same settings; `needs` names the stages whose results are its inputs; `what` gives, as plain values,
     the settings that its results follow from; `check` refuses what can be refused before any work (ValueError); `run` works in the context's folder and
-    returns plain facts, "headline" and, where it leaves a model, "path" among them. Only `run` may import what brings torch.
+    returns plain facts, "headline" and, where it leaves a model, "path" among them. Only `run` may import what brings torch. `check_rows` refuses, as soon as
+    it is known how many train rows of the data there are, or at most ("only" or "at most" is said of the number), what needs more of them.
 
     A `parallel` stage runs in every process of `accelerate launch`; the others run in the first while the rest wait. `ends_all` says whether stage=all
     includes it for its own sake, `ends_first_lap` whether it, asked for by name, is the first of two laps' last one, `in_one_lap` whether the walk to it has
@@ -77,6 +86,7 @@ class StoredStage:
     what: Callable[[Settings], Any]
     run: Callable[[StageContext], dict]
     check: Callable[[Settings], None] = _nothing
+    check_rows: Callable[[Settings, int, str], None] = _any_rows
     parallel: bool = False
     per_candidate: PerCandidate | None = None
     ends_all: Callable[[Settings], bool] = _never
@@ -86,7 +96,10 @@ class StoredStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsingStage:
-    """A stage that uses what is done: it has no other stage run and keeps nothing in the store. Of the laps that it is given the last is the run's."""
+    """A stage that uses what is done: it has no other stage run and keeps nothing in the store. Of the laps that it is given the last is the run's; one that
+    `looks_ahead` is given none, and needs no runs folder. `before` says, and refuses, what it can before any stored stage works."""
 
     run: Callable[[Settings, Sequence[Lap], Console], None]
     check: Callable[[Settings], None] = _nothing
+    looks_ahead: bool = False
+    before: Callable[[Settings, Console], None] = _silent
