@@ -15,6 +15,7 @@ from memory_budget.units import GIB
 from minitron.machine.memory import process_share_bytes
 from minitron.machine.pace import Pace, device_pace, gpu_names, pace_here
 from minitron.plan.costs import Cost, LapView, cost_of
+from minitron.plan.done import DEPTH, WIDTHS, Done
 from minitron.plan.downloads import download_bytes
 from minitron.plan.students import students_of
 from minitron.settings.derived import budget_of, workload_of
@@ -27,7 +28,6 @@ from nas.axes import AXES
 
 WEIGHTS_DTYPES = ("bf16", "fp8", "int4")  # that the uncut teacher is weighed in
 TRAINING = ("screen", "distill", "distill_slice", "distill_whole")
-DEPTH, WIDTHS = "depth", "widths"
 # Settings that decide what a stage takes; those of a group as they are in it.
 DECIDED_BY = {
     "teacher": ("teacher.path", "teacher.gguf", "teacher.package", "teacher.train_anew"),
@@ -142,7 +142,7 @@ def most_on_disk(stages: Collection[StagePlan]) -> int:
     return most
 
 
-def plan_of(settings: Settings, done: Collection[tuple[str, str]] = ()) -> Plan:
+def plan_of(settings: Settings, done: Done = frozenset()) -> Plan:
     """The plan of a run under these settings; for a stage that uses what is done, of stage=all. `done` names stages, with their laps, that are known to be
     done.
 
@@ -231,7 +231,7 @@ def stored_width(settings: Settings) -> int:
     return 4 if str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.") in ("float32", "float64") else 2
 
 
-def _stage_plan(name: str, lap: str, view: LapView, pace: Pace | None, done: Collection[tuple[str, str]]) -> StagePlan:
+def _stage_plan(name: str, lap: str, view: LapView, pace: Pace | None, done: Done) -> StagePlan:
     cost: Cost = cost_of(name, view)
     seconds = pace.seconds(cost.work, shared=cost.shared) * cost.times if pace else None
     return StagePlan(name, lap, cost.times, seconds, cost.held, cost.kept * cost.times, cost.scratch, cost.tokens * cost.times,

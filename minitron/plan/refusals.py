@@ -11,6 +11,7 @@ from memory_budget.parameters import count_total_parameters
 from memory_budget.units import format_gib
 from minitron.machine.memory import process_share_bytes
 from minitron.plan.costs import Cost, LapView, cost_of
+from minitron.plan.done import Done
 from minitron.plan.plan import lap_views, on_gpu
 from minitron.plan.text_size import text_size
 from minitron.pruning.cut_cost import CutCost
@@ -21,18 +22,18 @@ from minitron.settings.training import TrainSettings
 from minitron.text.blends import phase_parts
 from minitron.training.memory import PhaseMemory, check_fits, state_bytes
 from minitron.training.time import check_hours, training_flops
+from minitron.walk.pipeline import check_before_work as check_settings
 from minitron.walk.pipeline import check_rows
+from minitron.walk.store import DONE
 
 CERTAIN_DISK = 0.95  # of the bytes that are counted: tensors to the byte, and little else
 
 
-def check_before_work(settings: Settings) -> None:
-    """Raises ValueError, one line that names the setting, its value and what would work; for the machine that the run is on, whatever plan.device is.
-
-    What is done already counts for the run: all that the store holds is taken off what is to be written.
-    """
+def check_before_work(settings: Settings, done: Done) -> None:
+    """Raises ValueError, one line that names the setting, its value and what would work; for the machine that the run is on, whatever plan.device is, and for
+    what is not `done` already."""
     settings = replace(settings, plan=PlanSettings())
-    views = [(lap, _with_smallest(view), names) for lap, view, names in lap_views(settings)]
+    views = [(lap, _with_smallest(view), [name for name in names if (name, lap) not in done]) for lap, view, names in lap_views(settings)]
     if (most := text_size(settings.data, views[0][1].teacher.vocab).most_rows) is not None:
         check_rows(settings, most, "at most")
     for _, view, names in views:
@@ -42,12 +43,13 @@ def check_before_work(settings: Settings) -> None:
     check_disk(settings, views)
 
 
-def refused_because(settings: Settings) -> str | None:
+def refused_because(settings: Settings, done: Done) -> str | None:
     """What check_before_work would say on this machine; None where it would pass, and for another device, whose disk and kernels nobody knows here."""
     if settings.plan.device is not None:
         return None
     try:
-        check_before_work(settings)
+        check_settings(settings)
+        check_before_work(settings, done)
     except ValueError as error:
         return str(error)
     return None
@@ -88,7 +90,7 @@ def _check_training(view: LapView, train: TrainSettings, length: int, cached: bo
 
 
 def check_disk(settings: Settings, views: list[tuple[str, LapView, list[str]]]) -> None:
-    """More bytes to be written than the runs folder's file system has free, and all that the store has already, together."""
+    """More bytes to be written than the runs folder's file system has free, with those of half made results, which one of them may go on from."""
     folder = _existing(Path(settings.runs_folder))
     free, kept, most, why = shutil.disk_usage(folder).free, 0.0, 0.0, ""
     for lap, view, names in views:
@@ -101,7 +103,7 @@ def check_disk(settings: Settings, views: list[tuple[str, LapView, list[str]]]) 
             if kept + scratch > most:
                 most, why = kept + scratch, f"{lap} {name}".strip()
     needed = int(most * CERTAIN_DISK)
-    if needed > free and needed > free + _bytes_under(Path(settings.runs_folder) / "store"):
+    if needed > free and needed > free + _half_made_bytes(Path(settings.runs_folder) / "store"):
         raise ValueError(f"runs_folder is {settings.runs_folder!r}, whose file system has {format_gib(free)} free; until {why} this run writes at least "
                          f"{format_gib(needed)}, saved states among it: free so much, or set runs_folder to where it is")  # fmt: skip
 
@@ -116,8 +118,10 @@ def _certain_scratch(name: str, view: LapView, cost: Cost) -> int:
     return 0
 
 
-def _bytes_under(folder: Path) -> int:
-    return sum(os.lstat(os.path.join(place, name)).st_size for place, _, names in os.walk(folder) for name in names)
+def _half_made_bytes(store: Path) -> int:
+    """Of results that are not whole."""
+    half_made = [folder for folder in store.glob("*/*") if folder.is_dir() and not (folder / DONE).exists()]
+    return sum(os.lstat(os.path.join(place, name)).st_size for folder in half_made for place, _, names in os.walk(folder) for name in names)
 
 
 def _existing(folder: Path) -> Path:
