@@ -20,7 +20,9 @@ LAPS = {lap: f"{ordinal} lap, " * bool(ordinal) for lap, ordinal in ORDINALS.ite
 
 
 def begin(settings: Settings, console: Console) -> None:
-    """The first lines of a run. Raises ValueError, after them, for what cannot end well."""
+    """The first lines of a run. Raises ValueError, after them, for what cannot end well. A merge is no walk, and says enough itself."""
+    if settings.stage.value == "merge":
+        return
     done = done_stages(settings, quickly=False)
     for line in lines(plan_of(settings, done)):
         console.say(line)
@@ -39,8 +41,9 @@ def print_plan(settings: Settings, console: Console) -> None:
 
 def lines(plan: Plan) -> list[str]:
     """What a run says first: what is cut, whether it fits, time, memory and disk; at most six lines."""
+    cut = (_cut_line(plan), _uncut_line(plan)) if plan.cuts else ()
     ahead = (_space_line(plan), *_other_lines(plan)) if plan.ahead else ()
-    return [f"{'plan':>9}  {text}" for text in (_cut_line(plan), _uncut_line(plan), _time_line(plan), *ahead)]
+    return [f"{'plan':>9}  {text}" for text in (*cut, _time_line(plan), *ahead)]
 
 
 def table(plan: Plan) -> list[str]:

@@ -11,14 +11,14 @@ from memory_budget.parameters import count_total_parameters
 from memory_budget.units import format_gib
 from minitron.machine.memory import process_share_bytes
 from minitron.plan.costs import Cost, LapView, cost_of
-from minitron.plan.done import Done
+from minitron.plan.done import DEPTH, Done
 from minitron.plan.plan import lap_views, on_gpu
 from minitron.plan.text_size import text_size
 from minitron.pruning.cut_cost import CutCost
 from minitron.pruning.plan import recipe_of
 from minitron.settings.derived import calibration_samples, candidate_samples, has_ladder
 from minitron.settings.run import PlanSettings, PruneMethod, Settings
-from minitron.settings.training import TrainSettings
+from minitron.settings.training import Rows, TrainSettings
 from minitron.text.blends import phase_parts
 from minitron.training.memory import PhaseMemory, check_fits, state_bytes
 from minitron.training.time import check_hours, training_flops
@@ -36,8 +36,9 @@ def check_before_work(settings: Settings, done: Done) -> None:
     views = [(lap, _with_smallest(view), [name for name in names if (name, lap) not in done]) for lap, view, names in lap_views(settings)]
     if (most := text_size(settings.data, views[0][1].teacher.vocab).most_rows) is not None:
         check_rows(settings, most, "at most")
-    for _, view, names in views:
+    for lap, view, names in views:
         check_times(view, names)
+        check_screened_rows(lap, view, names)
         if not on_gpu(settings):
             check_memory(view, names)
     check_disk(settings, views)
@@ -65,6 +66,17 @@ def check_times(view: LapView, names: list[str]) -> None:
     check_hours(flops, phases[0][0].precision, processes=view.launch.world_size, max_hours=settings.distill.max_hours, has_mamba="M" in view.student.pattern)
 
 
+def check_screened_rows(lap: str, view: LapView, names: list[str]) -> None:
+    """Screens learn from as many rows as hold their tokens: fewer of them than a batch cannot be drawn."""
+    train = view.settings.screen.train
+    if "screen" not in names or not has_ladder(view.settings) or view.settings.data.rows is not Rows.windows:
+        return
+    if train.batch > -(-train.tokens // view.length):
+        name = "depth_lap.screen_tokens" if lap == DEPTH else "screen.train.tokens"
+        raise ValueError(f"{name} is {train.tokens:,}; it must be at least one batch of screen.train.batch, {train.batch:,} rows of data.sequence_length: "
+                         f"{train.batch * view.length:,}")  # fmt: skip
+
+
 def check_memory(view: LapView, names: list[str]) -> None:
     """What the stages themselves refuse, by what is free now."""
     settings, (available, place) = view.settings, process_share_bytes()
@@ -79,7 +91,7 @@ def check_memory(view: LapView, names: list[str]) -> None:
             _check_training(view, train, parts[0].data.sequence_length, settings.distill.cached, "distill", available, place)
     if settings.prune.method is PruneMethod.compensated and {"prune", "screen"} & set(names):
         samples = calibration_samples(settings, view.base) if "prune" in names else candidate_samples(settings, view.base)
-        if settings.data.rows.name == "windows":  # padded ones have fewer tokens
+        if settings.data.rows is Rows.windows:  # padded ones have fewer tokens
             samples = min(samples, text_size(settings.data, view.teacher.vocab).most_rows or samples)
             CutCost(view.base, view.student, recipe_of(settings.prune, view.student), samples, samples * view.length, view.width).check_memory(available, place)
 

@@ -18,7 +18,7 @@ from minitron.plan.console import lines, table
 from minitron.plan.plan import TRAINING, Plan, StagePlan, lap_views, most_on_disk, plan_of
 from minitron.plan.refusals import check_before_work, check_disk, refused_because
 from minitron.plan.text_size import text_size
-from minitron.settings.run import DataSettings, Embedded, PlanSettings, Settings
+from minitron.settings.run import DataSettings, Embedded, PlanSettings, Settings, Stage
 from minitron.settings.search import FixedSettings
 from minitron.settings.teachers import CONF_FOLDER
 from minitron.text.embedded import Document, source_files
@@ -267,11 +267,38 @@ def test_batches_larger_than_the_data_are_refused_by_their_own_name(own, tmp_pat
     check_rows(fewer, 150, "only")
 
 
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF_FOLDER / "experiment").glob("*.yaml")))
+def test_every_experiment_has_a_plan(experiment, composed, monkeypatch, tmp_path):
+    smollm2 = llama(tmp_path, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152)
+    overrides = {
+        "smollm2": ["teacher.package=null", f"teacher.path={smollm2}"],  # whose package is not installed everywhere
+        "own": ["teacher.path=a/b", "teacher.config=architectures/nemotron-nano-12b-v2-base.json", "budget.name=l4"],
+    }
+    monkeypatch.setenv("HF_HUB_CACHE", "/nowhere")
+    settings = composed(experiment, "plan.device=l4", *overrides.get(experiment, []))
+    plan = plan_of(settings)
+    assert plan.seconds > 0 and plan.disk_bytes > 0 and plan.memory_bytes > 0 and all(stage.seconds >= 0 for stage in plan.stages)
+    assert {stage.stage for stage in plan.stages} >= {"teacher", "data", "score", "prune", "distill", "evaluate"}
+    on_the_hub = settings.teacher.path is not None and experiment != "smollm2"
+    assert plan.download_bytes == (plan.teacher_parameters * 2 if on_the_hub else 0)
+
+
+def test_what_cuts_nothing_needs_no_budget(composed):
+    settings = composed("tiny", "budget.device_gib=0.0001")
+    plan = plan_of(replace(settings, stage=Stage.score, depth_lap=replace(settings.depth_lap, enabled=False)))
+    assert [stage.stage for stage in plan.stages] == ["teacher", "data", "score"] and not plan.cuts and len(lines(plan)) == 2
+    with pytest.raises(ValueError, match="set_aside_gib .* must leave memory free"):
+        plan_of(settings)
+
+
 def test_screens_are_held_against_the_data_too(composed):
     settings = composed("tiny")
     with pytest.raises(ValueError, match=r"^screen.train.batch is 4, but the data has only 3 train rows"):
         check_rows(replace(settings, distill=replace(settings.distill, train=replace(settings.distill.train, batch=1))), 3, "only")
     check_rows(settings, 4, "only")
+    check_before_work(settings, frozenset())
+    with pytest.raises(ValueError, match=r"^depth_lap.screen_tokens is 768; it must be at least one batch of screen.train.batch, 4 rows .*: 1,024"):
+        check_before_work(replace(settings, depth_lap=replace(settings.depth_lap, screen_tokens=768)), frozenset())
 
 
 def test_hours_are_refused_by_what_products_take_at_least(own, machine):
