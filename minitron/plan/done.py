@@ -24,7 +24,11 @@ def done_stages(settings: Settings, *, quickly: bool) -> Done:
     if download_bytes(settings, 1) or (quickly and not _is_quick(settings)):
         return frozenset()
     names, found = ("",) if depth_lap(settings) is None else (DEPTH, WIDTHS), set()
-    for lap, name in zip(finished_laps(settings), names, strict=False):
+    try:
+        laps = finished_laps(settings)
+    except ValueError:  # a teacher whose weights are not there yet, say: its own stage tells
+        return frozenset()
+    for lap, name in zip(laps, names, strict=False):
         for stage in order_of(lap.settings):
             each = stored_stages()[stage].per_candidate
             labels = [label for label in lap.results if stage_of(label) == stage]
