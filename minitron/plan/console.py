@@ -30,7 +30,7 @@ def begin(settings: Settings, console: Console) -> None:
 
 
 def print_plan(settings: Settings, console: Console) -> None:
-    """The whole plan, and what a run would refuse, or that nothing would be."""
+    """The whole plan, and what a run would refuse of it."""
     settings = replace(settings, stage=Stage.all)
     done = done_stages(settings, quickly=True)
     for line in table(plan_of(settings, done)):
@@ -59,9 +59,9 @@ def table(plan: Plan) -> list[str]:
 def _cut_line(plan: Plan) -> str:
     cut = ", ".join(f"{AXES[axis].title} {_range(low, high)} of {whole:,}" for axis, (low, high, whole) in plan.ranges.items()) or "nothing is cut"
     verdict = "fits" if plan.student_fits else "does not fit"
-    kind = "" if plan.fixed else " about"
-    return (f"{cut}: {_count(plan.teacher_parameters)} → {kind.lstrip()}{' ' * bool(kind)}{_count(plan.student_parameters)} parameters, "
-            f"{format_gib(plan.student_bytes)}, which {verdict} {format_gib(plan.budget_bytes)} of {plan.budget_name}")  # fmt: skip
+    about = "" if plan.fixed else "about "
+    return (f"{cut}: {_count(plan.teacher_parameters)} → {about}{_count(plan.student_parameters)} parameters, {format_gib(plan.student_bytes)}, which "
+            f"{verdict} {format_gib(plan.budget_bytes)} of {plan.budget_name}")  # fmt: skip
 
 
 def _uncut_line(plan: Plan) -> str:
