@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Any
 
 from memory_budget.units import format_gib
+from minitron.machine import processes
 from minitron.machine.rate import duration
 from minitron.plan.done import done_stages
 from minitron.plan.plan import DEPTH, TRAINING, WIDTHS, Plan, StagePlan, plan_of
@@ -20,12 +21,13 @@ LAPS = {lap: f"{ordinal} lap, " * bool(ordinal) for lap, ordinal in ORDINALS.ite
 
 
 def begin(settings: Settings, console: Console) -> None:
-    """The first lines of a run. Raises ValueError, after them, for what cannot end well. A merge is no walk, and says enough itself."""
+    """The first lines of a run, in its first process. Raises ValueError, after them, for what cannot end well. A merge is no walk, and says enough itself."""
     if settings.stage.value == "merge":
         return
     done = done_stages(settings, quickly=False)
-    for line in lines(plan_of(settings, done)):
-        console.say(line)
+    if processes.rank() == 0:
+        for line in lines(plan_of(settings, done)):
+            console.say(line)
     check_before_work(settings, done)
 
 
