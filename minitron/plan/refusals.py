@@ -10,7 +10,7 @@ from pathlib import Path
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import format_gib
 from minitron.machine.memory import process_share_bytes
-from minitron.plan.costs import Cost, LapView, cost_of
+from minitron.plan.costs import Cost, LapView, cost_of, top_k_bytes
 from minitron.plan.done import DEPTH, Done
 from minitron.plan.plan import lap_views, on_gpu
 from minitron.plan.text_size import text_size
@@ -26,6 +26,8 @@ from minitron.walk.pipeline import check_before_work as check_settings
 from minitron.walk.pipeline import check_rows
 from minitron.walk.store import DONE
 
+CERTAIN_TEXT = 0.25  # of the tokens that a text probably has
+CACHES = ("teacher_cache", "distill_cache")
 CERTAIN_DISK = 0.95  # of the bytes that are counted: tensors to the byte, and little else
 
 
@@ -91,8 +93,8 @@ def check_memory(view: LapView, names: list[str]) -> None:
             _check_training(view, train, parts[0].data.sequence_length, settings.distill.cached, "distill", available, place)
     if settings.prune.method is PruneMethod.compensated and {"prune", "screen"} & set(names):
         samples = calibration_samples(settings, view.base) if "prune" in names else candidate_samples(settings, view.base)
-        if settings.data.rows is Rows.windows:  # padded ones have fewer tokens
-            samples = min(samples, text_size(settings.data, view.teacher.vocab).most_rows or samples)
+        samples = min(samples, _certain_tokens(view) // view.length)
+        if samples:
             CutCost(view.base, view.student, recipe_of(settings.prune, view.student), samples, samples * view.length, view.width).check_memory(available, place)
 
 
@@ -111,13 +113,25 @@ def check_disk(settings: Settings, views: list[tuple[str, LapView, list[str]]]) 
             if not cost.times or name in ("data", "phase_rows", "whole_rows"):  # how long texts are is a rule of thumb
                 continue
             scratch = _certain_scratch(name, view, cost)
-            kept += cost.kept * cost.times
+            kept += _certain_cache(name, view) if name in CACHES else cost.kept * cost.times
             if kept + scratch > most:
                 most, why = kept + scratch, f"{lap} {name}".strip()
     needed = int(most * CERTAIN_DISK)
     if needed > free and needed > free + _half_made_bytes(Path(settings.runs_folder) / "store"):
         raise ValueError(f"runs_folder is {settings.runs_folder!r}, whose file system has {format_gib(free)} free; until {why} this run writes at least "
                          f"{format_gib(needed)}, saved states among it: free so much, or set runs_folder to where it is")  # fmt: skip
+
+
+def _certain_tokens(view: LapView) -> int:
+    """Train tokens that the data has at least: a part of what a rule of thumb says, none where rows are padded or their number is not known before reading."""
+    size, data = text_size(view.settings.data, view.teacher.vocab), view.settings.data
+    return 0 if data.dataset or data.rows is not Rows.windows else int(CERTAIN_TEXT * size.train_tokens)
+
+
+def _certain_cache(name: str, view: LapView) -> int:
+    """Of a cache of the teacher's outputs, which has no more rows than the data."""
+    train = view.settings.screen.train if name == "teacher_cache" else view.settings.distill.train
+    return int(min(train.tokens, _certain_tokens(view)) * top_k_bytes(view.teacher.vocab, view.settings.screen.top_k))
 
 
 def _certain_scratch(name: str, view: LapView, cost: Cost) -> int:

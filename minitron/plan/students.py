@@ -17,7 +17,8 @@ STEPS = 64  # from the largest options down to the smallest
 
 @dataclass(frozen=True, slots=True)
 class Students:
-    """Of one lap: the `likely` student, about the largest that fits; the `smallest` that may be chosen; `depths` that may be, and options of every axis."""
+    """Of one lap: the `likely` student, about the largest that fits; the `smallest`, than which none is smaller in any axis; the depths that may be chosen;
+    the least and most of every axis's options; how many candidates there are."""
 
     likely: Architecture
     smallest: Architecture
@@ -37,11 +38,12 @@ def students_of(settings: Settings, base: Architecture) -> Students:
         return _fixed(settings, base)
     space, later = space_of(settings, base), settings.search.later_widths.given()
     points = [_at(settings, base, space, step / STEPS) for step in range(STEPS, -1, -1)]
-    points = [point for point in points if point is not None]
+    smallest = points[-1]
+    points = [point for point in points if all(coupling.holds(point) for coupling in space.couplings)] or [smallest]
     limit, workload = budget_of(settings).bytes, workload_of(settings)
     fitting = [point for point in points if memory_report(replace(point, **later), workload).total <= limit]
     ranges = {axis.name: (min(options), max(options)) for axis in AXES.values() if (options := _options(space, base, axis.field))}
-    return Students((fitting or points[-1:])[0], points[-1], space.num_layers, ranges, space.size)
+    return Students((fitting or points[-1:])[0], smallest, space.num_layers, ranges, space.size)
 
 
 def _fixed(settings: Settings, base: Architecture) -> Students:
@@ -53,13 +55,12 @@ def _fixed(settings: Settings, base: Architecture) -> Students:
     return Students(student, student, (student.num_layers,), ranges, 1)
 
 
-def _at(settings: Settings, base: Architecture, space: SearchSpace, share: float) -> Architecture | None:
-    """The candidate at this share of the way from every axis's smallest option to its largest; None where it breaks a coupling."""
+def _at(settings: Settings, base: Architecture, space: SearchSpace, share: float) -> Architecture:
+    """What is at this share of the way from every axis's smallest option to its largest."""
     chosen = {name: options[round(share * (len(options) - 1))] for name, options in space.widths(base).items()}
     if space.query_heads_follow:
         chosen["num_attention_heads"] = chosen["num_key_value_heads"] * (base.num_attention_heads // base.num_key_value_heads)
-    student = replace(_of_depth(settings, base, space.num_layers[round(share * (len(space.num_layers) - 1))]), **chosen)
-    return student if all(coupling.holds(student) for coupling in space.couplings) else None
+    return replace(_of_depth(settings, base, space.num_layers[round(share * (len(space.num_layers) - 1))]), **chosen)
 
 
 def _of_depth(settings: Settings, model: Architecture, depth: int) -> Architecture:
