@@ -27,12 +27,12 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
 
 import hydra  # noqa: E402
-from hydra.core.config_store import ConfigStore  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.errors import HydraException, MissingConfigException  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException  # noqa: E402
 
+from minitron.settings.composed import fill_in, register_schema, settings_of  # noqa: E402
 from minitron.settings.run import Settings  # noqa: E402
 from minitron.settings.teachers import CONF_FOLDER, is_stored  # noqa: E402
 
@@ -51,9 +51,9 @@ def stage_lines() -> str:
     return "\n\n".join("\n".join([f"{title}:", *(f"  {name:<14} {says[name]}" for name in names)]) for title, names in groups.items())
 
 
+_shows_config = False
 _asked_for_help = {"--help", "-h"} & set(sys.argv)
-ConfigStore.instance().store(name="settings_schema", node=Settings)
-ConfigStore.instance().store(group="hydra/help", name="with_stages", node={"footer": stage_lines() if _asked_for_help else ""})
+register_schema(stage_lines() if _asked_for_help else "")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_FOLDER), config_name="run")
@@ -61,10 +61,16 @@ def _run(config: DictConfig) -> None:
     from minitron.machine import processes
     from minitron.walk.console import Console
     from minitron.walk.pipeline import run_pipeline
+    from minitron.walk.saved import with_the_runs_own
 
     with users_mistakes():
-        settings = _settings(config)
-        check_teacher_overrides(settings, HydraConfig.get().overrides.task)
+        overrides = HydraConfig.get().overrides.task
+        if _shows_config:
+            fill_in(config)
+            sys.stdout.write(OmegaConf.to_yaml(config))
+            return
+        settings = settings_of(with_the_runs_own(config, [override.partition("=")[0] for override in overrides]))
+        check_teacher_overrides(settings, overrides)
         run_pipeline(settings, Console(quiet=processes.rank() > 0))
 
 
@@ -73,13 +79,6 @@ def check_teacher_overrides(settings: Settings, overrides: list[str]) -> None:
     given = [override.partition("=")[0] for override in overrides if override.lstrip("+").startswith("teacher.train.")]
     if given and is_stored(settings):
         raise ValueError(f"{given[0]} is given, but the tiny teacher that comes with the package is not trained here; teacher.train_anew=true trains one")
-
-
-def _settings(config: DictConfig) -> Settings:
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ValueError(f"{missing[0]} has no value; it must be set, e.g. {missing[0]}=…")
-    return OmegaConf.to_object(config)
 
 
 @contextmanager
@@ -94,10 +93,21 @@ def users_mistakes() -> Iterator[None]:
         sys.exit(2)
 
 
+def _shown_filled_in(arguments: list[str]) -> list[str]:
+    """Arguments without `--cfg job`, which is then shown by the job itself: with what follows from the model and the budget."""
+    global _shows_config
+    for words in (["--cfg", "job"], ["-c", "job"], ["--cfg=job"]):
+        for place in range(len(arguments)):
+            if arguments[place : place + len(words)] == words and not {"-p", "--package", "--resolve"} & set(arguments):
+                _shows_config = True
+                return arguments[:place] + arguments[place + len(words) :]
+    return arguments
+
+
 def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is an interrupt too
     try:
-        sys.argv[1:] = [_verbatim(argument) for argument in sys.argv[1:]]
+        sys.argv[1:] = _shown_filled_in([_verbatim(argument) for argument in sys.argv[1:]])
         with users_mistakes():
             _run()
     except KeyboardInterrupt:

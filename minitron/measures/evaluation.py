@@ -92,7 +92,9 @@ def evaluate_models(context: StageContext) -> dict:
     lost = loss["pruned"] - loss["teacher"]
     # Of a loss within the noise of these rows, a share would say nothing.
     recovered = (loss["pruned"] - loss["student"]) / lost if lost > SMALLEST_LOSS_NATS else None
-    share = f", {100 * recovered:.0f} % of the loss won back" if recovered is not None else ""
+    share = f", {100 * recovered:.0f} % of the loss won back" if recovered is not None and recovered >= 0 else ""
+    if loss["student"] > loss["pruned"] + SMALLEST_LOSS_NATS:
+        share = ": distillation made it worse; keep the pruned one, or distill again at a lower distill.train.learning_rate or on more tokens"
     headline = f"held-out nats/token: teacher {loss['teacher']:.3f}, pruned {loss['pruned']:.3f}, student {loss['student']:.3f}{share}"
     return {"headline": headline, "models": measured, "lost_nats_per_token": lost, "recovered_share": recovered}
 

@@ -12,7 +12,7 @@ from minitron.report.summary import METRICS_FILE, MODEL_STAGES, SEARCH_FILES, bu
 from minitron.settings.run import Settings, Stage
 from minitron.walk.console import Console
 from minitron.walk.stage import Lap
-from minitron.walk.store import Result, locked
+from minitron.walk.store import Result, locked, write_text
 
 
 def write_report(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
@@ -39,6 +39,8 @@ def write_report(settings: Settings, laps: Sequence[Lap], console: Console) -> N
             console.say(reason)
         write_page(folder, summary)
     console.headline("report", f"{folder / 'report.html'}")
+    if "student" in summary["models"]:
+        console.headline("student", f"{folder / 'student'}, a checkpoint that transformers loads; run_name={settings.run_name} stage=export makes a folder to hand out")
 
 
 def write_page(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -76,10 +78,3 @@ def link_models(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> list[s
             partial.unlink(missing_ok=True)
             problems.append(f"no link {link} ({error.strerror}); the {name} model is in {path}")
     return problems
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: a reader sees the old one or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)

@@ -42,7 +42,7 @@ def choice_sentences(lap: Summary) -> list[str]:
         return []
     name = f"**{escaped(chosen['id'])}**"
     if len(candidates) == 1:
-        return [f"{name} is {search['reason']}."]
+        return [f"{name} is {search['reason']}{'' if search['num_fitting'] else ', and does not fit'}."]
     briefly = sum(candidate["short_distill_loss"] is not None for candidate in candidates)
     fit = "leave room for widths that fit" if search["later_widths"] else "fit"
     steps = [f"{search['num_fitting']:,} {fit}", f"{len(candidates)} came on the shortlist", f"{briefly} of them were distilled briefly" if briefly else ""]

@@ -155,7 +155,7 @@ def _distil(context: StageContext, train: TrainSettings, student: nn.Module | Un
         batches = RowBatches(rows, train.batch, settings.seed)
 
     def tokens_of(batch: torch.Tensor) -> int:
-        return count_tokens(rows[batch.cpu()] if settings.screen.cached else batch.cpu().numpy())
+        return count_tokens(rows[batch.cpu().numpy()] if settings.screen.cached else batch.cpu().numpy())
 
     with tracked_steps(context, settings.candidate, plan.tokens, loss_name="KL", tracker=tracker) as on_step:
         try:

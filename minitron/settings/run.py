@@ -182,10 +182,12 @@ class WorkloadSettings:
 
 @dataclass(kw_only=True, slots=True)
 class BudgetSettings:
-    name: str = "a10g"
+    """A preset by its name, or device_gib of a device of one's own, which the name then labels; None is the preset's number, or 0."""
+
+    name: str | None = None
     device_gib: float | None = None
-    cushion_fraction: float = 0.05
-    set_aside_gib: float = 0.0
+    cushion_fraction: float | None = None
+    set_aside_gib: float | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -271,6 +273,7 @@ class Settings:
     thinking: Thinking | None = how(None)
     thinking_budget: int | None = how(None)
     run_name: str = "tiny"
+    followed: list[str] = field(default_factory=list, metadata={"how": True})  # written by settings/composed.py
     runs_folder: str = "runs"
     seed: int = 0
     device: str = how("auto")

@@ -114,6 +114,7 @@ class SearchSettings:
     loss_within: float = 0.02
     weights: dict[str, float] = field(default_factory=dict)
     listed: int = how(100_000)
+    even_if_it_fits: bool = how(False)
 
     def __post_init__(self) -> None:
         at_least(self, "search", 1, "shortlist_size", "screen_samples", "max_parameters", "listed")
@@ -128,9 +129,9 @@ class SearchSettings:
 
 @dataclass(kw_only=True, slots=True)
 class ThroughputSettings:
-    """A roofline: what the named device could reach at best."""
+    """A roofline: what the named device could reach at best; without a name it is the budget's, where that is a preset."""
 
-    device: str = "a10g"
+    device: str | None = None
     gb_per_second: float | None = None
     tflops: float | None = None
     input_tokens: int = 8192

@@ -17,6 +17,8 @@ from minitron.machine import processes
 from minitron.settings.run import Settings
 from minitron.walk.console import Console
 from minitron.walk.laps import depth_lap, width_lap
+from minitron.walk.need import nothing_to_cut
+from minitron.walk.saved import save_settings
 from minitron.walk.stage import Lap, StageContext, UsingStage
 from minitron.walk.store import Result, find_result, finish, locked, make_runs_folder
 from minitron.walk.table import inputs_of, label_of, order_of, stage_folder, stage_of, stages, stored_stages
@@ -27,7 +29,12 @@ def run_pipeline(settings: Settings, console: Console) -> None:
     asked = stages().get(settings.stage.value)
     uses = isinstance(asked, UsingStage)
     check_before_work(settings)
+    if said := nothing_to_cut(settings):
+        console.say(said)
+        return
     make_runs_folder(settings.runs_folder)
+    if not uses and processes.rank() == 0:
+        save_settings(settings)
     walk = finished_stages if uses else run_stages
     first = depth_lap(settings)
     if first is None:

@@ -68,8 +68,13 @@ def finish(folder: Path, record: Mapping[str, Any]) -> Result:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically: a reader sees the old file or the whole new one."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: a reader sees the old one or the whole new one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.write_text(text, encoding="utf-8")
     partial.rename(path)
 
 

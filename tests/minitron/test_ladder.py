@@ -113,18 +113,12 @@ def test_each_rule_chooses_by_its_own_measure(rule, expected, stage_context):
 
 @pytest.fixture
 def stage_context(tmp_path):
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    import minitron.run  # noqa: F401 registers the schema
-    from minitron.settings.teachers import CONF_FOLDER
+    from minitron.settings.composed import compose_settings
     from minitron.walk.console import Console
     from minitron.walk.stage import StageContext
 
     def context(*overrides):
-        with initialize_config_dir(str(CONF_FOLDER), version_base="1.3"):
-            settings = OmegaConf.to_object(compose("run", overrides=list(overrides)))
-        return StageContext(settings, tmp_path, {}, Console(quiet=True))
+        return StageContext(compose_settings(*overrides), tmp_path, {}, Console(quiet=True))
 
     return context
 
