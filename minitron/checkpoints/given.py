@@ -7,14 +7,20 @@ import torch
 from memory_budget.architecture import Architecture, describe_layers
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
+from memory_budget.units import GIB
 from minitron.checkpoints.files import Checkpoint
+from minitron.checkpoints.folder import content_bytes, content_digest
 from minitron.families.base import Family
 from minitron.families.known import family_of
 from minitron.families.table import check_tensors, names_by_canonical
+from minitron.walk.console import Console
 
 
-def given_checkpoint(folder: Path, name: str) -> dict:
-    """Facts of a stage that is handed its model: the checkpoint's headers are held against its config. Raises ValueError."""
+def given_checkpoint(folder: Path, name: str, console: Console) -> dict:
+    """Facts of a stage that is handed its model: the checkpoint's headers are held against its config. Raises ValueError.
+
+    Every byte is read once for the digest by which later stages know it.
+    """
     config = read_config(folder)
     family, architecture = family_of(config), architecture_from_config(config)
     checkpoint = Checkpoint(folder)
@@ -23,7 +29,13 @@ def given_checkpoint(folder: Path, name: str) -> dict:
     _check_second_head(family, architecture, checkpoint)
     parameters = count_total_parameters(architecture)
     headline = f"{name}: {parameters:,} parameters, {describe_layers(architecture)}"
-    return {"headline": headline, "path": str(folder), "name": name, "parameters": parameters}
+    return {"headline": headline, "path": str(folder), "name": name, "parameters": parameters, "identity": said_digest(folder, console)}
+
+
+def said_digest(folder: Path, console: Console) -> str:
+    """The folder's content digest, with a bar: of a large model it takes as long as reading it."""
+    with console.track("reading weights", content_bytes(folder) / GIB, "GiB") as advance:
+        return content_digest(folder, lambda num_bytes: advance(num_bytes / GIB))
 
 
 def _check_second_head(family: Family, architecture: Architecture, checkpoint: Checkpoint) -> None:
