@@ -16,11 +16,8 @@ from minitron.families.table import check_tensors, names_by_canonical
 from minitron.walk.console import Console
 
 
-def given_checkpoint(folder: Path, name: str, console: Console) -> dict:
-    """Facts of a stage that is handed its model: the checkpoint's headers are held against its config. Raises ValueError.
-
-    Every byte is read once for the digest by which later stages know it.
-    """
+def given_checkpoint(folder: Path, name: str) -> dict:
+    """Facts of a stage that is handed its model: the checkpoint's headers are held against its config. Raises ValueError."""
     config = read_config(folder)
     family, architecture = family_of(config), architecture_from_config(config)
     checkpoint = Checkpoint(folder)
@@ -29,13 +26,13 @@ def given_checkpoint(folder: Path, name: str, console: Console) -> dict:
     _check_second_head(family, architecture, checkpoint)
     parameters = count_total_parameters(architecture)
     headline = f"{name}: {parameters:,} parameters, {describe_layers(architecture)}"
-    return {"headline": headline, "path": str(folder), "name": name, "parameters": parameters, "identity": said_digest(folder, console)}
+    return {"headline": headline, "path": str(folder), "name": name, "parameters": parameters}
 
 
-def said_digest(folder: Path, console: Console) -> str:
-    """The folder's content digest, with a bar: of a large model it takes as long as reading it."""
+def identity_of(folder: Path, console: Console) -> dict[str, str]:
+    """The fact by which later stages know the folder: the digest of its contents, with a bar, since of a large model every byte is read."""
     with console.track("reading weights", content_bytes(folder) / GIB, "GiB") as advance:
-        return content_digest(folder, lambda num_bytes: advance(num_bytes / GIB))
+        return {"identity": content_digest(folder, lambda num_bytes: advance(num_bytes / GIB))}
 
 
 def _check_second_head(family: Family, architecture: Architecture, checkpoint: Checkpoint) -> None:

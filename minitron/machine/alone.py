@@ -5,7 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,11 +61,8 @@ def busy_seconds(stat: str, cores: set[int]) -> float:
 @contextmanager
 def _turn() -> Iterator[None]:
     """One process of this user at a time; the lock ends with the process. Where no such file can be made nobody waits."""
-    try:
-        lock = open(Path(tempfile.gettempdir()) / f"minitron-speed-{os.getuid()}.lock", "w")
-    except OSError:
-        yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        with suppress(OSError):
+            lock = held.enter_context(open(Path(tempfile.gettempdir()) / f"minitron-speed-{os.getuid()}.lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -40,8 +40,9 @@ def speed_table(summary: Summary) -> str:
     for name, result in _with(summary, "speed").items():
         for at in result["speed"]:
             decode = at["decode_tokens_per_second"]
-            rows.append((f"{at['batch']} × {at['input_tokens']:,} in, {at['output_tokens']:,} out", f"{name}{_beside(at)}", f"{1000 * at['prefill_seconds']:,.0f} ms",
-                         speed(at["prefill_tokens_per_second"]), "–" if decode is None else speed(decode), format_gib(at["peak_bytes"])))  # fmt: skip
+            rows.append((f"{at['batch']} × {at['input_tokens']:,} in, {at['output_tokens']:,} out", name + _beside(at),
+                         f"{1000 * at['prefill_seconds']:,.0f} ms", speed(at["prefill_tokens_per_second"]),
+                         "–" if decode is None else speed(decode), format_gib(at["peak_bytes"])))  # fmt: skip
     lengths = [row[0] for row in rows]
     rows.sort(key=lambda row: lengths.index(row[0]))  # by lengths, then models in their order
     head = ("sequences × tokens", "model", "first token after", "prefill (tokens/s)", "decode (tokens/s)", "peak memory")
@@ -54,8 +55,9 @@ def speed_note(summary: Summary) -> str:
     if not measured:
         return ""
     beside = " † other processes kept this machine's cores busy meanwhile: too slow to compare." if any(map(_beside, measured)) else ""
-    return (f"Measured on {', '.join(sorted(set(map(_machine, measured))))}, greedy, the best of three; speeds are of all sequences together. Peak memory is of "
-            f"tensors, weights included, without the framework's own.{beside}")  # fmt: skip
+    machines = ", ".join(sorted(set(map(_machine, measured))))
+    return (f"Measured on {machines}, greedy, the best of three; speeds are of all sequences together. Peak memory is of tensors, weights included, without "
+            f"the framework's own.{beside}")  # fmt: skip
 
 
 def _beside(at: Mapping[str, Any]) -> str:

@@ -39,7 +39,8 @@ def write_report(settings: Settings, laps: Sequence[Lap], console: Console) -> N
         summary = build_summary(laps)
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         copy_tables(folder, laps[-1].results)
-        write_sweep(folder, sweep_yaml(summary, sys.argv[1:]))
+        # A first lap's depths are screened on the way, all of them.
+        write_sweep(folder, None if laps[-1].settings.search.later_widths.given() else sweep_yaml(summary, sys.argv[1:]))
         for reason in link_models(folder, summary["models"]):
             console.say(reason)
         write_page(folder, summary)

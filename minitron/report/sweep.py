@@ -8,10 +8,10 @@ NOT_OF_A_TRIAL = ("stage=", "candidate=", "tracking=")  # settings of the run th
 
 
 def sweep_yaml(summary: Mapping[str, Any], arguments: Sequence[str]) -> str | None:
-    """The sweep of a run that was started with these arguments; None where there is nothing to compare: no weights, one candidate, or a first lap, whose depths
-    are screened on the way. Strings are written as JSON, which YAML reads."""
+    """The sweep of a run that was started with these arguments; None where there is nothing to compare: no weights, one candidate, or Hydra's own sweep.
+    Strings are written as JSON, which YAML reads."""
     candidates = [candidate["id"] for candidate in summary["candidates"] if candidate["zero_shot_loss"] is not None]
-    if len(candidates) < 2 or summary["search"].get("later_widths") or {"-m", "--multirun"} & set(arguments):
+    if len(candidates) < 2 or {"-m", "--multirun"} & set(arguments):
         return None
     own = [argument for argument in arguments if not argument.lstrip("+").startswith(NOT_OF_A_TRIAL)]
     command = ["${env}", "python", "-m", "minitron.run", "stage=screen", "tracking=online", *own, "${args_no_hyphens}"]

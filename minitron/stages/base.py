@@ -24,10 +24,10 @@ def check(settings: Settings) -> None:
 
 
 def run(context: StageContext) -> dict:
-    from minitron.checkpoints.given import given_checkpoint
+    from minitron.checkpoints.given import given_checkpoint, identity_of
 
     folder = Path(context.settings.base.path).resolve()
-    return given_checkpoint(folder, folder.name, context.console)
+    return given_checkpoint(folder, folder.name) | identity_of(folder, context.console)
 
 
 STAGE = StoredStage(version=1, needs=lambda settings: ("teacher",), what=what, check=check, run=run)

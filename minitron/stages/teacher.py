@@ -57,13 +57,14 @@ def run(context: StageContext) -> dict:
         return unpack_tiny_teacher(context.folder)
     if is_converted(settings):
         from minitron.checkpoints.from_gguf import convert_gguf
-        from minitron.checkpoints.given import said_digest
+        from minitron.checkpoints.given import identity_of
 
         facts = convert_gguf(gguf_header(settings.teacher), teacher_config(settings), context.folder, context.console)
-        return facts | {"identity": said_digest(context.folder / facts["path"], context.console)}
-    from minitron.checkpoints.given import given_checkpoint
+        return facts | identity_of(context.folder / facts["path"], context.console)
+    from minitron.checkpoints.given import given_checkpoint, identity_of
 
-    return given_checkpoint(teacher_folder(settings), settings.teacher.path, context.console)
+    folder = teacher_folder(settings)
+    return given_checkpoint(folder, settings.teacher.path) | identity_of(folder, context.console)
 
 
 STAGE = StoredStage(version=1, needs=needs, what=what, check=check, run=run, ends_first_lap=True)

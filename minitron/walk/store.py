@@ -7,6 +7,7 @@ from in its inputs. Other settings give another folder, never a warning and neve
 import fcntl
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ def check_format(runs_folder: str, say: Callable[[str], None]) -> None:
                     listed.write_text("".join(f"{folder}\n" for folder in earlier))
                 write_json(store / FORMAT_FILE, {"format": FORMAT})
     if listed.exists() and (number := sum((store / folder).exists() for folder in listed.read_text().split())):
-        say(f"{store}: {number} results are of an earlier version and are not used; to delete them: (cd {store} && xargs rm -r < {EARLIER_FILE})")
+        delete = f"(cd {shlex.quote(str(store))} && xargs rm -r < {EARLIER_FILE})"
+        say(f"{store}: {number} results are of an earlier version and are not used; to delete them: {delete}")
 
 
 def _format_of(store: Path) -> int:

@@ -84,7 +84,8 @@ def _start(settings: Settings, name: str, config: Mapping[str, Any], *, trial: b
     if not _in_sweep():  # a sweep's runs are in the sweep's project
         ours["project"] = "minitron"
     # Its own lines stay off the terminal, unless its variables ask for them; offline there is nothing in them to follow.
-    quiet = {} if {"WANDB_SILENT", "WANDB_QUIET"} & os.environ.keys() else {"silent" if os.environ.get("WANDB_MODE", settings.tracking.value) == "offline" else "quiet": True}
+    offline = os.environ.get("WANDB_MODE", settings.tracking.value) == "offline"
+    quiet = {} if {"WANDB_SILENT", "WANDB_QUIET"} & os.environ.keys() else {"silent" if offline else "quiet": True}
     ours = {name: value for name, value in ours.items() if f"WANDB_{name.upper()}" not in os.environ}
     try:
         return wandb.init(group=settings.run_name, name=f"{settings.run_name}: {name}", config=dict(config), reinit="finish_previous", settings=quiet, **ours)
