@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -61,9 +62,13 @@ def content_digest(folder: Path, on_bytes: Callable[[int], None] = lambda _: Non
 
     `on_bytes` hears what was read, from several threads: shards are read at once.
     """
-    files = files_that_count(folder)
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-        digests = {path.name: digest for path, digest in zip(files, pool.map(lambda path: _sha256(path, on_bytes), files), strict=True)}
+    files, stop = files_that_count(folder), Event()
+    pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+    try:
+        digests = {path.name: digest for path, digest in zip(files, pool.map(lambda path: _sha256(path, on_bytes, stop), files), strict=True)}
+    finally:  # an interrupt does not wait for the rest of the files
+        stop.set()
+        pool.shutdown(cancel_futures=True)
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -72,10 +77,10 @@ def content_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in files_that_count(folder))
 
 
-def _sha256(path: Path, on_bytes: Callable[[int], None]) -> str:
+def _sha256(path: Path, on_bytes: Callable[[int], None], stop: Event) -> str:
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
-        while piece := file.read(PIECE_BYTES):
+        while not stop.is_set() and (piece := file.read(PIECE_BYTES)):
             digest.update(piece)
             on_bytes(len(piece))
     return digest.hexdigest()

@@ -78,17 +78,17 @@ def _start(settings: Settings, name: str, config: Mapping[str, Any], *, trial: b
     """
     if settings.tracking is Tracking.disabled or (_in_sweep() and not trial):
         return None
+    if not {"WANDB_SILENT", "WANDB_QUIET"} & os.environ.keys():  # its own lines stay off the terminal; offline there is nothing in them to follow
+        offline = os.environ.get("WANDB_MODE", settings.tracking.value) == "offline"
+        os.environ["WANDB_SILENT" if offline else "WANDB_QUIET"] = "true"
     import wandb
 
     ours = {"mode": settings.tracking.value, "dir": settings.runs_folder}
     if not _in_sweep():  # a sweep's runs are in the sweep's project
         ours["project"] = "minitron"
-    # Its own lines stay off the terminal, unless its variables ask for them; offline there is nothing in them to follow.
-    offline = os.environ.get("WANDB_MODE", settings.tracking.value) == "offline"
-    quiet = {} if {"WANDB_SILENT", "WANDB_QUIET"} & os.environ.keys() else {"silent" if offline else "quiet": True}
     ours = {name: value for name, value in ours.items() if f"WANDB_{name.upper()}" not in os.environ}
     try:
-        return wandb.init(group=settings.run_name, name=f"{settings.run_name}: {name}", config=dict(config), reinit="finish_previous", settings=quiet, **ours)
+        return wandb.init(group=settings.run_name, name=f"{settings.run_name}: {name}", config=dict(config), reinit="finish_previous", **ours)
     except wandb.Error as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"tracking is {settings.tracking.value}, which wandb refuses: {reason}; tracking=offline needs no account") from None
