@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -176,6 +177,18 @@ def test_the_first_lap_cuts_depth_alone_and_the_second_widths_alone(two_laps):
     teacher, student = (Architecture(**two_laps["models"][name]["architecture"]) for name in ("teacher", "student"))
     assert Architecture(**first) == replace(teacher, pattern=student.pattern) != teacher
     assert student.hidden < teacher.hidden and len(two_laps["removed_layers"]) == teacher.num_layers - student.num_layers > 0
+
+
+def test_two_laps_of_another_budget_and_label_share_cuts_and_students_of_both(two_laps, walk, door, tmp_path):
+    runs, bytes_less = Path(two_laps["stages"]["prune"]["path"]).parents[2], (two_laps["budget"]["bytes"] - 16) / 2**30
+    finished = door(tmp_path, *walk.settings, *LAPS, f"runs_folder={runs}", "budget.name=other", "run_name=other", f"budget.device_gib={bytes_less:.12f}")
+    assert finished.returncode == 0, finished.stderr
+    made = [line.split()[0] for line in finished.stdout.splitlines() if re.search(r"\(\d+ s\)$", line)]
+    assert made == ["shortlist", "search"] * 2
+    other = json.loads((runs / "other" / "summary.json").read_text())
+    for one, first in ((other, two_laps), (other["depth_lap"], two_laps["depth_lap"])):
+        assert all(one["stages"][stage]["key"] == first["stages"][stage]["key"] for stage in ("score", "prune", "distill"))
+        assert one["stages"]["search"]["key"] != first["stages"]["search"]["key"]
 
 
 def test_the_second_lap_starts_from_the_first_laps_student_and_learns_from_the_teacher(two_laps):
