@@ -105,11 +105,12 @@ def stage_key(stage: str, version: int, settings: Any, inputs: Mapping[str, Any]
 
 
 def find_result(folder: Path) -> Result | None:
-    """The finished result in a stage folder, or None where it is absent or half made."""
+    """The finished result in a stage folder, or None where it is absent, half made, or its record is damaged."""
     try:
-        return Result(folder=folder, record=json.loads((folder / DONE).read_text()))
-    except FileNotFoundError:
+        record = json.loads((folder / DONE).read_text())
+    except (FileNotFoundError, ValueError):
         return None
+    return Result(folder=folder, record=record) if isinstance(record, dict) and {"key", "facts"} <= record.keys() else None
 
 
 def finish(folder: Path, record: Mapping[str, Any]) -> Result:

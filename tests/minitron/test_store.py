@@ -47,6 +47,12 @@ def test_a_folder_without_done_json_is_no_result(tmp_path):
     assert find_result(tmp_path) is None
 
 
+@pytest.mark.parametrize("text", ["", '{"key": "x", "facts": {"tok', "[]", "{}", "null"])
+def test_a_damaged_record_is_no_result(tmp_path, text):
+    (tmp_path / DONE).write_text(text)
+    assert find_result(tmp_path) is None
+
+
 def test_a_finished_folder_gives_back_what_was_recorded(tmp_path):
     finish(tmp_path, {"key": "0123456789ab", "facts": {"tokens": 7}})
     assert (find_result(tmp_path).key, find_result(tmp_path).facts) == ("0123456789ab", {"tokens": 7})
