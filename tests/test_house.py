@@ -242,7 +242,7 @@ def test_a_setting_without_a_comment_is_caught(tmp_path):
     assert commented_keys(path) == {"a": "one", "b.c": "", "b.d.e": "", "b.d.f": "", "b.g.h": "three"}
 
 
-CONF_FILES = sorted(path for path in (REPOSITORY / "conf").rglob("*.yaml") if path.parent.name not in ("accelerate", "sweeps"))  # they have keys of their own
+CONF_FILES = sorted(path for path in (REPOSITORY / "conf").rglob("*.yaml") if path.parent.name != "accelerate")  # it has keys of its own
 
 
 @pytest.mark.parametrize("path", CONF_FILES, ids=lambda path: path.stem)

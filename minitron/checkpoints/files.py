@@ -4,7 +4,6 @@ Reading goes through plain file reads, not a memory map, so that what was read d
 memory, and around the page cache (direct_io.py) where the files are too large to stay in it.
 """
 
-import hashlib
 import json
 import shutil
 import struct
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from minitron.checkpoints.direct_io import empty_tensor, fill_tensor, would_not_stay
+from minitron.checkpoints.folder import COMPANION_FILES, INDEX_FILE, SINGLE_FILE
 
 DTYPES = {
     "F64": torch.float64,
@@ -28,24 +28,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-FINGERPRINT_BYTES = 4096  # of each tensor
 # Large enough for a disk's full rate, small enough that a piece is still in the processor's cache when it is cut and written.
 PIECE_BYTES = 2**24
-# Carried over byte for byte from the teacher's folder, where present.
-COMPANION_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,22 +121,6 @@ class Checkpoint:
     @property
     def num_parameters(self) -> int:
         return sum(entry.num_elements for entry in self.entries.values())
-
-    @property
-    def fingerprint(self) -> str:
-        """12 hex digits over config.json, tokenizer files, the shards' sizes, every tensor's name, dtype and shape, and its first bytes.
-
-        Not over all 24 GB of weights, but two trainings of one architecture, whose headers are equal, differ in every tensor.
-        """
-        config = b"".join(path.read_bytes() for path in (self.folder / name for name in ("config.json", *COMPANION_FILES)) if path.exists())
-        rows = sorted((entry.name, entry.dtype, entry.shape, entry.path.name) for entry in self.entries.values())
-        sizes = [(path.name, path.stat().st_size) for path in self.files]
-        digest = hashlib.sha256(config + json.dumps([rows, sizes]).encode())
-        for entry in sorted(self.entries.values(), key=lambda entry: entry.name):
-            with open(entry.path, "rb", buffering=0) as file:
-                file.seek(entry.offset)
-                digest.update(file.read(min(entry.num_bytes, FINGERPRINT_BYTES)))
-        return digest.hexdigest()[:12]
 
 
 def bytes_of(tensor: torch.Tensor) -> np.ndarray:

@@ -7,10 +7,13 @@ import torch
 from memory_budget.architecture import Architecture, describe_layers
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
+from memory_budget.units import GIB
 from minitron.checkpoints.files import Checkpoint
+from minitron.checkpoints.folder import content_bytes, content_digest
 from minitron.families.base import Family
 from minitron.families.known import family_of
 from minitron.families.table import check_tensors, names_by_canonical
+from minitron.walk.console import Console
 
 
 def given_checkpoint(folder: Path, name: str) -> dict:
@@ -24,6 +27,12 @@ def given_checkpoint(folder: Path, name: str) -> dict:
     parameters = count_total_parameters(architecture)
     headline = f"{name}: {parameters:,} parameters, {describe_layers(architecture)}"
     return {"headline": headline, "path": str(folder), "name": name, "parameters": parameters}
+
+
+def identity_of(folder: Path, console: Console) -> dict[str, str]:
+    """The fact by which later stages know the folder: the digest of its contents, with a bar, since of a large model every byte is read."""
+    with console.track("reading weights", content_bytes(folder) / GIB, "GiB") as advance:
+        return {"identity": content_digest(folder, lambda num_bytes: advance(num_bytes / GIB))}
 
 
 def _check_second_head(family: Family, architecture: Architecture, checkpoint: Checkpoint) -> None:

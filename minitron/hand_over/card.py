@@ -91,10 +91,14 @@ def _lineage(summary: Summary, laps: Sequence[Lap], exported: Exported) -> Itera
     losses = {name: f" Held-out loss {nats(found['loss_nats_per_token'])} nats per token." for name, found in evaluations(summary).items()}
     yield f"Teacher: {escaped(laps[-1].results['teacher'].facts['name'])}, {teacher['parameters']:,} parameters.{losses.get('teacher', '')}"
     for lap in laps[:-1]:
-        yield escaped(lap.results["prune"].facts["description"])
+        yield _cut(lap)
         yield distilled(lap.results["distill"].facts)
-    yield escaped(laps[-1].results["prune"].facts["description"]) + losses.get("pruned", "")
+    yield _cut(laps[-1]) + losses.get("pruned", "")
     yield exported.trained + (losses.get("student", "") if exported.is_final else "")
+
+
+def _cut(lap: Lap) -> str:
+    return f"Cut: {escaped(lap.results['prune'].facts['description'])}"
 
 
 def distilled(facts: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import torch
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB, format_gib
 from minitron.checkpoints.files import DTYPES, PIECE_BYTES, Checkpoint, PlannedTensor
+from minitron.checkpoints.folder import content_digest
 from minitron.checkpoints.publish import model_card, write_planned
 from minitron.families.base import Family
 from minitron.families.known import family_of
@@ -54,7 +55,7 @@ def merge_checkpoints(context: StageContext) -> dict:
         sources = weighted(sources, best_of(tried)["weights"])
     planned = merged_tensors(family, sources)
     total = sum(tensor.num_bytes for tensor in planned)
-    terms = [f"- {source.share:g} × {source.title} (`{source.checkpoint.fingerprint}`)" for source in sources]
+    terms = [f"- {source.share:g} × {source.title} (`{content_digest(source.folder)}`)" for source in sources]
     lines = ["Weighted mean of these checkpoints, tensor by tensor (in brackets what tells each from others of its name):", "", *terms, *sweep_lines(tried)]
     name = f"merge of {len(sources)} checkpoints"
     card = model_card(name, lines=lines, architecture=architecture, base=None)

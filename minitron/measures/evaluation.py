@@ -22,6 +22,7 @@ from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.files import stored_bytes
 from minitron.checkpoints.forward_memory import check_forward, forward_memory
 from minitron.families.known import family_of
+from minitron.machine.alone import measured_alone
 from minitron.machine.device import let_go, pick_device
 from minitron.measures.continuations import check_prompts, continuations
 from minitron.measures.held_out import CHUNK_TOKENS, by_position, by_source, token_sums
@@ -82,6 +83,8 @@ def evaluate_models(context: StageContext) -> dict:
     measures = list(_measures(context, models))
     store = context.folder.parent.parent
     measured = {}
+    if there := [name for name in MODELS if (context.folder / f"{name}.json").exists()]:
+        context.goes_on(f"the measurements of {', '.join(there)}, which are there")
     with context.console.track("evaluating", len(MODELS) * len(measures), "measurements") as advance:
         for name, stage in MODELS.items():
             folder = measurements_folder(store, context.inputs[stage])
@@ -140,7 +143,7 @@ def _measures(context: StageContext, models: Models) -> Iterator[Measure]:
     of_rows = {"data": data.key, "samples": wanted.samples}
     tokenizer = AutoTokenizer.from_pretrained(models.folders["teacher"])
 
-    of_held_out = {**of_rows, "teacher": context.inputs["teacher"].key}
+    of_held_out = {**of_rows, "teacher": context.inputs["teacher"].identity}
     yield Measure("held_out", of_held_out, partial(_held_out, models, rows, spread_rows(evaluation_rows(sources), wanted.samples), wanted.batch))
     for lengths in wanted.speed:
         yield Measure(_speed_name(lengths), {**of_rows, **machine_of(models.device)}, partial(_speed, models, rows, lengths))
@@ -151,7 +154,7 @@ def _measures(context: StageContext, models: Models) -> Iterator[Measure]:
         yield Measure("needle", {**of_rows, **key_settings(wanted.needle)}, make)
     if wanted.prompts:
         check_prompts(tokenizer, wanted, max_positions(context.settings))
-        of_prompts = {"prompts": list(wanted.prompts), "new_tokens": wanted.new_tokens, "teacher": context.inputs["teacher"].key}
+        of_prompts = {"prompts": list(wanted.prompts), "new_tokens": wanted.new_tokens, "teacher": context.inputs["teacher"].identity}
         yield Measure("prompts", of_prompts, partial(_prompts, models, tokenizer, wanted))
     for task in wanted.tasks:
         yield Measure(_task_name(task), task_identity(load_task(task, wanted), wanted), partial(_task, models, tokenizer, task, wanted))
@@ -177,7 +180,9 @@ def _held_out(models: Models, rows_RT: np.ndarray, sources_R: np.ndarray, batch:
 
 def _speed(models: Models, rows_RT: np.ndarray, lengths: SpeedSettings, name: str, _on_share: Share) -> dict[str, Any]:
     prompts = make_prompts(rows_RT, lengths.input_tokens, lengths.batch).to(models.device)
-    return measure_speed(models.alone(name), prompts, lengths, can_decode=_can_decode(models, name))
+    model, can_decode = models.alone(name), _can_decode(models, name)
+    found, alone = measured_alone(lambda: measure_speed(model, prompts, lengths, can_decode=can_decode))
+    return found | {"alone": alone}
 
 
 def _can_decode(models: Models, name: str) -> bool:

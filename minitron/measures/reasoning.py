@@ -21,6 +21,8 @@ def measure_reasoning(context: StageContext) -> dict:
     settings, wanted = context.settings, context.settings.reasoning
     problems = held_out_problems(settings.data.arithmetic)[: wanted.problems]
     measured = {}
+    if there := [name for name in MODELS if (context.folder / f"{name}.json").exists()]:
+        context.goes_on(f"the answers of {', '.join(there)}, which are there")
     with context.console.track("answering", len(MODELS) * len(wanted.budgets) * len(problems), "problems") as advance:
         for name, stage in MODELS.items():
             path, folder = context.folder / f"{name}.json", context.inputs[stage].model_folder

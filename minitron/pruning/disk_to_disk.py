@@ -44,8 +44,8 @@ def prune_teacher(context: StageContext) -> dict:
 
     source, compensated = Checkpoint(source_folder), settings.prune.method is PruneMethod.compensated
     name, removed = context.inputs[base_stage(settings)].facts["name"], removed_layers(plan)
-    described = describe_cut(plan, name) + (" What is kept was refitted to the base's own activations." if compensated else "")
-    card = model_card(f"{name}, pruned to {chosen['id']}", lines=[described, "Not distilled yet."], architecture=student, base=name)
+    described = describe_cut(plan) + (" What is kept was refitted to the base's own activations." if compensated else "")
+    card = model_card(f"{name}, pruned to {chosen['id']}", lines=[f"Cut from {name}: {described}", "Not distilled yet."], architecture=student, base=name)
     folder = context.folder / "checkpoint"
     sliced, made = write_cut(context, family, plan, folder, card=card)
     if made:
@@ -100,13 +100,13 @@ def removed_layers(plan: PruningPlan) -> list[int]:
     return sorted(set(range(plan.teacher.num_layers)) - set(plan.kept_layers))
 
 
-def describe_cut(plan: PruningPlan, teacher: str) -> str:
-    """One sentence for the model card: what was cut from what, every axis that became smaller."""
+def describe_cut(plan: PruningPlan) -> str:
+    """Every axis that became smaller, and the layers that went; not from what: runs that share the cut may call that by other names."""
     sizes = [(SHORT_TITLES.get(axis.name, axis.title), axis.size(plan.teacher), axis.size(plan.student)) for axis in (*WIDTH_AXES, LAYERS)]
     changed = [f"{label} {before} → {after}" for label, before, after in sizes if before != after]
     layers = removed_layers(plan)
     gone = f" Removed layers (from 0): {', '.join(map(str, layers))}." if layers else ""
-    return f"Cut from {teacher}: {', '.join(changed) or 'nothing'}.{gone}"
+    return f"{', '.join(changed) or 'nothing'}.{gone}"
 
 
 def _check(family: Family, plan: PruningPlan, source: Checkpoint, folder: Path, config: dict) -> str:

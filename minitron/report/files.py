@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 from minitron.report.page import page_html, page_markdown
 from minitron.report.plots import draw_plots
 from minitron.report.summary import METRICS_FILE, MODEL_STAGES, SEARCH_FILES, build_summary
+from minitron.report.sweep import sweep_yaml
 from minitron.settings.run import Settings, Stage
 from minitron.walk.console import Console
 from minitron.walk.stage import Lap
 from minitron.walk.store import Result, locked, write_text
+
+SWEEP_FILE = "sweep.yaml"
 
 
 def write_report(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
@@ -35,6 +39,8 @@ def write_report(settings: Settings, laps: Sequence[Lap], console: Console) -> N
         summary = build_summary(laps)
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         copy_tables(folder, laps[-1].results)
+        # A first lap's depths are screened on the way, all of them.
+        write_sweep(folder, None if laps[-1].settings.search.later_widths.given() else sweep_yaml(summary, sys.argv[1:]))
         for reason in link_models(folder, summary["models"]):
             console.say(reason)
         write_page(folder, summary)
@@ -59,6 +65,14 @@ def copy_tables(folder: Path, results: Mapping[str, Result]) -> None:
                 write_text(folder / name, source.read_text())
             else:
                 (folder / name).unlink(missing_ok=True)
+
+
+def write_sweep(folder: Path, text: str | None) -> None:
+    """sweep.yaml, or none where this run has no sweep."""
+    if text is None:
+        (folder / SWEEP_FILE).unlink(missing_ok=True)
+    else:
+        write_text(folder / SWEEP_FILE, text)
 
 
 def link_models(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> list[str]:

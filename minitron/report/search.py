@@ -79,8 +79,9 @@ def candidates_table(candidates: Sequence[Candidate]) -> str:
 
 
 def _note(candidate: Candidate) -> str:
-    """That a candidate is the chosen one, or on the Pareto front, or why it was not to be chosen."""
-    remarks = ["**chosen**" if candidate["chosen"] else "", "front" if candidate["on_pareto_front"] else "", escaped(candidate.get("note", ""))]
+    """That a candidate is the chosen one, or on the Pareto front, or why it was not to be chosen; and that its speed does not compare with the others'."""
+    beside = "decoded beside other work" if candidate.get("speed_alone") is False else ""
+    remarks = ["**chosen**" if candidate["chosen"] else "", "front" if candidate["on_pareto_front"] else "", escaped(candidate.get("note", "")), beside]
     return ", ".join(remark for remark in remarks if remark)
 
 
@@ -101,6 +102,8 @@ def table_notes(summary: Summary, lap: Summary) -> str:
                      f"{load['input_tokens']:,} tokens in and {load['output_tokens']:,} out, {batch}.")  # fmt: skip
     if any(candidate["on_pareto_front"] for candidate in candidates):
         notes.append("Front: on the Pareto front, so no other is as good in loss, memory and modelled speed and better in one of them.")
+    if any(candidate.get("speed_alone") is False for candidate in candidates):
+        notes.append("Decoded beside other work: other processes kept this machine's cores busy meanwhile, so that speed is too low to compare.")
     if lap["search"].get("later_widths"):
         notes.append("Memory is at full width; the widths that are cut next bring it under the budget.")
     return " ".join(notes)

@@ -84,7 +84,7 @@ class LaterWidthsSettings:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
-CHOOSING = ("finalists", "select", "loss_within", "weights")  # of SearchSettings, those that the shortlist does not know
+CHOOSING = ("finalists", "select", "noise", "loss_within", "weights")  # of SearchSettings, those that the shortlist does not know
 
 
 @dataclass(kw_only=True, slots=True)
@@ -111,6 +111,7 @@ class SearchSettings:
     screen_samples: int = 16
     finalists: int = 4
     select: Select = Select.lowest_loss
+    noise: float = 0.005
     loss_within: float = 0.02
     weights: dict[str, float] = field(default_factory=dict)
     listed: int = how(100_000)
@@ -118,7 +119,7 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         at_least(self, "search", 1, "shortlist_size", "screen_samples", "max_parameters", "listed")
-        at_least(self, "search", 0, "finalists", "loss_within", "min_gib", "max_gib", "min_tokens_per_second")
+        at_least(self, "search", 0, "finalists", "noise", "loss_within", "min_gib", "max_gib", "min_tokens_per_second")
         check_kinds("search.floors", self.floors)
         for name, weight in self.weights.items():
             if name not in ("loss", "memory", "throughput"):

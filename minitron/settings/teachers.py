@@ -1,14 +1,13 @@
 """Which teacher a run is about: its config.json, its folder, its identity. Loads no weights and no torch."""
 
 import hashlib
-import json
 import re
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from memory_budget.architecture import Architecture, check_architecture
 from memory_budget.hf_config import architecture_from_config, read_config
-from minitron.settings.gguf_teacher import gguf_teacher_config, gguf_teacher_digest
+from minitron.settings.gguf_teacher import gguf_teacher_config
 from minitron.settings.run import Settings
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -92,16 +91,6 @@ def teacher_config(settings: Settings) -> dict:
 def max_positions(settings: Settings) -> int:
     """Tokens that a sequence may have: `max_position_embeddings`. NemotronH embeds no positions; it is what was trained or promised."""
     return TINY_POSITIONS if is_trained(settings) else int(teacher_config(settings)["max_position_embeddings"])
-
-
-def teacher_identity(settings: Settings) -> str:
-    """What a key says of the teacher: nothing more than that for one whose sizes are in it, a digest of a stored one's or GGUF's file, else of config.json."""
-    if is_tiny(settings):
-        return stored_digest() if is_stored(settings) else "tiny"
-    if is_converted(settings):
-        return gguf_teacher_digest(settings.teacher)
-    config = json.dumps(teacher_config(settings), sort_keys=True)
-    return hashlib.sha256(f"{settings.teacher.revision}{config}".encode()).hexdigest()[:12]
 
 
 def teacher_folder(settings: Settings) -> Path:

@@ -9,10 +9,10 @@ from minitron.walk.stage import StageContext, StoredStage
 
 
 def what(settings: Settings) -> Any:
-    from minitron.checkpoints.files import Checkpoint
+    from minitron.checkpoints.folder import fingerprint
 
     folder = Path(settings.base.path)
-    return {"weights": Checkpoint(folder).fingerprint, "folder": str(folder.resolve())}
+    return {"files": fingerprint(folder), "folder": str(folder.resolve())}
 
 
 def check(settings: Settings) -> None:
@@ -24,10 +24,10 @@ def check(settings: Settings) -> None:
 
 
 def run(context: StageContext) -> dict:
-    from minitron.checkpoints.given import given_checkpoint
+    from minitron.checkpoints.given import given_checkpoint, identity_of
 
     folder = Path(context.settings.base.path).resolve()
-    return given_checkpoint(folder, folder.name)
+    return given_checkpoint(folder, folder.name) | identity_of(folder, context.console)
 
 
 STAGE = StoredStage(version=1, needs=lambda settings: ("teacher",), what=what, check=check, run=run)

@@ -14,10 +14,10 @@ def needs(settings: Settings) -> tuple[str, ...]:
 
 
 def what(settings: Settings) -> Any:
-    from minitron.checkpoints.files import Checkpoint
+    from minitron.checkpoints.folder import fingerprint
 
     def identity(name: str) -> Any:  # a stage's own key is among the inputs; a folder's name stands on the card
-        return name if name in MERGEABLE else {"weights": Checkpoint(Path(name)).fingerprint, "name": Path(name).resolve().name}
+        return name if name in MERGEABLE else {"files": fingerprint(Path(name)), "name": Path(name).resolve().name}
 
     merge = settings.merge
     chosen = {"sweep": merge.candidates(), "samples": merge.samples} if merge.candidates() else {"weights": merge.shares()}

@@ -24,11 +24,11 @@ def what(settings: Settings) -> Any:
         return {"stored": stored_digest()}
     if is_converted(settings):
         return {"gguf": gguf_teacher_digest(settings.teacher), "conversion": CONVERSION_VERSION}
-    from minitron.checkpoints.files import Checkpoint
+    from minitron.checkpoints.folder import fingerprint
 
-    # The folder too: the result says where the weights lie, and a card names them.
+    # The folder too: the result says where the weights lie. Later stages know them by their contents, the result's identity.
     folder = teacher_folder(settings)
-    return {"weights": Checkpoint(folder).fingerprint, "folder": str(folder)}
+    return {"files": fingerprint(folder), "folder": str(folder)}
 
 
 def check(settings: Settings) -> None:
@@ -45,7 +45,7 @@ def check(settings: Settings) -> None:
 
 
 def run(context: StageContext) -> dict:
-    """A given checkpoint is only held against its config: no weights are read. The stored one is written out in float32."""
+    """A given checkpoint is held against its config, and read for its identity. The stored one is written out in float32."""
     settings = context.settings
     if is_trained(settings):
         from minitron.training.tiny_teacher import train_tiny_teacher
@@ -57,11 +57,14 @@ def run(context: StageContext) -> dict:
         return unpack_tiny_teacher(context.folder)
     if is_converted(settings):
         from minitron.checkpoints.from_gguf import convert_gguf
+        from minitron.checkpoints.given import identity_of
 
-        return convert_gguf(gguf_header(settings.teacher), teacher_config(settings), context.folder, context.console)
-    from minitron.checkpoints.given import given_checkpoint
+        facts = convert_gguf(gguf_header(settings.teacher), teacher_config(settings), context.folder, context.console)
+        return facts | identity_of(context.folder / facts["path"], context.console)
+    from minitron.checkpoints.given import given_checkpoint, identity_of
 
-    return given_checkpoint(teacher_folder(settings), settings.teacher.path)
+    folder = teacher_folder(settings)
+    return given_checkpoint(folder, settings.teacher.path) | identity_of(folder, context.console)
 
 
 STAGE = StoredStage(version=1, needs=needs, what=what, check=check, run=run, ends_first_lap=True)

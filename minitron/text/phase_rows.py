@@ -18,6 +18,8 @@ def make_phase_rows(context: StageContext) -> dict:
     settings = context.settings
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(context))
     facts = {}
+    if there := [name for name in rows_to_make(settings) if (context.folder / f"{name}.npy").exists()]:
+        context.goes_on(f"the rows of {', '.join(there)}, which are there")
     for name, data in rows_to_make(settings).items():
         path = context.folder / f"{name}.npy"
         if not path.exists():  # else of an interrupted run

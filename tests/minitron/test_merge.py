@@ -10,6 +10,7 @@ import torch
 
 from memory_budget.hf_config import read_config
 from minitron.checkpoints.files import PIECE_BYTES, Checkpoint
+from minitron.checkpoints.folder import content_digest
 from minitron.checkpoints.shards import save_model_weights
 from minitron.families.nemotron_h import FAMILY
 from minitron.hand_over.merge import Source, merged_tensors
@@ -107,7 +108,7 @@ def test_dtypes_config_and_tokenizer_are_the_firsts(merge, checkpoints):
 def test_the_card_names_what_was_merged_with_which_weights(merge, checkpoints):
     _, merged = merge(checkpoints["one"], checkpoints["two"], weights="[0.25,0.75]")
     card = (merged / "README.md").read_text()
-    assert f"- 0.25 × one (`{Checkpoint(checkpoints['one']).fingerprint}`)" in card and "- 0.75 × two" in card
+    assert f"- 0.25 × one (`{content_digest(checkpoints['one'])}`)" in card and "- 0.75 × two" in card
 
 
 def test_a_merge_is_kept_and_other_weights_make_another(merge, checkpoints, tmp_path):
@@ -266,7 +267,7 @@ def test_an_interrupted_sweep_goes_on_after_the_last_candidate_measured(walk, do
     kept = [{**facts["sweep"][0], "loss_nats_per_token": 99.0}, facts["sweep"][1]]  # a mark that only a kept measurement has
     write_json(folder / "sweep.json", kept)
     finished = door(tmp_path, *walk.settings, "stage=merge", *wanted)
-    assert finished.returncode == 0, finished.stderr
+    assert finished.returncode == 0 and f"merge  goes on from merge 2 of {len(facts['sweep'])}" in finished.stdout, finished.stderr
     again = json.loads((folder / "done.json").read_text())["facts"]["sweep"]
     assert again == [*kept, *facts["sweep"][2:]]
 
