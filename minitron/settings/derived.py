@@ -8,6 +8,7 @@ from memory_budget.budget import PRESETS, Budget
 from memory_budget.workload import Workload
 from minitron.families.base import Multiple
 from minitron.families.known import FAMILIES, family_of
+from minitron.settings.names import did_you_mean
 from minitron.settings.run import PruneMethod, Settings
 from minitron.settings.teachers import base_architecture
 from nas.axes import AXES, WIDTHS, axes_of, usual_step
@@ -135,6 +136,7 @@ def budget_of(settings: Settings) -> Budget:
     budget = settings.budget
     if budget.device_gib is None:
         if budget.name not in PRESETS:
-            raise ValueError(f"budget.name is {budget.name!r}; without budget.device_gib it must be one of {', '.join(PRESETS)}")
+            raise ValueError(f"budget.name is {budget.name!r}; without budget.device_gib it must be one of {', '.join(PRESETS)}"
+                             + did_you_mean(budget.name, PRESETS))  # fmt: skip
         return PRESETS[budget.name]
-    return Budget(budget.name, budget.device_gib, budget.cushion_fraction, budget.set_aside_gib)
+    return Budget(budget.name, budget.device_gib, budget.cushion_fraction or 0.0, budget.set_aside_gib or 0.0)
