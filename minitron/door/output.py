@@ -1,6 +1,5 @@
 """Output whose reader may go before the work is done: what is left to say then goes nowhere, and the work goes on."""
 
-import contextlib
 import errno
 import io
 import os
@@ -28,9 +27,11 @@ def outlive_readers() -> None:
     """Makes sys.stdout and sys.stderr such files, where they are files of the system's at all and not yet such."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        with contextlib.suppress(AttributeError):  # without a buffer it is something else's, a notebook's or a test's
-            if type(stream.buffer.raw) is io.FileIO:
-                stream.flush()
-                lasting = _Lasting(stream.fileno(), "wb", closefd=False)
-                setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(lasting), stream.encoding, stream.errors, line_buffering=stream.line_buffering,
-                                                    write_through=stream.write_through))  # fmt: skip
+        buffer = getattr(stream, "buffer", None)
+        if type(getattr(buffer, "raw", buffer)) is not io.FileIO:  # something else's, a notebook's or a test's
+            continue
+        stream.flush()
+        lasting = _Lasting(stream.fileno(), "wb", closefd=False)
+        below = io.BufferedWriter(lasting) if hasattr(buffer, "raw") else lasting  # PYTHONUNBUFFERED has none
+        again = io.TextIOWrapper(below, stream.encoding, stream.errors, line_buffering=stream.line_buffering, write_through=stream.write_through)
+        setattr(sys, name, again)
