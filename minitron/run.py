@@ -43,8 +43,7 @@ def main() -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("hydra", "omegaconf", "numpy", "torch", "rich"):
             raise
-        print(f"error: {error.name} is not installed for {sys.executable}; `make install` makes .venv with all that is needed: .venv/bin/python -m minitron.run",
-              file=sys.stderr)  # fmt: skip
+        print(f"error: {error.name} is not installed for {sys.executable}; `make install` makes .venv with all of it: .venv/bin/python", file=sys.stderr)
         return 2
 
 

@@ -104,7 +104,9 @@ def _meant_by(argument: str) -> str:
         return stage
     if is_setting(argument):
         return f"; it must be given a value: {argument}=…"
-    return f"; did you mean teacher.{'gguf' if argument.endswith('.gguf') else 'path'}={argument}?" if "/" in argument or "." in argument else "; --help says more"
+    if "/" in argument or "." in argument:
+        return f"; did you mean teacher.{'gguf' if argument.endswith('.gguf') else 'path'}={argument}?"
+    return "; --help says more"
 
 
 # ------------------------------------------------------------------------------------------------------------- rewrites

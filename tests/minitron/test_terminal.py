@@ -1,6 +1,7 @@
 """Manners at the terminal: interrupts are heard however a run was started, a reader who goes ends nothing, an old Python is told so."""
 
 import ast
+import contextlib
 import os
 import signal
 import subprocess
@@ -20,10 +21,8 @@ def interrupted(fork_server, tmp_path, code: str, number: int, *arguments: str) 
     process = fork_server.start("snippet", [code, *arguments], folder=tmp_path)
     writer = os.open(tmp_path / "order", os.O_WRONLY)  # until it reads
     process.send_signal(number)
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=0.5)
-    except subprocess.TimeoutExpired:
-        pass
     os.close(writer)
     _, stderr = process.communicate(timeout=60)
     return process.returncode, stderr
