@@ -127,7 +127,7 @@ def repository() -> Path:
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     """What child processes get: one thread each, offline, this checkout's code and nothing that changes a run."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("HYDRA", "WANDB", "TRANSFORMERS", "FORCE_COLOR"))}
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("HYDRA", "MINITRON", "WANDB", "TRANSFORMERS", "FORCE_COLOR"))}
     return own | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
 
 

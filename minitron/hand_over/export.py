@@ -21,9 +21,10 @@ from minitron.hand_over.rules import RULES
 from minitron.report.summary import build_summary
 from minitron.report.text import nats
 from minitron.settings.hand_over import StudentState
+from minitron.settings.hub import HUB_ID
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings, Stage
-from minitron.settings.teachers import HUB_ID, is_tiny
+from minitron.settings.teachers import is_tiny
 from minitron.walk.console import Console
 from minitron.walk.stage import Lap
 from minitron.walk.store import locked, write_json

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from minitron.settings.evaluate import EvaluateSettings
+from minitron.settings.names import did_you_mean
 from minitron.text.documents import content_digest
 from minitron.walk.store import stage_key, write_json
 
@@ -62,7 +63,8 @@ def load_task(name: str, settings: EvaluateSettings) -> Any:
     manager = _manager(tuple(settings.tasks), tuple(settings.task_folders))
     if name not in manager.all_tasks:
         folders = f" or in {', '.join(settings.task_folders)}" if settings.task_folders else " (evaluate.task_folders names folders of your own)"
-        raise ValueError(f"evaluate.tasks names {name!r}, which is no task of lm-eval{folders}; `lm-eval ls tasks` lists them")
+        raise ValueError(f"evaluate.tasks names {name!r}, which is no task of lm-eval{folders}"
+                         + (did_you_mean(name, manager.all_tasks) or "; `lm-eval ls tasks` lists them"))  # fmt: skip
     try:
         with _quiet():
             return manager.load([name])

@@ -8,6 +8,7 @@ from minitron.settings.derived import budget_of, workload_of
 from minitron.settings.follow import MOST_CONTEXT, RULES, Model, followed, run_name_of
 from minitron.settings.run import Settings
 from minitron.settings.teachers import CONF_FOLDER, base_architecture, max_positions
+from minitron.settings.words import for_hydra
 from nas.axes import AXES
 
 
@@ -23,7 +24,7 @@ def settings_of(config: DictConfig) -> Settings:
 
 
 def compose_settings(*words: str, config_dir: str | None = None) -> Settings:
-    """The settings of what would be said on the command line, e.g. compose_settings("experiment=nano2", "stage=search"). Raises ValueError or what Hydra does.
+    """The settings of what would be said on the command line, e.g. compose_settings("teacher.path=MODEL", "budget=l4"). Raises ValueError or what Hydra does.
 
     `config_dir` is --config-dir: a folder with an experiment/ of one's own.
     """
@@ -32,15 +33,14 @@ def compose_settings(*words: str, config_dir: str | None = None) -> Settings:
     register_schema()
     search_path = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
     with initialize_config_dir(str(CONF_FOLDER), version_base="1.3"):
-        return settings_of(compose("run", overrides=[*search_path, *words]))
+        return settings_of(compose("run", overrides=[*search_path, *for_hydra(words)]))
 
 
-def register_schema(help_footer: str = "") -> None:
-    """The types that conf/run.yaml is held against, and what --help says below its head."""
+def register_schema() -> None:
+    """The types that conf/run.yaml is held against."""
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="settings_schema", node=Settings)
-    ConfigStore.instance().store(group="hydra/help", name="with_stages", node={"footer": help_footer})
 
 
 def fill_in(config: DictConfig) -> None:

@@ -8,7 +8,7 @@ from memory_budget.budget import PRESETS, Budget
 from memory_budget.workload import Workload
 from minitron.families.base import Multiple
 from minitron.families.known import FAMILIES, family_of
-from minitron.settings.rules import did_you_mean
+from minitron.settings.names import did_you_mean
 from minitron.settings.run import PruneMethod, Settings
 from minitron.settings.teachers import base_architecture
 from nas.axes import AXES, WIDTHS, axes_of, usual_step
@@ -145,7 +145,8 @@ def budget_of(settings: Settings) -> Budget:
     if given.device_gib is None:
         if preset is None:
             said = "null" if given.name is None else repr(given.name)
-            raise ValueError(f"budget.name is {said}; without budget.device_gib it must be one of {', '.join(PRESETS)}{did_you_mean(given.name, PRESETS)}")
+            raise ValueError(f"budget.name is {said}; without budget.device_gib it must be one of {', '.join(PRESETS)}"
+                             + did_you_mean(given.name or "", PRESETS))  # fmt: skip
         return replace(preset, **own)
     if preset is not None and given.device_gib != preset.device_gib:
         raise ValueError(f"budget.name is {given.name!r}, a card of {preset.device_gib:g} GiB, but budget.device_gib is {given.device_gib:g}; give one of them, "

@@ -1,10 +1,15 @@
 """What every group of settings is made with: marks, checks and their plain values."""
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import MISSING, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
+
+
+class Choice(Enum):
+    """One of some words, which it is written as wherever text is made of it: `run_name='${scoring.criterion}'` is iterative_mse."""
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def how(default: Any) -> Any:
@@ -57,10 +62,3 @@ def check_kinds(name: str, numbers: dict[str, int | None]) -> None:
             raise ValueError(f"{name} names the kind {kind!r}; it must be mamba, attention or ffn")
         if number is not None and number < 0:
             raise ValueError(f"{name}.{kind} is {number}; it must be at least 0")
-
-
-def did_you_mean(given: str | None, known: Iterable[str]) -> str:
-    """"; did you mean X?" where one of the known names is near the given one, else nothing."""
-    names = {name.lower(): name for name in known}
-    near = difflib.get_close_matches((given or "").lower(), names, n=1)
-    return f"; did you mean {names[near[0]]}?" if near else ""

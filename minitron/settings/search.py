@@ -1,24 +1,23 @@
 """Settings of the search: the space, its filters, the shortlist, the choice, and the throughput model."""
 
 from dataclasses import dataclass, field, fields
-from enum import Enum
 
-from minitron.settings.rules import added, at_least, check_kinds, how
+from minitron.settings.rules import Choice, added, at_least, check_kinds, how
 from nas.axes import AXES
 
 
-class Shortlist(Enum):
+class Shortlist(Choice):
     diversified = "diversified"
     largest = "largest"
 
 
-class Select(Enum):
+class Select(Choice):
     lowest_loss = "lowest_loss"
     loss_within = "loss_within"
     weighted = "weighted"
 
 
-class Aggregation(Enum):
+class Aggregation(Choice):
     mean = "mean"
     l2 = "l2"
 

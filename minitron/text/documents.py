@@ -17,9 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from minitron.settings.hub import HUB_ID, said_while_waiting
 from minitron.settings.rules import key_settings
 from minitron.settings.run import DataSettings, Embedded
-from minitron.settings.teachers import HUB_ID
 from minitron.text.arithmetic import ARITHMETIC_VERSION, problem_documents
 from minitron.text.embedded import Document, embedded_documents, text_fingerprint
 from minitron.text.prose import PROSE_VERSION, prose_documents
@@ -144,7 +144,9 @@ def _dataset_documents(data: DataSettings, text_of: Callable[[dict[str, Any], st
 
 def _dataset_records(data: DataSettings) -> Iterator[dict[str, Any]]:
     with _named_errors(f"data.dataset: {source_title(data)}"):
-        yield from _streamed(data.dataset, name=data.dataset_config, revision=data.dataset_revision, split=data.dataset_split)
+        with said_while_waiting(source_title(data)):
+            records = _streamed(data.dataset, name=data.dataset_config, revision=data.dataset_revision, split=data.dataset_split)
+        yield from records
 
 
 def _streamed(path: str, **arguments: Any) -> Iterator[dict[str, Any]]:
