@@ -11,14 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
+from distill.chunk_sizes import chunk_tokens
 from distill.divergences import DIVERGENCES, Divergence, cross_entropy_rows, divergence_named, top_k_rows
 from distill.products import multiply, multiply_add, operands
 from distill.top_k import TopK
 
-GPU_CHUNK_VALUES = 2**27  # logits of a chunk: 1,024 tokens of 131,072, four buffers of 512 MiB; fewer are bound by memory
-CHUNK_VALUES = 2**25  # the most on a CPU
-CPU_CHUNK_VALUES = 2**20  # what is aimed at there, so that chunks stay near the processor; but never fewer tokens than a product of matrices is quick with
-CPU_CHUNK_TOKENS = 256
 CPU_BLOCK_VALUES = 2**19  # logits passed over at once on a CPU: 2 MiB of each kind, so that the passes run in its cache
 
 
@@ -111,13 +108,6 @@ def chunked_cross_entropy(head: Head, labels_BT: torch.Tensor) -> torch.Tensor:
     labels_N, hidden_ND = labels_BT.flatten(), _chosen(head.hidden_BTD, None, 1)
     task = _Task(None, labels_N, LossRecipe(cross_entropy_weight=1.0), False, _chunk(hidden_ND, head.weight_VD, None), torch.is_grad_enabled())
     return _Sweep.apply(hidden_ND, head.weight_VD, task)[0] / (labels_N >= 0).sum().clamp(min=1)
-
-
-def chunk_tokens(vocabulary: int, *, on_cpu: bool) -> int:
-    """Tokens whose logits exist at once."""
-    if not on_cpu:
-        return max(1, GPU_CHUNK_VALUES // vocabulary)
-    return max(1, min(CHUNK_VALUES // vocabulary, max(CPU_CHUNK_TOKENS, CPU_CHUNK_VALUES // vocabulary)))
 
 
 def _chunk(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, wanted: int | None) -> int:

@@ -9,9 +9,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as distributed
+if TYPE_CHECKING:  # so that plans know a launch without torch
+    import torch.distributed as distributed
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +68,10 @@ def _asked_for(environment: Mapping[str, str]) -> str:
 
 # What computes in lock-step and is not there after so long hangs, say since a process died; others wait for the first one's own work, which may be days.
 COMPUTING, WAITING = timedelta(minutes=30), timedelta(days=7)
-_groups: dict[str, distributed.ProcessGroup] = {}
+_groups: dict[str, "distributed.ProcessGroup"] = {}
 
 
-def waiting_group() -> distributed.ProcessGroup:
+def waiting_group() -> "distributed.ProcessGroup":
     """All processes, to wait in for what the first one does alone: gloo, with days of patience."""
     join_processes()
     return _groups["waiting"]
@@ -78,6 +79,9 @@ def waiting_group() -> distributed.ProcessGroup:
 
 def join_processes() -> None:
     """The group of all processes: gloo for what is in main memory, NCCL for what is on GPUs. Asserts that it is as large as was said."""
+    import torch
+    import torch.distributed as distributed
+
     if not distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minitron.machine.device import available_memory_bytes
+from minitron.machine.memory import available_memory_bytes
 
 BLOCK_BYTES = 4096  # offsets, lengths and addresses are multiples of it: the largest block of disks in use
 BUFFER_BYTES = 2**24

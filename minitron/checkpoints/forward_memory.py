@@ -6,13 +6,10 @@ Mamba-2 and feed-forward layers go by blocks, it is less, and nothing is refused
 
 from collections.abc import Sequence
 
-import torch
-
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_total_parameters
-from minitron.machine.device import process_memory_bytes
 from minitron.machine.memory_plan import MemoryPlan
-from minitron.mamba import token_blocks
+from minitron.mamba import block_sizes
 from minitron.mamba.kernel_memory import ScanMemory
 
 FLOAT32 = 4
@@ -33,22 +30,16 @@ def forward_memory(stage: str, models: Sequence[tuple[Architecture, int]], *, to
     return MemoryPlan(stage, parts, advice)
 
 
-def check_forward(plan: MemoryPlan, device: torch.device) -> None:
-    """Raises ValueError where a GPU has less than the plan wants."""
-    if device.type == "cuda":
-        plan.check(*process_memory_bytes(device))
-
-
 def layer_bytes(model: Architecture, width: int, rows: int, tokens: int, *, autocast: bool = False, tapped: bool = False) -> int:
     """The most that one layer holds on its way in eval mode on a GPU, on so many rows of so many tokens, `width` bytes a number: its input and the norm's
     output, which a mixer's callers hold to its end, and the mixer's own, or what the norm makes where that is more. `tapped`: importance is read on the way.
     """
     copies = 2 if width == FLOAT32 else 3  # in float32: the input, where that is narrower, and the normed one without and with the norm's weight
     states, normed = rows * tokens * model.hidden * width, copies * FLOAT32 - width
-    if tokens <= token_blocks.LONG_TOKENS:
+    if tokens <= block_sizes.LONG_TOKENS:
         kinds = [_mixer_bytes(model, letter, width, rows, tokens, autocast=autocast, tapped=tapped) for letter in set(model.pattern)]
         return 2 * states + max(normed * model.hidden * rows * tokens, *kinds)
-    block = token_blocks.largest_block(tokens)  # of the parts' outputs there are those, and once more when they are joined; of heads a sum in float32
+    block = block_sizes.largest_block(tokens)  # of the parts' outputs there are those, and once more when they are joined; of heads a sum in float32
     kinds = [2 * states, states + normed * model.hidden * rows * block]
     for letter in set(model.pattern) - {"*"}:
         kinds.append(states + _mixer_bytes(model, letter, width, rows, block, autocast=autocast, tapped=tapped))

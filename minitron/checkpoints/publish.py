@@ -18,7 +18,7 @@ from minitron.checkpoints.placement import StreamedModel
 from minitron.checkpoints.shards import save_model_weights, write_weights
 from minitron.families.base import Family
 from minitron.families.state import model_tensors
-from minitron.machine.device import available_memory_bytes
+from minitron.machine.memory import available_memory_bytes
 from minitron.mamba import dispatch
 from minitron.walk.store import write_json
 

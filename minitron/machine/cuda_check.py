@@ -80,7 +80,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.jobs:
-            from minitron.machine.device import available_memory_bytes
+            from minitron.machine.memory import available_memory_bytes
 
             print(max_jobs(len(os.sched_getaffinity(0)), available_memory_bytes()))
         elif options.kernels:

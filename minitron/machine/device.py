@@ -7,6 +7,8 @@ import sys
 
 import torch
 
+from minitron.machine.memory import process_share_bytes
+from minitron.machine.memory_plan import MemoryPlan
 from minitron.mamba import dispatch
 from minitron.mamba.kernels import check_bf16, unusable_kernel
 from minitron.settings.run import Settings
@@ -40,8 +42,13 @@ def process_memory_bytes(device: torch.device) -> tuple[int, str]:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept, f"{torch.cuda.get_device_name(device)}"
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return available_memory_bytes() // processes, "this machine, by what is free now," + (f" for each of {processes} processes" if processes > 1 else "")
+    return process_share_bytes()
+
+
+def check_on_gpu(plan: MemoryPlan, device: torch.device) -> None:
+    """Raises ValueError where a GPU has less than the plan wants. On a CPU, where layers go by blocks, less is taken, and nothing is refused by it."""
+    if device.type == "cuda":
+        plan.check(*process_memory_bytes(device))
 
 
 def let_go() -> None:
@@ -49,12 +56,3 @@ def let_go() -> None:
     if torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def available_memory_bytes() -> int:
-    """Memory that new work can take without swapping, in bytes."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # no Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

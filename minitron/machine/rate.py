@@ -1,14 +1,46 @@
-"""How fast a device multiplies matrices, and how long work will take at that rate, said for people."""
+"""How fast this machine multiplies matrices, measured once and kept; and how long work takes, said for people. Loads no torch."""
 
+import json
+import os
+import platform
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 MEASURED_SIZE = 1024  # of the square matrices whose product is timed
+MEASURED_SECONDS = 0.3
+MOST_TRIES = 5  # while other work runs; the best of them stays
+KEPT_FILE = Path("minitron") / "rates.json"  # in the user's cache folder, by processor and threads
 
 
-def product_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """The device's rate of matrix products, measured in a few milliseconds."""
+def product_rate() -> float:
+    """FLOP/s of a product of float32 matrices on this machine's processor, by numpy; kept once it was measured while nothing else ran."""
+    path, name = _kept_path(), f"{_processor()}, {num_threads()} threads"
+    kept = _read(path)
+    found = kept.get(name, {"flops_per_second": 0.0, "tries": 0})
+    if found["tries"] >= MOST_TRIES:
+        return found["flops_per_second"]
+    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * num_threads()
+    rate = max(_measured(), found["flops_per_second"])  # other work can only have slowed it down
+    _write(path, kept | {name: {"flops_per_second": rate, "tries": found["tries"] + 1 if busy else MOST_TRIES}})
+    return rate
+
+
+def num_threads() -> int:
+    """Threads that numpy and torch compute with here: OMP_NUM_THREADS, else the cores that this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpu_product_rate(device: "torch.device", dtype: "torch.dtype") -> float:
+    """A GPU's rate of matrix products, measured in a few milliseconds."""
+    import torch
+
     matrix = torch.randn(MEASURED_SIZE, MEASURED_SIZE, device=device, dtype=dtype)
     seconds = []
     for _ in range(4):
@@ -22,3 +54,58 @@ def duration(hours: float) -> str:
     if hours < 1:
         return f"{hours * 60:,.0f} minutes" if hours * 60 >= 1.5 else f"{hours * 3600:,.0f} seconds"
     return f"{hours / 8766:,.1f} years" if hours > 8766 else f"{hours:,.1f} hours"
+
+
+def _measured() -> float:
+    import numpy as np
+
+    matrix = np.random.default_rng(0).standard_normal((MEASURED_SIZE, MEASURED_SIZE), dtype=np.float32)
+    product, fastest, began = np.empty_like(matrix), float("inf"), time.perf_counter()
+    while time.perf_counter() - began < MEASURED_SECONDS:
+        started = time.perf_counter()
+        np.matmul(matrix, matrix, out=product)
+        fastest = min(fastest, time.perf_counter() - started)
+    return 2 * MEASURED_SIZE**3 / fastest
+
+
+def _processor() -> str:
+    """The processor's model and its widest instructions that numpy and torch may use: virtual machines of one model differ in those."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:  # no Linux
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in text.partition("\n\n")[0].splitlines() if ":" in line)
+    named = {name.strip(): value.strip() for name, value in fields.items()}
+    widest = [flag for flag in ("avx2", "avx512f", "amx_tile") if flag in named.get("flags", "").split()]
+    return " ".join([named.get("model name", platform.machine()), *widest])
+
+
+def _kept_path() -> Path | None:
+    """None where there is no home to keep anything in."""
+    try:
+        folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return Path(folder) / KEPT_FILE
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    """What is kept; nothing where it cannot be read or is no such file."""
+    try:
+        kept = json.loads(path.read_text()) if path else {}
+        return {name: found for name, found in kept.items() if found["flops_per_second"] > 0 and found["tries"] > 0}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _write(path: Path | None, kept: dict[str, Any]) -> None:
+    """Where it cannot be written, it is measured again the next time."""
+    if path is None:
+        return
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(kept, indent=2) + "\n")
+        partial.replace(path)
+    except OSError:
+        return

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from minitron.mamba.block_sizes import SCAN_TOKENS
 from minitron.mamba.blockwise import block_numbers
 
 LOWEST_LOG = -80.0
 STEEPEST_LOG = 60.0  # of a decay to divide by: e**60 times anything usual is far from float32's largest, e**88
-CHUNK_TOKENS = 32  # more means more work inside chunks and steeper decays over them, fewer more states between them
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Part:
 
 def parts(batch: int, heads: int, head_dim: int, groups: int, state: int, device: torch.device) -> Iterator[Part]:
     """A batch as parts: several rows of all groups, or, where a row is too much, some groups of one row."""
-    fitting = max(1, block_numbers(device) * groups // (heads * CHUNK_TOKENS * head_dim))  # groups of single rows
+    fitting = max(1, block_numbers(device) * groups // (heads * SCAN_TOKENS * head_dim))  # groups of single rows
     rows, some = (fitting // groups, groups) if fitting >= groups else (1, fitting)
     for row in range(0, batch, rows):
         for group in range(0, groups, some):
@@ -61,7 +61,7 @@ class Sequence:
     """A part on its way through the chunks: what both passes need of dt and A, and the buffers of one chunk."""
 
     def __init__(self, dt_BGTR, A_1G1R1, head_dim: int):
-        self.tokens, self.length, self.shape = dt_BGTR.shape[2], (length := CHUNK_TOKENS), dt_BGTR.shape[:2]
+        self.tokens, self.length, self.shape = dt_BGTR.shape[2], (length := SCAN_TOKENS), dt_BGTR.shape[:2]
         self.padded = padded = F.pad(dt_BGTR, (0, 0, 0, -self.tokens % length)).unflatten(2, (-1, length))  # no step, no decay
         cum = torch.cumsum(padded * A_1G1R1.transpose(3, 4), dim=3)
         end = cum[:, :, :, -1:]

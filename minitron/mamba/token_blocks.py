@@ -10,24 +10,22 @@ Letters: B batch, T tokens, t tokens of a block, D hidden, E channels of the con
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-LONG_TOKENS = 65_536  # longer rows go in parts
-BLOCK_TOKENS = 32_768  # large enough that a GPU does not wait for launches, a multiple of every scan's chunk
+from minitron.mamba import block_sizes
 
 
 def goes_in_parts(hidden_BTD: torch.Tensor) -> bool:
     """Whether a row is long."""
-    return hidden_BTD.ndim == 3 and hidden_BTD.shape[1] > LONG_TOKENS
+    return hidden_BTD.ndim == 3 and hidden_BTD.shape[1] > block_sizes.LONG_TOKENS
 
 
 def feed_by_blocks(function: Callable[[torch.Tensor], torch.Tensor], hidden_BTD: torch.Tensor, block_tokens: int | None = None) -> torch.Tensor:
     """function(hidden) [B, T, D] of a mixer that looks at every token alone."""
-    parts = hidden_BTD.split(_sizes(hidden_BTD.shape[1], block_tokens or BLOCK_TOKENS), dim=1)
+    parts = hidden_BTD.split(block_sizes.block_sizes(hidden_BTD.shape[1], block_tokens or block_sizes.BLOCK_TOKENS), dim=1)
     return torch.cat([_again(function, part) for part in parts], dim=1)
 
 
@@ -37,7 +35,7 @@ def mix_by_blocks(function: Callable[..., torch.Tensor], hidden_BTD: torch.Tenso
 
     A block's documents are numbered from that of the token before it, which is 0 and goes on where the block before ended.
     """
-    sizes, kept = _sizes(hidden_BTD.shape[1], block_tokens or BLOCK_TOKENS), (None, None)
+    sizes, kept = block_sizes.block_sizes(hidden_BTD.shape[1], block_tokens or block_sizes.BLOCK_TOKENS), (None, None)
     outputs, first = [], 0
     for part_BtD in hidden_BTD.split(sizes, dim=1):
         documents_Bt = None
@@ -109,14 +107,3 @@ def _again(function: Callable, *arguments):
     if not torch.is_grad_enabled():
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
-
-
-def largest_block(tokens: int) -> int:
-    """Tokens of the longest block of a long row."""
-    return max(_sizes(tokens, BLOCK_TOKENS))
-
-
-def _sizes(tokens: int, block_tokens: int) -> list[int]:
-    """Of the blocks: all but the last of `block_tokens`, which takes a rest shorter than half of that with it."""
-    ends = [*range(block_tokens, tokens - block_tokens // 2, block_tokens), tokens]
-    return [end - start for start, end in pairwise([0, *ends])]

@@ -20,10 +20,10 @@ from distill.batches import count_tokens
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.files import stored_bytes
-from minitron.checkpoints.forward_memory import check_forward, forward_memory
+from minitron.checkpoints.forward_memory import forward_memory
 from minitron.families.known import family_of
 from minitron.machine.alone import measured_alone
-from minitron.machine.device import let_go, pick_device
+from minitron.machine.device import check_on_gpu, let_go, pick_device
 from minitron.measures.continuations import check_prompts, continuations
 from minitron.measures.held_out import CHUNK_TOKENS, by_position, by_source, token_sums
 from minitron.measures.kept import kept, measurements_folder
@@ -169,7 +169,7 @@ def _check_memory(context: StageContext, device: torch.device) -> None:
     for models, tokens in (([sizes["teacher"], largest], wanted.batch * context.settings.data.sequence_length), ([sizes["teacher"]], longest)):
         plan = forward_memory("evaluate", models, tokens=tokens, logits_tokens=CHUNK_TOKENS,
                               advice="Lower evaluate.batch, evaluate.speed's lengths or evaluate.needle.lengths")  # fmt: skip
-        check_forward(plan, device)
+        check_on_gpu(plan, device)
 
 
 def _held_out(models: Models, rows_RT: np.ndarray, sources_R: np.ndarray, batch: int, name: str, on_share: Share) -> dict[str, Any]:

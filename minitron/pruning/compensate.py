@@ -35,24 +35,10 @@ from minitron.families.table import expected_shape, required_names, row_of
 from minitron.pruning.basis import Basis
 from minitron.pruning.cut import plan_cuts
 from minitron.pruning.directions import stream_basis
-from minitron.pruning.plan import PruningPlan
+from minitron.pruning.plan import PruningPlan, Recipe
 from minitron.pruning.refit import NormalEquations
 from minitron.pruning.rotation import NORM, WRITE, check_rms, in_basis, normalised, real_tokens, stream_role
 from minitron.pruning.tied_head import TiedHead
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """Which parts are on, and the weight of the cut without refits in those that are; see the file's top. Without directions nothing is rotated. Not
-    balanced, a norm has the fitted number s itself, and readers may be many times smaller than the base's: the control of what balancing is good for.
-    """
-
-    directions: str | None = "loss"
-    refit_reading: bool = True
-    refit_writing: bool = True
-    ridge: float = 1e-3
-    direction_samples: int = 8
-    balanced: bool = True
 
 
 @dataclass(frozen=True, slots=True)

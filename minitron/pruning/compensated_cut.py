@@ -16,6 +16,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from distill.batches import count_tokens
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
@@ -24,14 +25,14 @@ from minitron.checkpoints.placement import StreamedModel, ids_and_mask
 from minitron.checkpoints.shards import write_weights
 from minitron.families.base import Family
 from minitron.machine.device import pick_device, process_memory_bytes
+from minitron.machine.pace import pace_here
 from minitron.pruning.basis import Basis
-from minitron.pruning.compensate import CompensatedCut, Recipe, build_compensated
-from minitron.pruning.cut_cost import check_memory, cut_line, few_tokens_note
+from minitron.pruning.compensate import CompensatedCut, build_compensated
+from minitron.pruning.cut_cost import CutCost
 from minitron.pruning.damage import walked_loss
 from minitron.pruning.directions import stream_basis
-from minitron.pruning.plan import PruningPlan
+from minitron.pruning.plan import PruningPlan, Recipe, recipe_of
 from minitron.settings.derived import calibration_samples, candidate_samples
-from minitron.settings.run import PruneSettings
 from minitron.text.samples import batches_of, screening_rows, spread_rows
 from minitron.walk.stage import StageContext
 
@@ -47,13 +48,14 @@ def write_compensated(context: StageContext, family: Family, plan: PruningPlan, 
     Raises ValueError as CompensatedCut does, and before anything is loaded where the device's memory is too small for it.
     """
     settings, source, device = context.settings.prune, context.base_folder, pick_device(context.settings)
-    rows, recipe = calibration_rows(context, calibration_samples(context.settings)), _recipe(settings, plan.student)
+    rows, recipe = calibration_rows(context, calibration_samples(context.settings)), recipe_of(settings, plan.student)
     base = _streamed(family, source, read_config(source), plan.teacher, device)
     widest = max(dtype.itemsize for dtype in _stored_dtypes(base).values())
-    check_memory(plan, recipe, rows, *process_memory_bytes(device), number_bytes=widest)
+    cost = CutCost(plan.teacher, plan.student, recipe, len(rows), count_tokens(rows), widest)
+    cost.check_memory(*process_memory_bytes(device))
     batches = batches_of(rows, settings.batch, device)
-    context.console.say(f"    prune  {cut_line(plan, recipe, rows, device, number_bytes=widest)}")
-    if note := few_tokens_note(plan, recipe, rows):
+    context.console.say(f"    prune  {cost.line(pace_here(str(device.type)))}")
+    if note := cost.few_tokens_note():
         context.console.say(f"    prune  {note}")
     kept_basis = context.folder / BASIS_FILE
     turns = plan.student.hidden < plan.teacher.hidden and not kept_basis.exists()
@@ -164,19 +166,7 @@ def compensated_model(context: StageContext, family: Family, plan: PruningPlan) 
     settings, source = context.settings.prune, context.base_folder
     base = _streamed(family, source, read_config(source), plan.teacher, pick_device(context.settings))
     batches = batches_of(calibration_rows(context, candidate_samples(context.settings)), settings.batch, base.device)
-    return build_compensated(base, plan, batches, _recipe(settings, plan.student), config=base.config, dtypes=_stored_dtypes(base))
-
-
-def _directions(settings: PruneSettings, student: Architecture) -> str:
-    """By loss, but by variance for a head that is the table of embeddings and cannot be refitted (docs/compensated.md)."""
-    if settings.directions is not None:
-        return settings.directions.value
-    return "variance" if student.tied_embeddings else "loss"
-
-
-def _recipe(settings: PruneSettings, student: Architecture) -> Recipe:
-    directions = _directions(settings, student) if settings.rotate else None
-    return Recipe(directions, settings.refit_reading, settings.refit_writing, settings.ridge, settings.direction_samples)
+    return build_compensated(base, plan, batches, recipe_of(settings, plan.student), config=base.config, dtypes=_stored_dtypes(base))
 
 
 def calibration_rows(context: StageContext, number: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from minitron.families.base import Family
 from minitron.families.known import family_of
 from minitron.families.table import names_by_canonical
 from minitron.importance.scores import scores_of
-from minitron.machine.device import available_memory_bytes
+from minitron.machine.memory import available_memory_bytes
 from minitron.pruning.compensated_cut import BASIS_FILE, MadeWeights, damage, write_compensated
 from minitron.pruning.cut import TensorCut, build_pruned, plan_cuts
 from minitron.pruning.plan import PruningPlan, make_plan

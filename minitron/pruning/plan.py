@@ -1,4 +1,4 @@
-"""A pruning plan: which layers and which units of every axis stay, as indices into the teacher.
+"""A pruning plan: which layers and which units of every axis stay, as indices into the teacher; and the recipe of a compensated cut. Loads no torch.
 
 Indices are kept in ascending order, so that a plan that keeps everything is the identity and grouped units
 (Mamba heads, attention heads) stay with their group.
@@ -12,9 +12,11 @@ import numpy as np
 from memory_budget.architecture import Architecture
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD
 from minitron.importance.scores import ImportanceScores
+from minitron.settings.run import PruneSettings
 from nas.depth import check_is_cut
 
 Indices = tuple[int, ...]
+SUMS_BYTES = 2**32  # of all sums of second moments: where they are more, neighbouring norms share one
 AXIS_OF_KIND = {"M": (MAMBA_HEAD, MAMBA_CHANNEL), "-": (FFN,), "*": (KEY_VALUE_HEAD, ATTENTION_HEAD)}
 
 
@@ -82,3 +84,40 @@ def top_per_group(scores: np.ndarray, groups: int, number: int, kept: Indices | 
     """The same number of highest scored units from each of `groups` equal runs, or of those of them that are kept (SSM, arXiv 2504.11409, §3)."""
     size, kept = len(scores) // groups, tuple(range(groups)) if kept is None else kept
     return tuple(group * size + index for group in kept for index in top(scores[group * size : (group + 1) * size], number // len(kept)))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Which parts are on, and the weight of the cut without refits in those that are; see compensate.py. Without directions nothing is rotated. Not
+    balanced, a norm has the fitted number s itself, and readers may be many times smaller than the base's: the control of what balancing is good for.
+    """
+
+    directions: str | None = "loss"
+    refit_reading: bool = True
+    refit_writing: bool = True
+    ridge: float = 1e-3
+    direction_samples: int = 8
+    balanced: bool = True
+
+
+def _directions(settings: PruneSettings, student: Architecture) -> str:
+    """By loss, but by variance for a head that is the table of embeddings and cannot be refitted (docs/compensated.md)."""
+    if settings.directions is not None:
+        return settings.directions.value
+    return "variance" if student.tied_embeddings else "loss"
+
+
+def recipe_of(settings: PruneSettings, student: Architecture) -> Recipe:
+    """The parts that settings ask for, of a cut down to `student`."""
+    directions = _directions(settings, student) if settings.rotate else None
+    return Recipe(directions, settings.refit_reading, settings.refit_writing, settings.ridge, settings.direction_samples)
+
+
+def ridge_for(ridge: float, num_inputs: int, num_tokens: int) -> float:
+    """The ridge of a fit: as set, and raised by as much as tokens are fewer than the inputs solved for."""
+    return ridge * max(1.0, num_inputs / num_tokens)
+
+
+def num_sites(hidden: int, num_layers: int) -> int:
+    """Every norm's own, the last one's among them, as far as the sums of all are SUMS_BYTES; the last norm's is its own in any case."""
+    return max(2, min(num_layers + 1, SUMS_BYTES // (2 * 8 * hidden**2)))

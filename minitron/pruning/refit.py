@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
+from minitron.pruning.plan import ridge_for
+
 LEAST_STRIP = 128
 
 
@@ -65,7 +67,6 @@ class NormalEquations:
 
         return {width: first(width) for width in widths}
 
-
     def _mirror(self) -> None:
         for first, end in _strips(len(self.gram_II)):
             self.gram_II[end:, first:end] = self.gram_II[first:end, end:].T
@@ -75,8 +76,3 @@ def _strips(size: int) -> list[tuple[int, int]]:
     """First and end of strips of rows: 8 of a large matrix, which leave 7/16 of the products out; none so narrow that a product of it were slow."""
     width = max(LEAST_STRIP, -(-size // 8))
     return [(first, min(first + width, size)) for first in range(0, size, width)]
-
-
-def ridge_for(ridge: float, num_inputs: int, num_tokens: int) -> float:
-    """The ridge of a fit: as set, and raised by as much as tokens are fewer than the inputs solved for."""
-    return ridge * max(1.0, num_inputs / num_tokens)

@@ -21,9 +21,9 @@ from memory_budget.architecture import Architecture
 from minitron.checkpoints.placement import Head, PlacedModel, ids_and_mask
 from minitron.families.base import Family
 from minitron.families.table import row_of
+from minitron.pruning.plan import num_sites
 from minitron.pruning.rotation import NORM, normalised, real_tokens, stream_role
 
-SUMS_BYTES = 2**32  # of all sums: where they are more, neighbouring norms share one
 HEAD_NUMBERS = 2**26  # logits at once
 
 
@@ -59,11 +59,6 @@ class _Sums:
         self.moments.covariances_SDD.div_(self.tokens_S[:, None, None])
         self.moments.fishers_SDD.div_(self.tokens)
         return self.moments
-
-
-def num_sites(hidden: int, num_layers: int) -> int:
-    """Every norm's own, the last one's among them, as far as the sums of all are SUMS_BYTES; the last norm's is its own in any case."""
-    return max(2, min(num_layers + 1, SUMS_BYTES // (2 * 8 * hidden**2)))
 
 
 def place(layer: int, num_layers: int) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minitron.plan.taken import planned_and_taken
 from minitron.report.page import page_html, page_markdown
 from minitron.report.plots import draw_plots
 from minitron.report.summary import METRICS_FILE, MODEL_STAGES, SEARCH_FILES, build_summary
@@ -36,7 +37,7 @@ def write_report(settings: Settings, laps: Sequence[Lap], console: Console) -> N
     folder = Path(settings.runs_folder) / settings.run_name
     with locked(folder, console.say):
         folder.mkdir(parents=True, exist_ok=True)
-        summary = build_summary(laps)
+        summary = build_summary(laps) | {"plan": planned_and_taken(settings, laps)}
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         copy_tables(folder, laps[-1].results)
         # A first lap's depths are screened on the way, all of them.

@@ -8,6 +8,7 @@ from typing import Any
 from memory_budget.architecture import BLOCK
 from memory_budget.units import format_gib
 from minitron.report.evaluation import evaluation_blocks
+from minitron.report.plan import plan_blocks
 from minitron.report.search import architecture_table, candidates_table, choice_sentences, pattern_lines, screens_table, table_notes
 from minitron.report.summary import REASONERS, chosen_candidate, kinds_of
 from minitron.report.text import Summary, duration, escaped, image, nats, sentence, table
@@ -55,6 +56,7 @@ def page_markdown(summary: Summary, plots: Sequence[str]) -> str:
     blocks += [image(plots, "memory.png", "Memory of teacher and student, by what it is for"), *_laps(summary, plots)]
     versions = table(("package", "version"), summary["versions"].items())
     folders = [f"{name} `{model['path']}`" for name, model in summary["models"].items() if model["path"]]
+    blocks += plan_blocks(summary)
     blocks += ["## Where and how", f"Checkpoints: {', '.join(folders)}." if folders else "", "Every figure of this page is in [summary.json](summary.json)."]
     blocks += [f"Seed {summary['seed']}; the command:", f"```\n{summary['command']}\n```", versions]
     return "\n\n".join(block for block in blocks if block) + "\n"

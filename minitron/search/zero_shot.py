@@ -12,10 +12,10 @@ import torch
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import read_config
 from minitron.checkpoints.files import stored_bytes
-from minitron.checkpoints.forward_memory import check_forward, forward_memory
+from minitron.checkpoints.forward_memory import forward_memory
 from minitron.families.known import family_of
 from minitron.importance.scores import scores_of
-from minitron.machine.device import pick_device
+from minitron.machine.device import check_on_gpu, pick_device
 from minitron.pruning.compensated_cut import calibration_rows
 from minitron.pruning.rotated import rotate_model, with_own_head
 from minitron.pruning.views import SortedTeacher, View
@@ -101,7 +101,7 @@ def _check_memory(context: StageContext, device: torch.device, *, tokens: int) -
     models = [(architecture, stored_bytes(context.inputs[stage].model_folder)) for stage, architecture in stages.items()]
     plan = forward_memory("shortlist", models, tokens=tokens, logits_tokens=GPU_CHUNK_TOKENS, advice="Lower evaluate.batch, or set search.shortlist_size=1 and "
                           "search.finalists=0, which measures nothing")  # fmt: skip
-    check_forward(plan, device)
+    check_on_gpu(plan, device)
 
 
 def _zero_shot_facts(mean: Mapping[str, float]) -> dict:

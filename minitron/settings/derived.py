@@ -42,21 +42,21 @@ def has_ladder(settings: Settings) -> bool:
     return bool(search.finalists) and search.shortlist_size > 1 and not search.layer_order and not search.fixed.given()
 
 
-def ranks_rotated(settings: Settings) -> bool:
+def ranks_rotated(settings: Settings, base: Architecture | None = None) -> bool:
     """Whether candidates are ranked zero-shot in the stream's principal directions: as they will be cut, where any hidden size is cut at all."""
-    return settings.prune.rotate and _ranks_compensated(settings, "hidden")
+    return settings.prune.rotate and _ranks_compensated(settings, base, "hidden")
 
 
-def ranks_refitted(settings: Settings) -> bool:
+def ranks_refitted(settings: Settings, base: Architecture | None = None) -> bool:
     """Whether candidates are ranked zero-shot with what writes to the stream refitted for their neurons and heads, where any are cut at all."""
-    return settings.prune.refit_writing and _ranks_compensated(settings, *(width for width in WIDTHS if width != "hidden"))
+    return settings.prune.refit_writing and _ranks_compensated(settings, base, *(width for width in WIDTHS if width != "hidden"))
 
 
-def _ranks_compensated(settings: Settings, *widths: str) -> bool:
+def _ranks_compensated(settings: Settings, base: Architecture | None, *widths: str) -> bool:
     """Whether there is something to rank that will be cut compensated, and along one of these widths."""
     if settings.prune.method is not PruneMethod.compensated or settings.search.layer_order or settings.search.fixed.given():
         return False
-    base = base_architecture(settings)
+    base = base or base_architecture(settings)
     return any(axis_of(settings, WIDTHS[width], base)[0] < getattr(base, width) for width in widths)
 
 
@@ -65,21 +65,21 @@ def asked_candidate_samples(settings: Settings) -> int | None:
     return settings.prune.samples if settings.screen.cut_samples is None else settings.screen.cut_samples
 
 
-def candidate_samples(settings: Settings) -> int:
-    """The number of them."""
-    return _samples(settings, asked_candidate_samples(settings))
+def candidate_samples(settings: Settings, base: Architecture | None = None) -> int:
+    """The number of them; `base` where it is known, else as the settings name it."""
+    return _samples(settings, asked_candidate_samples(settings), base)
 
 
-def calibration_samples(settings: Settings) -> int:
+def calibration_samples(settings: Settings, base: Architecture | None = None) -> int:
     """Calibration rows of the chosen candidate's cut."""
-    return _samples(settings, settings.prune.samples)
+    return _samples(settings, settings.prune.samples, base)
 
 
-def _samples(settings: Settings, asked: int | None) -> int:
+def _samples(settings: Settings, asked: int | None, base: Architecture | None) -> int:
     """As asked, else TOKENS_PER_INPUT for every input of the base's widest matrix that a cut may refit."""
     if asked is not None:
         return asked
-    base = base_architecture(settings)
+    base = base or base_architecture(settings)
     widest = max(base.hidden, base.ffn, base.mamba_inner, base.num_attention_heads * base.attention_head_dim)
     return -(-min(TOKENS_PER_INPUT * widest, MOST_CALIBRATION_TOKENS) // settings.data.sequence_length)
 
@@ -101,9 +101,9 @@ def fixed_sizes(settings: Settings, teacher: Architecture) -> dict[str, int | st
     return {**sizes, **depth, **given}
 
 
-def fewest_layers(settings: Settings) -> int:
+def fewest_layers(settings: Settings, base: Architecture | None = None) -> int:
     """The depth that layer removal must reach: the smallest option of the search, or the fixed one's."""
-    base = base_architecture(settings)
+    base = base or base_architecture(settings)
     if settings.search.fixed.given():
         fixed = fixed_sizes(settings, base)
         return len(fixed["pattern"]) // base.sublayers_per_layer if "pattern" in fixed else fixed.get("num_layers", base.num_layers)

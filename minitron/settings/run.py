@@ -141,6 +141,12 @@ class DataSettings:
             if getattr(self, name) is not None and not self.dataset:
                 raise ValueError(f"data.{name} is {getattr(self, name)!r}, but data.dataset is not given; both must be, or neither")
 
+    def check_rows(self, name: str, train: TrainSettings, rows: int, told: str) -> None:
+        """Refuse batches of more rows than the data has; `told` is "only", or "at most" where that is not known. Raises ValueError."""
+        if train.batch > rows:
+            raise ValueError(f"{name}.batch is {train.batch:,}, but the data has {told} {rows:,} train rows of data.sequence_length ({self.sequence_length:,}) "
+                             f"tokens; it must be at most {rows:,}, or the rows shorter, or the text more")  # fmt: skip
+
     def check_tokens(self, name: str, train: TrainSettings) -> None:
         """Refuse to train on less than one batch. Raises ValueError."""
         least = train.batch * self.sequence_length
@@ -264,6 +270,25 @@ class GenerateSettings:
 
 
 @dataclass(kw_only=True, slots=True)
+class PlanSettings:
+    """What the plan before the work reckons with; None: the machine that it is made on, and as many processes as were launched."""
+
+    device: str | None = how(None)
+    gpus: int | None = how(None)
+
+    def __post_init__(self) -> None:
+        at_least(self, "plan", 1, "gpus")
+        if self.device is None and self.gpus is None:
+            return
+        from nas.throughput import DEVICES  # brings numpy
+
+        if self.device is None:
+            raise ValueError(f"plan.gpus is {self.gpus}, but plan.device is null; it must be one of {', '.join(DEVICES)}")
+        if self.device not in DEVICES:
+            raise ValueError(f"plan.device is {self.device!r}; it must be one of {', '.join(DEVICES)} (null: this machine)")
+
+
+@dataclass(kw_only=True, slots=True)
 class Settings:
     stage: Stage = Stage.all
     candidate: str | None = None
@@ -277,6 +302,7 @@ class Settings:
     seed: int = 0
     device: str = how("auto")
     tracking: Tracking = how(Tracking.disabled)
+    plan: PlanSettings = field(default_factory=PlanSettings)
     data: DataSettings = field(default_factory=DataSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     base: BaseSettings = field(default_factory=BaseSettings)

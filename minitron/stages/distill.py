@@ -7,7 +7,7 @@ from minitron.machine import processes
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings
 from minitron.settings.teachers import max_positions
-from minitron.text.blends import phase_parts, rows_to_make
+from minitron.text.blends import DATA_ROWS, phase_parts, rows_to_make
 from minitron.text.documents import check_source
 from minitron.walk.stage import StageContext, StoredStage
 
@@ -38,10 +38,18 @@ def check(settings: Settings) -> None:
         check_source(data)
 
 
+def check_rows(settings: Settings, rows: int, told: str) -> None:
+    """Of phases that draw from the data stage's rows alone."""
+    for number, (train, parts) in enumerate(zip(settings.distill.trains(), phase_parts(settings), strict=True)):
+        if [part.name for part in parts] == [DATA_ROWS]:
+            own = settings.distill.phases and settings.distill.phases[number].batch is not None
+            settings.data.check_rows(f"distill.phases[{number}]" if own else "distill.train", train, rows, told)
+
+
 def run(context: StageContext) -> dict:
     from minitron.training.distillation import distill_student
 
     return distill_student(context)
 
 
-STAGE = StoredStage(version=3, needs=needs, what=what, check=check, run=run, parallel=True)
+STAGE = StoredStage(version=3, needs=needs, what=what, check=check, check_rows=check_rows, run=run, parallel=True)

@@ -38,6 +38,10 @@ def check(settings: Settings) -> None:
     check_sharing(settings.screen.train.batch, settings.screen.train.micro_batch, processes.world_size(), cached=settings.screen.cached)
 
 
+def check_rows(settings: Settings, rows: int, told: str) -> None:
+    settings.data.check_rows("screen.train", settings.screen.train, rows, told)
+
+
 def finalists(lap: Lap) -> list[str]:
     """The best by zero-shot loss."""
     return lap.results["shortlist"].facts["best_first"][: lap.settings.search.finalists]
@@ -59,6 +63,6 @@ def run(context: StageContext) -> dict:
 
 
 STAGE = StoredStage(
-    version=2, needs=needs, what=what, check=check, of_inputs=of_inputs, run=run, parallel=True,
+    version=2, needs=needs, what=what, check=check, check_rows=check_rows, of_inputs=of_inputs, run=run, parallel=True,
     per_candidate=PerCandidate(wanted=finalists, also=others, on_found=tell_tracker),
 )  # fmt: skip

@@ -44,6 +44,11 @@ def check(settings: Settings) -> None:
                              "teacher.train_anew=true trains one on them")  # fmt: skip
 
 
+def check_rows(settings: Settings, rows: int, told: str) -> None:
+    if is_trained(settings):
+        settings.data.check_rows("teacher.train", settings.teacher.train, rows, told)
+
+
 def run(context: StageContext) -> dict:
     """A given checkpoint is held against its config, and read for its identity. The stored one is written out in float32."""
     settings = context.settings
@@ -67,4 +72,4 @@ def run(context: StageContext) -> dict:
     return given_checkpoint(folder, settings.teacher.path) | identity_of(folder, context.console)
 
 
-STAGE = StoredStage(version=1, needs=needs, what=what, check=check, run=run, ends_first_lap=True)
+STAGE = StoredStage(version=1, needs=needs, what=what, check=check, check_rows=check_rows, run=run, ends_first_lap=True)

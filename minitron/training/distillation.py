@@ -28,6 +28,8 @@ from minitron.families.known import family_of
 from minitron.families.state import in_dtype
 from minitron.families.table import names_by_canonical
 from minitron.machine.device import pick_device, process_memory_bytes
+from minitron.machine.pace import Work, pace_here
+from minitron.machine.rate import duration
 from minitron.settings.teachers import teacher_architecture
 from minitron.settings.training import DistillSettings, Rows, TrainSettings
 from minitron.text.blends import DATA_ROWS, Part, phase_parts
@@ -35,7 +37,7 @@ from minitron.text.samples import batches_of, screening_rows, spread_rows
 from minitron.training.memory import PhaseMemory, check_fits, check_host, has_flash_attention
 from minitron.training.steps import tracked_steps, train_plan
 from minitron.training.teacher_cache import cached_rows, open_cache
-from minitron.training.time import check_time, training_flops
+from minitron.training.time import check_time, training_flops, training_work
 from minitron.walk.stage import StageContext
 
 
@@ -48,7 +50,7 @@ def distill_student(context: StageContext) -> dict:
     family = family_of(config)
     trains = planned_trains(context, config, launch)
     phases = _phases(context, trains)
-    _check_time(context, config, launch)
+    _check_time(context, config, trains, launch)
     recipe = loss_recipe(settings.distill)
     loss, tokens_of = _loss(context, family, recipe, launch)
     student = load_for_training(family, pruned_folder, launch=launch, device=pick_device(settings), dtype=torch.float32, attention=_attention(context))
@@ -156,17 +158,17 @@ def _attention(context: StageContext) -> str | None:
     return "flash_attention_2" if flash else None
 
 
-def _check_time(context: StageContext, config: dict, launch: Launch) -> None:
-    """Say how long the phases must take where fused kernels are missing, and check it."""
-    settings = context.settings
-    lengths = [parts[0].data.sequence_length for parts in phase_parts(settings)]
-    trains = settings.distill.trains()
-    student, teacher = architecture_from_config(config), teacher_architecture(settings)
-    flops = training_flops(student, None if settings.distill.cached else teacher, list(zip(trains, lengths, strict=True)))
-    told = check_time(flops, pick_device(settings), trains[0].precision, processes=launch.world_size, max_hours=settings.distill.max_hours,
-                      has_mamba="M" in student.pattern)  # fmt: skip
-    if told:
-        context.console.say(f"  distill  {told}")
+def _check_time(context: StageContext, config: dict, trains: Sequence[TrainSettings], launch: Launch) -> None:
+    """Say about how long the phases take where that is more than a minute, and check that they need not take too long."""
+    settings, device = context.settings, pick_device(context.settings)
+    student, teacher = architecture_from_config(config), None if settings.distill.cached else teacher_architecture(settings)
+    phases = [(train, parts[0].data.sequence_length) for train, parts in zip(trains, phase_parts(settings), strict=True)]
+    check_time(training_flops(student, teacher, phases), device, trains[0].precision, processes=launch.world_size, max_hours=settings.distill.max_hours,
+               has_mamba="M" in student.pattern)  # fmt: skip
+    pace = pace_here(device.type, launch.world_size)
+    seconds = pace.seconds(sum((training_work(student, teacher, *phase) for phase in phases), Work()), shared=True) if pace else 0
+    if seconds > 60:
+        context.console.say(f"  distill  takes about {duration(seconds / 3600)}")
 
 
 def _phases(context: StageContext, trains: Sequence[TrainSettings]) -> list[Phase]:

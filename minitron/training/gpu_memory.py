@@ -10,11 +10,11 @@ D hidden, F ffn, V vocabulary; of attention Q query heads, K key-value heads, H 
 
 from dataclasses import dataclass, replace
 
-from distill.chunked_loss import chunk_tokens
+from distill.chunk_sizes import chunk_tokens
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import layer_parameters
 from minitron.checkpoints.forward_memory import layer_bytes, score_bytes
-from minitron.mamba import token_blocks
+from minitron.mamba import block_sizes
 from minitron.mamba.kernel_memory import ScanMemory
 from minitron.settings.training import Precision, TrainSettings
 
@@ -52,7 +52,7 @@ class MicroStep:
     @property
     def is_long(self) -> bool:
         """Whether rows go through the layers in parts."""
-        return self.tokens > token_blocks.LONG_TOKENS
+        return self.tokens > block_sizes.LONG_TOKENS
 
     @property
     def largest(self) -> Moment:
@@ -128,7 +128,7 @@ class MicroStep:
             heads = self.student.num_key_value_heads if self.by_heads else 1
             part = (self._mixer_kept(letter) + self._gradients(letter)) // heads + self._products(letter)
         else:
-            block = replace(self, tokens=token_blocks.largest_block(self.tokens))
+            block = replace(self, tokens=block_sizes.largest_block(self.tokens))
             part = block._block_kept(letter) + block._block_gradients(letter) + block._products(letter) - block.stream_bytes
         return (inputs + 2) * stream + output + max(stream + part, 2 * stream)
 

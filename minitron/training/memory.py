@@ -9,13 +9,13 @@ import importlib.util
 import os
 from dataclasses import dataclass, fields, replace
 
-from distill.chunked_loss import chunk_tokens
+from distill.chunk_sizes import chunk_tokens
 from distill.engines.launch import Launch
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_parameters, count_total_parameters, layer_parameters
 from memory_budget.units import format_gib
-from minitron.machine.device import available_memory_bytes
-from minitron.mamba.chunks import CHUNK_TOKENS
+from minitron.checkpoints.forward_work import layer_numbers
+from minitron.machine.memory import available_memory_bytes
 from minitron.settings.training import Optimizer, Precision, TrainSettings
 from minitron.training.gpu_memory import BF16, FLOAT32, MicroStep, Moment
 
@@ -101,6 +101,11 @@ def _moment_bytes(student: Architecture, optimizer: Optimizer) -> int:
     return numbers * FLOAT32
 
 
+def state_bytes(student: Architecture, optimizer: Optimizer) -> int:
+    """Of a saved state: weights and moments, whole, whatever the engine."""
+    return FLOAT32 * count_total_parameters(student) + _moment_bytes(student, optimizer)
+
+
 def _gathered(model: Architecture) -> int:
     kinds = count_parameters(model)
     largest = max((_layer_numbers(model, letter) for letter in set(model.pattern)), default=0)
@@ -116,7 +121,7 @@ def activation_bytes_per_token(student: Architecture, train: TrainSettings) -> i
     """What forward keeps for backward on a CPU, up to the last hidden states."""
     width = BF16 if train.precision is Precision.bf16 else FLOAT32
     by_blocks = train.precision is Precision.float32  # mamba/blockwise.FeedForward and mixer
-    kept = [sum(_layer_activations(student, letter, by_blocks=by_blocks) for letter in letters) for letters in student.layer_kinds]
+    kept = [sum(layer_numbers(student, letter, by_blocks=by_blocks) for letter in letters) for letters in student.layer_kinds]
     if not train.gradient_checkpointing:
         return sum(kept) * width
     again, whole = kept[:: train.checkpoint_every], sum(kept) - sum(kept[:: train.checkpoint_every])
@@ -167,21 +172,6 @@ def loss_bytes(student: Architecture, teacher: Architecture, tokens: int) -> int
     """
     chunk = min(tokens, chunk_tokens(student.vocab, on_cpu=True)) * student.vocab
     return FLOAT32 * (2 * chunk + tokens * (2 * student.hidden + teacher.hidden) + student.vocab * student.hidden)
-
-
-def _layer_activations(model: Architecture, letter: str, *, by_blocks: bool) -> int:
-    """Numbers a token that one layer keeps: its norm's input and output, and its mixer's own."""
-    if letter == "M":  # in_proj's output, the scan's, the gated norm's; by blocks also the convolution's and the states between chunks
-        mixer = model.mamba_inner + model.mamba_conv_channels + model.mamba_num_heads + 2 * model.mamba_inner
-        if by_blocks:
-            mixer += model.mamba_conv_channels + model.mamba_inner * model.mamba_state_size // CHUNK_TOKENS
-    elif letter == "*":  # queries, keys, values, their weighted sum
-        mixer = 2 * (model.num_attention_heads + model.num_key_value_heads) * model.attention_head_dim
-    elif model.ffn_gated:  # gate, its activation, up, their product
-        mixer = 4 * model.ffn
-    else:  # up's output, and unless it goes by blocks its relu and the square
-        mixer = model.ffn if by_blocks else 3 * model.ffn
-    return 2 * model.hidden + mixer
 
 
 def has_flash_attention(precision: Precision) -> bool:

@@ -11,9 +11,9 @@ from distill.top_k import TopK, top_k_of_hidden
 from memory_budget.hf_config import read_config
 from memory_budget.units import format_gib
 from minitron.checkpoints.files import stored_bytes
-from minitron.checkpoints.forward_memory import check_forward, forward_memory
+from minitron.checkpoints.forward_memory import forward_memory
 from minitron.families.known import family_of
-from minitron.machine.device import pick_device
+from minitron.machine.device import check_on_gpu, pick_device
 from minitron.settings.teachers import teacher_architecture
 from minitron.text.samples import spread_rows
 from minitron.walk.stage import StageContext
@@ -39,7 +39,7 @@ def write_cache(context: StageContext, rows: np.ndarray) -> dict:
     folder = context.inputs["teacher"].model_folder
     models = [(teacher_architecture(settings), stored_bytes(folder))]
     tokens = settings.screen.cache_batch * rows.shape[1]
-    check_forward(forward_memory(context.folder.parent.name, models, tokens=tokens, logits_tokens=128, advice="Lower screen.cache_batch"), device)
+    check_on_gpu(forward_memory(context.folder.parent.name, models, tokens=tokens, logits_tokens=128, advice="Lower screen.cache_batch"), device)
     teacher = family_of(read_config(folder)).load(folder, device=str(device)).requires_grad_(False)
     head = teacher.get_output_embeddings().weight
     k = min(settings.screen.top_k, len(head))

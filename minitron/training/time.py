@@ -1,28 +1,49 @@
-"""How long distillation must take at least where Mamba-2's fused kernels are missing, told before anything is loaded.
+"""How long training takes: its products of matrices, what lies between them, and the optimiser. Loads no torch until it is asked about a device.
 
-A lower bound: the matrix products of student and teacher at the rate that the device reaches here. Scan, norms and waiting come on top.
+Where Mamba-2's fused kernels are missing, a run that would take longer than distill.max_hours is refused.
 """
 
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from memory_budget.architecture import Architecture
-from memory_budget.parameters import count_parameters, count_total_parameters
-from minitron.machine.rate import duration, product_flops_per_second
-from minitron.mamba.kernels import check_kernels
-from minitron.settings.training import Precision, TrainSettings
+from memory_budget.parameters import count_parameters, count_total_parameters, layer_parameters
+from minitron.checkpoints.forward_work import forward_work, head_work
+from minitron.machine.pace import Work
+from minitron.machine.rate import duration, gpu_product_rate, product_rate
+from minitron.settings.training import Optimizer, Precision, TrainSettings
+
+if TYPE_CHECKING:
+    import torch
+
+BACKWARD = 2  # times a forward pass
+OPTIMIZER_NUMBERS = 2.0  # a parameter and step: the gradient's norm, both moments and the parameter pass by
+LOSS_PASSES = 6.0  # over the logits of one model in a chunk, forward and backward
+MUON_ITERATIONS = 5
+FASTER_BF16 = 16.0  # the most that a processor multiplies faster in bf16 than in float32
 
 
-def without_kernels(device: torch.device) -> str | None:
-    """Why a model's Mamba layers run in plain torch on this device; None where the fused kernels are there and give the right numbers."""
-    if device.type != "cuda":
-        return f"there are none for {device.type}"
-    try:
-        check_kernels(device)
-    except ValueError as error:
-        return str(error)
-    return None
+def training_work(student: Architecture, teacher: Architecture | None, train: TrainSettings, length: int) -> Work:
+    """Of one phase on rows of `length`; `teacher` None: its outputs are cached, or there is none."""
+    steps = max(1.0, train.tokens / (train.batch * length))
+    micro_steps = steps * -(-train.batch // (train.micro_batch or train.batch))
+    forward = forward_work(student, train.tokens, length, batches=micro_steps)
+    again = bool(train.gradient_checkpointing) / train.checkpoint_every
+    work = forward * (1 + BACKWARD + again) + head_work(student, train.tokens, LOSS_PASSES)
+    if teacher is not None:
+        work += forward_work(teacher, train.tokens, length, batches=micro_steps) + head_work(teacher, train.tokens, LOSS_PASSES / 2)
+    products = training_flops(student, teacher, [(train, length)])
+    optimizer = Work(numbers=OPTIMIZER_NUMBERS * count_total_parameters(student), calls=2 * student.num_sublayers)
+    if train.optimizer is Optimizer.muon:
+        optimizer += Work(products=sum(map(_orthogonalised, student.pattern, [student] * len(student.pattern))), calls=4 * student.num_sublayers)
+    return Work(products=products, again=forward.products * again, numbers=work.numbers, calls=work.calls) + optimizer * steps
+
+
+def _orthogonalised(letter: str, model: Architecture) -> int:
+    """FLOP of Muon's iterations over a layer's matrices (Newton-Schulz: X Xᵀ, its square, and both times X)."""
+    return MUON_ITERATIONS * sum(
+        copies * (4 * min(out, into) ** 2 * max(out, into) + 2 * min(out, into) ** 3) for copies, out, into in layer_parameters(model, letter).matrices
+    )
 
 
 def training_flops(student: Architecture, teacher: Architecture | None, phases: Sequence[tuple[TrainSettings, int]]) -> int:
@@ -39,21 +60,44 @@ def training_flops(student: Architecture, teacher: Architecture | None, phases: 
     return sum(train.tokens * (3 * forward(student, length) + forward(teacher, length)) for train, length in phases)
 
 
-def check_time(flops: int, device: torch.device, precision: Precision, *, processes: int, max_hours: float | None, has_mamba: bool = True) -> str | None:
-    """What to say of a run's least duration where it is above a minute: on a CPU, and for models with Mamba-2 layers wherever kernels for them are missing.
+def without_kernels(device: "torch.device") -> str | None:
+    """Why a model's Mamba layers run in plain torch on this device; None where the fused kernels are there and give the right numbers."""
+    if device.type != "cuda":
+        return f"there are none for {device.type}"
+    from minitron.mamba.kernels import check_kernels
 
-    Raises ValueError where that is more than `max_hours` (None: no limit).
-    """
-    if has_mamba and (reason := without_kernels(device)) is not None:
-        why = f"without fused Mamba-2 kernels ({reason})"
-    elif device.type == "cpu":
-        why = "on a CPU"
-    else:
-        return None
-    rate = product_flops_per_second(device, torch.bfloat16 if precision is Precision.bf16 else torch.float32)
+    try:
+        check_kernels(device)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_time(flops: int, device: "torch.device", precision: Precision, *, processes: int, max_hours: float | None, has_mamba: bool = True) -> None:
+    """Raises ValueError where matrix products alone take more than `max_hours` (None: no limit): on a CPU, and for models with Mamba-2 layers wherever
+    kernels for them are missing."""
+    if max_hours is None:
+        return
+    if device.type == "cpu":
+        check_hours(flops, precision, processes=processes, max_hours=max_hours, has_mamba=has_mamba)
+    elif has_mamba and (reason := without_kernels(device)) is not None:
+        import torch
+
+        rate = gpu_product_rate(device, torch.bfloat16 if precision is Precision.bf16 else torch.float32)
+        _check(flops, rate, f"without fused Mamba-2 kernels ({reason})", processes=processes, max_hours=max_hours)
+
+
+def check_hours(flops: int, precision: Precision, *, processes: int, max_hours: float | None, has_mamba: bool) -> None:
+    """The same for a CPU, from nothing but its rate of products: before any work. Raises ValueError."""
+    if max_hours is None:
+        return
+    why = "without fused Mamba-2 kernels (there are none for cpu)" if has_mamba else "on a CPU"
+    _check(flops, product_rate() * (FASTER_BF16 if precision is Precision.bf16 else 1.0), why, processes=processes, max_hours=max_hours)
+
+
+def _check(flops: int, rate: float, why: str, *, processes: int, max_hours: float) -> None:
     hours = flops / rate / processes / 3600
-    told = f"{why} this run takes at least {duration(hours)} "
-    told += f"({flops:.1e} FLOP of matrix products at {rate / 1e12:.2f} TFLOP/s in each of {processes} processes)"
-    if max_hours is not None and hours > max_hours:
-        raise ValueError(f"distill.max_hours is {max_hours:g}; {told}; raise it (null: no limit), train on fewer tokens, or where the kernels are")
-    return told if hours > 1 / 60 else None
+    if hours > max_hours:
+        raise ValueError(f"distill.max_hours is {max_hours:g}; {why} this run takes at least {duration(hours)} ({flops:.1e} FLOP of matrix products at "
+                         f"{rate / 1e12:.2f} TFLOP/s in each of {processes} processes); raise it (null: no limit), train on fewer tokens, or where the "
+                         "kernels are")  # fmt: skip

@@ -7,8 +7,10 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +23,7 @@ from minitron.walk.need import nothing_to_cut
 from minitron.walk.saved import save_settings
 from minitron.walk.stage import Lap, StageContext, UsingStage
 from minitron.walk.store import FORMAT, Result, check_format, find_result, finish, locked, make_runs_folder
-from minitron.walk.table import inputs_of, label_of, order_of, stage_folder, stage_of, stages, stored_stages
+from minitron.walk.table import inputs_of, label_of, order_of, stage_folder, stage_of, stages, stored_stages, using_stages
 
 
 def run_pipeline(settings: Settings, console: Console) -> None:
@@ -29,6 +31,12 @@ def run_pipeline(settings: Settings, console: Console) -> None:
     asked = stages().get(settings.stage.value)
     uses = isinstance(asked, UsingStage)
     check_before_work(settings)
+    if uses and asked.looks_ahead:
+        asked.run(settings, [], console)
+        return
+    if not uses and processes.rank() == 0:
+        for stage in using_stages().values():
+            stage.before(settings, console)
     if said := nothing_to_cut(settings):
         console.say(said)
         return
@@ -37,7 +45,7 @@ def run_pipeline(settings: Settings, console: Console) -> None:
         check_format(settings.runs_folder, (lambda _text: None) if uses else console.say)
         if not uses:
             save_settings(settings)
-    walk = finished_stages if uses else run_stages
+    walk = finished_stages if uses else partial(run_stages, asked=settings)
     first = depth_lap(settings)
     if first is None:
         laps = [walk(settings, console)]
@@ -63,8 +71,14 @@ def check_before_work(settings: Settings) -> None:
         stage.check(settings)
 
 
-def run_stages(settings: Settings, console: Console, given: Mapping[str, Result] = MappingProxyType({})) -> Lap:
-    """Everything that `settings.stage` needs, and itself; what is `given` is there already."""
+def check_rows(settings: Settings, rows: int, told: str) -> None:
+    """What the stages to run refuse of so many train rows. Raises ValueError."""
+    for name in order_of(settings):
+        stored_stages()[name].check_rows(settings, rows, told)
+
+
+def run_stages(settings: Settings, console: Console, given: Mapping[str, Result] = MappingProxyType({}), *, asked: Settings | None = None) -> Lap:
+    """Everything that `settings.stage` needs, and itself; what is `given` is there already. `asked`: the whole run's settings, of which these are a lap's."""
     lap = Lap(settings, dict(given), dict.fromkeys(given, True))
     for name in order_of(settings):
         if name in given:
@@ -72,6 +86,8 @@ def run_stages(settings: Settings, console: Console, given: Mapping[str, Result]
         for one in _settings_of(name, lap):
             label = label_of(name, one)
             lap.results[label], lap.cached[label] = run_stage(name, one, lap.results, console)
+        if name == "data":
+            check_rows(asked or settings, lap.results[name].facts["train_rows"], "only")
         each = stored_stages()[name].per_candidate
         if each and settings.candidate is None:
             for label, result in _others(name, lap).items():
@@ -142,6 +158,7 @@ def run_stage(name: str, settings: Settings, results: Mapping[str, Result], cons
 def _run(name: str, settings: Settings, folder: Path, results: Mapping[str, Result], console: Console) -> dict[str, Any]:
     """Do the stage's work; gives the record for done.json."""
     stage, inputs = stored_stages()[name], inputs_of(name, settings, results)
+    forget_peak()
     started = time.monotonic()
     facts = stage.run(StageContext(settings, folder, inputs, console))
     if "torch" in sys.modules:
@@ -162,7 +179,13 @@ def _run(name: str, settings: Settings, folder: Path, results: Mapping[str, Resu
     }
 
 
+def forget_peak() -> None:
+    """Let the highest resident memory be counted anew from here on, where the system can (Linux)."""
+    with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
 def peak_rss_bytes() -> int:
-    """Highest resident memory of this process so far, in bytes."""
+    """Highest resident memory of this process so far, in bytes, or since it was forgotten."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

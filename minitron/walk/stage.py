@@ -68,13 +68,22 @@ def identities(_settings: Settings, inputs: Mapping[str, Result]) -> dict[str, A
     return {label: result.identity for label, result in inputs.items()}
 
 
+def _any_rows(_settings: Settings, _rows: int, _told: str) -> None:
+    """The stage takes as many rows as there are."""
+
+
+def _silent(_settings: Settings, _console: Console) -> None:
+    """Nothing is said before other stages work."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredStage:
     """A stage whose result is kept in the store.
 
     `version` rises when results change for the same settings; `needs` names the stages whose results are its inputs; `what` gives, as plain values,
     the settings that its results follow from; `check` refuses what can be refused before any work (ValueError); `run` works in the context's folder and
-    returns plain facts, "headline" and, where it leaves a model, "path" among them. Only `run` may import what brings torch.
+    returns plain facts, "headline" and, where it leaves a model, "path" among them. Only `run` may import what brings torch. `check_rows` refuses, as soon as
+    it is known how many train rows of the data there are, or at most ("only" or "at most" is said of the number), what needs more of them.
 
     `of_inputs` gives, as plain values, what of the inputs the results follow from: as a rule all that they are. Who takes less shares its results between
     runs whose inputs differ in the rest, so nothing of the rest may be in them, not in the headline either. A checkpoint that was handed over says in its
@@ -90,6 +99,7 @@ class StoredStage:
     what: Callable[[Settings], Any]
     run: Callable[[StageContext], dict]
     check: Callable[[Settings], None] = _nothing
+    check_rows: Callable[[Settings, int, str], None] = _any_rows
     of_inputs: Callable[[Settings, Mapping[str, Result]], Mapping[str, Any]] = identities
     parallel: bool = False
     per_candidate: PerCandidate | None = None
@@ -100,7 +110,10 @@ class StoredStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsingStage:
-    """A stage that uses what is done: it has no other stage run and keeps nothing in the store. Of the laps that it is given the last is the run's."""
+    """A stage that uses what is done: it has no other stage run and keeps nothing in the store. Of the laps that it is given the last is the run's; one that
+    `looks_ahead` is given none, and needs no runs folder. `before` says, and refuses, what it can before any stored stage works."""
 
     run: Callable[[Settings, Sequence[Lap], Console], None]
     check: Callable[[Settings], None] = _nothing
+    looks_ahead: bool = False
+    before: Callable[[Settings, Console], None] = _silent

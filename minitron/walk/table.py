@@ -21,6 +21,11 @@ def stored_stages() -> Mapping[str, StoredStage]:
     return {name: stage for name, stage in stages().items() if isinstance(stage, StoredStage)}
 
 
+def using_stages() -> Mapping[str, UsingStage]:
+    """Those that use what is done."""
+    return {name: stage for name, stage in stages().items() if isinstance(stage, UsingStage)}
+
+
 def order_of(settings: Settings) -> list[str]:
     """The stored stages to run for `settings.stage`, each after what it needs; of a stage that uses what is done, those of stage=all."""
     # All there is are the stages that end it and what they need; so a stage that nothing needs under these settings is left out.

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distill import chunked_loss as chunked_losses
+from distill import chunk_sizes
 from distill.batches import PADDING
 from distill.chunked_loss import Head, LossRecipe, LossSums, chunked_cross_entropy, chunked_loss
 from distill.losses import forward_kl_top_k, next_token_labels
@@ -354,8 +354,8 @@ def test_cross_entropy_alone_is_that_of_whole_logits_in_float64(heads, rows, mon
     expected = F.cross_entropy(logits_of(double).flatten(0, 1), labels.flatten(), ignore_index=PADDING)
     expected.backward()
     for chunk_tokens in (4, 256):
-        monkeypatch.setattr(chunked_losses, "CPU_CHUNK_TOKENS", chunk_tokens)
-        monkeypatch.setattr(chunked_losses, "CPU_CHUNK_VALUES", 1)
+        monkeypatch.setattr(chunk_sizes, "CPU_CHUNK_TOKENS", chunk_tokens)
+        monkeypatch.setattr(chunk_sizes, "CPU_CHUNK_VALUES", 1)
         student = learnable(heads[0])
         loss = chunked_cross_entropy(student, labels)
         loss.backward()

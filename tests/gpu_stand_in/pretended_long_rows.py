@@ -60,7 +60,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     install()
-    from minitron.mamba import token_blocks
+    from minitron.mamba import block_sizes
 
     found, whole = {}, {}
     for way, title in WAYS:
@@ -69,7 +69,7 @@ def main() -> None:
             peak, whole[pattern] = measured(pattern, way)
             found[title][len(pattern)] = peak, hashlib.sha256(whole[pattern].numpy().tobytes()).hexdigest()
     whole["packed"] = measured(PATTERNS[0], "host", packed=True)[1]
-    token_blocks.LONG_TOKENS = token_blocks.BLOCK_TOKENS = BLOCK
+    block_sizes.LONG_TOKENS = block_sizes.BLOCK_TOKENS = BLOCK
     found["by blocks"] = {}
     for pattern in PATTERNS:
         peak, gradients = measured(pattern, "host")

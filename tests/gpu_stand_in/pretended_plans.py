@@ -67,12 +67,12 @@ def trained(case: Training) -> dict:
     from distill.objectives import distillation_loss
     from memory_budget.hf_config import architecture_from_config
     from minitron.families.nemotron_h import FAMILY
-    from minitron.mamba import token_blocks
+    from minitron.mamba import block_sizes
     from minitron.settings.training import Precision, TrainSettings
     from minitron.training.memory import training_memory
     from minitron.training.steps import train_plan
 
-    token_blocks.LONG_TOKENS, token_blocks.BLOCK_TOKENS = (512, 256) if case.long else (65_536, 32_768)
+    block_sizes.LONG_TOKENS, block_sizes.BLOCK_TOKENS = (512, 256) if case.long else (65_536, 32_768)
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     configs = [model_config(case.pattern, 64, 192, 8, VOCABULARY, torch.float32, keys=case.keys),
                model_config(case.pattern, 96, 256, 16, VOCABULARY, dtype, keys=case.keys)]  # fmt: skip

@@ -28,7 +28,7 @@ from distill.losses import next_token_labels  # noqa: E402
 from distill.objectives import head_of  # noqa: E402
 from memory_budget.architecture import Architecture  # noqa: E402
 from minitron.families.nemotron_h import FAMILY  # noqa: E402
-from minitron.mamba import dispatch, ssd, token_blocks  # noqa: E402
+from minitron.mamba import block_sizes, dispatch, ssd  # noqa: E402
 from minitron.mamba.kernel_memory import ScanMemory  # noqa: E402
 from minitron.mamba.packed import by_document  # noqa: E402
 from minitron.training.tiny_teacher import TINY_CONFIG  # noqa: E402
@@ -169,8 +169,8 @@ def blocks_of_eight(monkeypatch):
         first, kwargs = dispatch._as_kernels_take(first, **kwargs)
         return convolve(first, *args, **kwargs)
 
-    monkeypatch.setattr(token_blocks, "LONG_TOKENS", 8)
-    monkeypatch.setattr(token_blocks, "BLOCK_TOKENS", 8)
+    monkeypatch.setattr(block_sizes, "LONG_TOKENS", 8)
+    monkeypatch.setattr(block_sizes, "BLOCK_TOKENS", 8)
     monkeypatch.setattr(modeling, "causal_conv1d_fn", prepared)
     monkeypatch.setattr(modeling.NemotronHMamba2Mixer, "forward", by_blocks(modeling.NemotronHMamba2Mixer.forward, dispatch._mix_long))
     monkeypatch.setattr(modeling.NemotronHMLP, "forward", by_blocks(modeling.NemotronHMLP.forward, dispatch._feed_long))

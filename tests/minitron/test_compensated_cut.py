@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +19,7 @@ from minitron.families.nemotron_h import FAMILY
 from minitron.pruning.basis import Basis
 from minitron.pruning.compensate import Recipe
 from minitron.pruning.compensated_cut import BASIS_FILE, MadeWeights
-from minitron.pruning.cut_cost import check_memory, few_tokens_note
+from minitron.pruning.cut_cost import CutCost
 from minitron.pruning.disk_to_disk import planned_tensors
 from minitron.pruning.plan import PruningPlan
 from minitron.settings.run import Directions, PruneMethod, PruneSettings, ScreenSettings, Settings
@@ -163,12 +162,14 @@ def test_candidates_may_be_cut_on_fewer_rows_than_the_chosen_one():
     assert key("screen", 7, "slice") == key("screen", None, "slice")
 
 
-def test_too_few_calibration_tokens_are_said_with_what_would_do(tiny, keep_all):
-    rows = np.zeros((2, 10), dtype=np.int32)
-    said = few_tokens_note(keep_all(replace(tiny, ffn=64)), Recipe(ridge=0.01), rows)
+def test_too_few_calibration_tokens_are_said_with_what_would_do(tiny):
+    def note(ffn=tiny.ffn, recipe=None, rows=2):
+        return CutCost(wide := replace(tiny, ffn=ffn), wide, recipe or Recipe(), rows, 10 * rows, 4).few_tokens_note()
+
+    said = note(64, Recipe(ridge=0.01))
     assert said == "20 calibration tokens are fewer than the 64 inputs solved for: prune.ridge goes from 0.01 up to 0.032; prune.samples=7 would do"
-    assert few_tokens_note(keep_all(), Recipe(refit_reading=False, refit_writing=False), rows) is None
-    assert few_tokens_note(keep_all(replace(tiny, ffn=64)), Recipe(), np.zeros((7, 10), dtype=np.int32)) is None
+    assert note(recipe=Recipe(refit_reading=False, refit_writing=False)) is None
+    assert note(64, rows=7) is None
 
 
 @pytest.mark.parametrize(
@@ -189,17 +190,20 @@ def test_settings_out_of_range_are_refused_in_one_line(override, said, door, tmp
 
 def test_memory_that_cannot_hold_the_cut_is_refused_before_it_begins_with_what_would_do():
     teacher = architecture_from_config(read_config(CONF_FOLDER / "architectures" / "nemotron-nano-12b-v2-base.json"))
-    plan = PruningPlan(teacher, replace(teacher, hidden=4480, ffn=15680), tuple(range(teacher.num_layers)), {})
-    rows = np.zeros((64, 8192), dtype=np.int32)
+    student = replace(teacher, hidden=4480, ffn=15680)
+
+    def check(recipe, available, rows=64):
+        CutCost(teacher, student, recipe, rows, rows * 8192, 2).check_memory(available, "this machine")
+
     residuals_and_layers = 4 * 64 * 8192 * (5120 + 4480) + 2 * (2 * 2 * 20480 * 5120 + (22656 + 10240) * 4480)
-    check_memory(plan, Recipe("variance"), rows, residuals_and_layers + 8 * (2 * 15680**2 + 2 * 15680 * 4480) + 10**7, "this machine", number_bytes=2)
-    check_memory(plan, Recipe(), rows, residuals_and_layers + 3 * 8 * 10 * 5120**2 + 10**7, "this machine", number_bytes=2)  # ten sums of two moments
+    check(Recipe("variance"), residuals_and_layers + 8 * (2 * 15680**2 + 2 * 15680 * 4480) + 10**7)
+    check(Recipe(), residuals_and_layers + 3 * 8 * 10 * 5120**2 + 10**7)  # ten sums of two moments
     with pytest.raises(ValueError, match=r"64, 524,288 tokens: .* at least 25\.\d+ GiB, and this machine has 24.0+ GiB; prune.samples=\d+ would fit") as said:
-        check_memory(plan, Recipe(), rows, 24 * GIB, "this machine", number_bytes=2)
+        check(Recipe(), 24 * GIB)
     fitting = int(said.value.args[0].rpartition("samples=")[2].split()[0])
-    check_memory(plan, Recipe(), rows[:fitting], 24 * GIB, "this machine", number_bytes=2)
+    check(Recipe(), 24 * GIB, fitting)
     with pytest.raises(ValueError, match="would fit"):
-        check_memory(plan, Recipe(), rows[: fitting + 1], 24 * GIB, "this machine", number_bytes=2)
-    check_memory(plan, Recipe("variance", False, False), rows[: fitting + 1], 24 * GIB, "this machine", number_bytes=2)  # no Gram matrix
+        check(Recipe(), 24 * GIB, fitting + 1)
+    check(Recipe("variance", False, False), 24 * GIB, fitting + 1)  # no Gram matrix
     with pytest.raises(ValueError, match="prune.method must be slice"):
-        check_memory(plan, Recipe(), rows[:1], 4 * GIB, "this machine", number_bytes=2)
+        check(Recipe(), 4 * GIB, 1)

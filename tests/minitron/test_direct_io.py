@@ -11,7 +11,7 @@ import torch
 from minitron.checkpoints.direct_io import BLOCK_BYTES, BUFFER_BYTES, LEAST_BYTES, DirectFile, empty_tensor, fill_tensor, would_not_stay
 from minitron.checkpoints.files import Checkpoint, PlannedTensor
 from minitron.checkpoints.shards import write_weights
-from minitron.machine.device import available_memory_bytes
+from minitron.machine.memory import available_memory_bytes
 
 MIB = 2**20
 

@@ -67,7 +67,7 @@ def test_norms_share_sums_where_they_would_be_too_large():
 
 
 def test_the_sums_of_norms_that_share_them(monkeypatch, teacher, tiny, rows, moments):
-    monkeypatch.setattr("minitron.pruning.stream_moments.SUMS_BYTES", 3 * 2 * 8 * 32**2)
+    monkeypatch.setattr("minitron.pruning.plan.SUMS_BYTES", 3 * 2 * 8 * 32**2)
     shared = stream_moments(WholeModel(FAMILY, teacher, tiny), rows, EPSILON)
     assert len(shared.fishers_SDD) == 3
     assert apart(shared.fishers_SDD.sum(0), moments.fishers_SDD.sum(0)) < 1e-9

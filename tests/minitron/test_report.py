@@ -461,7 +461,7 @@ def test_names_and_headlines_are_text_and_no_markup(summary):
 
 def test_the_html_page_has_tables_and_images_beside_it(whole):
     page = (whole[0] / "report.html").read_text()
-    assert page.count("<table>") == 5 and all(f'<img src="{name}"' in page for name in ONE_LAP_PLOTS)
+    assert page.count("<table>") == 6 and all(f'<img src="{name}"' in page for name in ONE_LAP_PLOTS)
 
 
 def test_a_plot_is_drawn_again_only_when_its_data_changed(summary, tmp_path):

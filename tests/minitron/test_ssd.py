@@ -69,7 +69,7 @@ def relative(left: torch.Tensor, right: torch.Tensor) -> float:
     return ((left.double() - right.double()).abs().max() / right.double().abs().max()).item()
 
 
-LENGTHS = [1, 2, chunks.CHUNK_TOKENS - 1, chunks.CHUNK_TOKENS, chunks.CHUNK_TOKENS + 1, 3 * chunks.CHUNK_TOKENS - 5]
+LENGTHS = [1, 2, chunks.SCAN_TOKENS - 1, chunks.SCAN_TOKENS, chunks.SCAN_TOKENS + 1, 3 * chunks.SCAN_TOKENS - 5]
 
 
 @pytest.mark.parametrize("names", [NAMES, NAMES[:5]], ids=["with state and D", "from zeros"])

@@ -7,8 +7,9 @@ import torch
 
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
-from minitron.checkpoints.forward_memory import check_forward, forward_memory
+from minitron.checkpoints.forward_memory import forward_memory
 from minitron.importance.memory import ScoringNeeds
+from minitron.machine.device import check_on_gpu
 from minitron.machine.memory_plan import MemoryPlan
 from minitron.settings.run import Placement, ScoringSettings
 from minitron.settings.teachers import CONF_FOLDER
@@ -44,7 +45,7 @@ def test_processes_share_the_rows_that_they_hold(teacher):
 def test_two_models_weigh_what_they_have(teacher):
     plan = forward_memory("evaluate", [(teacher, 2), (teacher, 4)], tokens=8192, logits_tokens=1024, advice="Lower it")
     assert plan.parts["weights"] == 6 * 12_310_001_152 and plan.parts["states"] == 6 * 8192 * 5120
-    check_forward(plan, torch.device("cpu"))  # whose blocks take less: nothing is refused by it
+    check_on_gpu(plan, torch.device("cpu"))  # whose blocks take less: nothing is refused by it
 
 
 def test_a_plan_that_does_not_fit_says_the_stage_the_bytes_and_what_to_do():

@@ -7,7 +7,7 @@ import torch
 
 from memory_budget.architecture import Architecture
 from minitron.families.nemotron_h import FAMILY
-from minitron.mamba import dispatch, token_blocks
+from minitron.mamba import block_sizes, dispatch, token_blocks
 from minitron.training.tiny_teacher import TINY_CONFIG
 
 SMALL = Architecture(
@@ -82,14 +82,14 @@ def test_attention_by_heads_gives_what_it_gives_whole(layers, hidden):
 
 @pytest.mark.parametrize(("tokens", "sizes"), [(64, [32, 32]), (77, [32, 45]), (80, [32, 48]), (81, [32, 32, 17]), (33, [33]), (16, [16])])
 def test_no_block_is_shorter_than_half_a_block(tokens, sizes):
-    assert token_blocks._sizes(tokens, BLOCK) == sizes
+    assert block_sizes.block_sizes(tokens, BLOCK) == sizes
 
 
 def test_only_rows_longer_than_a_block_go_by_blocks(monkeypatch, hidden):
     calls = []
     feed = partial(dispatch._feed_long, lambda rows: calls.append(rows.shape[1]) or rows)
     feed(hidden)
-    monkeypatch.setattr(token_blocks, "LONG_TOKENS", BLOCK)
-    monkeypatch.setattr(token_blocks, "BLOCK_TOKENS", BLOCK)
+    monkeypatch.setattr(block_sizes, "LONG_TOKENS", BLOCK)
+    monkeypatch.setattr(block_sizes, "BLOCK_TOKENS", BLOCK)
     feed(hidden)
     assert calls == [TOKENS, 32, 45]

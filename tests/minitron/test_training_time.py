@@ -22,15 +22,13 @@ def test_flops_are_those_of_the_linear_layers_and_a_little_attention(teacher, ti
 
 
 def test_a_long_run_is_refused_with_what_it_would_take_and_forced_by_no_limit():
-    with pytest.raises(ValueError, match=r"distill.max_hours is 2; without fused Mamba-2 kernels \(there are none for cpu\) this run takes at least"):
-        check_time(10**20, CPU, Precision.float32, processes=1, max_hours=2)
-    assert "years" in check_time(10**23, CPU, Precision.float32, processes=1, max_hours=None)
-
-
-def test_a_short_run_is_not_spoken_of():
-    assert check_time(10**9, CPU, Precision.float32, processes=1, max_hours=2) is None
+    with pytest.raises(ValueError, match=r"distill.max_hours is 2; without fused Mamba-2 kernels \(there are none for cpu\) this run takes at least .* years"):
+        check_time(10**23, CPU, Precision.float32, processes=1, max_hours=2)
+    check_time(10**23, CPU, Precision.float32, processes=1, max_hours=None)
+    check_time(10**9, CPU, Precision.float32, processes=1, max_hours=2)
 
 
 def test_it_is_refused_at_the_door_in_one_line(door, tmp_path, small_settings):
     finished = door(tmp_path, "stage=distill", *small_settings, "distill.max_hours=0")
     assert finished.returncode == 2 and "distill.max_hours is 0; without fused Mamba-2 kernels" in finished.stderr and len(finished.stderr.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()  # before any work

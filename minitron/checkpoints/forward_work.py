@@ -1,0 +1,55 @@
+"""What forward passes compute, counted from an architecture: products of matrices, and the numbers that layers make between them. Loads no torch."""
+
+from memory_budget.architecture import Architecture
+from memory_budget.parameters import count_total_parameters
+from minitron.machine.pace import Work
+from minitron.mamba.block_sizes import SCAN_TOKENS
+from nas.throughput import head_flops, layer_flops_per_token
+
+MAMBA_PASSES = 2.8  # over a number that a Mamba-2 mixer keeps, for one over any other's: its scan goes by short chunks
+LOGIT_PASSES = 3  # over the logits of a token: made, compared, summed up
+
+
+def forward_work(model: Architecture, tokens: float, length: int, *, batches: float = 1) -> Work:
+    """All layers of a model over `tokens` tokens in rows of `length`, walked in so many batches; no logits. The causal attention sees half a row."""
+    attention = 2 * length * model.num_layers_of("*") * model.num_attention_heads * model.attention_head_dim
+    kept = sum(layer_numbers(model, letter, by_blocks=True) * (MAMBA_PASSES if letter == "M" else 1) for letter in model.pattern)
+    numbers = kept + length * model.num_layers_of("*") * model.num_attention_heads / 2  # attention's scores
+    products = layer_flops_per_token(model) + attention + _scan_flops(model)
+    return Work(products=tokens * products, numbers=tokens * numbers, calls=batches * model.num_sublayers)
+
+
+def head_work(model: Architecture, tokens: float, passes: float = LOGIT_PASSES) -> Work:
+    """Logits of so many tokens, and what is made of them."""
+    return Work(products=tokens * head_flops(model), numbers=tokens * passes * model.vocab)
+
+
+def load_work(model: Architecture, width: int) -> Work:
+    """A model of `width` bytes a number read from disk and put together."""
+    return Work(read=width * count_total_parameters(model), calls=10 * model.num_sublayers)
+
+
+def decode_work(model: Architecture, tokens: float, width: int) -> Work:
+    """Tokens one at a time: each passes all weights by."""
+    return Work(calls=tokens * model.num_sublayers, decoded=tokens * width * count_total_parameters(model))
+
+
+def layer_numbers(model: Architecture, letter: str, *, by_blocks: bool) -> int:
+    """Numbers a token that one layer keeps for its backward pass on a CPU: its norm's input and output, and its mixer's own."""
+    if letter == "M":  # in_proj's output, the scan's, the gated norm's; by blocks also the convolution's and the states between chunks
+        mixer = model.mamba_inner + model.mamba_conv_channels + model.mamba_num_heads + 2 * model.mamba_inner
+        if by_blocks:
+            mixer += model.mamba_conv_channels + model.mamba_inner * model.mamba_state_size // SCAN_TOKENS
+    elif letter == "*":  # queries, keys, values, their weighted sum
+        mixer = 2 * (model.num_attention_heads + model.num_key_value_heads) * model.attention_head_dim
+    elif model.ffn_gated:  # gate, its activation, up, their product
+        mixer = 4 * model.ffn
+    else:  # up's output, and unless it goes by blocks its relu and the square
+        mixer = model.ffn if by_blocks else 3 * model.ffn
+    return 2 * model.hidden + mixer
+
+
+def _scan_flops(model: Architecture) -> int:
+    """Of a token in every Mamba-2 layer: into the state and out of it, and within chunks (SSD, arXiv 2405.21060, §6)."""
+    inner, groups = model.mamba_inner, model.mamba_num_groups * model.mamba_state_size
+    return model.num_layers_of("M") * (4 * inner * model.mamba_state_size + 2 * SCAN_TOKENS * (groups + inner))

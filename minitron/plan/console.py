@@ -1,0 +1,125 @@
+"""The plan as a person reads it: a few lines before the work, and the whole of it for stage=plan."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from enum import Enum
+from typing import Any
+
+from memory_budget.units import format_gib
+from minitron.machine.rate import duration
+from minitron.plan.plan import DEPTH, TRAINING, WIDTHS, Plan, StagePlan, plan_of
+from minitron.plan.refusals import check_before_work, refused_because
+from minitron.settings.run import Settings, Stage
+from minitron.walk.console import Console
+from nas.axes import AXES
+
+LONGEST = 3  # stages that the few lines name
+LAPS = {"": "", DEPTH: "first lap, ", WIDTHS: "second lap, "}
+
+
+def begin(settings: Settings, console: Console) -> None:
+    """The first lines of a run. Raises ValueError, after them, for what cannot end well."""
+    for line in lines(plan_of(settings)):
+        console.say(line)
+    check_before_work(settings)
+
+
+def print_plan(settings: Settings, console: Console) -> None:
+    """The whole plan, and what a run would refuse, or that nothing would be."""
+    for line in table(plan_of(settings)):
+        console.say(line)
+    if refused := refused_because(replace(settings, stage=Stage.all)):
+        console.say(f"such a run would be refused here: {refused}")
+
+
+def lines(plan: Plan) -> list[str]:
+    """What a run says first: what is cut, whether it fits, time, memory and disk; at most six lines."""
+    return [f"{'plan':>9}  {text}" for text in (_cut_line(plan), _uncut_line(plan), _time_line(plan), _space_line(plan), *_other_lines(plan))]
+
+
+def table(plan: Plan) -> list[str]:
+    """All of it: the few lines, then every stage with what decides it."""
+    head = ("stage", "time", "memory", "disk", "tokens", "decided by")
+    rows = [head, *(_row(stage) for stage in plan.stages)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
+    cells = ["  ".join([row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in range(1, len(widths))), row[-1]]).rstrip() for row in rows]
+    notes = [f"not counted: {note}" for note in plan.notes]
+    return [*lines(plan), "", *cells, "", *notes, *_footnotes(plan)]
+
+
+def _cut_line(plan: Plan) -> str:
+    cut = ", ".join(f"{AXES[axis].title} {_range(low, high)} of {whole:,}" for axis, (low, high, whole) in plan.ranges.items()) or "nothing is cut"
+    verdict = "fits" if plan.student_fits else "does not fit"
+    kind = "" if plan.fixed else " about"
+    return (f"{cut}: {_count(plan.teacher_parameters)} → {kind.lstrip()}{' ' * bool(kind)}{_count(plan.student_parameters)} parameters, "
+            f"{format_gib(plan.student_bytes)}, which {verdict} {format_gib(plan.budget_bytes)} of {plan.budget_name}")  # fmt: skip
+
+
+def _uncut_line(plan: Plan) -> str:
+    weighed = ", ".join(f"{format_gib(size)} in {dtype}{' (fits)' * (size <= plan.budget_bytes)}" for dtype, size in plan.uncut_bytes.items())
+    fits = f"fits uncut, with {format_gib(plan.spare_bytes)} to spare" if plan.teacher_fits else "does not fit uncut"
+    return f"the teacher {fits}; it would take {weighed}"
+
+
+def _time_line(plan: Plan) -> str:
+    ahead = plan.ahead
+    done = len(plan.stages) - len(ahead)
+    before = f"{done} of {len(plan.stages)} stages are done already; " if done else ""
+    if not ahead:
+        return "everything is done already"
+    if plan.seconds is None:
+        return f"{before}how long it takes on {plan.device or 'this GPU'} is not known: plan.device names GPUs that are"
+    longest = sorted(ahead, key=lambda stage: -stage.seconds)[:LONGEST]
+    named = ", ".join(f"{LAPS[stage.lap]}{stage.stage} {duration(stage.seconds / 3600)}" for stage in longest)
+    return f"{before}about {duration(plan.seconds / 3600)} on {plan.device}, most of it {named}"
+
+
+def _space_line(plan: Plan) -> str:
+    most = max(plan.ahead, key=lambda stage: stage.memory_bytes, default=None)
+    room = "more than" if most and most.memory_bytes > plan.available_bytes else "of"
+    held = f"{format_gib(most.memory_bytes)} of memory at most ({most.stage}), {room} {format_gib(plan.available_bytes)} there" if most else "no memory"
+    return f"{held}, {format_gib(plan.disk_bytes)} of disk"
+
+
+def _other_lines(plan: Plan) -> Iterator[str]:
+    if plan.distill_tokens:
+        cost = "" if plan.device_hours is None else f", {_hours(plan.device_hours)}"
+        processes = f" on {plan.processes} devices" if plan.processes > 1 else ""
+        yield f"distillation learns from {plan.distill_tokens:,} tokens{cost}{processes}"
+    if plan.download_bytes:
+        yield f"about {format_gib(plan.download_bytes)} of the teacher are to be downloaded from the Hub"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f} device-hours" if hours >= 10 else f"{hours:,.2f} device-hours"
+
+
+def _row(stage: StagePlan) -> Sequence[str]:
+    name = f"{LAPS[stage.lap]}{stage.stage}" + (f" × {stage.times}" if stage.times > 1 else "")
+    time = "done" if stage.done else "?" if stage.seconds is None else duration(stage.seconds / 3600)
+    disk = format_gib(stage.disk_bytes) + (f" + {format_gib(stage.scratch_bytes)}" if stage.scratch_bytes else "")
+    return name, time, format_gib(stage.memory_bytes), disk, f"{stage.tokens:,}" if stage.stage in TRAINING else "", _decided(stage.decided_by)
+
+
+def _decided(settings: Mapping[str, Any]) -> str:
+    """Short values as they are, others by their setting's name alone."""
+    shown = []
+    for name, value in settings.items():
+        text = value.value if isinstance(value, Enum) else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        shown.append(f"{name}={text}" if len(text) <= 40 and "Settings(" not in text else name)
+    return " ".join(shown)
+
+
+def _footnotes(plan: Plan) -> Iterator[str]:
+    yield "disk: what stays, + what is there besides while the stage runs; memory: of each process" + (" on its GPU" if "×" in plan.device else "")
+    if plan.seconds is not None:
+        yield "times are right within a factor of two for a stage, mostly less for the whole (docs/plan.md)"
+
+
+def _range(low: int, high: int) -> str:
+    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+
+def _count(parameters: int) -> str:
+    """2.9 M, 12.3 B."""
+    return f"{parameters / 1e9:,.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.1f} M"

@@ -1,0 +1,129 @@
+"""What is refused before any work, because it could not end well: hours, batches, disk, memory. From the smallest student that may be chosen and from
+bounds, so that nothing is refused that would have worked.
+"""
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from memory_budget.parameters import count_total_parameters
+from memory_budget.units import format_gib
+from minitron.machine.memory import process_share_bytes
+from minitron.plan.costs import Cost, LapView, cost_of
+from minitron.plan.plan import lap_views, on_gpu
+from minitron.plan.text_size import text_size
+from minitron.pruning.cut_cost import CutCost
+from minitron.pruning.plan import recipe_of
+from minitron.settings.derived import calibration_samples, candidate_samples, has_ladder
+from minitron.settings.run import PlanSettings, PruneMethod, Settings
+from minitron.settings.training import TrainSettings
+from minitron.text.blends import phase_parts
+from minitron.training.memory import PhaseMemory, check_fits, state_bytes
+from minitron.training.time import check_hours, training_flops
+from minitron.walk.pipeline import check_rows
+
+CERTAIN_DISK = 0.95  # of the bytes that are counted: tensors to the byte, and little else
+
+
+def check_before_work(settings: Settings) -> None:
+    """Raises ValueError, one line that names the setting, its value and what would work; for the machine that the run is on, whatever plan.device is.
+
+    What is done already counts for the run: all that the store holds is taken off what is to be written.
+    """
+    settings = replace(settings, plan=PlanSettings())
+    views = [(lap, _with_smallest(view), names) for lap, view, names in lap_views(settings)]
+    if (most := text_size(settings.data, views[0][1].teacher.vocab).most_rows) is not None:
+        check_rows(settings, most, "at most")
+    for _, view, names in views:
+        check_times(view, names)
+        if not on_gpu(settings):
+            check_memory(view, names)
+    check_disk(settings, views)
+
+
+def refused_because(settings: Settings) -> str | None:
+    """What check_before_work would say on this machine; None where it would pass, and for another device, whose disk and kernels nobody knows here."""
+    if settings.plan.device is not None:
+        return None
+    try:
+        check_before_work(settings)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_times(view: LapView, names: list[str]) -> None:
+    """On a processor: distillation that products alone keep busy for longer than distill.max_hours."""
+    settings = view.settings
+    if view.on_gpu or "distill" not in names or settings.distill.max_hours is None:
+        return
+    phases = [(train, parts[0].data.sequence_length) for train, parts in zip(settings.distill.trains(), phase_parts(settings), strict=True)]
+    flops = training_flops(view.student, None if settings.distill.cached else view.teacher, phases)
+    check_hours(flops, phases[0][0].precision, processes=view.launch.world_size, max_hours=settings.distill.max_hours, has_mamba="M" in view.student.pattern)
+
+
+def check_memory(view: LapView, names: list[str]) -> None:
+    """What the stages themselves refuse, by what is free now."""
+    settings, (available, place) = view.settings, process_share_bytes()
+    if "screen" in names and has_ladder(settings):
+        cutting = 4 * (count_total_parameters(view.base) + count_total_parameters(view.student))
+        if view.launch.world_size == 1 and cutting > available:
+            raise ValueError(f"screen: cutting a candidate in memory needs {format_gib(cutting)}; {place} has {format_gib(available)}; "
+                             "search.finalists=0 screens none")  # fmt: skip
+        _check_training(view, settings.screen.train, view.length, settings.screen.cached, "screen", available, place)
+    if "distill" in names:
+        for train, parts in zip(settings.distill.trains(), phase_parts(settings), strict=True):
+            _check_training(view, train, parts[0].data.sequence_length, settings.distill.cached, "distill", available, place)
+    if settings.prune.method is PruneMethod.compensated and {"prune", "screen"} & set(names):
+        samples = calibration_samples(settings, view.base) if "prune" in names else candidate_samples(settings, view.base)
+        if settings.data.rows.name == "windows":  # padded ones have fewer tokens
+            samples = min(samples, text_size(settings.data, view.teacher.vocab).most_rows or samples)
+            CutCost(view.base, view.student, recipe_of(settings.prune, view.student), samples, samples * view.length, view.width).check_memory(available, place)
+
+
+def _check_training(view: LapView, train: TrainSettings, length: int, cached: bool, stage: str, available: int, place: str) -> None:
+    need = PhaseMemory(view.student, view.teacher, view.launch, length, 0 if cached else view.width, view.on_gpu)
+    check_fits(need.of(need.with_checkpointing(train, available)), available, place, stage)
+
+
+def check_disk(settings: Settings, views: list[tuple[str, LapView, list[str]]]) -> None:
+    """More bytes to be written than the runs folder's file system has free, and all that the store has already, together."""
+    folder = _existing(Path(settings.runs_folder))
+    free, kept, most, why = shutil.disk_usage(folder).free, 0.0, 0.0, ""
+    for lap, view, names in views:
+        for name in names:
+            cost = cost_of(name, view)
+            if not cost.times or name in ("data", "phase_rows", "whole_rows"):  # how long texts are is a rule of thumb
+                continue
+            scratch = _certain_scratch(name, view, cost)
+            kept += cost.kept * cost.times
+            if kept + scratch > most:
+                most, why = kept + scratch, f"{lap} {name}".strip()
+    needed = int(most * CERTAIN_DISK)
+    if needed > free and needed > free + _bytes_under(Path(settings.runs_folder) / "store"):
+        raise ValueError(f"runs_folder is {settings.runs_folder!r}, whose file system has {format_gib(free)} free; until {why} this run writes at least "
+                         f"{format_gib(needed)}, saved states among it: free so much, or set runs_folder to where it is")  # fmt: skip
+
+
+def _certain_scratch(name: str, view: LapView, cost: Cost) -> int:
+    """Of what a stage has on disk besides: one saved state, which every training writes at its end."""
+    settings = view.settings
+    if name == "screen":
+        return state_bytes(view.student, settings.screen.train.optimizer)
+    if name in ("distill", "distill_slice", "distill_whole"):
+        return state_bytes(view.student, settings.distill.train.optimizer)
+    return 0
+
+
+def _bytes_under(folder: Path) -> int:
+    return sum(os.lstat(os.path.join(place, name)).st_size for place, _, names in os.walk(folder) for name in names)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+
+
+def _with_smallest(view: LapView) -> LapView:
+    return replace(view, students=replace(view.students, likely=view.students.smallest))

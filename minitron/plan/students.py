@@ -1,0 +1,69 @@
+"""Which students a walk may come to, before anything is measured: the likely one, the smallest, and the range between."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from memory_budget.architecture import Architecture
+from memory_budget.calculator import memory_report
+from minitron.search.space import fixed_student, space_of
+from minitron.settings.derived import budget_of, fixed_sizes, floors, workload_of
+from minitron.settings.run import Settings
+from nas.axes import AXES
+from nas.depth import kept_layers, spelled
+from nas.space import SearchSpace
+
+STEPS = 64  # from the largest options down to the smallest
+
+
+@dataclass(frozen=True, slots=True)
+class Students:
+    """Of one lap: the `likely` student, about the largest that fits; the `smallest` that may be chosen; `depths` that may be, and options of every axis."""
+
+    likely: Architecture
+    smallest: Architecture
+    depths: tuple[int, ...]
+    ranges: Mapping[str, tuple[int, int]]
+    candidates: int
+
+
+def students_of(settings: Settings, base: Architecture) -> Students:
+    """Of the search that the settings ask for, cut from `base`. Raises ValueError as the search's own check does."""
+    if settings.search.fixed.given():
+        return _fixed(settings, base)
+    space, later = space_of(settings, base), settings.search.later_widths.given()
+    points = [_at(settings, base, space, step / STEPS) for step in range(STEPS, -1, -1)]
+    points = [point for point in points if point is not None]
+    limit, workload = budget_of(settings).bytes, workload_of(settings)
+    fitting = [point for point in points if memory_report(replace(point, **later), workload).total <= limit]
+    ranges = {axis.name: (min(options), max(options)) for axis in AXES.values() if (options := _options(space, base, axis.field))}
+    return Students((fitting or points[-1:])[0], points[-1], space.num_layers, ranges, space.size)
+
+
+def _fixed(settings: Settings, base: Architecture) -> Students:
+    """The one that is given."""
+    sizes, student = fixed_sizes(settings, base), fixed_student(settings, base)
+    if "num_layers" in sizes:
+        student = _of_depth(settings, student, sizes["num_layers"])
+    ranges = {axis.name: (axis.size(student), axis.size(student)) for axis in AXES.values()}
+    return Students(student, student, (student.num_layers,), ranges, 1)
+
+
+def _at(settings: Settings, base: Architecture, space: SearchSpace, share: float) -> Architecture | None:
+    """The candidate at this share of the way from every axis's smallest option to its largest; None where it breaks a coupling."""
+    chosen = {name: options[round(share * (len(options) - 1))] for name, options in space.widths(base).items()}
+    if space.query_heads_follow:
+        chosen["num_attention_heads"] = chosen["num_key_value_heads"] * (base.num_attention_heads // base.num_key_value_heads)
+    student = replace(_of_depth(settings, base, space.num_layers[round(share * (len(space.num_layers) - 1))]), **chosen)
+    return student if all(coupling.holds(student) for coupling in space.couplings) else None
+
+
+def _of_depth(settings: Settings, model: Architecture, depth: int) -> Architecture:
+    """The model with so many layers. Which ones go nobody knows yet: those in the middle, from where most go."""
+    middle = sorted(range(model.num_layers), key=lambda layer: abs(layer - model.num_layers / 2))
+    return replace(model, pattern=spelled(model, kept_layers(model.layer_kinds, middle, depth, floors(settings))))
+
+
+def _options(space: SearchSpace, base: Architecture, field: str) -> tuple[int, ...]:
+    if field == "num_layers":
+        return space.num_layers
+    return tuple(option for option in space.widths(base)[field] if option)

@@ -1,0 +1,1 @@
+"""The plan before the work: its figures, what it says, and what it refuses."""
