@@ -73,7 +73,8 @@ def run_job(config: DictConfig) -> None:
     with users_mistakes():
         hydras = HydraConfig.get()
         _check_names(config)
-        settings = settings_of(with_the_runs_own(config, [override.partition("=")[0] for override in hydras.overrides.task]))
+        config = with_the_runs_own(config, [override.partition("=")[0] for override in hydras.overrides.task])
+        settings = settings_of(config, processes=processes.world_size())
         check_teacher_overrides(settings, hydras.overrides.task)
         if hydras.mode is RunMode.MULTIRUN:
             left_out = hydras.job.config.override_dirname.exclude_keys

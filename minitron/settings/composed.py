@@ -3,7 +3,6 @@
 from omegaconf import DictConfig, OmegaConf
 
 from memory_budget.budget import PRESETS
-from minitron.machine import processes
 from minitron.settings.derived import budget_of, workload_of
 from minitron.settings.follow import MOST_CONTEXT, RULES, Model, followed, run_name_of
 from minitron.settings.run import Settings
@@ -15,9 +14,9 @@ from nas.axes import AXES
 OPEN = "${follows:"  # what an experiment writes for a setting that follows from the model and the budget
 
 
-def settings_of(config: DictConfig) -> Settings:
+def settings_of(config: DictConfig, *, processes: int = 1) -> Settings:
     """The settings, all there. Raises ValueError naming one that is missing, or what is wrong with the model that others follow from."""
-    fill_in(config)
+    fill_in(config, processes=processes)
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ValueError(f"{missing[0]} has no value; it must be set, e.g. {missing[0]}=…")
     return OmegaConf.to_object(config)
@@ -43,8 +42,8 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="settings_schema", node=Settings)
 
 
-def fill_in(config: DictConfig) -> None:
-    """Every ${follows:} gets its value, by the model and the budget, and `followed` their names."""
+def fill_in(config: DictConfig, *, processes: int = 1) -> None:
+    """Every ${follows:} gets its value, by the model and the budget (and rows at once by the processes of this launch), and `followed` their names."""
     open_names = open_settings(config)
     if not open_names:
         return
@@ -62,7 +61,7 @@ def fill_in(config: DictConfig) -> None:
     if "search.layers.low" in open_names:
         _close_given_axes(config, open_names)
     part = _model_part(config)
-    model = Model(base_architecture(part), max_positions(part), workload_of(part), budget_of(part), processes.world_size())
+    model = Model(base_architecture(part), max_positions(part), workload_of(part), budget_of(part), processes)
     values |= followed(model, open_settings(config))
     _set(config, values)
     config.followed = sorted(values)
