@@ -9,8 +9,9 @@ from transformers import AutoTokenizer, TextStreamer
 from memory_budget.hf_config import read_config
 from minitron.families.known import family_of
 from minitron.families.text import begun
+from minitron.generation.ends import end_ids
 from minitron.generation.generate import generate
-from minitron.generation.prompts import Tags, write_prompt
+from minitron.generation.prompts import Tags, make_prompt
 from minitron.generation.thinking import count_reasoning
 from minitron.machine.device import pick_device
 from minitron.settings.run import Settings, Thinking
@@ -25,17 +26,18 @@ def print_answer(settings: Settings, laps: Sequence[Lap], console: Console) -> N
     wanted, folder = settings.generate, checkpoint_folder(settings, laps)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tags = Tags(*wanted.thinking_tags)
-    prompt = write_prompt(tokenizer, settings.prompt, None if settings.thinking is None else settings.thinking is Thinking.on)
-    prompt = begun(tokenizer, prompt)
+    prompt = make_prompt(tokenizer, settings.prompt, None if settings.thinking is None else settings.thinking is Thinking.on, tags)
+    text = begun(tokenizer, prompt.text)
     model = family_of(read_config(folder)).load(folder, device=str(pick_device(settings)))
     started = time.monotonic()
-    (ids,) = generate(model, tokenizer, [prompt], new_tokens=wanted.new_tokens, thinking_budget=settings.thinking_budget, tags=tags,
+    (ids,) = generate(model, tokenizer, [text], new_tokens=wanted.new_tokens, thinking_budget=settings.thinking_budget, tags=tags, opened=[prompt.is_open],
                       temperature=wanted.temperature, top_p=wanted.top_p, streamer=TextStreamer(tokenizer, skip_prompt=True))  # fmt: skip
     seconds = time.monotonic() - started
-    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    reasoning = count_reasoning([*before, *ids], *tags.ids(tokenizer))
+    before = tokenizer(text, add_special_tokens=False)["input_ids"]
+    reasoning = count_reasoning([*before, *ids] if prompt.is_open else ids, *tags.ids(tokenizer))
+    ended = "ended" if ids[-1] in end_ids(model, tokenizer) else "cut off by generate.new_tokens"
     speed = f"{len(ids) / seconds:,.0f} tokens/s, reading the prompt's {len(before):,} included"
-    console.headline("generate", f"{len(ids):,} tokens, {reasoning:,} of them reasoning; {speed}")
+    console.headline("generate", f"{len(ids):,} tokens, {reasoning:,} of them reasoning, {ended}; {speed}")
 
 
 def checkpoint_folder(settings: Settings, laps: Sequence[Lap]) -> Path:

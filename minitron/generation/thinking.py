@@ -16,19 +16,22 @@ class ThinkingBudget(LogitsProcessor):
     counted. A row without an opening tag, or one that closes by itself in time, is left alone, to the bit.
     """
 
-    def __init__(self, budget: int, open_ids: Sequence[int], close_ids: Sequence[int], prompt_tokens: int):
-        """`prompt_tokens` is the width of the prompts, padding on their left included. Raises ValueError for a negative budget or an empty tag."""
+    def __init__(self, budget: int, open_ids: Sequence[int], close_ids: Sequence[int], prompt_tokens: int, opened: Sequence[bool] | None = None):
+        """`prompt_tokens` is the width of the prompts, padding on their left included; `opened` says of each row whether its prompt leaves reasoning
+        open, None leaves that to the tags in it. Raises ValueError for a negative budget or an empty tag."""
         if budget < 0:
             raise ValueError(f"thinking_budget is {budget}; it must be at least 0")
         if not open_ids or not close_ids:
             raise ValueError("thinking_tags have no tokens in this tokenizer; name the tags that it knows, e.g. thinking_tags='[<think>, </think>]'")
-        self.budget, self.open_ids, self.close_ids, self.prompt_tokens = budget, list(open_ids), list(close_ids), prompt_tokens
+        self.budget, self.open_ids, self.close_ids, self.prompt_tokens, self.opened = budget, list(open_ids), list(close_ids), prompt_tokens, opened
         self._in_prompt: list[list[int] | None] | None = None  # of each row, the reasoning that its prompt has already, None where it is in none
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores [B, V] of the next token, all but the closing tag's next one −∞ in rows whose budget is spent."""
         if self._in_prompt is None:
-            self._in_prompt = [self._reasoning(row) for row in input_ids[:, : self.prompt_tokens].tolist()]
+            prompts = input_ids[:, : self.prompt_tokens].tolist()
+            opened = [True] * len(prompts) if self.opened is None else self.opened
+            self._in_prompt = [self._reasoning(row) if is_open else None for row, is_open in zip(prompts, opened, strict=True)]
         for row, (begun, generated) in enumerate(zip(self._in_prompt, input_ids[:, self.prompt_tokens :].tolist(), strict=True)):
             # What the prompt opened is followed from its opening tag on; its own tokens count too.
             reasoning = self._reasoning(generated if begun is None else [*self.open_ids, *begun, *generated])
