@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from minitron.generation.prompts import Tags, make_prompt
+from minitron.generation.prompts import Tags, make_prompt, no_switches
 from minitron.generation.templates import Message, StandIns, plain_messages, render
 
 PROBE = [{"role": "user", "content": "?"}]
@@ -70,7 +70,7 @@ class ConversationWriter:
         plain = plain_messages(messages)
         stand_ins = StandIns(plain)
         turns = {place: self._turn(message, stand_ins) for place, message in enumerate(plain) if message["role"] == "assistant"}
-        return stand_ins.show(self._written(stand_ins.hide(plain, (self._tags.opening, self._tags.closing)), turns))
+        return stand_ins.show(self._written(stand_ins.hide(plain, no_switches(self._tags, any_word=False)), turns))
 
     def _turn(self, message: Message, stand_ins: StandIns) -> _Turn:
         """An assistant's message taken apart. A missing opening tag was in the prompt; a missing closing one was cut off."""

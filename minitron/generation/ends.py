@@ -9,7 +9,7 @@ from minitron.generation.templates import StandIns, render
 
 
 def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a text of this model, each once: those of generation_config.json, of config.json, the tokenizer's, and its chat template's end of a turn."""
+    """Every id that ends a text of this model, each once: of generation_config.json, of config.json, the tokenizer's, its chat template's end of a turn."""
     places = (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer)
     found = [id_ for place in places for id_ in _listed(getattr(place, "eos_token_id", None))]
     return list(dict.fromkeys([*found, *_end_of_turn(tokenizer)]))

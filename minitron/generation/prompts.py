@@ -1,10 +1,12 @@
 """Prompts: conversations in a tokenizer's own chat template, and the tags around reasoning. Loads no torch: a client of a server may have none."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minitron.generation.switches import WORDS, written_both_ways
 from minitron.generation.templates import StandIns, plain_messages, render
@@ -47,9 +49,9 @@ def write_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapp
 def make_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, Any]], thinking: bool | None, tags: Tags = Tags()) -> Prompt:  # noqa: B008
     """A user's message, or a conversation [{role, content}, …], in the tokenizer's chat template, reasoning switched on or off the way that template does it.
 
-    A message stays as it is where there is no template. Tags in a message of others than the assistant's come through the template as they are; so
-    do, where `thinking` is given, the words of a switch. Raises ValueError where thinking is given and no way to say it changes the prompt, for a
-    conversation without a template, and for one that the template refuses.
+    A message stays as it is where there is no template. Tags in a message of others than the assistant's come through the template as they are; so do the
+    words of a switch where they are part of something longer, and anywhere if `thinking` is given. Raises ValueError where thinking is given and no way
+    to say it changes the prompt, for a conversation without a template, and for one that the template refuses.
     """
     if not tokenizer.chat_template:
         if thinking is not None:
@@ -58,9 +60,8 @@ def make_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mappi
             raise ValueError("the prompt is a conversation, but the tokenizer has no chat template; give the prompt as text")
         return Prompt(prompt, tags.is_open(prompt), tags.is_closed(prompt))
     messages = plain_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
-    switches = () if thinking is None else {word for pair in WORDS for word in pair}
     stand_ins = StandIns(messages)
-    messages = stand_ins.hide(messages, {tags.opening, tags.closing, *switches})
+    messages = stand_ins.hide(messages, no_switches(tags, any_word=thinking is not None))
     text = render(tokenizer, messages, add_generation_prompt=True)
     if thinking is not None:
         both = written_both_ways(tokenizer, messages, tags.is_closed)
@@ -69,6 +70,22 @@ def make_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mappi
                              "message (/think, …) changes its prompt; leave thinking null, or put what the model knows into the prompt itself")  # fmt: skip
         text = both[0] if thinking else both[1]
     return Prompt(stand_ins.show(text), tags.is_open(text), tags.is_closed(text))
+
+
+def no_switches(tags: Tags, *, any_word: bool) -> re.Pattern:
+    """What in others' messages a template must not take for a switch: tags, and the words of a switch within a longer word, a path or a tag (or any)."""
+    words = "|".join(re.escape(word) for word in sorted({word for pair in WORDS for word in pair}, key=len, reverse=True))
+    inner = words if any_word else rf"(?<=[\w/.:<])(?:{words})|(?:{words})(?=[\w/>])"
+    return re.compile(f"{re.escape(tags.opening)}|{re.escape(tags.closing)}|{inner}")
+
+
+def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, or of a Hub id. Raises ValueError where there is none that can be loaded."""
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"tokenizer is {str(place)!r}, which cannot be loaded: {said}") from None
 
 
 def _word(thinking: bool) -> str:

@@ -14,9 +14,9 @@ from minitron.generation.templates import Message, render
 # What templates take in a message: the words for on and for off.
 WORDS = (("/think", "/no_think"), ("/think", "/nothink"), ("detailed thinking on", "detailed thinking off"))
 # What a variable may be given for on and for off; None: nothing.
-VALUES = ((True, False), ("on", "off"), ("enabled", "disabled"), ("high", "none"))
-BUDGET_VALUES = ((None, 0),)
-EFFORTS = (("high", "low"),)  # of templates that hand any value on to the model
+VALUES = ((True, False), ("on", "off"), ("enabled", "disabled"))
+VALUES_OF = {"budget": ((None, 0),), "effort": (("high", "none"),)}  # by what is in the variable's name
+HANDED_ON = ("high", "low")  # efforts that a model knows whose template hands any on
 USUAL_VARIABLES = ("enable_thinking", "thinking", "reasoning_effort")
 
 
@@ -55,16 +55,13 @@ def written_both_ways(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mes
 
 def _ways(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Way, bool]]:
     """Every way, the likelier first, and whether it counts where the template only hands the value on."""
-    variables = [*USUAL_VARIABLES, *sorted(_variables(_template_of(tokenizer)) - {*USUAL_VARIABLES})]
+    variables = [*USUAL_VARIABLES, *sorted(_variables(tokenizer.get_chat_template()) - {*USUAL_VARIABLES})]
     for name in variables:
-        yield from ((Way(name, "variable", *values), False) for values in (BUDGET_VALUES if "budget" in name else VALUES))
+        choices = next((choices for part, choices in VALUES_OF.items() if part in name), VALUES)
+        yield from ((Way(name, "variable", *values), False) for values in choices)
     for place in ("system", "user"):
         yield from ((Way(on, place, on, off), False) for on, off in WORDS)
-    yield from ((Way(name, "variable", *values), True) for name in variables if name.endswith("effort") for values in EFFORTS)
-
-
-def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.get_chat_template()
+    yield from ((Way(name, "variable", *HANDED_ON), True) for name in variables if "effort" in name)
 
 
 @lru_cache(maxsize=32)

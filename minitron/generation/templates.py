@@ -1,7 +1,9 @@
 """A conversation through a tokenizer's chat template: what goes in is made plain, what comes out is text, what goes wrong is one sentence."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -86,14 +88,12 @@ class StandIns:
         self._texts[character := next(self._free)] = text
         return character
 
-    def hide(self, messages: Sequence[Message], words: Iterable[str]) -> list[Message]:
-        """The messages with a character in place of each of the words, but for the assistant's own."""
-        stand_in = {word: self.of(word) for word in sorted(words, key=len, reverse=True)}  # a word that holds another goes first
+    def hide(self, messages: Sequence[Message], pattern: re.Pattern) -> list[Message]:
+        """The messages with a character in place of all that matches, but for the assistant's own."""
+        stand_in = lru_cache(self.of)
 
         def without(text: str) -> str:
-            for word, character in stand_in.items():
-                text = text.replace(word, character)
-            return text
+            return pattern.sub(lambda match: stand_in(match[0]), text)
 
         return [message if message["role"] == "assistant" else message | {"content": without(message["content"])} for message in messages]
 

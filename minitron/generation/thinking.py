@@ -12,8 +12,9 @@ from transformers import LogitsProcessor
 class ThinkingBudget(LogitsProcessor):
     """For `generate`: once a row has `budget` reasoning tokens, the closing tag's tokens are the only ones it may take.
 
-    Reasoning is what follows the last opening tag, in the prompt or generated, and no closing tag has ended; the tags are not
-    counted. A row without an opening tag, or one that closes by itself in time, is left alone, to the bit.
+    Reasoning is what follows the last opening tag, in the prompt or generated, and no closing tag has ended. Generated tokens of it count; the tags do
+    not, nor what the prompt has of it already (often a line's end). A row without an opening tag, or one that closes by itself in time, is left alone,
+    to the bit.
     """
 
     def __init__(self, budget: int, open_ids: Sequence[int], close_ids: Sequence[int], prompt_tokens: int, opened: Sequence[bool] | None = None):
@@ -24,17 +25,13 @@ class ThinkingBudget(LogitsProcessor):
         if not open_ids or not close_ids:
             raise ValueError("thinking_tags have no tokens in this tokenizer; name the tags that it knows, e.g. thinking_tags='[<think>, </think>]'")
         self.budget, self.open_ids, self.close_ids, self.prompt_tokens, self.opened = budget, list(open_ids), list(close_ids), prompt_tokens, opened
-        self._in_prompt: list[list[int] | None] | None = None  # of each row, the reasoning that its prompt has already, None where it is in none
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores [B, V] of the next token, all but the closing tag's next one −∞ in rows whose budget is spent."""
-        if self._in_prompt is None:
-            prompts = input_ids[:, : self.prompt_tokens].tolist()
-            opened = [True] * len(prompts) if self.opened is None else self.opened
-            self._in_prompt = [self._reasoning(row) if is_open else None for row, is_open in zip(prompts, opened, strict=True)]
-        for row, (begun, generated) in enumerate(zip(self._in_prompt, input_ids[:, self.prompt_tokens :].tolist(), strict=True)):
-            # What the prompt opened is followed from its opening tag on; its own tokens count too.
-            reasoning = self._reasoning(generated if begun is None else [*self.open_ids, *begun, *generated])
+        if self.opened is None:
+            self.opened = [self._reasoning(row) is not None for row in input_ids[:, : self.prompt_tokens].tolist()]
+        for row, (is_open, generated) in enumerate(zip(self.opened, input_ids[:, self.prompt_tokens :].tolist(), strict=True)):
+            reasoning = self._reasoning([*self.open_ids, *generated] if is_open else generated)
             if reasoning is not None and (forced := self._forced(reasoning)) is not None:
                 allowed = scores[row, forced].item()
                 scores[row] = float("-inf")

@@ -94,11 +94,11 @@ def run_task(model: Any, tokenizer: Any, name: str, settings: EvaluateSettings) 
     loaded = load_task(name, settings)
     with _quiet():
         _as_by_its_command(loaded)
-        found = evaluate(_language_model(model, tokenizer, settings.batch), loaded, limit=settings.task_limit, log_samples=False)
+        found = evaluate(language_model(model, tokenizer, settings.batch), loaded, limit=settings.task_limit, log_samples=False)
     return {task: _results_of(task, metrics, found) for task, metrics in found["results"].items()}
 
 
-def _language_model(model: Any, tokenizer: Any, batch: int) -> Any:
+def language_model(model: Any, tokenizer: Any, batch: int) -> Any:
     """The model as lm-eval asks it, its texts ending at every id that ends one."""
     from lm_eval.models.huggingface import HFLM
 

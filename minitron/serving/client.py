@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from minitron.generation.prompts import Prompt, Tags, make_prompt
+from minitron.generation.prompts import Prompt, Tags, load_tokenizer, make_prompt
 from minitron.serving.errors import in_one_line
 from minitron.serving.made import Ending, Made, read_pieces
 
@@ -54,7 +54,7 @@ class ThinkingBudgetClient:
         """
         self._base_url, self._model, self._tags, self._timeout_seconds = base_url, model, tags, timeout_seconds
         self._extra_body = dict(extra_body or {})
-        self._tokenizer = _load_tokenizer(tokenizer)
+        self._tokenizer = load_tokenizer(tokenizer)
         _check_tags(self._tokenizer, tags, hidden=self._extra_body.get("skip_special_tokens", True))
         self._context_tokens = _positions(Path(tokenizer)) if context_tokens is None else context_tokens
         self._server = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout_seconds, max_retries=max_retries)
@@ -165,13 +165,6 @@ def _parts(text: str, tags: Tags, *, is_open: bool) -> tuple[str, str]:
         return "", text
     reasoning, _, answer = (text if is_open else own.removeprefix(tags.opening)).partition(tags.closing)
     return reasoning, answer
-
-
-def _load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer is {str(place)!r}, which cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def _check_tags(tokenizer: PreTrainedTokenizerBase, tags: Tags, *, hidden: bool) -> None:

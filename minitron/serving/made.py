@@ -7,9 +7,9 @@ from typing import Any
 
 from minitron.serving.errors import NoCompletion, said
 
-# Reasons that servers give in `finish_reason`, in lower case, where they do not say stop: OpenAI's, vLLM's, TGI's, SGLang's, llama.cpp's, TensorRT-LLM's, Gemini's.
+# Reasons that servers give in `finish_reason`, in lower case, beside stop: OpenAI's, vLLM's, SGLang's, llama.cpp's, TensorRT-LLM's and others'.
 CUT = {"length", "limit", "max_tokens", "max_length", "max_new_tokens", "token_limit", "model_length", "context_length", "model_context_window_exceeded"}
-STOPPED = {"content_filter", "safety", "refusal", "recitation", "blocklist", "abort", "aborted", "cancel", "cancelled", "canceled", "error", "timeout", "failed"}
+STOPPED = {"content_filter", "safety", "refusal", "recitation", "abort", "aborted", "cancel", "cancelled", "canceled", "error", "timeout", "failed"}
 
 
 class Ending(Enum):
@@ -36,14 +36,12 @@ def read_pieces(parts: Iterable[Any], max_tokens: int, count: Callable[[str], in
 
     Raises NoCompletion for an answer that is none.
     """
-    text, reason, tokens, prompt_tokens, answered = "", None, None, None, False
+    text, reason, tokens, prompt_tokens, answered, other = "", None, None, None, False, None
     for part in parts:
-        choices = getattr(part, "choices", None)
-        if choices is None and getattr(part, "usage", None) is None:
-            raise NoCompletion(f"sent no completion but: {said(_fields(part)) or 'nothing'}")
-        usage = getattr(part, "usage", None)
+        choices, usage = (getattr(part, name, None) for name in ("choices", "usage"))
+        other = part if choices is None and usage is None else other  # an error, or a sign of life
         tokens, prompt_tokens = (_number(usage, name) or found for name, found in (("completion_tokens", tokens), ("prompt_tokens", prompt_tokens)))
-        for choice in choices or []:  # none in a part that has the usage alone
+        for choice in choices or []:  # none in a part that has the usage alone, or nothing
             answered = True
             given = getattr(choice, "finish_reason", None)
             reason = (given.get("type") if isinstance(given, dict) else given) or reason
@@ -51,7 +49,7 @@ def read_pieces(parts: Iterable[Any], max_tokens: int, count: Callable[[str], in
                 text += piece
                 yield piece
     if not answered:
-        raise NoCompletion("sent a completion without any text or reason to end")
+        raise NoCompletion(f"sent no completion but: {said(_fields(other)) or 'nothing'}")
     tokens = count(text) if tokens is None else tokens
     ending = _ending(reason, tokens, max_tokens)
     return Made(text, tokens, ending, str(reason) if ending is Ending.stopped else "", prompt_tokens)

@@ -122,14 +122,14 @@ def test_an_answer_ends_at_any_id_that_ends_a_text(taught):
     """The control: without the id it goes on to the end of text, and is another."""
     model, tokenizer = taught
     problem = held_out_problems(ARITHMETIC)[0]
-    text, _ = by_hand(model, tokenizer, problem.question, 1, 8)
+    text, _ = by_hand(model, tokenizer, problem.question, 0, 8)
     answer = text.partition("</think>")[2].removesuffix("<|endoftext|>").strip()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     asked, before = [Asked(problem.question, answer)], model.generation_config.eos_token_id
-    assert budget_curve(model, tokenizer, asked, [1], batch=1, new_tokens=8)[0].accuracy == 1
+    assert budget_curve(model, tokenizer, asked, [0], batch=1, new_tokens=8)[0].accuracy == 1
     model.generation_config.eos_token_id = [before, ids[ids.index(tokenizer.convert_tokens_to_ids("</think>")) + 1]]  # the answer's own first token
     try:
-        assert budget_curve(model, tokenizer, asked, [1], batch=1, new_tokens=8)[0].accuracy == 0
-        assert budget_curve(model, tokenizer, [Asked(problem.question, "")], [1], batch=1, new_tokens=8)[0].accuracy == 1
+        assert budget_curve(model, tokenizer, asked, [0], batch=1, new_tokens=8)[0].accuracy == 0
+        assert budget_curve(model, tokenizer, [Asked(problem.question, "")], [0], batch=1, new_tokens=8)[0].accuracy == 1
     finally:
         model.generation_config.eos_token_id = before
