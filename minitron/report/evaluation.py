@@ -96,10 +96,15 @@ def continuations_text(summary: Summary) -> str:
         return ""
     blocks = ["What they write after a prompt, the likeliest token each time:"]
     for number, one in enumerate(next(iter(found.values()))):
-        texts = {name: written[number]["text"] for name, written in found.items()}
-        lines = [f"- {name}: {'cannot decode in transformers, having no attention layer' if text is None else _quoted(text)}" for name, text in texts.items()]
+        lines = [f"- {name}: {_continuation(written[number])}" for name, written in found.items()]
         blocks.append("\n".join([f"{_quoted(one['prompt'])}", "", *lines]))
     return "\n\n".join(blocks)
+
+
+def _continuation(one: Mapping[str, Any]) -> str:
+    if one["text"] is None:
+        return "cannot decode in transformers, having no attention layer"
+    return _quoted(one["text"]) + (" (ended)" if one.get("ended") else "")
 
 
 def _quoted(text: str) -> str:

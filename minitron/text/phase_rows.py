@@ -40,5 +40,7 @@ def _rows(context: StageContext, data, tokenizer) -> np.ndarray:
     train, held_out = (SplitRows(name, data, beginning(tokenizer)) for name in ("train", "heldout"))
     held_out.limit = 0  # none is wanted
     with context.console.track(f"rows of {data.sequence_length:,}", data.max_documents, "documents") as advance:
-        tokenise(data, tokenizer, train, held_out, advance)
+        left_out = tokenise(data, tokenizer, train, held_out, advance)
+    if left_out.reasoning_of:
+        context.console.say(f"{source_title(data)}{left_out}")
     return train.rows()
