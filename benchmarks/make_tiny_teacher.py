@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from memory_budget.hf_config import read_config  # noqa: E402
 from minitron.checkpoints.tiny import card_lines, convert_checkpoint  # noqa: E402
+from minitron.door.composed import compose_settings  # noqa: E402
 from minitron.families.known import family_of  # noqa: E402
 from minitron.machine.device import pick_device  # noqa: E402
 from minitron.measures.held_out import by_position, token_sums  # noqa: E402
 from minitron.measures.needle import measure_needle  # noqa: E402
-from minitron.settings.composed import compose_settings  # noqa: E402
 from minitron.settings.evaluate import NeedleSettings  # noqa: E402
 from minitron.settings.rules import key_settings  # noqa: E402
 from minitron.settings.run import Settings, Stage  # noqa: E402

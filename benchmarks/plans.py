@@ -1,6 +1,6 @@
 """What every stage of the 12B recipes will hold on a GPU: the memory plans that the stages themselves make, for three machines. Counted, nothing is run.
 
-    python benchmarks/plans.py          # Markdown, as in docs/scale.md; the last line is one JSON object
+python benchmarks/plans.py          # Markdown, as in docs/scale.md; the last line is one JSON object
 """
 
 import json
@@ -16,8 +16,8 @@ from distill.engines.sharing import idle_rows  # noqa: E402
 from memory_budget.architecture import Architecture  # noqa: E402
 from memory_budget.units import GIB  # noqa: E402
 from minitron.checkpoints.forward_memory import forward_memory  # noqa: E402
+from minitron.door.composed import compose_settings  # noqa: E402
 from minitron.importance.memory import ScoringNeeds  # noqa: E402
-from minitron.settings.composed import compose_settings  # noqa: E402
 from minitron.settings.run import Placement, Settings  # noqa: E402
 from minitron.settings.teachers import teacher_architecture  # noqa: E402
 from minitron.settings.training import Rows, TrainSettings  # noqa: E402

@@ -169,7 +169,6 @@ def import_once() -> None:
     import importlib.util
     import pkgutil
 
-
     for package in ("minitron", "distill"):
         for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
             if not found.name.endswith("__main__"):

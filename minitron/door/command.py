@@ -10,10 +10,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from minitron.door.composed import fill_in, register_schema, settings_of
 from minitron.door.jobs import run_name_of_job
 from minitron.door.mistakes import users_mistakes
 from minitron.door.output import outlive_readers
-from minitron.settings.composed import fill_in, register_schema, settings_of
 from minitron.settings.names import is_setting, no_setting, setting_groups
 from minitron.settings.run import Settings
 from minitron.settings.teachers import CONF_FOLDER, is_stored
@@ -64,10 +64,10 @@ def _composed(typed: list[str], do: Callable[[DictConfig], None]) -> None:
 
 def run_job(config: DictConfig) -> None:
     """One run, from its composed settings to its report."""
+    from minitron.door.runs_own import with_the_runs_own
     from minitron.machine import processes
     from minitron.walk.console import Console
     from minitron.walk.pipeline import run_pipeline
-    from minitron.walk.saved import with_the_runs_own
 
     outlive_readers()  # in a process of a sweep too
     with users_mistakes():

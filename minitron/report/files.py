@@ -47,7 +47,9 @@ def write_report(settings: Settings, laps: Sequence[Lap], console: Console) -> N
         write_page(folder, summary)
     console.headline("report", f"{folder / 'report.html'}")
     if "student" in summary["models"]:
-        console.headline("student", f"{folder / 'student'}, a checkpoint that transformers loads; run_name={settings.run_name} stage=export makes a folder to hand out")
+        console.headline(
+            "student", f"{folder / 'student'}, a checkpoint that transformers loads; run_name={settings.run_name} stage=export makes a folder to hand out"
+        )
 
 
 def write_page(folder: Path, summary: Mapping[str, Any]) -> None:

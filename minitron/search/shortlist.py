@@ -68,7 +68,9 @@ def make_shortlist(context: StageContext) -> dict:
 def _of_fixed(entry: dict, budget: Budget) -> tuple[str, int]:
     """What to say of the one architecture that was asked for, fitting or not, and how many fit."""
     needed = entry["memory_bytes"]["total"]
-    verdict = f"does not fit: {format_gib(needed - budget.bytes)} too much" if needed > budget.bytes else f"fits with {format_gib(budget.bytes - needed)} to spare"
+    verdict = (
+        f"does not fit: {format_gib(needed - budget.bytes)} too much" if needed > budget.bytes else f"fits with {format_gib(budget.bytes - needed)} to spare"
+    )
     return f"{entry['id']}, given by search.fixed, takes {format_gib(needed)} of {format_gib(budget.bytes)} and {verdict}", int(needed <= budget.bytes)
 
 

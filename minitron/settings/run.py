@@ -297,7 +297,7 @@ class Settings:
     thinking: Thinking | None = how(None)
     thinking_budget: int | None = how(None)
     run_name: str = "tiny"
-    followed: list[str] = field(default_factory=list, metadata={"how": True})  # written by settings/composed.py
+    followed: list[str] = field(default_factory=list, metadata={"how": True})  # written by door/composed.py
     runs_folder: str = "runs"
     seed: int = 0
     device: str = how("auto")

@@ -1,16 +1,14 @@
 """What a run was asked for, kept beside its report, so that its name alone is enough to use what it made."""
 
-from collections.abc import Collection
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
 from minitron.settings.run import Settings, Stage
-from minitron.walk.stage import UsingStage
 from minitron.walk.store import write_text
-from minitron.walk.table import stages
 
 SETTINGS_FILE = "settings.yaml"
 
@@ -21,25 +19,14 @@ def save_settings(settings: Settings) -> None:
         return  # one of several that run at once under one name
     folder = Path(settings.runs_folder) / settings.run_name
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / SETTINGS_FILE, OmegaConf.to_yaml(OmegaConf.structured(settings)))
+    write_text(folder / SETTINGS_FILE, yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True))
 
 
-def with_the_runs_own(config: DictConfig, given: Collection[str]) -> DictConfig:
-    """Of a stage that uses what is done, asked for with a run's name and without a model or an experiment, that run's settings under those that are given.
-
-    `given` are the names on the command line. Any other config is returned as it is. Raises ValueError where the kept settings cannot be read.
-    """
-    names = {name.lstrip("+~").partition("@")[0] for name in given}
-    uses = config.stage is Stage.merge or isinstance(stages().get(config.stage.value), UsingStage)
-    if not uses or "run_name" not in names or any(name == "experiment" or name.startswith("teacher.") for name in names):
-        return config
-    file = Path(config.runs_folder) / config.run_name / SETTINGS_FILE
-    if not file.exists():
-        return config
-    try:
-        saved = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.load(file))
-    except (OmegaConfBaseException, YAMLError, OSError) as error:
-        raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}); delete it, and give the run's settings on the command line") from None
-    for name in names:
-        OmegaConf.update(saved, name, OmegaConf.select(config, name))
-    return saved
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value

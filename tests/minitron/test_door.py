@@ -172,8 +172,15 @@ def test_a_folder_with_a_config_json_alone_can_be_searched(door, tmp_path, repos
 def test_another_vocabulary_gives_the_tiny_search_other_candidates(door, tmp_path):
     (tmp_path / "order").write_text("1 0 4")
     for vocab in (1024, 2048):
-        finished = door(tmp_path, "stage=search", "search.layer_order=order", "teacher.train_anew=true", f"data.vocab={vocab}", "search.layers={values: [20]}",
-                        "budget.device_gib=1")
+        finished = door(
+            tmp_path,
+            "stage=search",
+            "search.layer_order=order",
+            "teacher.train_anew=true",
+            f"data.vocab={vocab}",
+            "search.layers={values: [20]}",
+            "budget.device_gib=1",
+        )
         assert finished.returncode == 0 and "(already done)" not in finished.stdout, finished.stderr
 
 

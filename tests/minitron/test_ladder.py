@@ -137,7 +137,7 @@ def test_each_rule_chooses_by_its_own_measure(rule, expected, stage_context):
 
 @pytest.fixture
 def stage_context(tmp_path):
-    from minitron.settings.composed import compose_settings
+    from minitron.door.composed import compose_settings
     from minitron.walk.console import Console
     from minitron.walk.stage import StageContext
 

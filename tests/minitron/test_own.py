@@ -9,15 +9,16 @@ from memory_budget.budget import parse_budget
 from memory_budget.calculator import memory_report
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.workload import Workload
+from minitron.door.composed import compose_settings
+from minitron.door.runs_own import with_the_runs_own
 from minitron.search.space import check_search, space_of
-from minitron.settings.composed import compose_settings
 from minitron.settings.derived import budget_of
 from minitron.settings.follow import Model, run_name_of
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings, Stage, TeacherSettings
 from minitron.settings.teachers import CONF_FOLDER, STORED_FOLDER, teacher_architecture
 from minitron.walk.need import nothing_to_cut
-from minitron.walk.saved import save_settings, with_the_runs_own
+from minitron.walk.saved import save_settings
 
 MISTRAL_7B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
               "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False}  # fmt: skip

@@ -4,12 +4,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from memory_budget.budget import PRESETS
 from minitron.settings.derived import budget_of, workload_of
-from minitron.settings.follow import MOST_CONTEXT, RULES, Model, followed, run_name_of
+from minitron.settings.follow import MOST_CONTEXT, Model, followed, run_name_of
 from minitron.settings.run import Settings
 from minitron.settings.teachers import CONF_FOLDER, base_architecture, max_positions
 from minitron.settings.words import for_hydra
 from nas.axes import AXES
-
 
 OPEN = "${follows:"  # what an experiment writes for a setting that follows from the model and the budget
 
@@ -55,7 +54,11 @@ def fill_in(config: DictConfig, *, processes: int = 1) -> None:
             raise ValueError(f"budget.name has no value; name the card that the model must fit, budget={'|'.join(PRESETS)}, or its GiB, e.g. budget=24")
         config.budget.name = None
     text = config.data.files or config.data.dataset or config.data.arithmetic.problems
-    values = {"run_name": run_name_of(part.teacher), "workload.context_tokens": min(max_positions(part), MOST_CONTEXT), "data.embedded": "code" if text else "prose"}
+    values = {
+        "run_name": run_name_of(part.teacher),
+        "workload.context_tokens": min(max_positions(part), MOST_CONTEXT),
+        "data.embedded": "code" if text else "prose",
+    }
     values = {name: value for name, value in values.items() if name in open_names}
     _set(config, values)
     if "search.layers.low" in open_names:
@@ -98,4 +101,3 @@ def _close_given_axes(config: DictConfig, open_names: set[str]) -> None:
         given = {key: axis[key] for key in ("values", "high", "step") if axis[key] is not None}
         if f"search.{name}.low" in open_names and (fixed or given):
             axis.low = None
-
