@@ -68,9 +68,8 @@ def make_shortlist(context: StageContext) -> dict:
 def _of_fixed(entry: dict, budget: Budget) -> tuple[str, int]:
     """What to say of the one architecture that was asked for, fitting or not, and how many fit."""
     needed = entry["memory_bytes"]["total"]
-    verdict = (
-        f"does not fit: {format_gib(needed - budget.bytes)} too much" if needed > budget.bytes else f"fits with {format_gib(budget.bytes - needed)} to spare"
-    )
+    spare = budget.bytes - needed
+    verdict = f"fits with {format_gib(spare)} to spare" if spare >= 0 else f"does not fit: {format_gib(-spare)} too much"
     return f"{entry['id']}, given by search.fixed, takes {format_gib(needed)} of {format_gib(budget.bytes)} and {verdict}", int(needed <= budget.bytes)
 
 

@@ -149,8 +149,8 @@ def budget_of(settings: Settings) -> Budget:
                              + did_you_mean(given.name or "", PRESETS))  # fmt: skip
         return replace(preset, **own)
     if preset is not None and given.device_gib != preset.device_gib:
-        raise ValueError(f"budget.name is {given.name!r}, a card of {preset.device_gib:g} GiB, but budget.device_gib is {given.device_gib:g}; give one of them, "
-                         f"or the device another name (budget={given.name} on the command line takes the card and all its numbers)")  # fmt: skip
+        raise ValueError(f"budget.name is {given.name!r}, a card of {preset.device_gib:g} GiB, but budget.device_gib is {given.device_gib:g}; give one of "
+                         f"them, or the device another name (budget={given.name} on the command line takes the card and all its numbers)")  # fmt: skip
     return Budget(given.name or f"{given.device_gib:g} GiB", given.device_gib, **own)
 
 
