@@ -34,9 +34,16 @@ def prompts(token_ids):
 
 @pytest.fixture(scope="module")
 def go_on(teacher, prompts):
-    """Greedy new tokens of both prompts, unbudgeted or under a budget."""
+    """Greedy new tokens of both prompts, unbudgeted or under a budget; made once for what is asked again."""
+    made = {}
 
     def run(budget: int | None = None, close: list[int] | None = None, new_tokens: int = LENGTH) -> list[list[int]]:
+        asked = (budget, tuple(close or ()), new_tokens)
+        if asked not in made:
+            made[asked] = generated(budget, close, new_tokens)
+        return made[asked]
+
+    def generated(budget: int | None, close: list[int] | None, new_tokens: int) -> list[list[int]]:
         ids, mask = prompts
         processors = LogitsProcessorList([] if budget is None else [ThinkingBudget(budget, OPEN, close, ids.shape[1])])
         made = teacher.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None,
