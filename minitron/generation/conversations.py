@@ -24,7 +24,7 @@ class _Turn:
     """An assistant's message: `head`, `thought`, `middle`, `answer`, `after`, one behind the other; "" where it has no such part.
 
     Characters stand for thought and answer. head and middle are the tags and the space around them, after is the space at the end. `apart`: the
-    thought came in a field of its own, and there are no tags.
+    thought came in a field of its own, and there are no tags. `place` is where a thought can be put: before the answer, or a character for no answer.
     """
 
     head: str
@@ -33,6 +33,7 @@ class _Turn:
     answer: str
     after: str
     apart: bool
+    place: str
 
     @property
     def as_given(self) -> Message:
@@ -42,11 +43,11 @@ class _Turn:
 
     @property
     def in_fields(self) -> Message:
-        return ({"reasoning_content": self.thought} if self.thought else {}) | self.said
+        return ({"reasoning_content": self.thought} if self.thought else {}) | {"content": self.answer + self.after}
 
     @property
     def said(self) -> Message:
-        return {"content": self.answer + self.after}
+        return {"content": self.place + self.after}
 
 
 class ConversationWriter:
@@ -60,6 +61,7 @@ class ConversationWriter:
         self._tokenizer, self._tags, self.without_reasoning = tokenizer, tags, 0
         opening, closing = re.escape(tags.opening), re.escape(tags.closing)
         self._at_end = re.compile(rf"(?:{opening}\s*)?(?:{closing}\s*)?\Z")  # tags that end a text
+        self._again = re.compile(rf"\A(?:\s*{opening})+")
         self._twice = re.compile(rf"{opening}\s*{closing}\s*{opening}")
 
     def __call__(self, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -78,7 +80,7 @@ class ConversationWriter:
         before, closed, rest = message["content"].partition(closing)
         space, opened, thought = before.partition(opening)
         if opened and not space.strip():
-            head = space + opening
+            head, thought = space + opening, self._again.sub("", thought)
         elif closed and not opened and (before.endswith("\n") or not rest or rest.startswith("\n")):
             head, thought = opening, before
         else:  # it has no reasoning, whatever tags it speaks of
@@ -88,8 +90,9 @@ class ConversationWriter:
         bare = message["reasoning_content"].strip() if apart else bare
         start, end = (thought.find(bare), thought.find(bare) + len(bare)) if not apart else (0, 0)
         lead, after = rest[: len(rest) - len(rest.lstrip())], rest[len(rest.rstrip()) :] if said else ""
-        return _Turn(head + thought[:start], stand_ins.of(bare) if bare else "", thought[end:] + closing + lead,
-                     stand_ins.of(said) if said or bare else "", after, apart)  # fmt: skip
+        answer = stand_ins.of(said) if said else ""
+        place = stand_ins.of("") if bare and not said else answer
+        return _Turn(head + thought[:start], stand_ins.of(bare) if bare else "", thought[end:] + closing + lead, answer, after, apart, place)
 
     def _written(self, messages: Sequence[Message], turns: Mapping[int, _Turn]) -> str:
         """The conversation by the first way that keeps every thought and answer."""
@@ -125,15 +128,15 @@ class ConversationWriter:
 
     def _with_thoughts(self, text: str, turns: Mapping[int, _Turn]) -> str:
         """A text of answers with every thought before its answer, in place of the tags that the template put there."""
-        for turn in (turn for turn in turns.values() if turn.answer):
-            before, answer, behind = text.partition(turn.answer)
+        for turn in (turn for turn in turns.values() if turn.place):
+            before, place, behind = text.partition(turn.place)
             tags = self._at_end.search(before)
             if turn.thought:
                 head, middle = (self._opening, f"\n{self._tags.closing}\n\n") if turn.apart else (turn.head, turn.middle)
                 before = before[: tags.start()] + (self._opening if self._prompt_opens else head) + turn.thought + middle
             elif self._tags.is_open(tags[0]):
                 before = before[: tags.start()] + self._no_reasoning
-            text = before + answer + behind
+            text = before + place + behind
         return text
 
     @cached_property

@@ -179,4 +179,7 @@ def _check_tags(tokenizer: PreTrainedTokenizerBase, tags: Tags, *, hidden: bool)
 
 def _positions(folder: Path) -> int | None:
     path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings") if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings") if path.is_file() else None
+    except (ValueError, AttributeError):
+        raise ValueError(f"tokenizer is {str(folder)!r}, but its config.json is no JSON object") from None

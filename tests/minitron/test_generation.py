@@ -34,9 +34,16 @@ def prompts(token_ids):
 
 @pytest.fixture(scope="module")
 def go_on(teacher, prompts):
-    """Greedy new tokens of both prompts, unbudgeted or under a budget."""
+    """Greedy new tokens of both prompts, unbudgeted or under a budget; made once for what is asked again."""
+    made = {}
 
     def run(budget: int | None = None, close: list[int] | None = None, new_tokens: int = LENGTH) -> list[list[int]]:
+        asked = (budget, tuple(close or ()), new_tokens)
+        if asked not in made:
+            made[asked] = generated(budget, close, new_tokens)
+        return made[asked]
+
+    def generated(budget: int | None, close: list[int] | None, new_tokens: int) -> list[list[int]]:
         ids, mask = prompts
         processors = LogitsProcessorList([] if budget is None else [ThinkingBudget(budget, OPEN, close, ids.shape[1])])
         made = teacher.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None,
@@ -198,23 +205,16 @@ def test_a_prompt_says_itself_whether_reasoning_is_open():
     assert torch.equal(told, scores) and taken.argmax().item() == 7
 
 
-@pytest.mark.parametrize(("template", "settings", "end"), [
-    ("nemotron_nano_v2", ("thinking=off",), "20 tokens, 0 of them reasoning, cut off by generate.new_tokens"),
-    ("nemotron_nano_v2", ("thinking=on",), "20 tokens, 20 of them reasoning, cut off by generate.new_tokens"),
-    ("mistral", ("prompt=What is <think>?", "thinking_budget=3"), "20 tokens, 0 of them reasoning, cut off by generate.new_tokens"),
-    ("deepseek_r1", ("prompt=What is </think>?", "thinking_budget=3"), "20 tokens, 3 of them reasoning, cut off by generate.new_tokens"),
-])  # fmt: skip
-def test_thinking_is_what_was_asked_at_the_door(template, settings, end, ending, door, tmp_path):
+@pytest.mark.parametrize(("template", "settings"), [("nemotron_nano_v2", ("thinking=off",)), ("mistral", ("prompt=What is <think>?", "thinking_budget=3"))])
+def test_no_reasoning_is_open_where_it_is_off_or_a_user_speaks_of_it(template, settings, ending, door, tmp_path):
     finished = door(tmp_path, "stage=generate", "device=cpu", f"checkpoint={ending(template)}", "prompt=Hello", "generate.new_tokens=20", *settings)
-    assert finished.returncode == 0 and end in finished.stdout, finished
+    assert finished.returncode == 0 and "20 tokens, 0 of them reasoning, cut off by generate.new_tokens" in finished.stdout, finished
 
 
-def test_a_text_that_ended_is_said_to_have_ended(ending, door, tmp_path):
+def test_a_text_that_ended_is_said_to_have_ended_and_what_has_none_is_one_line(ending, door, tmp_path):
     folder = ending(generation={"eos_token_id": [2, TURN]})
     finished = door(tmp_path, "stage=generate", "device=cpu", f"checkpoint={folder}", "prompt=Hello", "generate.new_tokens=64")
     assert finished.returncode == 0 and "1 tokens, 0 of them reasoning, ended;" in finished.stdout, finished
-    off = door(tmp_path, "stage=generate", "device=cpu", f"checkpoint={folder}", "prompt=Hello", "thinking=off")
-    assert off.returncode == 2 and len(off.error_lines) == 1 and "thinking is off, but the chat template has no switch" in off.stderr
     (folder / "chat_template.jinja").write_text("{{ raise_exception('Only tools\\nmay speak') }}")
     raised = door(tmp_path, "stage=generate", "device=cpu", f"checkpoint={folder}", "prompt=Hello")
     assert (raised.returncode, raised.stderr) == (2, "error: the chat template refuses it: Only tools may speak\n")
