@@ -180,9 +180,10 @@ TEXTS = [f"Document {index} says what number it has: {index}, and again {index}.
 
 
 def test_a_corpus_that_is_right_is_taken(door, tmp_path, small_settings):
-    """The control for all that follows."""
-    write_corpus(tmp_path / "corpus.jsonl", TEXTS)
-    finished = door(tmp_path, *small_settings, "stage=data", "data.files=[corpus.jsonl]")
+    """The control for all that follows: one name, with whatever a file's name may have."""
+    name = "my, [own] {a}=(b) #1 ~it's $HOME ü.jsonl"
+    write_corpus(tmp_path / name, TEXTS)
+    finished = door(tmp_path, *small_settings, "stage=data", f"data.files={name}")
     assert (finished.returncode, finished.stderr) == (0, ""), finished.stdout
 
 
