@@ -179,11 +179,8 @@ def run_process(environment) -> Callable[..., Finished]:
 
     def run(folder: Path, *arguments: str) -> Finished:
         before = time.monotonic()
-        with forks.foreground_signals():
-            process = subprocess.Popen([sys.executable, "-m", "minitron.run", *arguments], cwd=folder, env=environment, text=True,
-                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-        stdout, stderr = process.communicate(timeout=900)
-        return Finished(process.returncode, stdout, stderr, time.monotonic() - before)
+        finished = subprocess.run([sys.executable, "-m", "minitron.run", *arguments], cwd=folder, env=environment, text=True, capture_output=True, timeout=900)
+        return Finished(finished.returncode, finished.stdout, finished.stderr, time.monotonic() - before)
 
     return run
 

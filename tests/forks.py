@@ -119,15 +119,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-@contextlib.contextmanager
-def foreground_signals():
-    """Processes started within have the signals of one started in the foreground: those of a job in the background would ignore SIGINT."""
-    with contextlib.ExitStack() as stack:
-        for number, handler in FOREGROUND.items():
-            stack.callback(signal.signal, number, signal.signal(number, handler))
-        yield
-
-
+# Of a command started in the foreground: one in the background would ignore SIGINT, as the process that forks does.
 FOREGROUND = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
 
 

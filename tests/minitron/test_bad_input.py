@@ -61,7 +61,6 @@ def test_more_processes_than_gpus_are_refused(device, processes, gpus, refused):
         ("stage=bogus", "stage: Invalid value 'bogus', expected one of [against_slice, base, data, distill, distill_cache, distill_slice, distill_whole, "),
         ("foo=1", "foo is no setting"),
         ("+foo=1", "foo is no setting"),
-        ("searh.layers=3", "searh.layers is no setting; did you mean search.layers?"),
         ("search.fixed={hiden: 3}", "search.fixed.hiden is no setting; did you mean search.fixed.hidden?"),
         ("seed=1,2", "seed is '1,2', several values; -m runs one job for each, and a list goes in brackets: seed='[1,2]'"),
         ("seed=a=b", "seed is 'a=b', which cannot be read as a value (mismatched input '=' expecting <EOF>)"),
@@ -78,8 +77,6 @@ def test_more_processes_than_gpus_are_refused(device, processes, gpus, refused):
         ("workload.batch=0", "batch (0) must be"),
         ("workload.kv_dtype=int4", "kv_dtype (int4) must be one of"),
         ("budget.device_gib=0", "device_gib (0.0)"),
-        ("budget.name=24gb", "budget.name is '24gb'; without budget.device_gib it must be one of a10g, l4"),
-        ("search.hidden=wide", "search.hidden is 'wide'; it must be one size or several, e.g. search.hidden=96"),
         ("budget.set_aside_gib=1", "set_aside_gib (1.0)"),
         ("search.hidden={values: []}", "search.hidden.values is empty"),
         ("search.hidden={low: 40, high: 48, step: 8}", "above the teacher's 32"),
@@ -104,7 +101,6 @@ def test_more_processes_than_gpus_are_refused(device, processes, gpus, refused):
         ("teacher.path=no/such/checkpoint", "teacher.path is 'no/such/checkpoint': no folder is there"),
         ("teacher.path=owner/name", "teacher.path is 'owner/name': no folder is there, HF_HUB_OFFLINE is set, and its cache on this machine does not have it"),
         ("teacher.path=nowhere", "teacher.path is 'nowhere': no folder is there"),
-        ("throughput.device=abacus", "throughput.device (abacus) must be one of a10g, l4"),
         ("throughput.device=rtx-4090", "; did you mean rtx4090?"),
         ("throughput={device: abacus, gb_per_second: null, tflops: null}", "throughput.device (abacus) must be one of a10g, l4"),
         ("throughput.tflops=null", "throughput.gb_per_second and throughput.tflops belong together"),
@@ -184,9 +180,10 @@ TEXTS = [f"Document {index} says what number it has: {index}, and again {index}.
 
 
 def test_a_corpus_that_is_right_is_taken(door, tmp_path, small_settings):
-    """The control for all that follows."""
-    write_corpus(tmp_path / "corpus.jsonl", TEXTS)
-    finished = door(tmp_path, *small_settings, "stage=data", "data.files=[corpus.jsonl]")
+    """The control for all that follows: one name, with whatever a file's name may have."""
+    name = "my, [own] {a}=(b) #1 ~it's $HOME ü.jsonl"
+    write_corpus(tmp_path / name, TEXTS)
+    finished = door(tmp_path, *small_settings, "stage=data", f"data.files={name}")
     assert (finished.returncode, finished.stderr) == (0, ""), finished.stdout
 
 

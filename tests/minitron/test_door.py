@@ -70,7 +70,10 @@ def test_jobs_of_a_multirun_write_reports_of_their_own(door, tmp_path):
     (tmp_path / "order").write_text("1 0 4 5")
     finished = door(tmp_path, "stage=search", "search.layer_order=order", "-m", "search.shortlist_size=1,2", "run_name=a")
     assert finished.returncode == 0, finished.stderr
-    assert {path.parent.name for path in tmp_path.glob("runs/*/summary.json")} == {"a-search.shortlist_size=1", "a-search.shortlist_size=2"}
+    summaries = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/summary.json")}
+    assert summaries.keys() == {"a-search.shortlist_size=1", "a-search.shortlist_size=2"}
+    as_typed = "python -m minitron.run stage=search search.layer_order=order -m search.shortlist_size=1,2 run_name=a"
+    assert {summary["command"] for summary in summaries.values()} == {as_typed}
 
 
 @pytest.mark.parametrize(

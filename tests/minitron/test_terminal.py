@@ -6,9 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from minitron.settings import hub
 
 BACKGROUND = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # as a shell starts what ends in &
 DOOR = BACKGROUND + "import sys, minitron.run; sys.exit(minitron.run.main())"
@@ -107,3 +110,13 @@ def test_a_python_without_the_libraries_is_told_how_to_get_them(environment, rep
     finished = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, text=True, capture_output=True)
     assert finished.returncode == 2 and finished.stderr.startswith("error: hydra is not installed for ") and finished.stderr.count("\n") == 1
     assert Path(sys.executable).name in finished.stderr and "make install" in finished.stderr
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.3, "waiting for the Hub to give owner/name\n"), (0.0, "")])
+def test_the_hub_is_waited_for_aloud_where_it_takes_long(seconds, said, capfd, monkeypatch):
+    monkeypatch.setattr(hub, "SILENT_SECONDS", 0.1)
+    with hub.said_while_waiting("owner/name"):
+        time.sleep(seconds)
+    time.sleep(0.3 - seconds)
+    assert capfd.readouterr() == (said, "")
+
