@@ -14,7 +14,7 @@ from nas.throughput import DEVICES
 DRIVER_FOLDER = Path("/proc/driver/nvidia/gpus")
 
 # Of a processor. Sources: experiment=tiny and make real on two cores with AVX-512 (AMD EPYC, 200 GFLOP/s), the stages' seconds beside their counted work.
-PRODUCTS_SHARE = 0.95  # of numpy's rate at 1,024 × 1,024, of torch's products in a model
+PRODUCTS_SHARE = 0.95  # of numpy's rate, of torch's products in a model
 DOUBLES_SHARE = 0.40  # of the same, of products in float64: half the numbers in a register, and a little
 NUMBERS_PER_SECOND = 6.0e8  # of a thread: numbers that layers keep, with the several passes over memory that making one takes
 CALLS_PER_SECOND = 4.0e3  # sublayers that Python calls with next to nothing to compute

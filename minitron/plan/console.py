@@ -7,6 +7,7 @@ from typing import Any
 
 from memory_budget.units import format_gib
 from minitron.machine.rate import duration
+from minitron.plan.done import done_stages
 from minitron.plan.plan import DEPTH, TRAINING, WIDTHS, Plan, StagePlan, plan_of
 from minitron.plan.refusals import check_before_work, refused_because
 from minitron.settings.run import Settings, Stage
@@ -14,27 +15,35 @@ from minitron.walk.console import Console
 from nas.axes import AXES
 
 LONGEST = 3  # stages that the few lines name
-LAPS = {"": "", DEPTH: "first lap, ", WIDTHS: "second lap, "}
+ORDINALS = {"": "", DEPTH: "first", WIDTHS: "second"}
+LAPS = {lap: f"{ordinal} lap, " * bool(ordinal) for lap, ordinal in ORDINALS.items()}
 
 
 def begin(settings: Settings, console: Console) -> None:
-    """The first lines of a run. Raises ValueError, after them, for what cannot end well."""
-    for line in lines(plan_of(settings)):
+    """The first lines of a run. Raises ValueError, after them, for what cannot end well. A merge is no walk, and says enough itself."""
+    if settings.stage.value == "merge":
+        return
+    done = done_stages(settings, quickly=False)
+    for line in lines(plan_of(settings, done)):
         console.say(line)
-    check_before_work(settings)
+    check_before_work(settings, done)
 
 
 def print_plan(settings: Settings, console: Console) -> None:
     """The whole plan, and what a run would refuse, or that nothing would be."""
-    for line in table(plan_of(settings)):
+    settings = replace(settings, stage=Stage.all)
+    done = done_stages(settings, quickly=True)
+    for line in table(plan_of(settings, done)):
         console.say(line)
-    if refused := refused_because(replace(settings, stage=Stage.all)):
+    if refused := refused_because(settings, done):
         console.say(f"such a run would be refused here: {refused}")
 
 
 def lines(plan: Plan) -> list[str]:
     """What a run says first: what is cut, whether it fits, time, memory and disk; at most six lines."""
-    return [f"{'plan':>9}  {text}" for text in (_cut_line(plan), _uncut_line(plan), _time_line(plan), _space_line(plan), *_other_lines(plan))]
+    cut = (_cut_line(plan), _uncut_line(plan)) if plan.cuts else ()
+    ahead = (_space_line(plan), *_other_lines(plan)) if plan.ahead else ()
+    return [f"{'plan':>9}  {text}" for text in (*cut, _time_line(plan), *ahead)]
 
 
 def table(plan: Plan) -> list[str]:
@@ -70,8 +79,12 @@ def _time_line(plan: Plan) -> str:
     if plan.seconds is None:
         return f"{before}how long it takes on {plan.device or 'this GPU'} is not known: plan.device names GPUs that are"
     longest = sorted(ahead, key=lambda stage: -stage.seconds)[:LONGEST]
-    named = ", ".join(f"{LAPS[stage.lap]}{stage.stage} {duration(stage.seconds / 3600)}" for stage in longest)
+    named = ", ".join(f"{stage.stage}{_of_lap(stage)} {duration(stage.seconds / 3600)}" for stage in longest)
     return f"{before}about {duration(plan.seconds / 3600)} on {plan.device}, most of it {named}"
+
+
+def _of_lap(stage: StagePlan) -> str:
+    return f" of the {ORDINALS[stage.lap]} lap" if stage.lap else ""
 
 
 def _space_line(plan: Plan) -> str:

@@ -28,7 +28,7 @@ FLOAT32, ROW_BYTES, BYTES_A_TOKEN = 4, 4, 4
 PROCESS_BYTES = 450 * 2**20  # of a process that has loaded torch and transformers, and nothing else
 START = Work(serial=4.0)  # the same, of time
 REPETITIONS = 3  # of a measured speed, and one before to warm up
-WATCHED = 10  # times as long, that one, since every tensor is counted
+WATCHED = 10  # times as many calls, in that one, since every tensor is counted
 TOKENISED_BYTES_PER_SECOND = 3.0e6  # text read, tokenised and cut into rows, of a processor's core and a half
 CONVERTED_NUMBERS_PER_SECOND = 8.0e6  # a GGUF's, unpacked, written, read back and held against what was written
 
@@ -261,7 +261,9 @@ def _evaluate(view: LapView) -> Cost:
         for speed in wanted.speed:
             tokens = speed.input_tokens * speed.batch
             work += forward_work(model, tokens, speed.input_tokens) * (REPETITIONS + 1)
-            work += decode_work(model, speed.output_tokens * (REPETITIONS + WATCHED), view.width) * ("*" in model.pattern)
+            if "*" in model.pattern:
+                work += decode_work(model, speed.output_tokens * (REPETITIONS + 1), view.width)
+                work += Work(calls=speed.output_tokens * WATCHED * model.num_sublayers)
         for length in wanted.needle.lengths:
             tokens = length * wanted.needle.depths * wanted.needle.samples
             work += forward_work(model, tokens, length, batches=tokens / (wanted.batch * view.length))

@@ -15,8 +15,9 @@ from memory_budget.units import GIB
 from minitron.machine.memory import process_share_bytes
 from minitron.machine.pace import Pace, device_pace, gpu_names, pace_here
 from minitron.plan.costs import Cost, LapView, cost_of
+from minitron.plan.done import DEPTH, WIDTHS, Done
 from minitron.plan.downloads import download_bytes
-from minitron.plan.students import students_of
+from minitron.plan.students import students_of, uncut
 from minitron.settings.derived import budget_of, workload_of
 from minitron.settings.run import Settings, Stage
 from minitron.settings.teachers import base_architecture, is_converted, is_tiny, teacher_architecture, teacher_config
@@ -26,8 +27,8 @@ from minitron.walk.table import order_of, using_stages
 from nas.axes import AXES
 
 WEIGHTS_DTYPES = ("bf16", "fp8", "int4")  # that the uncut teacher is weighed in
+CUTS = {"shortlist", "prune"}  # stages of a walk that cuts
 TRAINING = ("screen", "distill", "distill_slice", "distill_whole")
-DEPTH, WIDTHS = "depth", "widths"
 # Settings that decide what a stage takes; those of a group as they are in it.
 DECIDED_BY = {
     "teacher": ("teacher.path", "teacher.gguf", "teacher.package", "teacher.train_anew"),
@@ -66,13 +67,17 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run will do and take. `ranges`: of every axis that is cut, by its name, the smallest and largest option and the teacher's size. `uncut_bytes`:
-    what the whole teacher takes under the workload by its weights' format. `spare_bytes`: of the budget, beside the uncut teacher; negative where it does
-    not fit. `available_bytes` is memory for a process."""
+    """What a run will do and take; where it `cuts` nothing, no budget is looked at.
+
+    `ranges`: of every axis that is cut, by its name, the smallest and largest option and the teacher's size. `uncut_bytes`: what the whole teacher takes under
+    the workload by its weights' format. `spare_bytes`: of the budget, beside the uncut teacher; negative where it does not fit. `available_bytes` is memory
+    for a process.
+    """
 
     device: str
     processes: int
     stages: tuple[StagePlan, ...]
+    cuts: bool
     budget_name: str
     budget_bytes: int
     teacher_bytes: int
@@ -142,7 +147,7 @@ def most_on_disk(stages: Collection[StagePlan]) -> int:
     return most
 
 
-def plan_of(settings: Settings, done: Collection[tuple[str, str]] = ()) -> Plan:
+def plan_of(settings: Settings, done: Done = frozenset()) -> Plan:
     """The plan of a run under these settings; for a stage that uses what is done, of stage=all. `done` names stages, with their laps, that are known to be
     done.
 
@@ -150,15 +155,17 @@ def plan_of(settings: Settings, done: Collection[tuple[str, str]] = ()) -> Plan:
     """
     settings = replace(settings, stage=Stage.all) if settings.stage.value in using_stages() else settings
     pace, views = pace_of(settings), list(lap_views(settings))
-    teacher, budget, workload = teacher_architecture(settings), budget_of(settings), workload_of(settings)
+    cuts, teacher, workload = bool(CUTS & set(order_of(settings))), teacher_architecture(settings), workload_of(settings)
+    budget = budget_of(settings) if cuts else None  # what cuts nothing needs none
     stages = tuple(stage for lap, view, names in views for name in names if (stage := _stage_plan(name, lap, view, pace, done)).times)
     last, smallest = views[-1][1], views[-1][1].students.smallest
     return Plan(
         device=pace.name if pace else ", ".join(sorted(set(gpu_names()))),
         processes=views[0][1].launch.world_size,
         stages=stages,
-        budget_name=budget.name,
-        budget_bytes=budget.bytes,
+        cuts=cuts,
+        budget_name=budget.name if budget else "",
+        budget_bytes=budget.bytes if budget else 0,
         teacher_bytes=memory_report(teacher, workload).total,
         uncut_bytes={dtype: memory_report(teacher, replace(workload, weights_dtype=dtype)).total for dtype in WEIGHTS_DTYPES},
         teacher_parameters=count_total_parameters(teacher),
@@ -190,20 +197,21 @@ def lap_views(settings: Settings) -> Iterator[tuple[str, LapView, list[str]]]:
     """Every lap's name, what its costs follow from, and its stages but those that an earlier one has done."""
     teacher, first = teacher_architecture(settings), depth_lap(settings)
     if first is None:
-        yield "", _view(settings, teacher, base_architecture(settings)), order_of(settings)
+        yield "", _view(settings, teacher, base_architecture(settings), order := order_of(settings)), order
         return
-    view, order = _view(first, teacher, base_architecture(first)), order_of(first)
-    yield DEPTH, view, order
+    order = order_of(first)
+    yield DEPTH, (view := _view(first, teacher, base_architecture(first), order)), order
     if "distill" not in order:
         return
     second = width_lap(settings, Result(Path("of the first lap"), {"facts": {"path": "checkpoint"}}))
     again = {"base", "data", "teacher", *(["teacher_cache"] if first.screen.train.tokens == second.screen.train.tokens else [])}
-    yield WIDTHS, _view(second, teacher, view.student), [name for name in order_of(second) if name not in again]
+    order = order_of(second)
+    yield WIDTHS, _view(second, teacher, view.student, order), [name for name in order if name not in again]
 
 
-def _view(settings: Settings, teacher: Architecture, base: Architecture) -> LapView:
-    launch, gpu = _launch(settings), on_gpu(settings)
-    return LapView(settings, teacher, base, students_of(settings, base), stored_width(settings), launch, gpu, _available(settings, gpu))
+def _view(settings: Settings, teacher: Architecture, base: Architecture, order: list[str]) -> LapView:
+    launch, gpu, students = _launch(settings), on_gpu(settings), students_of(settings, base) if CUTS & set(order) else uncut(base)
+    return LapView(settings, teacher, base, students, stored_width(settings), launch, gpu, _available(settings, gpu))
 
 
 def _launch(settings: Settings) -> Launch:
@@ -231,7 +239,7 @@ def stored_width(settings: Settings) -> int:
     return 4 if str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.") in ("float32", "float64") else 2
 
 
-def _stage_plan(name: str, lap: str, view: LapView, pace: Pace | None, done: Collection[tuple[str, str]]) -> StagePlan:
+def _stage_plan(name: str, lap: str, view: LapView, pace: Pace | None, done: Done) -> StagePlan:
     cost: Cost = cost_of(name, view)
     seconds = pace.seconds(cost.work, shared=cost.shared) * cost.times if pace else None
     return StagePlan(name, lap, cost.times, seconds, cost.held, cost.kept * cost.times, cost.scratch, cost.tokens * cost.times,

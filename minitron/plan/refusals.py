@@ -11,43 +11,46 @@ from memory_budget.parameters import count_total_parameters
 from memory_budget.units import format_gib
 from minitron.machine.memory import process_share_bytes
 from minitron.plan.costs import Cost, LapView, cost_of
+from minitron.plan.done import DEPTH, Done
 from minitron.plan.plan import lap_views, on_gpu
 from minitron.plan.text_size import text_size
 from minitron.pruning.cut_cost import CutCost
 from minitron.pruning.plan import recipe_of
 from minitron.settings.derived import calibration_samples, candidate_samples, has_ladder
 from minitron.settings.run import PlanSettings, PruneMethod, Settings
-from minitron.settings.training import TrainSettings
+from minitron.settings.training import Rows, TrainSettings
 from minitron.text.blends import phase_parts
 from minitron.training.memory import PhaseMemory, check_fits, state_bytes
 from minitron.training.time import check_hours, training_flops
+from minitron.walk.pipeline import check_before_work as check_settings
 from minitron.walk.pipeline import check_rows
+from minitron.walk.store import DONE
 
 CERTAIN_DISK = 0.95  # of the bytes that are counted: tensors to the byte, and little else
 
 
-def check_before_work(settings: Settings) -> None:
-    """Raises ValueError, one line that names the setting, its value and what would work; for the machine that the run is on, whatever plan.device is.
-
-    What is done already counts for the run: all that the store holds is taken off what is to be written.
-    """
+def check_before_work(settings: Settings, done: Done) -> None:
+    """Raises ValueError, one line that names the setting, its value and what would work; for the machine that the run is on, whatever plan.device is, and for
+    what is not `done` already."""
     settings = replace(settings, plan=PlanSettings())
-    views = [(lap, _with_smallest(view), names) for lap, view, names in lap_views(settings)]
+    views = [(lap, _with_smallest(view), [name for name in names if (name, lap) not in done]) for lap, view, names in lap_views(settings)]
     if (most := text_size(settings.data, views[0][1].teacher.vocab).most_rows) is not None:
         check_rows(settings, most, "at most")
-    for _, view, names in views:
+    for lap, view, names in views:
         check_times(view, names)
+        check_screened_rows(lap, view, names)
         if not on_gpu(settings):
             check_memory(view, names)
     check_disk(settings, views)
 
 
-def refused_because(settings: Settings) -> str | None:
+def refused_because(settings: Settings, done: Done) -> str | None:
     """What check_before_work would say on this machine; None where it would pass, and for another device, whose disk and kernels nobody knows here."""
     if settings.plan.device is not None:
         return None
     try:
-        check_before_work(settings)
+        check_settings(settings)
+        check_before_work(settings, done)
     except ValueError as error:
         return str(error)
     return None
@@ -61,6 +64,17 @@ def check_times(view: LapView, names: list[str]) -> None:
     phases = [(train, parts[0].data.sequence_length) for train, parts in zip(settings.distill.trains(), phase_parts(settings), strict=True)]
     flops = training_flops(view.student, None if settings.distill.cached else view.teacher, phases)
     check_hours(flops, phases[0][0].precision, processes=view.launch.world_size, max_hours=settings.distill.max_hours, has_mamba="M" in view.student.pattern)
+
+
+def check_screened_rows(lap: str, view: LapView, names: list[str]) -> None:
+    """Screens learn from as many rows as hold their tokens: fewer of them than a batch cannot be drawn."""
+    train = view.settings.screen.train
+    if "screen" not in names or not has_ladder(view.settings) or view.settings.data.rows is not Rows.windows:
+        return
+    if train.batch > -(-train.tokens // view.length):
+        name = "depth_lap.screen_tokens" if lap == DEPTH else "screen.train.tokens"
+        raise ValueError(f"{name} is {train.tokens:,}; it must be at least one batch of screen.train.batch, {train.batch:,} rows of data.sequence_length: "
+                         f"{train.batch * view.length:,}")  # fmt: skip
 
 
 def check_memory(view: LapView, names: list[str]) -> None:
@@ -77,7 +91,7 @@ def check_memory(view: LapView, names: list[str]) -> None:
             _check_training(view, train, parts[0].data.sequence_length, settings.distill.cached, "distill", available, place)
     if settings.prune.method is PruneMethod.compensated and {"prune", "screen"} & set(names):
         samples = calibration_samples(settings, view.base) if "prune" in names else candidate_samples(settings, view.base)
-        if settings.data.rows.name == "windows":  # padded ones have fewer tokens
+        if settings.data.rows is Rows.windows:  # padded ones have fewer tokens
             samples = min(samples, text_size(settings.data, view.teacher.vocab).most_rows or samples)
             CutCost(view.base, view.student, recipe_of(settings.prune, view.student), samples, samples * view.length, view.width).check_memory(available, place)
 
@@ -88,7 +102,7 @@ def _check_training(view: LapView, train: TrainSettings, length: int, cached: bo
 
 
 def check_disk(settings: Settings, views: list[tuple[str, LapView, list[str]]]) -> None:
-    """More bytes to be written than the runs folder's file system has free, and all that the store has already, together."""
+    """More bytes to be written than the runs folder's file system has free, with those of half made results, which one of them may go on from."""
     folder = _existing(Path(settings.runs_folder))
     free, kept, most, why = shutil.disk_usage(folder).free, 0.0, 0.0, ""
     for lap, view, names in views:
@@ -101,7 +115,7 @@ def check_disk(settings: Settings, views: list[tuple[str, LapView, list[str]]]) 
             if kept + scratch > most:
                 most, why = kept + scratch, f"{lap} {name}".strip()
     needed = int(most * CERTAIN_DISK)
-    if needed > free and needed > free + _bytes_under(Path(settings.runs_folder) / "store"):
+    if needed > free and needed > free + _half_made_bytes(Path(settings.runs_folder) / "store"):
         raise ValueError(f"runs_folder is {settings.runs_folder!r}, whose file system has {format_gib(free)} free; until {why} this run writes at least "
                          f"{format_gib(needed)}, saved states among it: free so much, or set runs_folder to where it is")  # fmt: skip
 
@@ -116,8 +130,10 @@ def _certain_scratch(name: str, view: LapView, cost: Cost) -> int:
     return 0
 
 
-def _bytes_under(folder: Path) -> int:
-    return sum(os.lstat(os.path.join(place, name)).st_size for place, _, names in os.walk(folder) for name in names)
+def _half_made_bytes(store: Path) -> int:
+    """Of results that are not whole."""
+    half_made = [folder for folder in store.glob("*/*") if folder.is_dir() and not (folder / DONE).exists()]
+    return sum(os.lstat(os.path.join(place, name)).st_size for folder in half_made for place, _, names in os.walk(folder) for name in names)
 
 
 def _existing(folder: Path) -> Path:

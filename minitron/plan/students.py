@@ -26,6 +26,11 @@ class Students:
     candidates: int
 
 
+def uncut(base: Architecture) -> Students:
+    """Of a walk that cuts nothing."""
+    return Students(base, base, (base.num_layers,), {}, 1)
+
+
 def students_of(settings: Settings, base: Architecture) -> Students:
     """Of the search that the settings ask for, cut from `base`. Raises ValueError as the search's own check does."""
     if settings.search.fixed.given():

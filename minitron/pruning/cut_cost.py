@@ -94,6 +94,7 @@ class CutCost:
         """Inputs and outputs of every matrix that is."""
         student = self.student
         inner = {"M": student.mamba_inner, "-": student.ffn, "*": student.num_attention_heads * student.attention_head_dim}
+        inner["E"] = student.moe_ffn
         reading = [(student.hidden, self.base.hidden)] * self.recipe.refit_reading
         return reading + [(inner[kind], student.hidden) for kind in student.pattern] * self.recipe.refit_writing
 

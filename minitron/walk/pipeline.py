@@ -132,6 +132,16 @@ def finished_stages(settings: Settings, _console: Console, given: Mapping[str, R
     return lap
 
 
+def finished_laps(settings: Settings) -> list[Lap]:
+    """What of each lap is already done under these settings; one lap where its student is not there to go on from."""
+    quiet, first = Console(quiet=True), depth_lap(settings)
+    laps = [finished_stages(first or settings, quiet)]
+    if first is not None and "distill" in laps[0].results:
+        student = laps[0].results["distill"]
+        laps.append(finished_stages(width_lap(settings, student), quiet, {"base": student}))
+    return laps
+
+
 def run_stage(name: str, settings: Settings, results: Mapping[str, Result], console: Console) -> tuple[Result, bool]:
     """The stage's result and whether it was already there."""
     folder = stage_folder(name, settings, results)

@@ -75,6 +75,7 @@ CONTRACT = {
     "stages": dict.fromkeys([stage for stage in STAGES if stage != "screen"], keys("key path seconds cached peak_rss_bytes")),
     "models": dict.fromkeys(MODELS, {**keys("path parameters architecture fits"), "memory_bytes": MEMORY, "evaluation": EVALUATION}),
     "distillation": keys("tokens steps seconds final_kl_nats_per_token"),
+    "plan": {**keys("device processes seconds"), "stages": dict.fromkeys(STAGES, dict.fromkeys(("planned", "taken"), keys("seconds memory_bytes disk_bytes")))},
 }
 CANDIDATE = {**keys("id architecture parameters kept_layers zero_shot_loss short_distill_loss tokens_per_second chosen"), "memory_bytes": MEMORY}
 
@@ -88,6 +89,17 @@ def test_a_summary_without_a_key_of_the_contract_is_caught(summary):
     poorer = json.loads(json.dumps(summary))
     del poorer["models"]["student"]["evaluation"]["top1_agreement"], poorer["seed"]
     assert missing_keys(CONTRACT, poorer) == ["seed", "models.student.evaluation.top1_agreement"]
+
+
+def test_the_plan_stands_before_the_work_and_beside_what_was_taken(walk, summary):
+    said = walk.finished.stdout.splitlines()
+    of_plan = [line.startswith("     plan  ") for line in said]
+    assert of_plan == sorted(of_plan, reverse=True) and 4 <= sum(of_plan) <= 8  # before anything else is said
+    taken = {name: both["taken"] for name, both in summary["plan"]["stages"].items()}
+    assert taken["distill"]["seconds"] == summary["stages"]["distill"]["seconds"] and taken["screen"]["seconds"] > taken["search"]["seconds"]
+    weights = (walk.checkpoint("student") / "model.safetensors").stat().st_size
+    assert weights < taken["distill"]["disk_bytes"] < 2 * weights + 10**6
+    assert summary["plan"]["seconds"]["taken"] == pytest.approx(sum(one["seconds"] for one in taken.values()))
 
 
 def test_the_teacher_does_not_fit_and_its_students_do(summary):
