@@ -4,11 +4,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
 from memory_budget.hf_config import read_config
 from minitron.families.known import family_of
-from minitron.families.text import begun
+from minitron.families.text import begun, load_tokenizer
 from minitron.generation.generate import generate
 from minitron.generation.prompts import Tags, write_prompt
 from minitron.generation.thinking import count_reasoning
@@ -23,7 +23,7 @@ STAGE_OF = {"teacher": "teacher", "pruned": "prune", "student": "distill"}
 def print_answer(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
     """Prints what `settings.checkpoint` goes on with after `settings.prompt`."""
     wanted, folder = settings.generate, checkpoint_folder(settings, laps)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     tags = Tags(*wanted.thinking_tags)
     prompt = write_prompt(tokenizer, settings.prompt, None if settings.thinking is None else settings.thinking is Thinking.on)
     prompt = begun(tokenizer, prompt)

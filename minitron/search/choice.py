@@ -9,6 +9,8 @@ import numpy as np
 
 from memory_budget.architecture import Architecture
 from memory_budget.units import format_gib
+from minitron.families.known import FAMILIES
+from minitron.families.row_lengths import row_notes
 from minitron.settings.search import Select
 from minitron.walk.stage import StageContext
 from minitron.walk.store import write_json
@@ -30,7 +32,11 @@ def choose_candidate(context: StageContext) -> dict:
     choice = choose(context, entries, distilled=bool(screens))
     front = _front(entries)
     entries = [{**entry, "on_pareto_front": on_front, "chosen": row == choice.row} for row, (entry, on_front) in enumerate(zip(entries, front, strict=True))]
+    if not context.settings.search.later_widths.given():
+        entries = [entry | {"row_notes": row_notes(FAMILIES[(sizes := Architecture(**entry["architecture"])).model_type], sizes)} for entry in entries]
     chosen = entries[choice.row]
+    if chosen.get("row_notes"):
+        context.console.say(f"   search  {chosen['id']} fits and loads as it is; {'; '.join(chosen['row_notes'])}")
     (context.folder / CANDIDATES_JSONL).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     _write_csv(context.folder / CANDIDATES_CSV, shortlist.folder / CANDIDATES_CSV, entries)
     write_json(context.folder / "chosen.json", chosen)

@@ -169,7 +169,7 @@ def _parts(text: str, tags: Tags, *, is_open: bool) -> tuple[str, str]:
 
 def _load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(place)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer is {str(place)!r}, which cannot be loaded: {str(error).splitlines()[0]}") from None
 

@@ -122,14 +122,29 @@ def stored_digest() -> str:
                          "teacher.train_anew=true or teacher.path") from None  # fmt: skip
 
 
+def teacher_name(settings: Settings) -> str:
+    """What cards and reports call a teacher of `teacher.path`: its Hub id, or the name of its folder, wherever that lies."""
+    path = Path(settings.teacher.path)
+    return path.resolve().name if path.is_dir() else settings.teacher.path
+
+
 def digest_of(folder: Path) -> str:
     """Of a tiny teacher's files in a folder. Raises OSError."""
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in STORED_FILES)).hexdigest()[:12]
 
 
+def _folder_of(file: Path) -> str:
+    """For a path that is a file: what would work."""
+    if file.suffix == ".gguf":
+        return f", or teacher.gguf={file}"
+    return f": teacher.path={file.parent}" if (file.parent / "config.json").is_file() else ", one that holds config.json and the weights"
+
+
 def _from_hub(settings: Settings, file: str | None) -> Path:
     """One file, or the whole model with None, through the Hub's own cache. Raises ValueError where there is none."""
     path = settings.teacher.path
+    if Path(path).is_file():
+        raise ValueError(f"teacher.path is {path!r}, which is a file; its folder is meant{_folder_of(Path(path))}")
     if not HUB_ID.match(path):
         raise ValueError(f"teacher.path is {path!r}: no folder is there, and it is no Hub id of the form owner/name")
     from huggingface_hub import hf_hub_download, snapshot_download

@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from memory_budget.hf_config import read_config
+from minitron.families.known import family_of
 from minitron.settings.run import Settings
 from minitron.settings.teachers import base_architecture
+from minitron.settings.weight_files import check_plain_weights
 from minitron.walk.stage import StageContext, StoredStage
 
 
@@ -21,13 +24,15 @@ def check(settings: Settings) -> None:
     if settings.base.path is None:
         raise ValueError("base.path is null; stage=base needs the folder of a checkpoint there")
     base_architecture(settings)
+    family_of(config := read_config(settings.base.path))
+    check_plain_weights(Path(settings.base.path), config, "base.path")
 
 
 def run(context: StageContext) -> dict:
     from minitron.checkpoints.given import given_checkpoint
 
     folder = Path(context.settings.base.path).resolve()
-    return given_checkpoint(folder, folder.name)
+    return given_checkpoint(folder, folder.name, "base.path", say=context.console.say)
 
 
 STAGE = StoredStage(version=1, needs=lambda settings: ("teacher",), what=what, check=check, run=run)

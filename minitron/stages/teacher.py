@@ -1,5 +1,6 @@
 """Your checkpoint held against its config.json, one converted from a GGUF, the tiny one of the package, or one trained anew."""
 
+from pathlib import Path
 from typing import Any
 
 from distill.engines.sharing import check_sharing
@@ -7,7 +8,17 @@ from minitron.families.known import family_of
 from minitron.settings.gguf_teacher import gguf_header, gguf_teacher_digest
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings
-from minitron.settings.teachers import is_converted, is_stored, is_trained, stored_digest, teacher_architecture, teacher_config, teacher_folder
+from minitron.settings.teachers import (
+    is_converted,
+    is_stored,
+    is_trained,
+    stored_digest,
+    teacher_architecture,
+    teacher_config,
+    teacher_folder,
+    teacher_name,
+)
+from minitron.settings.weight_files import check_plain_weights
 from minitron.walk.stage import StageContext, StoredStage
 
 CONVERSION_VERSION = 1  # rises when the same GGUF gives another checkpoint
@@ -37,6 +48,8 @@ def check(settings: Settings) -> None:
         settings.data.check_tokens("teacher.train", settings.teacher.train)
         return
     family_of(teacher_config(settings))
+    if settings.teacher.path is not None and Path(settings.teacher.path).is_dir():
+        check_plain_weights(teacher_folder(settings), teacher_config(settings), "teacher.path")
     if is_stored(settings):
         teacher_architecture(settings)
         if settings.data.arithmetic.problems:
@@ -61,7 +74,7 @@ def run(context: StageContext) -> dict:
         return convert_gguf(gguf_header(settings.teacher), teacher_config(settings), context.folder, context.console)
     from minitron.checkpoints.given import given_checkpoint
 
-    return given_checkpoint(teacher_folder(settings), settings.teacher.path)
+    return given_checkpoint(teacher_folder(settings), teacher_name(settings), "teacher.path", say=context.console.say)
 
 
 STAGE = StoredStage(version=1, needs=needs, what=what, check=check, run=run, ends_first_lap=True)
