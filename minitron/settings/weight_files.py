@@ -148,7 +148,7 @@ QUANTISED_NAMES = (
     (re.compile(r"(weight|input|output|[kv]|kv|activation)_scale(_inv)?$"), "FP8"),
     (re.compile(r"_(blocks|scales)$"), "MXFP4"),
 )
-QUANTISED_DTYPES = re.compile(r"F8_\w+|F[46]\w*|[IU][48]")
+QUANTISED_DTYPES = re.compile(r"F8_\w+|F[46](_\w+)?|[IU][48]")
 QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
