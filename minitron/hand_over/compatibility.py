@@ -143,13 +143,16 @@ def programs_of(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
 
 
 def verdicts(findings: Sequence[Finding]) -> list[str]:
-    """A sentence a program: whether it would take the folder, what it would not take, and what costs it time or room."""
+    """A sentence a program: whether it would take the folder, and what it would not take."""
     sentences = []
     for program, own in programs_of(findings).items():
         bad = [f"{finding.field} ({finding.value}) {finding.rule}" for finding in own if finding.accepted is False]
         unsure = [f"{finding.field} {finding.rule}" for finding in own if finding.accepted is None]
-        remarks = [f"{finding.field} ({finding.value}) {finding.rule}" for finding in own if finding.is_remark]
         text = f"{program} would not take it: {'; '.join(bad)}" if bad else f"{program} takes all {len(own) - len(unsure)} fields checked"
-        text += f"; not to be told from here: {'; '.join(unsure)}" if unsure else ""
-        sentences.append(text + (f"; slower or larger there: {'; '.join(remarks)}" if remarks else ""))
+        sentences.append(text + (f"; not to be told from here: {'; '.join(unsure)}" if unsure else ""))
     return sentences
+
+
+def remarks(findings: Sequence[Finding]) -> list[str]:
+    """What a program takes, but makes slower or larger; a sentence each."""
+    return [f"{one.program} takes it, but {one.field} ({one.value}) {one.rule}" for one in findings if one.is_remark]

@@ -16,7 +16,7 @@ from minitron.checkpoints.publish import state_tensors, write_planned
 from minitron.families.base import Family
 from minitron.families.known import family_of
 from minitron.hand_over.card import Exported, Licence, distilled, export_card, licence_of
-from minitron.hand_over.compatibility import Finding, Folder, check_folder, verdicts
+from minitron.hand_over.compatibility import Finding, Folder, check_folder, remarks, verdicts
 from minitron.hand_over.rules import RULES
 from minitron.report.summary import build_summary
 from minitron.report.text import nats
@@ -62,7 +62,7 @@ def export_student(settings: Settings, laps: Sequence[Lap], console: Console) ->
             raise ValueError(f"export.state is {wanted.state.name}, but {error.filename} went while it was read: training has saved another; "
                              "run the same command again") from None  # fmt: skip
         _put_in_place(partial, folder)
-    for text in verdicts(findings):
+    for text in (*verdicts(findings), *remarks(findings)):
         console.say(text)
     total = format_gib(sum(tensor.num_bytes for tensor in student.planned))
     console.headline("export", f"{folder}: {student.exported.name}, {total} of weights")
