@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from minitron.checkpoints.direct_io import empty_tensor, fill_tensor, would_not_stay
+from minitron.checkpoints.local_paths import is_local
+from minitron.checkpoints.weight_files import INDEX_FILE, WeightFiles, read_header_rows, weight_files
+from minitron.checkpoints.weight_files import SINGLE_FILE as SINGLE_FILE
 from minitron.families.kept import CODE_KEYS
-from minitron.settings.local_paths import is_local
-from minitron.settings.weight_files import INDEX_FILE, WeightFiles, read_header_rows, weight_files
-from minitron.settings.weight_files import SINGLE_FILE as SINGLE_FILE
 
 DTYPES = {
     "F64": torch.float64,

@@ -9,10 +9,10 @@ from memory_budget.architecture import Architecture, describe_layers
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.files import Checkpoint
+from minitron.checkpoints.weight_files import check_plain_weights
 from minitron.families.base import Family
 from minitron.families.known import family_of
 from minitron.families.table import check_tensors, layer_of, left_out, names_by_canonical
-from minitron.settings.weight_files import check_plain_weights
 
 
 def given_checkpoint(folder: Path, name: str, setting: str = "the checkpoint", *, say: Callable[[str], None] = lambda _: None) -> dict:

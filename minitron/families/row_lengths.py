@@ -39,18 +39,18 @@ def in_proj_rows(architecture: Architecture) -> int:
     return 2 * architecture.mamba_inner + 2 * states + architecture.mamba_num_heads
 
 
-def row_notes(family: Family, architecture: Architecture) -> list[str]:
-    """What a person should know of the lengths of a model's rows, a clause each; empty where there is nothing to tell."""
+def row_notes(family: Family, architecture: Architecture) -> dict[str, str]:
+    """What a person should know of the lengths of a model's rows: a clause for each use that minds them; empty where none does."""
     lengths = row_lengths(family, architecture)
 
     def odd(multiple: int) -> str:
         return ", ".join(f"{name} {length:,}" for name, length in lengths.items() if length % multiple)
 
-    notes = []
+    notes = {}
     if found := odd(INT4_GROUP):
-        notes.append(f"no multiple of {INT4_GROUP}, so not to be packed as int4 in groups of {INT4_GROUP}: {found}")
+        notes["int4"] = f"rows no multiple of {INT4_GROUP}, so not to be packed as int4 in groups of {INT4_GROUP}: {found}"
     if found := odd(K_QUANT_BLOCK):
-        notes.append(f"no multiple of {K_QUANT_BLOCK}, so larger than a K-quant in llama.cpp: {found}")
+        notes["K-quants"] = f"rows no multiple of {K_QUANT_BLOCK}, so of a larger type than a K-quant in llama.cpp: {found}"
     if (rows := in_proj_rows(architecture)) % CONV_MULTIPLE:
-        notes.append(f"rows of in_proj no multiple of {CONV_MULTIPLE}, which the causal_conv1d kernel wants: {rows:,}")
+        notes["causal_conv1d"] = f"rows of in_proj no multiple of {CONV_MULTIPLE}, which that kernel wants: {rows:,}"
     return notes

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from memory_budget.units import format_gib
+from minitron.checkpoints.local_paths import public, public_argument
 from minitron.checkpoints.publish import model_card
 from minitron.hand_over.compatibility import Finding, programs_of, verdicts
 from minitron.report.evaluation import tasks_table
 from minitron.report.summary import sequences_text
 from minitron.report.text import Summary, escaped, nats, table
 from minitron.report.verdict import evaluations, how_to_read, how_to_read_memory, models_table
-from minitron.settings.local_paths import public, public_argument
 from minitron.walk.stage import Lap
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")

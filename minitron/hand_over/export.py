@@ -12,7 +12,8 @@ from distill.states import best_state, newest_state
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB, format_gib
 from minitron.checkpoints.files import Checkpoint, PlannedTensor
-from minitron.checkpoints.publish import state_tensors, write_planned
+from minitron.checkpoints.local_paths import is_local, public, without_paths
+from minitron.checkpoints.publish import formats_of, state_tensors, write_planned
 from minitron.families.base import Family
 from minitron.families.known import family_of
 from minitron.hand_over.card import Exported, Licence, distilled, export_card, licence_of
@@ -21,7 +22,6 @@ from minitron.hand_over.rules import RULES
 from minitron.report.summary import build_summary
 from minitron.report.text import nats
 from minitron.settings.hand_over import StudentState
-from minitron.settings.local_paths import is_local, public, without_paths
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings, Stage
 from minitron.settings.teachers import HUB_ID, is_tiny
@@ -65,7 +65,7 @@ def export_student(settings: Settings, laps: Sequence[Lap], console: Console) ->
     for text in (*verdicts(findings), *remarks(findings)):
         console.say(text)
     total = format_gib(sum(tensor.num_bytes for tensor in student.planned))
-    console.headline("export", f"{folder}: {student.exported.name}, {total} of weights")
+    console.headline("export", f"{folder}: {student.exported.name}, {total} of weights in {formats_of(student.planned)}")
     if wanted.push is not None:
         _push(folder, wanted.push)
         console.headline("export", f"uploaded to {wanted.push} (private)")

@@ -12,7 +12,7 @@ from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB, format_gib
 from minitron.checkpoints.files import DTYPES, PIECE_BYTES, Checkpoint, PlannedTensor
-from minitron.checkpoints.publish import model_card, write_planned
+from minitron.checkpoints.publish import formats_of, model_card, write_planned
 from minitron.families.base import Family
 from minitron.families.known import family_of
 from minitron.families.table import left_out, names_by_canonical
@@ -70,7 +70,8 @@ def merge_checkpoints(context: StageContext) -> dict:
                               card=card, max_shard_bytes=int(context.settings.prune.max_shard_gib * GIB),
                               on_bytes=lambda num_bytes: advance(num_bytes / GIB))  # fmt: skip
     merged = [{"checkpoint": source.label, "name": source.title, "weight": source.share} for source in sources]
-    headline = f"{' + '.join(f'{source.share:g} × {source.label}' for source in sources)}{said_of(tried)}, {format_gib(total)} written; {check}"
+    sum_of = " + ".join(f"{source.share:g} × {source.label}" for source in sources)
+    headline = f"{sum_of}{said_of(tried)}, {format_gib(total)} written in {formats_of(planned)}; {check}"
     return {"headline": headline, "path": "checkpoint", "name": name, "merged": merged, **({"sweep": tried} if tried else {})}
 
 

@@ -32,11 +32,11 @@ def choose_candidate(context: StageContext) -> dict:
     choice = choose(context, entries, distilled=bool(screens))
     front = _front(entries)
     entries = [{**entry, "on_pareto_front": on_front, "chosen": row == choice.row} for row, (entry, on_front) in enumerate(zip(entries, front, strict=True))]
-    if not context.settings.search.later_widths.given():
-        entries = [entry | {"row_notes": row_notes(FAMILIES[(sizes := Architecture(**entry["architecture"])).model_type], sizes)} for entry in entries]
+    if not context.settings.search.later_widths.given():  # else the widths are not the student's yet
+        entries = [{**entry, "row_notes": _row_notes(entry)} for entry in entries]
     chosen = entries[choice.row]
     if chosen.get("row_notes"):
-        context.console.say(f"   search  {chosen['id']} fits and loads as it is; {'; '.join(chosen['row_notes'])}")
+        context.console.say(f"   search  to note of {chosen['id']}: {'; '.join(chosen['row_notes'].values())}")
     (context.folder / CANDIDATES_JSONL).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     _write_csv(context.folder / CANDIDATES_CSV, shortlist.folder / CANDIDATES_CSV, entries)
     write_json(context.folder / "chosen.json", chosen)
@@ -46,6 +46,11 @@ def choose_candidate(context: StageContext) -> dict:
     headline = f"chosen of {len(entries)}: {chosen['id']}, {chosen['parameters']:,} parameters, {size} ({choice.reason})"
     return {"headline": headline, "num_candidates": shortlist.facts["num_candidates"], "num_fitting": shortlist.facts["num_fitting"],
             "chosen": chosen, "reason": choice.reason, "shortlist": entries}  # fmt: skip
+
+
+def _row_notes(entry: dict) -> dict[str, str]:
+    architecture = Architecture(**entry["architecture"])
+    return row_notes(FAMILIES[architecture.model_type], architecture)
 
 
 def best_loss(entry: dict) -> float | None:

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from memory_budget.hf_config import read_config
+from minitron.checkpoints.weight_files import check_plain_weights
 from minitron.settings.hand_over import MERGEABLE
 from minitron.settings.run import Settings
-from minitron.settings.weight_files import check_plain_weights
 from minitron.walk.stage import StageContext, StoredStage
 
 

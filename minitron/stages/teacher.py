@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.engines.sharing import check_sharing
+from minitron.checkpoints.weight_files import check_plain_weights
 from minitron.families.known import family_of
 from minitron.settings.gguf_teacher import gguf_header, gguf_teacher_digest
 from minitron.settings.rules import key_settings
@@ -18,7 +19,6 @@ from minitron.settings.teachers import (
     teacher_folder,
     teacher_name,
 )
-from minitron.settings.weight_files import check_plain_weights
 from minitron.walk.stage import StageContext, StoredStage
 
 CONVERSION_VERSION = 1  # rises when the same GGUF gives another checkpoint

@@ -14,12 +14,12 @@ from memory_budget.hf_config import read_config
 from minitron.checkpoints.files import Checkpoint, copy_companions
 from minitron.checkpoints.given import given_checkpoint
 from minitron.checkpoints.shards import save_model_weights, write_weights
+from minitron.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE, check_plain_weights, weight_files
 from minitron.families.known import family_of
 from minitron.families.text import load_tokenizer
 from minitron.settings.hand_over import MergeSettings
 from minitron.settings.run import BaseSettings, Settings, Stage, TeacherSettings
 from minitron.settings.teachers import STORED_FOLDER, teacher_config, teacher_name
-from minitron.settings.weight_files import INDEX_FILE, SINGLE_FILE, check_plain_weights, weight_files
 from minitron.walk.pipeline import check_before_work
 from minitron.walk.store import write_json
 

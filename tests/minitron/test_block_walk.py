@@ -167,7 +167,8 @@ def test_what_is_handed_over_names_no_place_of_this_machine_and_no_code(block_wa
     for name, text in texts.items():
         places = (str(block_walk.folder), f"{Path.home()}/", "/tmp", "./mine", "configuration_mine", '"auto_map"')
         assert [said for said in places if said in text] == [], name
-    assert "# mine, pruned and distilled" in texts["README.md"] and "teacher.path=mine" in texts["README.md"] and "license_link: \"LICENSE\"" in texts["README.md"]
+    for said in ("# mine, pruned and distilled", "teacher.path=mine", 'license_link: "LICENSE"'):
+        assert said in texts["README.md"]
     assert json.loads(texts["export.json"])["settings"]["teacher"]["path"] == "mine"
     assert str(block_walk.folder) in block_walk.finished["all"].stdout, "the control: the console does say where things are"
 

@@ -35,10 +35,14 @@ CASES = {
     "class not first": ({"architectures": ["Other", "NemotronHForCausalLM"]}, {("llama.cpp", "architectures")}),
     "odd letter": ({"hybrid_override_pattern": "M-M*|"}, PATTERN | {("vLLM", "hybrid_override_pattern"), ("TensorRT-LLM", "hybrid_override_pattern")}),
     "experts": ({"hybrid_override_pattern": "M-M*E"}, PATTERN),
-    "only the new names": ({"hybrid_override_pattern": GONE, "layers_block_type": NAMES},
-                           PATTERN | {(REMOTE, "layers_block_type"), ("mlx-lm", "hybrid_override_pattern")}),
-    "only the older names": ({"hybrid_override_pattern": GONE, "layers_block_type": ["mamba", "mlp", "mamba", "attention", "mlp"]},
-                             PATTERN | {(REMOTE, "layers_block_type")}),
+    "only the new names": (
+        {"hybrid_override_pattern": GONE, "layers_block_type": NAMES},
+        PATTERN | {(REMOTE, "layers_block_type"), ("mlx-lm", "hybrid_override_pattern")},
+    ),
+    "only the older names": (
+        {"hybrid_override_pattern": GONE, "layers_block_type": ["mamba", "mlp", "mamba", "attention", "mlp"]},
+        PATTERN | {(REMOTE, "layers_block_type")},
+    ),
     "both spellings": ({"layers_block_type": NAMES}, {(REMOTE, "layers_block_type")}),
     "layers": ({"num_hidden_layers": 6}, PATTERN | {("vLLM", "num_hidden_layers"), ("TensorRT-LLM", "num_hidden_layers")}),
     "odd head_dim": ({"head_dim": 20}, {("vLLM", "head_dim")}),

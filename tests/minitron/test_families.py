@@ -14,6 +14,7 @@ from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
 from minitron.families.known import FAMILIES, family_of
 from minitron.families.nemotron_h import FAMILY, TABLE
+from minitron.families.row_lengths import row_notes
 from minitron.families.table import check_tensors, expected_shape, required_names, row_of
 from minitron.settings.teachers import CONF_FOLDER
 
@@ -93,6 +94,20 @@ def test_the_longest_text_computes_where_frequencies_follow_from_it(rope, comput
     assert ("max_position_embeddings" in FAMILIES["llama"].computing({"rope_parameters": {"rope_type": rope}})) == computes
 
 
+# The published 9B; sizes that all take; 14 heads of 16 channels in 2 groups with a state of 32: 2·224 + 128 + 14 rows of in_proj.
+@pytest.mark.parametrize(("sizes", "expected"), [
+    ({"hidden": 4480, "ffn": 15680, "mamba_num_heads": 128, "mamba_head_dim": 80, "mamba_num_groups": 8, "mamba_state_size": 128, "num_attention_heads": 40,
+      "num_key_value_heads": 8, "attention_head_dim": 128}, {"int4": "intermediate_size 15,680", "K-quants": "hidden_size 4,480, intermediate_size 15,680"}),
+    ({"hidden": 512, "ffn": 768, "mamba_num_heads": 16, "mamba_head_dim": 16, "mamba_state_size": 32, "num_attention_heads": 16, "attention_head_dim": 16}, {}),
+    ({"hidden": 512, "ffn": 768, "mamba_num_heads": 14, "mamba_head_dim": 16, "mamba_state_size": 32, "num_attention_heads": 16, "attention_head_dim": 16},
+     {"int4": "head_dim 224", "K-quants": "head_dim 224", "causal_conv1d": "590"}),
+], ids=["9B", "all take", "14 heads"])  # fmt: skip
+def test_rows_that_quantisers_and_kernels_mind_are_told(sizes, expected, tiny):
+    notes = row_notes(FAMILY, replace(tiny, **sizes))
+    assert notes.keys() == expected.keys() and all(notes[use].endswith(said) for use, said in expected.items())
+    assert "causal_conv1d" not in row_notes(FAMILY, replace(tiny, **sizes, pattern="*-"))
+
+
 class PublishedConfig:
     """What matters of the configuration class beside NVIDIA's weights: the pattern is given, the layers' names follow from it and cannot be set."""
 
@@ -129,7 +144,7 @@ def test_hf_config_spells_the_pattern_as_every_reader_takes_it(given, config_of,
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_a_students_config_names_no_code_no_place_and_no_other_form_of_the_weights(family, tiny, build_blocks):
-    architecture = tiny if family is FAMILY else build_blocks({"llama": "llama tied", "qwen3": "qwen3 tied"}[family.model_type], num_hidden_layers=1).architecture
+    architecture = tiny if family is FAMILY else build_blocks(f"{family.model_type} tied", num_hidden_layers=1).architecture
     foreign = {
         "auto_map": {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}, "custom_pipelines": {"text-generation": {"impl": "x.X"}},
         "_name_or_path": "/home/me/own", "transformers_weights": "other.safetensors", "quantization_config": None, "num_nextn_predict_layers": 1,
