@@ -18,7 +18,7 @@ from minitron.checkpoints.direct_io import empty_tensor, fill_tensor, would_not_
 from minitron.checkpoints.local_paths import is_local
 from minitron.checkpoints.weight_files import INDEX_FILE, WeightFiles, read_header_rows, weight_files
 from minitron.checkpoints.weight_files import SINGLE_FILE as SINGLE_FILE
-from minitron.families.kept import CODE_KEYS
+from minitron.families.config_json import CODE_KEYS
 
 DTYPES = {
     "F64": torch.float64,

@@ -11,6 +11,7 @@ from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.files import Checkpoint
 from minitron.checkpoints.weight_files import check_plain_weights
 from minitron.families.base import Family
+from minitron.families.config_json import transformers_config
 from minitron.families.known import family_of
 from minitron.families.table import check_tensors, layer_of, left_out, names_by_canonical
 
@@ -23,6 +24,7 @@ def given_checkpoint(folder: Path, name: str, setting: str = "the checkpoint", *
     config = read_config(folder)
     check_plain_weights(folder, config, setting)
     family, architecture = family_of(config), architecture_from_config(config)
+    transformers_config(config)
     checkpoint = Checkpoint(folder)
     _check_depth(family, architecture, checkpoint)
     names = names_by_canonical(family, architecture, checkpoint.entries)

@@ -12,14 +12,13 @@ import importlib
 import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from memory_budget.architecture import BLOCK, Architecture
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, Family, ModelParts, Multiple, Tap, TensorAxes
-from minitron.families.kept import kept_config
+from minitron.families.config_json import kept_config, transformers_config
 
 if TYPE_CHECKING:
     import torch
@@ -205,20 +204,6 @@ def build_outside(model_type: str, classes: str, config: dict, part: str) -> nn.
     if part == "norm":
         return _classes(model_type, classes)("RMSNorm")(sizes.hidden_size, eps=sizes.rms_norm_eps)
     return nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
-
-
-def transformers_config(config: dict) -> Any:
-    """transformers' own object of a config.json; it checks sizes. Raises ValueError for those that it refuses."""
-    from transformers import CONFIG_MAPPING
-
-    try:
-        sizes = CONFIG_MAPPING[config["model_type"]](**deepcopy(config))  # it fills in what rope_scaling leaves out, in place
-    except ValueError:
-        raise
-    except Exception as error:  # huggingface_hub's StrictDataclass errors are no ValueError
-        raise ValueError(str(error).strip().splitlines()[-1].strip()) from error
-    sizes._attn_implementation = "sdpa"  # what from_pretrained chooses
-    return sizes
 
 
 def _classes(model_type: str, prefix: str) -> Callable[[str], type]:

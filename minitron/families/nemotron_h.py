@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from memory_budget.architecture import Architecture
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD, Family, ModelParts, Tap, TensorAxes
-from minitron.families.kept import kept_config
+from minitron.families.config_json import kept_config, transformers_config
 
 if TYPE_CHECKING:
     import torch
@@ -191,18 +191,18 @@ def load(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu")
 def build(config: dict) -> nn.Module:
     """A freshly initialised float32 model of a config.json dict; on the meta device there is nothing to initialise."""
     import torch
-    from transformers import AutoModelForCausalLM, NemotronHConfig
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with no_init_weights() if torch.get_default_device().type == "meta" else nullcontext():
-        return _without_step_clamp(AutoModelForCausalLM.from_config(NemotronHConfig(**config), dtype=torch.float32))
+        return _without_step_clamp(AutoModelForCausalLM.from_config(transformers_config(config), dtype=torch.float32))
 
 
 def build_layer(config: dict, layer: int) -> nn.Module:
     """One layer alone, freshly initialised on the current default device."""
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
 
-    return _unclamped(NemotronHBlock(_transformers_config(config), layer_idx=layer))
+    return _unclamped(NemotronHBlock(transformers_config(config), layer_idx=layer))
 
 
 def build_outside(config: dict, part: str) -> nn.Module:
@@ -210,7 +210,7 @@ def build_outside(config: dict, part: str) -> nn.Module:
     from torch import nn
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNorm
 
-    sizes = _transformers_config(config)
+    sizes = transformers_config(config)
     if part == "embed":
         return nn.Embedding(sizes.vocab_size, sizes.hidden_size)
     if part == "norm":
@@ -226,15 +226,7 @@ def refused(config: dict) -> str | None:
 
 
 def rms_epsilon(config: dict) -> float:
-    return _transformers_config(config).layer_norm_epsilon
-
-
-def _transformers_config(config: dict):
-    from transformers import NemotronHConfig
-
-    sizes = NemotronHConfig(**config)
-    sizes._attn_implementation = "sdpa"  # what from_pretrained chooses
-    return sizes
+    return transformers_config(config).layer_norm_epsilon
 
 
 def _without_step_clamp(model: nn.Module) -> nn.Module:

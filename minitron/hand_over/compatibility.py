@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from minitron.families.kept import CODE_KEYS
+from minitron.families.config_json import CODE_KEYS
 from minitron.families.row_lengths import INT4_GROUP, K_QUANT_BLOCK, ROW_NAMES
 
 TRANSFORMERS, VLLM, LLAMA_CPP, MLX_LM, TENSORRT_LLM = "transformers", "vLLM", "llama.cpp", "mlx-lm", "TensorRT-LLM"

@@ -14,6 +14,7 @@ from memory_budget.units import GIB, format_gib
 from minitron.checkpoints.files import DTYPES, PIECE_BYTES, Checkpoint, PlannedTensor
 from minitron.checkpoints.publish import formats_of, model_card, write_planned
 from minitron.families.base import Family
+from minitron.families.config_json import transformers_config
 from minitron.families.known import family_of
 from minitron.families.table import left_out, names_by_canonical
 from minitron.hand_over.merge_sweep import best_of, said_of, sweep_lines, try_weights
@@ -131,10 +132,8 @@ def _shown(config: dict, key: str) -> str:
 
 def _full_config(family: Family, folder: Path) -> dict:
     """config.json with transformers' defaults where it says nothing, so that checkpoints of several writers compare."""
-    from transformers import AutoConfig
-
     config = read_config(folder)
-    return AutoConfig.for_model(**family.hf_config(config, architecture_from_config(config))).to_dict()
+    return transformers_config(family.hf_config(config, architecture_from_config(config))).to_dict()
 
 
 def _vocabulary(folder: Path) -> object:

@@ -267,6 +267,18 @@ def test_layers_beyond_the_configs_number_are_left_out_as_transformers_does(name
     assert [text for text in heard if "config.json says 3 layers and the files hold 4: layers 3 to 3 are left out" in text] == heard != []
 
 
+@pytest.mark.parametrize(("name", "change", "said"), [
+    ("qwen3 tied", {"num_hidden_layers": 3}, "`num_hidden_layers` (3) must be equal to the number of `layer_types` (4)"),
+    ("llama tied", {"rms_norm_eps": "small"}, "expected float, got str"),
+    ("llama tied", {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 8}, "is not a multiple of the number of attention heads (5)"),
+])  # fmt: skip
+def test_a_config_that_transformers_refuses_is_refused_in_a_line(name, change, said, build_blocks, write_checkpoint, tmp_path):
+    blocks = build_blocks(name)
+    folder = write_checkpoint(tmp_path / "own", blocks.model, blocks.config)
+    change_config(folder, **change)
+    assert said in refused(folder)
+
+
 def test_old_tables_of_positions_are_left_out(build_blocks, write_checkpoint, tmp_path):
     blocks, heard = build_blocks("llama tied"), []
     folder = write_checkpoint(tmp_path / "own", blocks.model, blocks.config)

@@ -1,4 +1,9 @@
-"""What of a teacher's config.json its student's keeps: all but what speaks of other files, other code, or another form of the weights."""
+"""A config.json as transformers reads it, and what of a teacher's a student's keeps: all but what speaks of other files, other code, or another form of the
+weights.
+"""
+
+from copy import deepcopy
+from typing import Any
 
 # Code beside the weights, which is never run here nor copied: every family that can be cut is built into transformers.
 CODE_KEYS = ("auto_map", "custom_pipelines")
@@ -16,3 +21,16 @@ def kept_config(teacher: dict) -> dict:
     config = {key: value for key, value in teacher.items() if key not in dropped}
     named = config.get("dtype") or config.get("torch_dtype")
     return config | ({"dtype": named, "torch_dtype": named} if named else {})
+
+
+def transformers_config(config: dict) -> Any:
+    """transformers' own object of a config.json; it checks sizes and types. Raises ValueError, a line, for what it refuses."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        sizes = CONFIG_MAPPING[config["model_type"]](**deepcopy(config))  # it fills in what rope_scaling leaves out, in place
+    except Exception as error:  # huggingface_hub's StrictDataclass errors are no ValueError
+        reason = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
+        raise ValueError(f"config.json is refused by transformers: {reason}") from error
+    sizes._attn_implementation = "sdpa"  # what from_pretrained chooses
+    return sizes
