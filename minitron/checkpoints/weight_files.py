@@ -120,7 +120,14 @@ def _other_set(folder: Path, listed: set[str]) -> str:
 
 
 def read_header_rows(path: Path) -> Header:
-    """The header of one safetensors file. Raises ValueError where the file is truncated or its header unreadable."""
+    """The header of one safetensors file. Raises ValueError where the file cannot be read, is truncated, or its header is none."""
+    try:
+        return _header_rows(path)
+    except OSError as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {error.strerror}") from None
+
+
+def _header_rows(path: Path) -> Header:
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
