@@ -2,7 +2,6 @@
 weights.
 """
 
-from copy import deepcopy
 from typing import Any
 
 # Code beside the weights, which is never run here nor copied: every family that can be cut is built into transformers.
@@ -16,11 +15,18 @@ MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_layers", "mtp_layers_block_type
 
 
 def kept_config(teacher: dict) -> dict:
-    """The teacher's config.json without those; the number format by both of its names, `dtype` and the older `torch_dtype`."""
+    """The teacher's config.json without those, with plain numbers; the number format by both of its names, `dtype` and the older `torch_dtype`."""
     dropped = {*CODE_KEYS, *PLACE_KEYS, *FORM_KEYS, *MTP_KEYS}
-    config = {key: value for key, value in teacher.items() if key not in dropped}
+    config = {key: _plain(value) for key, value in teacher.items() if key not in dropped}
     named = config.get("dtype") or config.get("torch_dtype")
     return config | ({"dtype": named, "torch_dtype": named} if named else {})
+
+
+def _plain(value: Any) -> Any:
+    """A copy of what JSON holds; transformers writes infinity as {"__float__": "Infinity"}, which other programs cannot read."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if set(value) == {"__float__"} else {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def transformers_config(config: dict) -> Any:
@@ -28,7 +34,7 @@ def transformers_config(config: dict) -> Any:
     from transformers import CONFIG_MAPPING
 
     try:
-        sizes = CONFIG_MAPPING[config["model_type"]](**deepcopy(config))  # it fills in what rope_scaling leaves out, in place
+        sizes = CONFIG_MAPPING[config["model_type"]](**_plain(config))  # a copy: it fills in what rope_scaling leaves out, in place
     except Exception as error:  # huggingface_hub's StrictDataclass errors are no ValueError
         reason = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
         raise ValueError(f"config.json is refused by transformers: {reason}") from error

@@ -96,7 +96,7 @@ def hf_config(teacher_config: dict, architecture: Architecture) -> dict:
     The pattern is spelled as published, `hybrid_override_pattern`, and so every reader takes it. In the configuration class that NVIDIA publishes
     beside its weights `layers_block_type` is a property that cannot be set, and mlx-lm knows only its older names of layers.
     """
-    config = {key: _plain_number(value) for key, value in kept_config(teacher_config).items() if key not in OTHER_SPELLINGS}
+    config = {key: value for key, value in kept_config(teacher_config).items() if key not in OTHER_SPELLINGS}
     epsilon = config.get("layer_norm_epsilon", LAYER_NORM_EPSILON)
     config |= {
         "architectures": ["NemotronHForCausalLM"],
@@ -138,15 +138,6 @@ def handed_over(config: dict) -> dict:
     Nearly 0 clamps nothing; 0 itself would have no logarithm where someone initialises a model from it.
     """
     return config | {"time_step_min": 1e-30}
-
-
-def _plain_number(value: object) -> object:
-    """transformers writes infinity as {"__float__": "Infinity"}, which other runtimes cannot read."""
-    if isinstance(value, list):
-        return [_plain_number(item) for item in value]
-    if isinstance(value, dict) and set(value) == {"__float__"}:
-        return float(value["__float__"])
-    return value
 
 
 def canonical_name(name: str) -> str:

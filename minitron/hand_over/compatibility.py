@@ -12,7 +12,7 @@ from minitron.families.config_json import CODE_KEYS
 from minitron.families.row_lengths import INT4_GROUP, K_QUANT_BLOCK, ROW_NAMES
 
 TRANSFORMERS, VLLM, LLAMA_CPP, MLX_LM, TENSORRT_LLM = "transformers", "vLLM", "llama.cpp", "mlx-lm", "TensorRT-LLM"
-REMOTE_CODE = "code beside the weights"  # that a published repository of the family has, for versions of transformers without it
+REMOTE_CODE = "NVIDIA's code"  # beside its published weights, for versions of transformers without the family
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ GOOD = {
 }  # fmt: skip
 TENSORS, FILES = ("backbone.embeddings.weight", "lm_head.weight"), ("config.json", "tokenizer.json")
 GONE = object()
-REMOTE = "code beside the weights"
+REMOTE = "NVIDIA's code"
 NAMES = ["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"]
 MLX_SIZES = ("mlx-lm", "sizes and biases")
 PATTERN = {("llama.cpp", "hybrid_override_pattern"), (REMOTE, "hybrid_override_pattern")}

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, NemotronHConfig
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
+from minitron.families.config_json import transformers_config
 from minitron.families.known import FAMILIES, family_of
 from minitron.families.nemotron_h import FAMILY, TABLE
 from minitron.families.row_lengths import row_notes
@@ -197,6 +198,7 @@ def test_a_config_as_transformers_saves_it_is_normalised(tmp_path, tiny, config_
     assert "__float__" in json.dumps(saved) and "hybrid_override_pattern" not in saved
     config = FAMILY.hf_config(saved, tiny)
     assert "__float__" not in json.dumps(config) and config["hybrid_override_pattern"] == tiny.pattern
+    assert transformers_config(saved).time_step_limit == [0.0, math.inf] and transformers_config(saved).hybrid_override_pattern == tiny.pattern
 
 
 def test_a_written_config_loads_with_auto_model(tmp_path, teacher, tiny, config_of, write_checkpoint):
