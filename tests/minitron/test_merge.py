@@ -233,6 +233,14 @@ def test_keys_that_compute_nothing_are_taken_and_named(name, pair):
         assert said is None and idle.startswith(f"{sorted(change)[0]} ") and idle.count(" (not ") == 1, (change, idle)
 
 
+@pytest.mark.parametrize("spelled", [
+    {"rope_theta": 10000.0, "rope_scaling": None}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, {"torch_dtype": "float32"},
+    {"_name_or_path": "/home/me/x", "transformers_version": "4.40.0", "auto_map": {"AutoConfig": "x.X"}},
+], ids=str)  # fmt: skip
+def test_the_same_in_other_spellings_is_no_difference(spelled, pair):
+    assert pair("llama untied", spelled) == pair("qwen3 tied", spelled) == (None, "")
+
+
 def test_models_of_two_families_are_refused_by_their_names(merge, checkpoints, build_blocks, write_checkpoint, tmp_path):
     blocks = build_blocks("llama untied")
     other = write_checkpoint(tmp_path / "other", blocks.model, blocks.config)
