@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
+from minitron.checkpoints.weight_files import INDEX_FILE, weight_files
+
 # Carried over byte for byte from the teacher's folder, where present.
 COMPANION_FILES = (
     "tokenizer.json",
@@ -33,11 +33,11 @@ PIECE_BYTES, MOST_THREADS = 2**24, 8
 
 
 def files_that_count(folder: Path) -> list[Path]:
-    """The files of a model folder that results follow from: config.json, tokenizer and templates, and all weights that the index or the usual name says."""
-    names = {"config.json", *COMPANION_FILES, INDEX_FILE, SINGLE_FILE}
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none; one that is no index is refused by who reads the weights
-        names |= set(json.loads((folder / INDEX_FILE).read_text())["weight_map"].values())
-    return [folder / name for name in sorted(names) if (folder / name).is_file()]
+    """The files of a model folder that results follow from: config.json, tokenizer and templates, the weights that would be read, and an index."""
+    found = {folder / name for name in ("config.json", *COMPANION_FILES, INDEX_FILE)}
+    with suppress(ValueError):  # there are none; who reads the weights refuses that
+        found |= set(weight_files(folder).files)
+    return sorted(path for path in found if path.is_file())
 
 
 def fingerprint(folder: Path) -> str:

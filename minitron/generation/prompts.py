@@ -3,10 +3,9 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from minitron.generation.switches import WORDS, written_both_ways
 from minitron.generation.templates import StandIns, plain_messages, render
@@ -77,15 +76,6 @@ def no_switches(tags: Tags, *, any_word: bool) -> re.Pattern:
     words = "|".join(re.escape(word) for word in sorted({word for pair in WORDS for word in pair}, key=len, reverse=True))
     inner = words if any_word else rf"(?<=[\w/.:<])(?:{words})|(?:{words})(?=[\w/>])"
     return re.compile(f"{re.escape(tags.opening)}|{re.escape(tags.closing)}|{inner}")
-
-
-def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, or of a Hub id. Raises ValueError where there is none that can be loaded."""
-    try:
-        return AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"tokenizer is {str(place)!r}, which cannot be loaded: {said}") from None
 
 
 def _word(thinking: bool) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from distill.batches import count_tokens
 from memory_budget.hf_config import architecture_from_config, read_config
@@ -22,6 +22,7 @@ from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.files import stored_bytes
 from minitron.checkpoints.forward_memory import forward_memory
 from minitron.families.known import family_of
+from minitron.families.text import load_tokenizer
 from minitron.machine.alone import measured_alone
 from minitron.machine.device import check_on_gpu, let_go, pick_device
 from minitron.measures.continuations import check_prompts, continuations
@@ -141,7 +142,7 @@ def _measures(context: StageContext, models: Models) -> Iterator[Measure]:
     runs = json.loads((data.folder / "heldout_sources.json").read_text())
     sources = np.repeat([source for source, _ in runs], [number for _, number in runs])
     of_rows = {"data": data.key, "samples": wanted.samples}
-    tokenizer = AutoTokenizer.from_pretrained(models.folders["teacher"])
+    tokenizer = load_tokenizer(models.folders["teacher"])
 
     of_held_out = {**of_rows, "teacher": context.inputs["teacher"].identity}
     yield Measure("held_out", of_held_out, partial(_held_out, models, rows, spread_rows(evaluation_rows(sources), wanted.samples), wanted.batch))

@@ -3,10 +3,9 @@
 import json
 from dataclasses import asdict
 
-from transformers import AutoTokenizer
-
 from memory_budget.hf_config import read_config
 from minitron.families.known import family_of
+from minitron.families.text import load_tokenizer
 from minitron.machine.device import pick_device
 from minitron.measures.budget_curve import budget_curve
 from minitron.text.arithmetic import held_out_problems
@@ -30,7 +29,7 @@ def measure_reasoning(context: StageContext) -> dict:
                 advance(len(wanted.budgets) * len(problems))
             else:
                 model = family_of(read_config(folder)).load(folder, device=str(pick_device(settings)))
-                points = budget_curve(model, AutoTokenizer.from_pretrained(folder), problems, wanted.budgets, batch=wanted.batch,
+                points = budget_curve(model, load_tokenizer(folder), problems, wanted.budgets, batch=wanted.batch,
                                       new_tokens=settings.data.sequence_length, on_problems=advance)  # fmt: skip
                 write_json(path, [asdict(point) for point in points])
             measured[name] = json.loads(path.read_text())

@@ -10,11 +10,11 @@ from memory_budget.hf_config import read_config
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import GIB, format_gib
 from minitron.checkpoints.files import Checkpoint, PlannedTensor
-from minitron.checkpoints.publish import check_layer_by_layer, check_reload, model_card, write_companions
+from minitron.checkpoints.publish import check_layer_by_layer, check_reload, formats_of, model_card, write_companions
 from minitron.checkpoints.shards import write_weights
 from minitron.families.base import Family
 from minitron.families.known import family_of
-from minitron.families.table import names_by_canonical
+from minitron.families.table import left_out, names_by_canonical
 from minitron.importance.scores import scores_of
 from minitron.machine.memory import available_memory_bytes
 from minitron.pruning.compensated_cut import BASIS_FILE, MadeWeights, damage, write_compensated
@@ -43,6 +43,8 @@ def prune_teacher(context: StageContext) -> dict:
     write_json(context.folder / "plan.json", plan.to_json())
 
     source, compensated = Checkpoint(source_folder), settings.prune.method is PruneMethod.compensated
+    for note in left_out(family, architecture, source.entries):
+        context.console.say(f"    prune  {note}")
     name, removed = context.inputs[base_stage(settings)].facts["name"], removed_layers(plan)
     described = describe_cut(plan) + (" What is kept was refitted to the base's own activations." if compensated else "")
     card = model_card(f"{name}, pruned to {chosen['id']}", lines=[f"Cut from {name}: {described}", "Not distilled yet."], architecture=student, base=name)
@@ -57,7 +59,7 @@ def prune_teacher(context: StageContext) -> dict:
         check, facts = _check(family, plan, source, folder, config), {}
     parameters = count_total_parameters(student)
     sizes = f"{architecture.num_layers} → {student.num_layers} layers, {count_total_parameters(architecture):,} → {parameters:,} parameters"
-    headline = f"{sizes}, {format_gib(sum(tensor.num_bytes for tensor in sliced))} written; {check}"
+    headline = f"{sizes}, {format_gib(sum(tensor.num_bytes for tensor in sliced))} written in {formats_of(sliced)}; {check}"
     facts |= {"parameters": parameters, "removed_layers": removed, "description": described}
     return {"headline": headline, "path": "checkpoint", **facts}
 

@@ -11,6 +11,8 @@ import numpy as np
 
 from memory_budget.architecture import Architecture
 from memory_budget.units import format_gib
+from minitron.families.known import FAMILIES
+from minitron.families.row_lengths import row_notes
 from minitron.settings.search import Select
 from minitron.walk.stage import StageContext
 from minitron.walk.store import FORMAT, find_result, write_json
@@ -35,7 +37,11 @@ def choose_candidate(context: StageContext, rule: Mapping[str, Any]) -> dict:
     choice = choose(context, entries, distilled=bool(screens))
     front = _front(entries)
     entries = [{**entry, "on_pareto_front": on_front, "chosen": row == choice.row} for row, (entry, on_front) in enumerate(zip(entries, front, strict=True))]
+    if not context.settings.search.later_widths.given():  # else the widths are not the student's yet
+        entries = [{**entry, "row_notes": _row_notes(entry)} for entry in entries]
     chosen = entries[choice.row]
+    if chosen.get("row_notes"):
+        context.console.say(f"           to note of {chosen['id']}: {'; '.join(chosen['row_notes'].values())}")
     (context.folder / CANDIDATES_JSONL).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     _write_csv(context.folder / CANDIDATES_CSV, shortlist.folder / CANDIDATES_CSV, entries)
     write_json(context.folder / "chosen.json", chosen)
@@ -61,6 +67,16 @@ def chosen_before(context: StageContext, rule: Mapping[str, Any]) -> tuple[str, 
         return None
     last = max(earlier, key=lambda one: one.record["finished"])
     return last.facts["chosen"]["id"], sorted(label.removeprefix("screen ") for label in screens - set(last.record["inputs"]))
+
+
+def _row_notes(entry: dict) -> dict[str, str]:
+    architecture = Architecture(**entry["architecture"])
+    return row_notes(FAMILIES[architecture.model_type], architecture)
+
+
+def best_loss(entry: dict) -> float | None:
+    """A candidate's loss by the highest rung that it has been on."""
+    return entry["zero_shot_loss"] if entry["short_distill_loss"] is None else entry["short_distill_loss"]
 
 
 def choose(context: StageContext, entries: list[dict], *, distilled: bool) -> Choice:

@@ -14,6 +14,8 @@ SILENT_SECONDS = 2.0
 
 def from_hub(path: str, file: str | None, *, revision: str | None) -> Path:
     """One file of the model `path`, or all of it with None. Raises ValueError, naming teacher.path, where there is none."""
+    if Path(path).is_file():
+        raise ValueError(f"teacher.path is {path!r}, which is a file; its folder is meant{_folder_of(Path(path))}")
     if not HUB_ID.match(path):
         raise ValueError(f"teacher.path is {path!r}: no folder is there, and it is no Hub id of the form owner/name")
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -26,6 +28,13 @@ def from_hub(path: str, file: str | None, *, revision: str | None) -> Path:
             return Path(snapshot_download(path, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(f"teacher.path is {path!r}: no folder is there, {_reason(error, revision)}") from None
+
+
+def _folder_of(file: Path) -> str:
+    """For a path that is a file: what would work."""
+    if file.suffix == ".gguf":
+        return f", or teacher.gguf={file}"
+    return f": teacher.path={file.parent}" if (file.parent / "config.json").is_file() else ", one that holds config.json and the weights"
 
 
 def _reason(error: Exception, revision: str | None) -> str:

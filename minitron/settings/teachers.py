@@ -110,6 +110,12 @@ def stored_digest() -> str:
                          "teacher.train_anew=true or teacher.path") from None  # fmt: skip
 
 
+def teacher_name(settings: Settings) -> str:
+    """What cards and reports call a teacher of `teacher.path`: its Hub id, or the name of its folder, wherever that lies."""
+    path = Path(settings.teacher.path)
+    return path.resolve().name if path.is_dir() else settings.teacher.path
+
+
 def digest_of(folder: Path) -> str:
     """Of a tiny teacher's files in a folder. Raises OSError."""
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in STORED_FILES)).hexdigest()[:12]

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from memory_budget.hf_config import read_config
+from minitron.checkpoints.weight_files import check_plain_weights
 from minitron.settings.hand_over import MERGEABLE
 from minitron.settings.run import Settings
 from minitron.walk.stage import StageContext, StoredStage
@@ -31,9 +33,11 @@ def check(settings: Settings) -> None:
         raise ValueError(f"merge.checkpoints is {names}; stage=merge needs at least two: folders, or finished stages ({', '.join(MERGEABLE)})")
     if "base" in names and settings.base.path is None and not settings.depth_lap.enabled:
         raise ValueError("merge.checkpoints names 'base', but there is none: base.path is null and depth_lap.enabled is false")
-    for name in names:
+    for number, name in enumerate(names):
         if name not in MERGEABLE and not Path(name).is_dir():
             raise ValueError(f"merge.checkpoints names {name!r}, which is neither the folder of a checkpoint nor one of {', '.join(MERGEABLE)}")
+        if name not in MERGEABLE:
+            check_plain_weights(Path(name), read_config(name), f"merge.checkpoints[{number}]")
 
 
 def run(context: StageContext) -> dict:

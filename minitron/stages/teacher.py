@@ -1,13 +1,24 @@
 """Your checkpoint held against its config.json, one converted from a GGUF, the tiny one of the package, or one trained anew."""
 
+from pathlib import Path
 from typing import Any
 
 from distill.engines.sharing import check_sharing
+from minitron.checkpoints.weight_files import check_plain_weights
 from minitron.families.known import family_of
 from minitron.settings.gguf_teacher import gguf_header, gguf_teacher_digest
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings
-from minitron.settings.teachers import is_converted, is_stored, is_trained, stored_digest, teacher_architecture, teacher_config, teacher_folder
+from minitron.settings.teachers import (
+    is_converted,
+    is_stored,
+    is_trained,
+    stored_digest,
+    teacher_architecture,
+    teacher_config,
+    teacher_folder,
+    teacher_name,
+)
 from minitron.walk.stage import StageContext, StoredStage
 
 CONVERSION_VERSION = 1  # rises when the same GGUF gives another checkpoint
@@ -37,6 +48,8 @@ def check(settings: Settings) -> None:
         settings.data.check_tokens("teacher.train", settings.teacher.train)
         return
     family_of(teacher_config(settings))
+    if settings.teacher.path is not None and Path(settings.teacher.path).is_dir():
+        check_plain_weights(teacher_folder(settings), teacher_config(settings), "teacher.path")
     if is_stored(settings):
         teacher_architecture(settings)
         if settings.data.arithmetic.problems:
@@ -69,7 +82,7 @@ def run(context: StageContext) -> dict:
     from minitron.checkpoints.given import given_checkpoint, identity_of
 
     folder = teacher_folder(settings)
-    return given_checkpoint(folder, settings.teacher.path) | identity_of(folder, context.console)
+    return given_checkpoint(folder, teacher_name(settings), "teacher.path", say=context.console.say) | identity_of(folder, context.console)
 
 
 STAGE = StoredStage(version=1, needs=needs, what=what, check=check, check_rows=check_rows, run=run, ends_first_lap=True)

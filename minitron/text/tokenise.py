@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.batches import count_tokens
-from minitron.families.text import beginning
+from minitron.families.text import beginning, load_tokenizer
 from minitron.generation.conversations import ConversationWriter
 from minitron.settings.run import DataSettings
 from minitron.settings.teachers import is_trained, teacher_architecture
@@ -29,15 +29,13 @@ DOCUMENTS_AT_ONCE = 32
 
 def make_rows(context: StageContext) -> dict:
     """Writes train.npy, heldout.npy, int32 [rows, T] with -1 as padding, heldout_sources.json (SplitRows.sources), and for a trained teacher tokenizer/."""
-    from transformers import AutoTokenizer
-
     settings, data = context.settings, context.settings.data
     folder, total = tokenizer_folder(context), data.max_documents
     if data.dataset:
         context.console.say(f"     data  reading {source_title(data)} from the Hub")
     if is_trained(settings):
         total = _train_tokenizer(data, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     vocabulary = teacher_architecture(settings).vocab
     if len(tokenizer) > vocabulary:
         raise ValueError(f"tokenizer of {folder} has {len(tokenizer)} tokens; the teacher's vocabulary holds {vocabulary}")

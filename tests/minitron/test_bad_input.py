@@ -333,7 +333,7 @@ def test_heads_of_a_checkpoint_not_divisible_by_its_groups_are_refused(refused, 
 
 
 def test_patterns_that_disagree_are_refused(refused, checkpoint):
-    change_config(checkpoint, hybrid_override_pattern="M-M*-M-*-MM")
+    change_config(checkpoint, layers_block_type=["mamba", "mlp"] * 5 + ["mamba"])
     assert "hybrid_override_pattern and layers_block_type must agree" in refused("teacher.path=mine", "stage=prune")
 
 

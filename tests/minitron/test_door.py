@@ -17,6 +17,7 @@ from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
 from memory_budget.workload import Workload
 from minitron.door.jobs import run_name_of_job
+from minitron.report.text import escaped
 from minitron.settings.run import Stage
 from minitron.settings.teachers import CONF_FOLDER
 
@@ -138,6 +139,21 @@ def test_the_published_student_is_among_the_candidates_that_fit(nano2, published
     teacher = architecture_from_config(read_config(CONF_FOLDER / "architectures" / "nemotron-nano-12b-v2-base.json"))
     memory = memory_report(replace(teacher, pattern=published_patterns[1], hidden=4480, ffn=15680), Workload(activation_tokens=2048))
     assert int(published[0]["total_bytes"]) == memory.total and round((memory.total - memory.activations) / GIB, 2) == 18.69
+
+
+def test_rows_that_cannot_be_packed_are_told_of_the_shortlist_and_of_the_choice(nano2):
+    """None is refused for them: the published student, with its FFN of 15,680, is among those that fit."""
+    folder, finished = nano2
+    summary, page = json.loads((folder / "runs" / "nano2" / "summary.json").read_text()), (folder / "runs" / "nano2" / "report.md").read_text()
+    for candidate in summary["candidates"]:
+        odd = [multiple for multiple in (128, 256) if any(candidate["architecture"][name] % multiple for name in ("hidden", "ffn"))
+               or candidate["architecture"]["mamba_num_heads"] * 80 % multiple]  # fmt: skip
+        assert list(candidate["row_notes"]) == [{128: "int4", 256: "K-quants"}[multiple] for multiple in odd]
+    chosen = next(candidate for candidate in summary["candidates"] if candidate["chosen"])
+    (line,) = (line for line in finished.stdout.splitlines() if "to note of" in line)
+    assert line.endswith("; ".join(chosen["row_notes"].values())) and f"intermediate_size {chosen['architecture']['ffn']:,}" in line
+    assert "odd rows (int4, K-quants)" in page and f"The chosen one's: {escaped(next(iter(chosen['row_notes'].values())))}" in page
+    assert any(not candidate["row_notes"] for candidate in summary["candidates"]), "the control"
 
 
 def test_a_smaller_budget_leaves_the_published_student_out(door, tmp_path, order_file, published_patterns):

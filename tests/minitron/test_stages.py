@@ -72,7 +72,6 @@ def test_an_experiment_of_ones_own_is_found_beside_a_wheel(with_planted, tmp_pat
     assert "experiment/mine is not in conf/" in with_planted("stage=letters", "experiment=mine").stderr
 
 
-
 def test_every_stage_is_of_one_of_two_kinds_and_needs_stages_that_there_are():
     assert {type(stage) for stage in stages().values()} == {StoredStage, UsingStage}
     for name, stage in stored_stages().items():

@@ -170,8 +170,7 @@ def test_tensors_are_named_as_nvidia_publishes_them(walk, model):
 @pytest.mark.parametrize("model", MODELS)
 def test_config_json_says_what_every_runtime_reads(walk, summary, model):
     config, architecture = read_config(walk.checkpoint(model)), summary["models"][model]["architecture"]
-    letters = {"linear_attention": "M", "full_attention": "*", "mlp": "-"}
-    assert config["hybrid_override_pattern"] == "".join(letters[kind] for kind in config["layers_block_type"]) == architecture["pattern"]
+    assert config["hybrid_override_pattern"] == architecture["pattern"] and "layers_block_type" not in config
     assert config["num_hidden_layers"] == len(architecture["pattern"])
     assert (config["head_dim"], config["hidden_size"], config["mamba_num_heads"]) == (8, architecture["hidden"], architecture["mamba_num_heads"])
     assert config["architectures"] == ["NemotronHForCausalLM"] and "num_experts_per_tok" not in config and "__float__" not in json.dumps(config)
