@@ -79,8 +79,8 @@ def candidates_table(candidates: Sequence[Candidate]) -> str:
 
 
 def _note(candidate: Candidate) -> str:
-    """That a candidate is the chosen one, or on the Pareto front, or why it was not to be chosen; that its speed does not compare with the others', and that its
-    rows are of odd lengths."""
+    """That a candidate is the chosen one, or on the Pareto front, or why it was not to be chosen; that its speed does not compare with the others';
+    and that its rows are of odd lengths."""
     beside = "decoded beside other work" if candidate.get("speed_alone") is False else ""
     odd = f"odd rows ({', '.join(candidate['row_notes'])})" if candidate.get("row_notes") else ""
     remarks = ["**chosen**" if candidate["chosen"] else "", "front" if candidate["on_pareto_front"] else "", escaped(candidate.get("note", "")), beside, odd]
