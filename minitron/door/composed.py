@@ -49,6 +49,7 @@ def fill_in(config: DictConfig, *, processes: int = 1) -> None:
     part = _model_part(config)
     if part.teacher.path is None and part.teacher.gguf is None and part.teacher.package is None:
         raise ValueError("teacher.path is null; experiment=own is for a model of yours: teacher.path=DIR_OR_HUB_ID (or teacher.gguf, teacher.package)")
+    positions = max_positions(part)  # refuses what is no model before anything is asked for
     if "budget.name" in open_names:
         if config.budget.device_gib is None:
             raise ValueError(f"budget.name has no value; name the card that the model must fit, budget={'|'.join(PRESETS)}, or its GiB, e.g. budget=24")
@@ -56,7 +57,7 @@ def fill_in(config: DictConfig, *, processes: int = 1) -> None:
     text = config.data.files or config.data.dataset or config.data.arithmetic.problems
     values = {
         "run_name": run_name_of(part.teacher),
-        "workload.context_tokens": min(max_positions(part), MOST_CONTEXT),
+        "workload.context_tokens": min(positions, MOST_CONTEXT),
         "data.embedded": "code" if text else "prose",
     }
     values = {name: value for name, value in values.items() if name in open_names}
@@ -64,7 +65,7 @@ def fill_in(config: DictConfig, *, processes: int = 1) -> None:
     if "search.layers.low" in open_names:
         _close_given_axes(config, open_names)
     part = _model_part(config)
-    model = Model(base_architecture(part), max_positions(part), workload_of(part), budget_of(part), processes)
+    model = Model(base_architecture(part), positions, workload_of(part), budget_of(part), processes)
     values |= followed(model, open_settings(config))
     _set(config, values)
     config.followed = sorted(values)
