@@ -166,7 +166,7 @@ def _mark(settings: Settings, lap: Lap, student: Student, findings: Sequence[Fin
     stages = {label: result.key for label, result in {**inputs_of("distill", settings, lap.results), **lap.results}.items()}
     refused = [{"program": one.program, "field": one.field, "value": one.value, "rule": one.rule} for one in findings if one.accepted is False]
     return {"made_by": MADE_BY, "name": student.exported.name, "trained": student.exported.trained, "stages": stages, "refused": refused,
-            "settings": public(what)}  # fmt: skip
+            "remarks": remarks(findings), "settings": public(what)}  # fmt: skip
 
 
 def paths_of(settings: Settings) -> set[str]:

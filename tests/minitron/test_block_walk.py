@@ -169,7 +169,8 @@ def test_what_is_handed_over_names_no_place_of_this_machine_and_no_code(block_wa
         assert [said for said in places if said in text] == [], name
     for said in ("# mine, pruned and distilled", "teacher.path=mine", 'license_link: "LICENSE"'):
         assert said in texts["README.md"]
-    assert json.loads(texts["export.json"])["settings"]["teacher"]["path"] == "mine"
+    record = json.loads(texts["export.json"])
+    assert record["settings"]["teacher"]["path"] == "mine" and ["lengths of rows" in said for said in record["remarks"]] == [True, True]
     assert str(block_walk.folder) in block_walk.finished["all"].stdout, "the control: the console does say where things are"
 
 
