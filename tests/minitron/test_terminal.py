@@ -119,4 +119,3 @@ def test_the_hub_is_waited_for_aloud_where_it_takes_long(seconds, said, capfd, m
         time.sleep(seconds)
     time.sleep(0.3 - seconds)
     assert capfd.readouterr() == (said, "")
-
