@@ -19,9 +19,8 @@ def run_name_of_job(run_name: str, overrides: Sequence[str], left_out: Collectio
 
 
 def _said(override: str) -> str:
-    """key=value without what is null in it, and with nothing that a shell or a file system minds."""
+    """key=value with nothing that a shell or a file system minds; of a group that has a name, like a budget, the name alone."""
     key, _, value = override.partition("=")
-    value = re.sub(r"\b\w+:\s*(null|0)\b,?\s*", "", value)
-    value = re.sub(r"\b(name|values|device_gib):\s*", "", value) if value.startswith("{") else value
-    safe = re.sub(r"[^\w.+-]+", "_", value).strip("_")
+    named = re.match(r"\{name:\s*([^,}]+)", value)
+    safe = re.sub(r"[^\w.+-]+", "_", named[1] if named else value).strip("_")
     return f"{key.removesuffix('.values')}={safe}"

@@ -262,9 +262,11 @@ def _one(name: str, kind: Any, value: str) -> str:
     listed = value.startswith("[") and value.endswith("]")
     if of not in write:
         return value if listed else f"[{value}]"
+    text = value[1:-1] if listed else value
+    if not text.strip():
+        return "[]"
     separate = listed or of is int or name in COMMAS_SEPARATE
-    items = _split(value[1:-1] if listed else value) if separate else [value]
-    return f"[{','.join(write[of](item) for item in items)}]"
+    return f"[{','.join(write[of](item) for item in (_split(text) if separate else [text]))}]"
 
 
 def _text(text: str, *, fills_in: bool) -> str:

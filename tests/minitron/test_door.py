@@ -85,6 +85,7 @@ def test_jobs_of_a_multirun_write_reports_of_their_own(door, tmp_path):
         (["teacher.path=/a b/ü"], "run-teacher.path=a_b_ü"),
         (["search.hidden.values=[96,112]"], "run-search.hidden=96_112"),
         (["budget={name: l4, device_gib: null, cushion_fraction: null, set_aside_gib: null}"], "run-budget=l4"),
+        (["budget={name:'24 GiB',device_gib:24.0,cushion_fraction:0,set_aside_gib:0}"], "run-budget=24_GiB"),
     ],
 )
 def test_a_job_is_called_by_what_it_tries(overrides, name):

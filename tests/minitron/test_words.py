@@ -88,7 +88,8 @@ def test_under_m_commas_separate_what_is_tried(argument, sweep):
 def test_one_name_is_a_list_of_one_and_exponents_are_whole_numbers():
     settings = typed("data.files=corpus.jsonl", "evaluate.tasks=arc_easy,mmlu", "evaluate.task_folders=[a=b, 'c, d']", "scoring.protect=0,20",
                      "evaluate.needle.lengths=1e2", "distill.train.tokens=1e6", "data.max_train_tokens=2.5e5", "screen.train.tokens=1_000_000",
-                     "evaluate.speed={input_tokens: 8, output_tokens: 4, batch: 1}", "data.arithmetic.problems=0")  # fmt: skip
+                     "evaluate.speed={input_tokens: 8, output_tokens: 4, batch: 1}", "evaluate.prompts=[]")  # fmt: skip
+    assert settings.evaluate.prompts == []
     assert (settings.data.files, settings.evaluate.tasks, settings.evaluate.task_folders) == (["corpus.jsonl"], ["arc_easy", "mmlu"], ["a=b", "c, d"])
     assert (settings.scoring.protect, settings.evaluate.needle.lengths, settings.evaluate.speed[0].input_tokens) == ([0, 20], [100], 8)
     assert (settings.distill.train.tokens, settings.data.max_train_tokens, settings.screen.train.tokens) == (1_000_000, 250_000, 1_000_000)
