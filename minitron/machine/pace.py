@@ -35,8 +35,7 @@ CUT_TFLOPS = {"a10g": (31.2, 0.49), "l4": (30.3, 0.47), "rtx4090": (82.6, 1.29),
 class Work:
     """What there is to do. FLOP of matrix `products`, those computed `again` in a backward pass, in float32 whatever a model's precision `singles`, in float64
     `doubles`; `numbers` that layers and logits keep on the way; `calls` of sublayers by Python; bytes `read` and `written`, and `decoded`: of weights for
-    tokens one at a time;
-    `seconds` that no size changes, and `serial` ones, which go by the processor's clock."""
+    tokens one at a time; `serial` seconds of anything else, by the clock of the machine that all this was measured on."""
 
     products: float = 0
     again: float = 0
@@ -48,7 +47,6 @@ class Work:
     written: float = 0
     decoded: float = 0
     serial: float = 0
-    seconds: float = 0
 
     def __add__(self, other: "Work") -> "Work":
         return Work(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -67,9 +65,8 @@ class Pace:
 
     def seconds(self, work: Work, *, shared: bool = False) -> float:
         """Of all the work; divided by the processes where each takes its share."""
-        kinds = [f.name for f in fields(work) if f.name != "seconds"]
-        spent = sum(getattr(work, kind) / rate for kind in kinds if (rate := getattr(self.rates, kind)))
-        return spent / (self.processes if shared else 1) + work.seconds
+        spent = sum(getattr(work, f.name) / rate for f in fields(work) if (rate := getattr(self.rates, f.name)))
+        return spent / (self.processes if shared else 1)
 
 
 def machine_pace(flops_per_second: float, threads: int, processes: int = 1) -> Pace:
@@ -85,9 +82,7 @@ def machine_pace(flops_per_second: float, threads: int, processes: int = 1) -> P
 
 
 def device_pace(name: str, gpus: int = 1) -> Pace:
-    """Of GPUs of a kind in nas.throughput's table, one a process. Raises ValueError listing them."""
-    if name not in DEVICES:
-        raise ValueError(f"plan.device is {name!r}; it must be one of {', '.join(DEVICES)} (null: this machine)")
+    """Of GPUs of a kind in nas.throughput's table, one a process."""
     device, (singles, doubles) = DEVICES[name], CUT_TFLOPS[name]
     rates = Work(
         products=UTILISATION * device.flops_per_second, singles=0.5e12 * singles, doubles=0.5e12 * doubles, calls=GPU_CALLS_PER_SECOND,

@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Any
 
 from memory_budget.units import format_gib
+from minitron.machine import processes
 from minitron.machine.rate import duration
 from minitron.plan.done import done_stages
 from minitron.plan.plan import DEPTH, TRAINING, WIDTHS, Plan, StagePlan, plan_of
@@ -20,17 +21,18 @@ LAPS = {lap: f"{ordinal} lap, " * bool(ordinal) for lap, ordinal in ORDINALS.ite
 
 
 def begin(settings: Settings, console: Console) -> None:
-    """The first lines of a run. Raises ValueError, after them, for what cannot end well. A merge is no walk, and says enough itself."""
+    """The first lines of a run, in its first process. Raises ValueError, after them, for what cannot end well. A merge is no walk, and says enough itself."""
     if settings.stage.value == "merge":
         return
     done = done_stages(settings, quickly=False)
-    for line in lines(plan_of(settings, done)):
-        console.say(line)
+    if processes.rank() == 0:
+        for line in lines(plan_of(settings, done)):
+            console.say(line)
     check_before_work(settings, done)
 
 
 def print_plan(settings: Settings, console: Console) -> None:
-    """The whole plan, and what a run would refuse, or that nothing would be."""
+    """The whole plan, and what a run would refuse of it."""
     settings = replace(settings, stage=Stage.all)
     done = done_stages(settings, quickly=True)
     for line in table(plan_of(settings, done)):
@@ -59,9 +61,9 @@ def table(plan: Plan) -> list[str]:
 def _cut_line(plan: Plan) -> str:
     cut = ", ".join(f"{AXES[axis].title} {_range(low, high)} of {whole:,}" for axis, (low, high, whole) in plan.ranges.items()) or "nothing is cut"
     verdict = "fits" if plan.student_fits else "does not fit"
-    kind = "" if plan.fixed else " about"
-    return (f"{cut}: {_count(plan.teacher_parameters)} → {kind.lstrip()}{' ' * bool(kind)}{_count(plan.student_parameters)} parameters, "
-            f"{format_gib(plan.student_bytes)}, which {verdict} {format_gib(plan.budget_bytes)} of {plan.budget_name}")  # fmt: skip
+    about = "" if plan.fixed else "about "
+    return (f"{cut}: {_count(plan.teacher_parameters)} → {about}{_count(plan.student_parameters)} parameters, {format_gib(plan.student_bytes)}, which "
+            f"{verdict} {format_gib(plan.budget_bytes)} of {plan.budget_name}")  # fmt: skip
 
 
 def _uncut_line(plan: Plan) -> str:

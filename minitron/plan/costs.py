@@ -188,8 +188,9 @@ def _screen(view: LapView) -> Cost:
     decoded = (REPETITIONS * (screen.prompt_tokens * 0.2 + screen.new_tokens)) * ("*" in view.student.pattern)
     more = cut + measured + decode_work(view.student, decoded, FLOAT32)
     cost = _trained(view, view.student, None if screen.cached else view.teacher, [(screen.train, view.length)], more=more)
+    times = 1 if settings.candidate else min(settings.search.finalists, view.shortlisted)
     cutting = view.process_bytes + (0 if view.on_gpu else view.weights(view.base, FLOAT32) + view.weights(view.student, FLOAT32))
-    return replace(cost, held=max(cost.held, cutting), kept=2**16, scratch=cost.scratch + cost.kept, times=min(settings.search.finalists, view.shortlisted))
+    return replace(cost, held=max(cost.held, cutting), kept=2**16, scratch=cost.scratch + cost.kept, times=times)
 
 
 def _search(view: LapView) -> Cost:

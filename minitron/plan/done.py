@@ -26,7 +26,7 @@ def done_stages(settings: Settings, *, quickly: bool) -> Done:
     names, found = ("",) if depth_lap(settings) is None else (DEPTH, WIDTHS), set()
     try:
         laps = finished_laps(settings)
-    except ValueError:  # a teacher whose weights are not there yet, say: its own stage tells
+    except (ValueError, OSError):  # weights that are not there yet, or a runs folder that cannot be: the run itself tells
         return frozenset()
     for lap, name in zip(laps, names, strict=False):
         for stage in order_of(lap.settings):

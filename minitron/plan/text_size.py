@@ -1,5 +1,6 @@
 """How much text there is, before any of it is read: bytes of files, and tokens by a rule of thumb."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -56,8 +57,14 @@ def _source_bytes(data: DataSettings) -> tuple[int, int, int | None]:
         sizes = [(path.suffix.lower(), path.stat().st_size) for path in matching_files(data.files)]
         total = sum(size * (PARQUET_PACKING if suffix == ".parquet" else 1) for suffix, size in sizes)
         return int(total), int(total), None if any(suffix == ".parquet" for suffix, _ in sizes) else int(total)
-    code = TOPIC_BYTES + sum(path.stat().st_size for _, path in source_files())
+    code = _code_bytes()
     return code, int(PROSE_SHARE * code) if data.embedded is Embedded.prose else code, code
+
+
+@functools.cache
+def _code_bytes() -> int:
+    """Of the embedded text as code."""
+    return TOPIC_BYTES + sum(path.stat().st_size for _, path in source_files())
 
 
 def _limited(data: DataSettings, size: TextSize) -> TextSize:

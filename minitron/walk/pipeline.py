@@ -34,7 +34,7 @@ def run_pipeline(settings: Settings, console: Console) -> None:
     if uses and asked.looks_ahead:
         asked.run(settings, [], console)
         return
-    if not uses and processes.rank() == 0:
+    if not uses:
         for stage in using_stages().values():
             stage.before(settings, console)
     if said := nothing_to_cut(settings):

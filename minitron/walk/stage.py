@@ -111,7 +111,7 @@ class StoredStage:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsingStage:
     """A stage that uses what is done: it has no other stage run and keeps nothing in the store. Of the laps that it is given the last is the run's; one that
-    `looks_ahead` is given none, and needs no runs folder. `before` says, and refuses, what it can before any stored stage works."""
+    `looks_ahead` is given none, and needs no runs folder. `before`, in every process, says and refuses what it can before any stored stage works."""
 
     run: Callable[[Settings, Sequence[Lap], Console], None]
     check: Callable[[Settings], None] = _nothing

@@ -1,5 +1,6 @@
 """The plan before the work: its figures against what was measured and published, what it says, and what is refused by it, each beside what passes."""
 
+import functools
 import json
 import math
 import subprocess
@@ -41,6 +42,7 @@ def composed():
 
     import minitron.run  # noqa: F401 registers the schema
 
+    @functools.cache
     def make(experiment: str, *overrides: str) -> Settings:
         with initialize_config_dir(str(CONF_FOLDER), version_base="1.3"):
             return OmegaConf.to_object(compose("run", overrides=[f"experiment={experiment}", *overrides]))
@@ -161,8 +163,8 @@ def test_gpus_are_known_by_what_the_driver_calls_them(model, device):
 
 
 def test_work_that_is_shared_goes_by_the_number_of_devices():
-    one, eight, work = device_pace("h100-80"), device_pace("h100-80", 8), Work(products=1e18, seconds=1)
-    assert one.seconds(work, shared=True) - 1 == pytest.approx(8 * (eight.seconds(work, shared=True) - 1)) and eight.seconds(work) == one.seconds(work)
+    one, eight, work = device_pace("h100-80"), device_pace("h100-80", 8), Work(products=1e18)
+    assert one.seconds(work, shared=True) == pytest.approx(8 * eight.seconds(work, shared=True)) and eight.seconds(work) == one.seconds(work)
 
 
 @pytest.mark.parametrize(("given", "said"), [({"device": "h200"}, "plan.device is 'h200'; it must be one of a10g, l4"), ({"gpus": 8}, "plan.device is null"),
@@ -175,6 +177,7 @@ def test_devices_that_are_none_are_refused(given, said):
 
 def test_the_rate_is_measured_once_and_kept_whatever_lies_there(machine, tmp_path, monkeypatch):
     machine(1.0)
+    monkeypatch.setattr(rate, "MEASURED_SECONDS", 0.02)
     path = tmp_path / "cache" / rate.KEPT_FILE
     for damaged in ("", "[]", "{}", '{"x": 1}', path.read_text()[:-5]):
         path.write_text(damaged)
