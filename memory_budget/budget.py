@@ -58,6 +58,10 @@ PRESETS = {
 }
 
 
+# What people call a card whose number alone would be read as GiB.
+CARD_NUMBERS = {"4090": ("rtx4090",)}
+
+
 def parse_budget(text: str | float) -> Budget:
     """A preset by its name, or a number of GiB without cushion, as vendors count a card's GB too: 24, 24GiB, 24gb. Raises ValueError listing the presets."""
     word = str(text).strip().lower()
@@ -68,8 +72,8 @@ def parse_budget(text: str | float) -> Budget:
         gib = float(number)
     except ValueError:
         gib = math.nan
-    if not 0 < gib < math.inf:
-        near = get_close_matches(word, PRESETS, n=1)
+    if not 0 < gib < math.inf or word in CARD_NUMBERS:
+        near = get_close_matches(word, PRESETS, n=1) or CARD_NUMBERS.get(word, ())
         meant = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"budget ({text}) must be a number of GiB above 0 or one of {', '.join(PRESETS)}{meant}")
     return Budget(f"{number} GiB", gib)

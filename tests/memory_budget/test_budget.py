@@ -26,6 +26,17 @@ def test_a_number_is_gib_without_a_cushion():
     assert parse_budget("19.66").bytes == parse_budget(19.66).bytes == math.floor(19.66 * GIB)
 
 
+@pytest.mark.parametrize(("text", "gib"), [("24", 24), ("24gb", 24), ("24 GiB", 24), ("0.5G", 0.5), ("4091", 4091)])
+def test_gib_are_taken_as_people_write_them(text, gib):
+    assert parse_budget(text).device_gib == gib
+
+
+@pytest.mark.parametrize(("text", "card"), [("4090", "rtx4090"), ("rtx-4090", "rtx4090"), ("a10", "a10g"), ("h100", "h100-80")])
+def test_a_card_by_nearly_its_name_is_told_the_name(text, card):
+    with pytest.raises(ValueError, match=f"; did you mean {card}"):
+        parse_budget(text)
+
+
 @pytest.mark.parametrize("text", ["a11g", "-3", "0", "nan", "inf", "", "19,66"])
 def test_what_is_no_budget_is_refused_with_the_presets(text):
     with pytest.raises(ValueError, match=", ".join(PRESETS)):
