@@ -60,12 +60,11 @@ def walk(runs: Path) -> Walked:
     """`stage=prune` of the tiny experiment, in this folder's store."""
     summary = walk_pipeline(runs, "compensated", "stage=prune")
     folder = Path(summary["stages"]["prune"]["path"])
-    inputs = json.loads((folder / "done.json").read_text())["inputs"]
     store = folder.parent.parent
     plan = json.loads((folder / "plan.json").read_text())
     base = store / "distill" / summary["depth_lap"]["stages"]["distill"]["key"]
     teacher, data = Path(summary["models"]["teacher"]["path"]), Path(summary["stages"]["data"]["path"])
-    scores = store / "score" / inputs["score"] / "scores.safetensors"
+    scores = Path(summary["stages"]["score"]["path"]) / "scores.safetensors"
     return Walked(base / "checkpoint", teacher, data, scores, Architecture(**plan["student"]), tuple(plan["kept_layers"]), folder.name)
 
 

@@ -21,8 +21,14 @@ NUM_LARGEST, NUM_FINALISTS = 2, 4
 
 def walk(options, seed: int, *settings: str, multirun: bool = False) -> subprocess.Popen:
     """`python -m minitron.run` in the background, one thread each, with what all calls of a seed share."""
-    shared = (f"runs_folder={options.runs}", f"run_name=ladder-{seed}", f"seed={seed}", "teacher.train_anew=true",
-              "depth_lap.enabled=false", "search.layers.high=null")
+    shared = (
+        f"runs_folder={options.runs}",
+        f"run_name=ladder-{seed}",
+        f"seed={seed}",
+        "teacher.train_anew=true",
+        "depth_lap.enabled=false",
+        "search.layers.high=null",
+    )
     command = [sys.executable, "-m", "minitron.run", *(["-m"] if multirun else []), *shared]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen([*command, *settings], env=environment, stdout=subprocess.DEVNULL)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from memory_budget.hf_config import read_config  # noqa: E402
 from minitron.checkpoints.tiny import card_lines, convert_checkpoint  # noqa: E402
+from minitron.door.composed import compose_settings  # noqa: E402
 from minitron.families.known import family_of  # noqa: E402
 from minitron.machine.device import pick_device  # noqa: E402
 from minitron.measures.held_out import by_position, token_sums  # noqa: E402
@@ -27,7 +28,7 @@ from minitron.measures.needle import measure_needle  # noqa: E402
 from minitron.settings.evaluate import NeedleSettings  # noqa: E402
 from minitron.settings.rules import key_settings  # noqa: E402
 from minitron.settings.run import Settings, Stage  # noqa: E402
-from minitron.settings.teachers import CONF_FOLDER, STORED_FOLDER, TRAINING_FILE, digest_of  # noqa: E402
+from minitron.settings.teachers import STORED_FOLDER, TRAINING_FILE, digest_of  # noqa: E402
 from minitron.text.embedded import text_fingerprint  # noqa: E402
 from minitron.text.key_values import vocabulary_of  # noqa: E402
 from minitron.text.samples import batches_of, evaluation_rows, spread_rows  # noqa: E402
@@ -42,13 +43,7 @@ CURVE_EVERY = 25  # steps of which one is kept
 
 def settings_of(overrides: list[str]) -> Settings:
     """experiment=tiny_teacher, with changes."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    import minitron.run  # noqa: F401 registers the schema
-
-    with initialize_config_dir(str(CONF_FOLDER), version_base="1.3"):
-        return replace(OmegaConf.to_object(compose("run", overrides=["experiment=tiny_teacher", *overrides])), stage=Stage.teacher)
+    return replace(compose_settings("experiment=tiny_teacher", *overrides), stage=Stage.teacher)
 
 
 def measured(folder: Path, held_out_RT: np.ndarray) -> dict[str, Any]:

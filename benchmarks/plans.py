@@ -1,6 +1,6 @@
 """What every stage of the 12B recipes will hold on a GPU: the memory plans that the stages themselves make, for three machines. Counted, nothing is run.
 
-    python benchmarks/plans.py          # Markdown, as in docs/scale.md; the last line is one JSON object
+python benchmarks/plans.py          # Markdown, as in docs/scale.md; the last line is one JSON object
 """
 
 import json
@@ -16,9 +16,10 @@ from distill.engines.sharing import idle_rows  # noqa: E402
 from memory_budget.architecture import Architecture  # noqa: E402
 from memory_budget.units import GIB  # noqa: E402
 from minitron.checkpoints.forward_memory import forward_memory  # noqa: E402
+from minitron.door.composed import compose_settings  # noqa: E402
 from minitron.importance.memory import ScoringNeeds  # noqa: E402
 from minitron.settings.run import Placement, Settings  # noqa: E402
-from minitron.settings.teachers import CONF_FOLDER, teacher_architecture  # noqa: E402
+from minitron.settings.teachers import teacher_architecture  # noqa: E402
 from minitron.settings.training import Rows, TrainSettings  # noqa: E402
 from minitron.text.blends import phase_parts  # noqa: E402
 from minitron.training.memory import PhaseMemory  # noqa: E402
@@ -52,13 +53,7 @@ class Line:
 
 def experiment(name: str) -> Settings:
     """The settings of conf/experiment/NAME.yaml."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    import minitron.run  # noqa: F401 registers the schema
-
-    with initialize_config_dir(str(CONF_FOLDER), version_base="1.3"):
-        return OmegaConf.to_object(compose("run", overrides=[f"experiment={name}"]))
+    return compose_settings(f"experiment={name}")
 
 
 def lines(settings: Settings, machines: Machines) -> Iterator[Line]:

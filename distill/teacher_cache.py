@@ -98,6 +98,12 @@ def write_teacher_cache(
         (folder / PARTIAL_META).unlink(missing_ok=True)
 
 
+def rows_written(folder: Path) -> int:
+    """How many rows an earlier call has finished."""
+    path = folder / WRITTEN
+    return int(np.count_nonzero(np.fromfile(path, dtype=np.uint8))) if path.exists() else 0
+
+
 class TeacherCache:
     """A whole cache, opened for reading; nothing is loaded but the rows asked for."""
 

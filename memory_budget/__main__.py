@@ -10,6 +10,11 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+# Said before what an older Python cannot read is imported; this file itself it can.
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.stderr.write("error: Python is %d.%d; minitron needs 3.11 or later\n" % sys.version_info[:2])  # noqa: UP031
+    sys.exit(2)
+
 from memory_budget.architecture import BLOCK, Architecture, describe_layers
 from memory_budget.budget import PRESETS, Budget, fits, parse_budget
 from memory_budget.calculator import MemoryReport, max_batch, max_context_tokens, memory_report

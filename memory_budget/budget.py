@@ -1,7 +1,9 @@
 """Budget: the bytes a device leaves for a model."""
 
 import math
+import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from memory_budget.calculator import MemoryReport
 from memory_budget.units import GIB
@@ -56,18 +58,25 @@ PRESETS = {
 }
 
 
+# What people call a card whose number alone would be read as GiB.
+CARD_NUMBERS = {"4090": ("rtx4090",)}
+
+
 def parse_budget(text: str | float) -> Budget:
-    """A preset by its name, or a number of GiB without cushion. Raises ValueError listing the presets."""
-    preset = PRESETS.get(str(text).lower())
-    if preset is not None:
-        return preset
+    """A preset by its name, or a number of GiB without cushion, as vendors count a card's GB too: 24, 24GiB, 24gb. Raises ValueError listing the presets."""
+    word = str(text).strip().lower()
+    if word in PRESETS:
+        return PRESETS[word]
+    number = re.sub(r"(?<=[\d.])\s*(gib|gb|g)$", "", word)
     try:
-        gib = float(text)
+        gib = float(number)
     except ValueError:
         gib = math.nan
-    if not 0 < gib < math.inf:
-        raise ValueError(f"budget ({text}) must be a number of GiB above 0 or one of {', '.join(PRESETS)}")
-    return Budget(f"{text} GiB", gib)
+    if not 0 < gib < math.inf or word in CARD_NUMBERS:
+        near = get_close_matches(word, PRESETS, n=1) or CARD_NUMBERS.get(word, ())
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"budget ({text}) must be a number of GiB above 0 or one of {', '.join(PRESETS)}{meant}")
+    return Budget(f"{number} GiB", gib)
 
 
 def fits(report: MemoryReport, budget: Budget) -> bool:

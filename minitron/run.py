@@ -1,17 +1,19 @@
-"""The door: `python -m minitron.run stage=prune key=value …`. Hydra stays on this side of it.
+"""The door: `python -m minitron.run stage=prune key=value …`, and what must be settled before anything else is imported.
 
 Exit codes: 0 done · 2 the user's mistake, one line on stderr · 1 anything else that failed · 130 interrupted.
 """
 
 import os
-import re
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-# One line and exit code 2 instead of Hydra's own several lines and 1; set by the user, it gives full traces as always.
-_FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR")
+# Said before what an older Python cannot read is imported; this file itself it can.
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.stderr.write("error: Python is %d.%d; minitron needs 3.11 or later\n" % sys.version_info[:2])  # noqa: UP031
+    sys.exit(2)
+
+# One line and exit code 2 instead of Hydra's own several lines and 1; set by the user, it gives full traces as always (of the processes of a sweep too).
+os.environ.setdefault("MINITRON_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", ""))
 os.environ["HYDRA_FULL_ERROR"] = "1"
 
 # What matters of its warnings (the slow reference kernels) is dealt with in families/ssd.py.
@@ -26,110 +28,32 @@ if "OMP_WAIT_POLICY" not in os.environ:
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
 
-import hydra  # noqa: E402
-from hydra.core.config_store import ConfigStore  # noqa: E402
-from hydra.core.hydra_config import HydraConfig  # noqa: E402
-from hydra.errors import HydraException, MissingConfigException  # noqa: E402
-from omegaconf import DictConfig, OmegaConf  # noqa: E402
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException  # noqa: E402
-
-from minitron.settings.run import Settings  # noqa: E402
-from minitron.settings.teachers import CONF_FOLDER, is_stored  # noqa: E402
-
-
-def stage_lines() -> str:
-    """What --help says of the stages, in the order of a walk: the first sentence of each one's file."""
-    from minitron.walk.table import order_of, stages, stored_stages
-
-    walk = order_of(Settings())
-    groups = {
-        "Stages of a walk, each of which runs what it needs first (stage=all, the default, runs them and writes the report)": walk,
-        "Stages that run where settings ask for them, or by name": [name for name in stored_stages() if name not in walk],
-        "Stages that use what is done and run nothing else": [name for name in stages() if name not in stored_stages()],
-    }
-    says = {name: sys.modules[f"minitron.stages.{name}"].__doc__.partition("\n")[0] for name in stages()}
-    return "\n\n".join("\n".join([f"{title}:", *(f"  {name:<14} {says[name]}" for name in names)]) for title, names in groups.items())
-
-
-_asked_for_help = {"--help", "-h"} & set(sys.argv)
-ConfigStore.instance().store(name="settings_schema", node=Settings)
-ConfigStore.instance().store(group="hydra/help", name="with_stages", node={"footer": stage_lines() if _asked_for_help else ""})
-
-
-@hydra.main(version_base="1.3", config_path=str(CONF_FOLDER), config_name="run")
-def _run(config: DictConfig) -> None:
-    from minitron.machine import processes
-    from minitron.walk.console import Console
-    from minitron.walk.pipeline import run_pipeline
-
-    with users_mistakes():
-        settings = _settings(config)
-        check_teacher_overrides(settings, HydraConfig.get().overrides.task)
-        run_pipeline(settings, Console(quiet=processes.rank() > 0))
-
-
-def check_teacher_overrides(settings: Settings, overrides: list[str]) -> None:
-    """Refuse what would be passed over: how to train a tiny teacher where none is trained. Raises ValueError."""
-    given = [override.partition("=")[0] for override in overrides if override.lstrip("+").startswith("teacher.train.")]
-    if given and is_stored(settings):
-        raise ValueError(f"{given[0]} is given, but the tiny teacher that comes with the package is not trained here; teacher.train_anew=true trains one")
-
-
-def _settings(config: DictConfig) -> Settings:
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ValueError(f"{missing[0]} has no value; it must be set, e.g. {missing[0]}=…")
-    return OmegaConf.to_object(config)
-
-
-@contextmanager
-def users_mistakes() -> Iterator[None]:
-    """Turns what the user can mend into one line and exit code 2."""
-    try:
-        yield
-    except (ValueError, HydraException, OmegaConfBaseException) as error:
-        if _FULL_ERROR:
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is an interrupt too
+    """The command; gives the exit code."""
     try:
-        sys.argv[1:] = [_verbatim(argument) for argument in sys.argv[1:]]
-        with users_mistakes():
-            _run()
+        hear_interrupts()
+        from minitron.door.command import command  # seconds, in which an interrupt is heard too
+
+        return command(sys.argv[1:])
     except KeyboardInterrupt:
+        exec("")  # an interrupt inside exec of text, as dataclasses do it, makes Python end by SIGINT whatever is caught, unless some text goes well after it
         print("interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    except ModuleNotFoundError as error:
+        if error.name not in ("hydra", "omegaconf", "numpy", "torch", "rich"):
+            raise
+        print(f"error: {error.name} is not installed for {sys.executable}; `make install` makes .venv with all of it: .venv/bin/python", file=sys.stderr)
+        return 2
 
 
-def _verbatim(argument: str) -> str:
-    """`prompt=…` and `teacher.package=NAME==VERSION` as Hydra reads them back unchanged, whatever they hold."""
-    name, given, text = argument.partition("=")
-    if name not in ("prompt", "teacher.package") or not given or text == "null" or text[:1] in "'\"":
-        return argument
-    escaped = re.sub(r"\\+(?='|$)", lambda some: some[0] * 2, text).replace("'", "\\'").replace("${", "\\${")  # of backslashes, only those before a quote count
-    return f"{name}='{escaped}'"
-
-
-def one_line(error: Exception) -> str:
-    """The message of a user's mistake in one line; Hydra's and OmegaConf's are put in our words."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    key = getattr(cause, "full_key", None)
-    first = str(cause).strip().splitlines()[0]
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        return f"{key} is no setting; --cfg job lists them all"
-    if isinstance(cause, OmegaConfBaseException) and key:
-        return f"{key}: {first}"
-    if isinstance(error, MissingConfigException) and error.options:
-        return f"{error.missing_cfg_file} is not in conf/; there are: {', '.join(error.options)}"
-    return " ".join(str(error).split())
+def hear_interrupts() -> None:
+    """SIGINT is heard also by what a shell has started in the background, which would ignore it; and a scheduler's SIGTERM is an interrupt too."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 if __name__ == "__main__":
     sys.exit(main())
+else:
+    import minitron.door.command  # noqa: F401 registers the settings with Hydra, for who composes them without the door

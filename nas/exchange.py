@@ -18,6 +18,8 @@ SIZES = {
     "num_query_groups": "num_key_value_heads",
 }
 PATTERNS = ("hybrid_override_pattern", "hybrid_layer_pattern")  # older and newer Megatron
+STAGE_MARK, MTP_MARK = "|", "/"  # in a pattern: the next layer is on the next pipeline stage; what follows is of heads that foretell further tokens
+MTP_NAMES = ("mtp_num_layers", "mtp_hybrid_override_pattern")  # of those heads, which students have none of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ def from_export_config(config: Mapping[str, Any], teacher: Architecture) -> Impo
     Raises ValueError for a name that is not known, a value that is no size of a cut of the teacher, and a num_layers that
     contradicts the pattern.
     """
-    if unknown := sorted(set(config) - {"num_layers", *SIZES, *PATTERNS}):
+    if unknown := sorted(set(config) - {"num_layers", *SIZES, *PATTERNS, *MTP_NAMES}):
         raise ValueError(f"export_config has {', '.join(unknown)}; it may have num_layers, {', '.join((*SIZES, *PATTERNS))}")
     sizes = {field: _size(config.get(name, getattr(teacher, field)), name, getattr(teacher, field)) for name, field in SIZES.items()}
     pattern = _pattern(config)
@@ -78,17 +80,18 @@ def read_export_config(path: Path, teacher: Architecture) -> Imported:
 
 
 def _pattern(config: Mapping[str, Any]) -> str | None:
-    """The pattern, if given, without Megatron's marks of pipeline stages (|), which say nothing about the model."""
+    """The pattern of the model's own layers, if given: without Megatron's marks of pipeline stages (|), which say nothing about the model, and without what
+    each / begins, the layers of a head that foretells further tokens."""
     given = {name: config[name] for name in PATTERNS if config.get(name) is not None}
     if not given:
         return None
-    if len(set(map(str, given.values()))) > 1:
+    layers = {name: value.partition(MTP_MARK)[0].replace(STAGE_MARK, "") if isinstance(value, str) else "" for name, value in given.items()}
+    for name, pattern in layers.items():
+        if not pattern or set(pattern) - set(LAYER_KINDS):
+            raise ValueError(f"{name} ({given[name]}) must be a string of the layer letters {' '.join(LAYER_KINDS)}, before any {MTP_MARK}")
+    if len(set(layers.values())) > 1:
         raise ValueError(f"{' and '.join(PATTERNS)} are both given and differ; give one")
-    name, value = next(iter(given.items()))
-    pattern = value.replace("|", "") if isinstance(value, str) else ""
-    if not pattern or set(pattern) - set(LAYER_KINDS):
-        raise ValueError(f"{name} ({value}) must be a string of the layer letters {' '.join(LAYER_KINDS)}")
-    return pattern
+    return next(iter(layers.values()))
 
 
 def _size(value: Any, name: str, most: int) -> int:

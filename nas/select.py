@@ -5,6 +5,7 @@ chosen. Every rule raises ValueError where no row is left.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +19,18 @@ class Choice:
     reason: str
 
 
-def lowest_loss(losses: np.ndarray) -> Choice:
-    """The row of the lowest loss; of equal ones the first."""
-    losses = np.asarray(losses, dtype=np.float64)
+def lowest_loss(losses: np.ndarray, memory: np.ndarray, names: Sequence[str], *, noise: float) -> Choice:
+    """The row of the lowest loss; of those at most `noise` nats/token above it the smallest, then the first by name, in whatever order they come."""
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"search.noise ({noise}) must be a number of nats/token of at least 0")
+    losses, memory = (np.asarray(column, dtype=np.float64) for column in (losses, memory))
     rows = _usable(losses)
-    row = int(rows[np.argmin(losses[rows])])
-    return Choice(row, f"lowest loss, {losses[row]:.3f} nats/token")
+    lowest = losses[rows].min()
+    near = rows[losses[rows] <= lowest + noise].tolist()
+    row = min(near, key=lambda one: (memory[one], names[one]))
+    if len(near) == 1:
+        return Choice(row, f"lowest loss, {losses[row]:.3f} nats/token")
+    return Choice(row, f"smallest of the {len(near)} within {noise:g} nats/token, the noise of a measurement, of the lowest loss, {lowest:.3f}")
 
 
 def loss_within(losses: np.ndarray, memory: np.ndarray, throughput: np.ndarray, *, within: float) -> Choice:

@@ -11,6 +11,7 @@ Letters: D hidden · V vocabulary · Q query heads, H head dim · M Mamba heads,
 
 import math
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
 import numpy as np
 
@@ -61,7 +62,9 @@ def device_of(name: str, *, bytes_per_second: float | None = None, flops_per_sec
     if len(given) == 2:
         return Device(name, **given)
     if name.lower() not in DEVICES:
-        raise ValueError(f"device ({name}) must be one of {', '.join(DEVICES)}, or come with both its bytes and its FLOPs per second")
+        near = get_close_matches(name.lower(), DEVICES, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"device ({name}) must be one of {', '.join(DEVICES)}, or come with both its bytes and its FLOPs per second{meant}")
     return replace(DEVICES[name.lower()], **given)
 
 

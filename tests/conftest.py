@@ -127,7 +127,7 @@ def repository() -> Path:
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     """What child processes get: one thread each, offline, this checkout's code and nothing that changes a run."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("HYDRA", "WANDB", "TRANSFORMERS", "FORCE_COLOR"))}
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("HYDRA", "MINITRON", "WANDB", "TRANSFORMERS", "FORCE_COLOR"))}
     return own | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
 
 
@@ -179,11 +179,8 @@ def run_process(environment) -> Callable[..., Finished]:
 
     def run(folder: Path, *arguments: str) -> Finished:
         before = time.monotonic()
-        with forks.foreground_signals():
-            process = subprocess.Popen([sys.executable, "-m", "minitron.run", *arguments], cwd=folder, env=environment, text=True,
-                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-        stdout, stderr = process.communicate(timeout=900)
-        return Finished(process.returncode, stdout, stderr, time.monotonic() - before)
+        finished = subprocess.run([sys.executable, "-m", "minitron.run", *arguments], cwd=folder, env=environment, text=True, capture_output=True, timeout=900)
+        return Finished(finished.returncode, finished.stdout, finished.stderr, time.monotonic() - before)
 
     return run
 

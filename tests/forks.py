@@ -119,15 +119,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-@contextlib.contextmanager
-def foreground_signals():
-    """Processes started within have the signals of one started in the foreground: those of a job in the background would ignore SIGINT."""
-    with contextlib.ExitStack() as stack:
-        for number, handler in FOREGROUND.items():
-            stack.callback(signal.signal, number, signal.signal(number, handler))
-        yield
-
-
+# Of a command started in the foreground: one in the background would ignore SIGINT, as the process that forks does.
 FOREGROUND = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
 
 
@@ -168,7 +160,6 @@ def import_once() -> None:
     """Every module that computes, and the worker; no threads are started and no random numbers drawn by it."""
     import importlib.util
     import pkgutil
-
 
     for package in ("minitron", "distill"):
         for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):

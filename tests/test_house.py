@@ -26,7 +26,7 @@ ALLOWED = {
     "distill": ({"distill"}, None),
     "minitron": (set(PACKAGES), None),
 }
-ONLY_IN = {"hydra": "minitron/run.py", "omegaconf": "minitron/run.py", "wandb": "minitron/walk/tracking.py"}
+ONLY_IN = {"hydra": "minitron/door/", "omegaconf": "minitron/door/", "wandb": "minitron/walk/tracking.py"}
 MOST_LINES, MOST_MODULES = 400, 16
 
 
@@ -56,7 +56,7 @@ def forbidden_imports(root: Path) -> list[str]:
             in_house = name in PACKAGES
             bad_house = in_house and name not in house
             bad_world = not in_house and world is not None and name not in world and name not in sys.stdlib_module_names
-            if bad_house or bad_world or name == "." or ONLY_IN.get(name, file) != file:
+            if bad_house or bad_world or name == "." or not file.startswith(ONLY_IN.get(name, file)):
                 found.append(f"{file} imports {name}")
     return found
 
@@ -242,7 +242,7 @@ def test_a_setting_without_a_comment_is_caught(tmp_path):
     assert commented_keys(path) == {"a": "one", "b.c": "", "b.d.e": "", "b.d.f": "", "b.g.h": "three"}
 
 
-CONF_FILES = sorted(path for path in (REPOSITORY / "conf").rglob("*.yaml") if path.parent.name not in ("accelerate", "sweeps"))  # they have keys of their own
+CONF_FILES = sorted(path for path in (REPOSITORY / "conf").rglob("*.yaml") if path.parent.name != "accelerate")  # it has keys of its own
 
 
 @pytest.mark.parametrize("path", CONF_FILES, ids=lambda path: path.stem)

@@ -4,10 +4,8 @@ Reading goes through plain file reads, not a memory map, so that what was read d
 memory, and around the page cache (direct_io.py) where the files are too large to stay in it.
 """
 
-import hashlib
 import json
 import shutil
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,11 @@ import numpy as np
 import torch
 
 from minitron.checkpoints.direct_io import empty_tensor, fill_tensor, would_not_stay
+from minitron.checkpoints.folder import COMPANION_FILES
+from minitron.checkpoints.local_paths import is_local
+from minitron.checkpoints.weight_files import INDEX_FILE, WeightFiles, read_header_rows, weight_files
+from minitron.checkpoints.weight_files import SINGLE_FILE as SINGLE_FILE
+from minitron.families.config_json import CODE_KEYS
 
 DTYPES = {
     "F64": torch.float64,
@@ -28,24 +31,10 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-FINGERPRINT_BYTES = 4096  # of each tensor
 # Large enough for a disk's full rate, small enough that a piece is still in the processor's cache when it is cut and written.
 PIECE_BYTES = 2**24
-# Carried over byte for byte from the teacher's folder, where present.
-COMPANION_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+COMPANION_CONFIGS = ("tokenizer_config.json", "generation_config.json")
+PLACE_ENDINGS = ("name_or_path", "_file")  # of keys of theirs that name a file or folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +63,12 @@ class Checkpoint:
         the page cache, else the files' size decides.
         """
         self.folder = Path(folder)
-        files, indexed = _shard_files(self.folder) if file is None else ([self.folder / file], set())
-        self.files = files
+        found = weight_files(self.folder) if file is None else WeightFiles((self.folder / file,), frozenset(), ())
+        files = self.files = list(found.files)
+        self.notes = found.notes
         self.entries = {entry.name: entry for path in files for entry in read_header(path)}
         self.direct = would_not_stay(sum(entry.num_bytes for entry in self.entries.values())) if direct is None else direct
-        missing = sorted(indexed - set(self.entries))
+        missing = sorted(found.listed - set(self.entries))
         if missing:
             raise ValueError(f"checkpoint {self.folder}: tensor {missing[0]} is listed in {INDEX_FILE} but in none of its shards")
 
@@ -138,22 +128,6 @@ class Checkpoint:
     def num_parameters(self) -> int:
         return sum(entry.num_elements for entry in self.entries.values())
 
-    @property
-    def fingerprint(self) -> str:
-        """12 hex digits over config.json, tokenizer files, the shards' sizes, every tensor's name, dtype and shape, and its first bytes.
-
-        Not over all 24 GB of weights, but two trainings of one architecture, whose headers are equal, differ in every tensor.
-        """
-        config = b"".join(path.read_bytes() for path in (self.folder / name for name in ("config.json", *COMPANION_FILES)) if path.exists())
-        rows = sorted((entry.name, entry.dtype, entry.shape, entry.path.name) for entry in self.entries.values())
-        sizes = [(path.name, path.stat().st_size) for path in self.files]
-        digest = hashlib.sha256(config + json.dumps([rows, sizes]).encode())
-        for entry in sorted(self.entries.values(), key=lambda entry: entry.name):
-            with open(entry.path, "rb", buffering=0) as file:
-                file.seek(entry.offset)
-                digest.update(file.read(min(entry.num_bytes, FINGERPRINT_BYTES)))
-        return digest.hexdigest()[:12]
-
 
 def bytes_of(tensor: torch.Tensor) -> np.ndarray:
     """A tensor's memory, or that of a contiguous copy."""
@@ -165,47 +139,16 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and np.array_equal(bytes_of(one), bytes_of(other))
 
 
-def _shard_files(folder: Path) -> tuple[list[Path], set[str]]:
-    if not folder.is_dir():
-        raise ValueError(f"checkpoint {folder} is not a folder")
-    if (folder / INDEX_FILE).exists():
-        try:
-            weight_map = dict(json.loads((folder / INDEX_FILE).read_text())["weight_map"].items())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"checkpoint {folder / INDEX_FILE} is not a safetensors index with a weight_map ({error})") from None
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-        for path in files:
-            if not path.exists():
-                raise ValueError(f"checkpoint {folder}: shard {path.name} is listed in {INDEX_FILE} but missing")
-        return files, set(weight_map)
-    if (folder / SINGLE_FILE).exists():
-        return [folder / SINGLE_FILE], set()
-    raise ValueError(f"checkpoint {folder} holds no weights; expected {SINGLE_FILE} or {INDEX_FILE}")
-
-
 def read_header(path: Path) -> list[TensorEntry]:
     """The tensors of one safetensors file. Raises ValueError where the file is truncated or its header unreadable."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + header_bytes > size:
-            raise ValueError(f"checkpoint {path} is truncated: {size} bytes do not hold its header")
-        try:
-            header = json.loads(file.read(header_bytes))
-            rows = [(name, row["dtype"], tuple(row["shape"]), *row["data_offsets"]) for name, row in header.items() if name != "__metadata__"]
-        except ValueError:
-            raise ValueError(f"checkpoint {path} is not a safetensors file: its header is not JSON") from None
-        except (AttributeError, KeyError, TypeError):
-            raise ValueError(f"checkpoint {path} is not a safetensors file: its header does not list tensors") from None
-    base = 8 + header_bytes
+    size, header = path.stat().st_size, read_header_rows(path)
     entries = []
-    for name, dtype, shape, begin, end in rows:
-        if base + end > size:
-            raise ValueError(f"checkpoint {path} is truncated: tensor {name} ends at byte {base + end}, the file at {size}")
+    for name, dtype, shape, begin, end in header.rows:
+        if header.base + end > size:
+            raise ValueError(f"checkpoint {path} is truncated: tensor {name} ends at byte {header.base + end}, the file at {size}")
         if dtype not in DTYPES:
             raise ValueError(f"checkpoint {path}: tensor {name} has dtype {dtype}; supported: {', '.join(DTYPES)}")
-        entry = TensorEntry(name, path, dtype, shape, base + begin, end - begin)
+        entry = TensorEntry(name, path, dtype, shape, header.base + begin, end - begin)
         if entry.num_bytes != entry.num_elements * DTYPES[dtype].itemsize:
             raise ValueError(f"checkpoint {path}: tensor {name} has {entry.num_bytes} bytes; {dtype} {list(shape)} needs another number")
         entries.append(entry)
@@ -260,7 +203,27 @@ def stored_bytes(folder: Path) -> int:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Carry tokenizer, chat template and generation config over, byte for byte."""
+    """Carry tokenizer, chat template and generation config over, byte for byte, but for what speaks of this machine or of code that is not carried over."""
     for name in COMPANION_FILES:
         if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+            cleaned = _without_places(source, name) if name in COMPANION_CONFIGS else None
+            if cleaned is None:
+                shutil.copyfile(source / name, folder / name)
+            else:
+                (folder / name).write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _without_places(source: Path, name: str) -> dict | None:
+    """A config beside the weights without paths of a machine and without `auto_map`; None where it has neither, or cannot be read."""
+    try:
+        config = json.loads((source / name).read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    if not isinstance(config, dict):
+        return None
+    gone = {key for key, value in config.items() if key in CODE_KEYS or (isinstance(value, str) and key.endswith(PLACE_ENDINGS) and is_local(value))}
+    kept = {key: value for key, value in config.items() if key not in gone}
+    own_class = str(config.get("tokenizer_class") or "no class").removesuffix("Fast") in str(config.get("auto_map"))
+    if own_class and (source / "tokenizer.json").exists():
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast"  # what any program makes of a tokenizer.json
+    return kept if gone else None

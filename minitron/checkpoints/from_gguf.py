@@ -78,7 +78,7 @@ def _read(header: GGUFHeader) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    where = {"pretrained_model_name_or_path": header.path.parent, "gguf_file": header.path.name, "local_files_only": True}
+    where = {"pretrained_model_name_or_path": header.path.parent, "gguf_file": header.path.name, "local_files_only": True, "trust_remote_code": False}
     try:
         with redirect_stderr(io.StringIO()):  # a bar that has no switch
             model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)

@@ -1,7 +1,8 @@
 """Writing a model folder that any runtime loads unchanged, and checking it by reading it back."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -56,6 +57,14 @@ def write_planned(folder: Path, family: Family, planned: Sequence[PlannedTensor]
     write_weights(folder, planned, max_shard_bytes=max_shard_bytes, on_bytes=on_bytes)
     write_companions(folder, config=config, companions=companions, card=card)
     return check_written(folder, family, planned, config)
+
+
+def formats_of(tensors: Iterable[PlannedTensor]) -> str:
+    """The number formats that tensors are stored in, the one of most bytes first: "bfloat16 and float32"."""
+    sizes = Counter()
+    for tensor in tensors:
+        sizes[str(DTYPES[tensor.dtype]).removeprefix("torch.")] += tensor.num_bytes
+    return " and ".join(name for name, _ in sizes.most_common())
 
 
 def write_companions(folder: Path, *, config: dict, companions: Path, card: str) -> None:

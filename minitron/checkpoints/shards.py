@@ -26,11 +26,13 @@ def write_weights(folder: Path, tensors: Iterable[PlannedTensor], *, max_shard_b
                   direct: bool | None = None) -> None:  # fmt: skip
     """Write tensors piece by piece into as many shards as needed, with an index when there are several.
 
-    A shard that is already whole (from an interrupted run of the same plan) is kept. `on_bytes` hears how many were written or kept; `direct` says
+    A shard that is already whole (from an interrupted run of the same plan) is kept; weights in other files, of a run with another shard size, and
+    their index are removed, since each program has its own order of looking at them. `on_bytes` hears how many were written or kept; `direct` says
     whether to write around the page cache, else the size decides. Raises ValueError before anything is written where the disk has too little room.
     """
     shards = _plan_shards(list(tensors), max_shard_bytes)
     names = [SINGLE_FILE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    _remove_others(folder, names)
     missing = []
     for file_name, shard in zip(names, shards, strict=True):
         if (folder / file_name).exists() and _holds(folder / file_name, shard):  # renamed into place only when whole
@@ -50,6 +52,12 @@ def write_weights(folder: Path, tensors: Iterable[PlannedTensor], *, max_shard_b
     if len(shards) > 1:
         weight_map = {tensor.name: file_name for file_name, shard in zip(names, shards, strict=True) for tensor in shard}
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(map(_num_bytes, shards))}, "weight_map": weight_map})
+
+
+def _remove_others(folder: Path, names: list[str]) -> None:
+    for path in (*folder.glob("model*.safetensors"), folder / INDEX_FILE):
+        if path.name not in names:
+            path.unlink(missing_ok=True)
 
 
 def _num_bytes(shard: list[PlannedTensor]) -> int:
@@ -128,8 +136,7 @@ def _holds(path: Path, shard: list[PlannedTensor]) -> bool:
 
 def save_model_weights(state: dict[str, torch.Tensor], folder: Path, *, max_shard_bytes: int) -> None:
     """Write tensors already in memory, by their file names, in place of weights that an earlier attempt left."""
-    for path in (*folder.glob("model*.safetensors"), folder / INDEX_FILE):
-        path.unlink(missing_ok=True)
+    _remove_others(folder, [])
     codes = {dtype: code for code, dtype in DTYPES.items()}
     planned = [PlannedTensor(name, codes[value.dtype], tuple(value.shape), lambda value=value: [value.detach().cpu()]) for name, value in state.items()]
     write_weights(folder, planned, max_shard_bytes=max_shard_bytes)

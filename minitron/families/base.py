@@ -96,7 +96,8 @@ class Family:
     gives, from config.json, the epsilon of the norms that sublayers and head read the residual stream through; None where they are no RMSNorm.
     `handed_over` gives a config.json with which the model is the same one in programs that load it without `load`.
     `couplings` are equations between sizes that transformers' configuration class insists on; `refused` gives, from config.json, what of the
-    model a cut could not honour (quantised weights, say), None where it can.
+    model a cut could not honour (quantised weights, say), None where it can. `computing` gives, from all that transformers' configuration object says,
+    the keys that the forward pass depends on: two checkpoints that differ in another one compute alike.
     """
 
     model_type: str
@@ -114,5 +115,6 @@ class Family:
     outside_names: Mapping[str, str]
     rms_epsilon: Callable[[dict], float] | None
     handed_over: Callable[[dict], dict]
+    computing: Callable[[Mapping], frozenset[str]]
     couplings: tuple[Multiple, ...] = ()
     refused: Callable[[dict], str | None] = lambda _config: None

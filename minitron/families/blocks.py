@@ -12,13 +12,13 @@ import importlib
 import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from memory_budget.architecture import BLOCK, Architecture
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, Family, ModelParts, Multiple, Tap, TensorAxes
+from minitron.families.config_json import kept_config, transformers_config
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,12 @@ TABLE = (
 )
 HALVES = ({"norm": "input_layernorm", "mixer": "self_attn"}, {"norm": "post_attention_layernorm", "mixer": "mlp"})
 DEFAULT_THETA = 10_000.0  # of transformers' rotary positions, where config.json has none
+FIXED_ROPES = ("default", "linear", "llama3")  # whose frequencies follow from the positions' own parameters alone
+# What Llama's and Qwen3's modules read of their configuration in a forward pass in eval mode; the rest is of training, storage, generation or nothing.
+COMPUTING = frozenset({
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "tie_word_embeddings", "rope_parameters", "layer_types",
+})  # fmt: skip
 OUTSIDE = {"embeddings": "model.embed_tokens", "norm_f": "model.norm", "lm_head": "lm_head"}
 _PART_OF = {theirs: (half, ours) for half, names in enumerate(HALVES) for ours, theirs in names.items()}
 
@@ -78,6 +84,7 @@ def block_family(model_type: str, *, classes: str, config: Callable[[dict, Archi
         outside_names={"embed": "embeddings.", "norm": "norm_f.", "head": "lm_head."},
         rms_epsilon=lambda given: transformers_config(given).rms_norm_eps,
         handed_over=handed_over,
+        computing=computing,
         couplings=couplings,
         refused=refused,
     )
@@ -97,8 +104,7 @@ def axis_sizes(architecture: Architecture) -> Mapping[str, int]:
 
 def _sizes(teacher: dict, architecture: Architecture) -> dict:
     """The teacher's config.json with another architecture's sizes. head_dim is always written: elsewhere it is hidden size over heads."""
-    config = {key: value for key, value in teacher.items() if key not in ("transformers_version", "_name_or_path")}
-    return config | {
+    return kept_config(teacher) | {
         "num_hidden_layers": architecture.num_layers,
         "hidden_size": architecture.hidden,
         "intermediate_size": architecture.ffn,
@@ -120,6 +126,11 @@ def handed_over(config: dict) -> dict:
     parameters = {**parameters, "rope_type": kind, "rope_theta": theta}
     scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
     return config | {"rope_parameters": parameters, "rope_theta": theta, "rope_scaling": None if kind == "default" else scaling}
+
+
+def computing(full: Mapping) -> frozenset[str]:
+    """COMPUTING, and the longest text where the frequencies of rotary positions are computed from it (modeling_rope_utils.py)."""
+    return COMPUTING if (full.get("rope_parameters") or {}).get("rope_type", "default") in FIXED_ROPES else COMPUTING | {"max_position_embeddings"}
 
 
 def canonical_name(name: str) -> str:
@@ -163,7 +174,7 @@ def load(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu")
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar a stage is enough
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True).to(device).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False).to(device).eval()
 
 
 def build(config: dict) -> nn.Module:
@@ -193,20 +204,6 @@ def build_outside(model_type: str, classes: str, config: dict, part: str) -> nn.
     if part == "norm":
         return _classes(model_type, classes)("RMSNorm")(sizes.hidden_size, eps=sizes.rms_norm_eps)
     return nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
-
-
-def transformers_config(config: dict) -> Any:
-    """transformers' own object of a config.json; it checks sizes. Raises ValueError for those that it refuses."""
-    from transformers import CONFIG_MAPPING
-
-    try:
-        sizes = CONFIG_MAPPING[config["model_type"]](**deepcopy(config))  # it fills in what rope_scaling leaves out, in place
-    except ValueError:
-        raise
-    except Exception as error:  # huggingface_hub's StrictDataclass errors are no ValueError
-        raise ValueError(str(error).strip().splitlines()[-1].strip()) from error
-    sizes._attn_implementation = "sdpa"  # what from_pretrained chooses
-    return sizes
 
 
 def _classes(model_type: str, prefix: str) -> Callable[[str], type]:

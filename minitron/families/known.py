@@ -1,5 +1,8 @@
 """The families of models that can be cut, by their model_type."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from memory_budget.hf_config import FAMILIES as COUNTED
 from minitron.families.base import Family
 from minitron.families.llama import FAMILY as LLAMA
@@ -16,9 +19,25 @@ def family_of(config: dict) -> Family:
         counted = ", ".join(name for name in COUNTED if name not in FAMILIES)
         raise ValueError(f"model_type {model_type!r} cannot be pruned; supported: {', '.join(FAMILIES)} (only counted, by python -m memory_budget: {counted})")
     family = FAMILIES[model_type]
-    if quantised := config.get("quantization_config"):
-        method = quantised.get("quant_method", "unknown method")
-        raise ValueError(f"quantization_config is there ({method}): stages cut and train plain weights; give the checkpoint before it was quantised")
+    if quantised := quantised_by_config(config):
+        raise ValueError(f"{quantised} in config.json: a quantised checkpoint, and stages cut, train and merge plain weights; give the bf16 one")
     if reason := family.refused(config):
         raise ValueError(reason)
     return family
+
+
+def quantised_by_config(config: Mapping[str, Any]) -> str | None:
+    """What config.json says of quantised weights; None where it says nothing."""
+    for key in ("quantization_config", "compression_config"):
+        if said := config.get(key):
+            return f"{key} is there ({method_of(said)})"
+    return None
+
+
+def method_of(said: Any) -> str:
+    """The words by which a quantiser's settings tell its kind."""
+    if not isinstance(said, Mapping):
+        return "unknown method"
+    kinds = [said.get(key) for key in ("quant_method", "quant_algo", "fmt", "format", "kv_cache_quant_algo")]
+    kinds += [f"{said['bits']} bits"] if isinstance(said.get("bits"), int) else []
+    return ", ".join(dict.fromkeys(str(kind) for kind in kinds if kind)) or "unknown method"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from memory_budget.architecture import Architecture
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD, Family, ModelParts, Tap, TensorAxes
+from minitron.families.config_json import kept_config, transformers_config
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,16 @@ TABLE = (
     TensorAxes("mixer.v_proj.weight", "*", (_KEY_VALUE, _HIDDEN)),
     TensorAxes("mixer.o_proj.weight", "*", (_HIDDEN, _QUERY)),
 )
-LAYER_NAMES = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
+# What the modules read of their configuration in a forward pass in eval mode. time_step_limit is read by the code that NVIDIA publishes, not by transformers';
+# time_step_min, by which transformers clamps while it reads a prompt, is lifted here and in what is handed over. chunk_size only orders the additions.
+COMPUTING = frozenset({
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "layers_block_type", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "use_conv_bias", "use_bias", "mlp_bias", "mlp_hidden_act",
+    "mamba_hidden_act", "layer_norm_epsilon", "time_step_limit",
+})  # fmt: skip
+LAYER_NORM_EPSILON = 1e-5  # of transformers' configuration class, where config.json has none
+# Names of what a student's config.json says by the published name: of the pattern, and those that transformers takes for sizes of Mamba-2.
+OTHER_SPELLINGS = ("layers_block_type", "layer_types", "mamba_n_groups", "mamba_d_conv", "mamba_conv_bias")
 # A dense model that carries these is taken for a mixture of experts by other runtimes.
 MOE_KEYS = (
     "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "num_local_experts", "moe_intermediate_size", "moe_latent_size",
@@ -81,16 +91,17 @@ def axis_sizes(architecture: Architecture) -> Mapping[str, int]:
 
 
 def hf_config(teacher_config: dict, architecture: Architecture) -> dict:
-    """The teacher's config.json with another architecture's sizes, in both spellings of the pattern.
+    """The teacher's config.json with another architecture's sizes; what it says beyond sizes is kept.
 
-    `teacher_config` is the parsed config.json; what it says beyond sizes is kept.
+    The pattern is spelled as published, `hybrid_override_pattern`, and so every reader takes it. In the configuration class that NVIDIA publishes
+    beside its weights `layers_block_type` is a property that cannot be set, and mlx-lm knows only its older names of layers.
     """
-    config = {key: _plain_number(value) for key, value in teacher_config.items()}
+    config = {key: value for key, value in kept_config(teacher_config).items() if key not in OTHER_SPELLINGS}
+    epsilon = config.get("layer_norm_epsilon", LAYER_NORM_EPSILON)
     config |= {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
         "hybrid_override_pattern": architecture.pattern,
-        "layers_block_type": [LAYER_NAMES[kind] for kind in architecture.pattern],
         "num_hidden_layers": architecture.num_layers,
         "hidden_size": architecture.hidden,
         "vocab_size": architecture.vocab,
@@ -104,13 +115,17 @@ def hf_config(teacher_config: dict, architecture: Architecture) -> dict:
         "ssm_state_size": architecture.mamba_state_size,
         "conv_kernel": architecture.mamba_conv_kernel,
         "tie_word_embeddings": False,
+        "layer_norm_epsilon": epsilon,
+        "rms_norm_eps": epsilon,  # llama.cpp's and TensorRT-LLM's name for it
+        # Biases, which mlx-lm has no defaults for; it reads mamba_proj_bias where the others read use_bias.
+        "use_bias": architecture.mamba_projection_bias,
+        "mamba_proj_bias": architecture.mamba_projection_bias,
+        "use_conv_bias": architecture.mamba_conv_bias,
+        "mlp_bias": architecture.ffn_bias,
+        "attention_bias": False,
     }
-    if "layer_norm_epsilon" in config:
-        config.setdefault("rms_norm_eps", config["layer_norm_epsilon"])  # llama.cpp's name for it
     if "attention_head_dim" in config:
         config["attention_head_dim"] = architecture.attention_head_dim
-    for alias in ("layer_types", "mtp_layers_block_type", "mtp_hybrid_override_pattern", "transformers_version"):
-        config.pop(alias, None)
     if "E" not in architecture.pattern:
         for key in MOE_KEYS:
             config.pop(key, None)
@@ -123,15 +138,6 @@ def handed_over(config: dict) -> dict:
     Nearly 0 clamps nothing; 0 itself would have no logarithm where someone initialises a model from it.
     """
     return config | {"time_step_min": 1e-30}
-
-
-def _plain_number(value: object) -> object:
-    """transformers writes infinity as {"__float__": "Infinity"}, which other runtimes cannot read."""
-    if isinstance(value, list):
-        return [_plain_number(item) for item in value]
-    if isinstance(value, dict) and set(value) == {"__float__"}:
-        return float(value["__float__"])
-    return value
 
 
 def canonical_name(name: str) -> str:
@@ -169,25 +175,25 @@ def load(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu")
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar a stage is enough
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True).to(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False).to(device)
     return _without_step_clamp(model).eval()
 
 
 def build(config: dict) -> nn.Module:
     """A freshly initialised float32 model of a config.json dict; on the meta device there is nothing to initialise."""
     import torch
-    from transformers import AutoModelForCausalLM, NemotronHConfig
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with no_init_weights() if torch.get_default_device().type == "meta" else nullcontext():
-        return _without_step_clamp(AutoModelForCausalLM.from_config(NemotronHConfig(**config), dtype=torch.float32))
+        return _without_step_clamp(AutoModelForCausalLM.from_config(transformers_config(config), dtype=torch.float32))
 
 
 def build_layer(config: dict, layer: int) -> nn.Module:
     """One layer alone, freshly initialised on the current default device."""
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
 
-    return _unclamped(NemotronHBlock(_transformers_config(config), layer_idx=layer))
+    return _unclamped(NemotronHBlock(transformers_config(config), layer_idx=layer))
 
 
 def build_outside(config: dict, part: str) -> nn.Module:
@@ -195,7 +201,7 @@ def build_outside(config: dict, part: str) -> nn.Module:
     from torch import nn
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNorm
 
-    sizes = _transformers_config(config)
+    sizes = transformers_config(config)
     if part == "embed":
         return nn.Embedding(sizes.vocab_size, sizes.hidden_size)
     if part == "norm":
@@ -211,15 +217,7 @@ def refused(config: dict) -> str | None:
 
 
 def rms_epsilon(config: dict) -> float:
-    return _transformers_config(config).layer_norm_epsilon
-
-
-def _transformers_config(config: dict):
-    from transformers import NemotronHConfig
-
-    sizes = NemotronHConfig(**config)
-    sizes._attn_implementation = "sdpa"  # what from_pretrained chooses
-    return sizes
+    return transformers_config(config).layer_norm_epsilon
 
 
 def _without_step_clamp(model: nn.Module) -> nn.Module:
@@ -254,5 +252,6 @@ FAMILY = Family(
     outside_names={"embed": "embeddings.", "norm": "norm_f.", "head": "lm_head."},
     rms_epsilon=rms_epsilon,
     handed_over=handed_over,
+    computing=lambda _full: COMPUTING,
     refused=refused,
 )

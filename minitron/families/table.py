@@ -7,6 +7,9 @@ from math import prod
 from memory_budget.architecture import Architecture
 from minitron.families.base import Family, TensorAxes
 
+# Heads that foretell further tokens, and tables of rotary positions that older versions stored: transformers loads neither.
+LEFT_OUT = re.compile(r"(^|\.)mtp(\.|_)|rotary_emb\.inv_freq$")
+
 
 def split_layer(name: str) -> tuple[int | None, str]:
     """("layers.7.mixer.D") → (7, "mixer.D"); a tensor outside the layers has layer None. Raises ValueError for `layers.` without a number."""
@@ -31,9 +34,34 @@ def row_of(family: Family, architecture: Architecture, name: str) -> TensorAxes:
 
 
 def names_by_canonical(family: Family, architecture: Architecture, file_names: Iterable[str]) -> dict[str, str]:
-    """Names in a checkpoint by canonical names; the head of a tied model, where it is stored a second time, is left out."""
+    """Names in a checkpoint by canonical names, without those that transformers leaves out too: see `left_out`; nor the head of a tied model, where it is
+    stored a second time."""
     named = {family.canonical_name(name): name for name in file_names}
-    return named if architecture.has_own_head else {name: file_name for name, file_name in named.items() if not name.startswith(family.outside_names["head"])}
+    head = () if architecture.has_own_head else (family.outside_names["head"],)
+    return {name: file_name for name, file_name in named.items() if not (name.startswith(head) or _is_left_out(architecture, name))}
+
+
+def left_out(family: Family, architecture: Architecture, file_names: Iterable[str]) -> list[str]:
+    """What a checkpoint holds that transformers leaves out when it loads one, and so does every stage: a sentence a kind, for a person to read."""
+    names = [name for name in file_names if _is_left_out(architecture, family.canonical_name(name))]
+    unread = [name for name in names if LEFT_OUT.search(name)]
+    notes = [f"tensors that transformers does not load are left out: {len(unread):,}, {unread[0]} the first"] if unread else []
+    beyond = sorted({layer_of(family.canonical_name(name)) for name in names if not LEFT_OUT.search(name)})
+    if beyond:
+        each, stored = architecture.sublayers_per_layer, (beyond[-1] + 1) // architecture.sublayers_per_layer
+        notes.append(f"config.json says {architecture.num_layers:,} layers and the files hold {stored:,}: layers {beyond[0] // each} to {stored - 1} are left "
+                     "out, as transformers does; if they belong to the model, config.json is stale")  # fmt: skip
+    return notes
+
+
+def _is_left_out(architecture: Architecture, name: str) -> bool:
+    return bool(LEFT_OUT.search(name)) or layer_of(name) >= architecture.num_sublayers
+
+
+def layer_of(name: str) -> int:
+    """The sublayer's number in a canonical name, −1 outside of the layers and where there is no number."""
+    match = re.match(r"layers\.(\d+)\.", name)
+    return int(match[1]) if match else -1
 
 
 def expected_shape(family: Family, architecture: Architecture, row: TensorAxes) -> tuple[int, ...]:

@@ -1,9 +1,30 @@
-"""Whether a model's text begins with a token of its own, by its tokenizer: models of Llama's kind give that token a meaning that nothing else has.
+"""A model's tokenizer, and whether its text begins with a token of its own: models of Llama's kind give that token a meaning that nothing else has.
 
 A row of calibration, training or evaluation without it would be of a kind that the model has never seen.
 """
 
-from transformers import PreTrainedTokenizerBase
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+
+def load_tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or Hub id. Code beside it is neither run nor asked about: tokenizer.json is taken in its stead.
+
+    Raises ValueError where there is none that can be loaded.
+    """
+    try:
+        try:
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+        if (Path(place) / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(place)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"tokenizer is {str(place)!r}, which cannot be loaded: {said}") from None
+    raise ValueError(f"the tokenizer of {place} is made by code of its own (auto_map in tokenizer_config.json), which is not run; a tokenizer.json is needed")
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:

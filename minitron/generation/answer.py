@@ -4,13 +4,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
 from memory_budget.hf_config import read_config
+from minitron.checkpoints.files import Checkpoint
 from minitron.families.known import family_of
-from minitron.families.text import begun
+from minitron.families.text import begun, load_tokenizer
+from minitron.generation.ends import end_ids
 from minitron.generation.generate import generate
-from minitron.generation.prompts import Tags, write_prompt
+from minitron.generation.prompts import Tags, make_prompt
 from minitron.generation.thinking import count_reasoning
 from minitron.machine.device import pick_device
 from minitron.settings.run import Settings, Thinking
@@ -23,19 +25,21 @@ STAGE_OF = {"teacher": "teacher", "pruned": "prune", "student": "distill"}
 def print_answer(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
     """Prints what `settings.checkpoint` goes on with after `settings.prompt`."""
     wanted, folder = settings.generate, checkpoint_folder(settings, laps)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     tags = Tags(*wanted.thinking_tags)
-    prompt = write_prompt(tokenizer, settings.prompt, None if settings.thinking is None else settings.thinking is Thinking.on)
-    prompt = begun(tokenizer, prompt)
+    prompt = make_prompt(tokenizer, settings.prompt, None if settings.thinking is None else settings.thinking is Thinking.on, tags)
+    text = begun(tokenizer, prompt.text)
+    Checkpoint(folder)  # raises ValueError for weights that are missing or cut short
     model = family_of(read_config(folder)).load(folder, device=str(pick_device(settings)))
     started = time.monotonic()
-    (ids,) = generate(model, tokenizer, [prompt], new_tokens=wanted.new_tokens, thinking_budget=settings.thinking_budget, tags=tags,
+    (ids,) = generate(model, tokenizer, [text], new_tokens=wanted.new_tokens, thinking_budget=settings.thinking_budget, tags=tags, opened=[prompt.is_open],
                       temperature=wanted.temperature, top_p=wanted.top_p, streamer=TextStreamer(tokenizer, skip_prompt=True))  # fmt: skip
     seconds = time.monotonic() - started
-    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    reasoning = count_reasoning([*before, *ids], *tags.ids(tokenizer))
+    before, (open_ids, close_ids) = tokenizer(text, add_special_tokens=False)["input_ids"], tags.ids(tokenizer)
+    reasoning = count_reasoning([*open_ids, *ids] if prompt.is_open else ids, open_ids, close_ids)
+    ended = "ended" if ids[-1] in end_ids(model, tokenizer) else "cut off by generate.new_tokens"
     speed = f"{len(ids) / seconds:,.0f} tokens/s, reading the prompt's {len(before):,} included"
-    console.headline("generate", f"{len(ids):,} tokens, {reasoning:,} of them reasoning; {speed}")
+    console.headline("generate", f"{len(ids):,} tokens, {reasoning:,} of them reasoning, {ended}; {speed}")
 
 
 def checkpoint_folder(settings: Settings, laps: Sequence[Lap]) -> Path:

@@ -12,26 +12,26 @@ from transformers import LogitsProcessor
 class ThinkingBudget(LogitsProcessor):
     """For `generate`: once a row has `budget` reasoning tokens, the closing tag's tokens are the only ones it may take.
 
-    Reasoning is what follows the last opening tag, in the prompt or generated, and no closing tag has ended; the tags are not
-    counted. A row without an opening tag, or one that closes by itself in time, is left alone, to the bit.
+    Reasoning is what follows the last opening tag, in the prompt or generated, and no closing tag has ended. Generated tokens of it count; the tags do
+    not, nor what the prompt has of it already (often a line's end). A row without an opening tag, or one that closes by itself in time, is left alone,
+    to the bit.
     """
 
-    def __init__(self, budget: int, open_ids: Sequence[int], close_ids: Sequence[int], prompt_tokens: int):
-        """`prompt_tokens` is the width of the prompts, padding on their left included. Raises ValueError for a negative budget or an empty tag."""
+    def __init__(self, budget: int, open_ids: Sequence[int], close_ids: Sequence[int], prompt_tokens: int, opened: Sequence[bool] | None = None):
+        """`prompt_tokens` is the width of the prompts, padding on their left included; `opened` says of each row whether its prompt leaves reasoning
+        open, None leaves that to the tags in it. Raises ValueError for a negative budget or an empty tag."""
         if budget < 0:
             raise ValueError(f"thinking_budget is {budget}; it must be at least 0")
         if not open_ids or not close_ids:
             raise ValueError("thinking_tags have no tokens in this tokenizer; name the tags that it knows, e.g. thinking_tags='[<think>, </think>]'")
-        self.budget, self.open_ids, self.close_ids, self.prompt_tokens = budget, list(open_ids), list(close_ids), prompt_tokens
-        self._in_prompt: list[list[int] | None] | None = None  # of each row, the reasoning that its prompt has already, None where it is in none
+        self.budget, self.open_ids, self.close_ids, self.prompt_tokens, self.opened = budget, list(open_ids), list(close_ids), prompt_tokens, opened
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores [B, V] of the next token, all but the closing tag's next one −∞ in rows whose budget is spent."""
-        if self._in_prompt is None:
-            self._in_prompt = [self._reasoning(row) for row in input_ids[:, : self.prompt_tokens].tolist()]
-        for row, (begun, generated) in enumerate(zip(self._in_prompt, input_ids[:, self.prompt_tokens :].tolist(), strict=True)):
-            # What the prompt opened is followed from its opening tag on; its own tokens count too.
-            reasoning = self._reasoning(generated if begun is None else [*self.open_ids, *begun, *generated])
+        if self.opened is None:
+            self.opened = [self._reasoning(row) is not None for row in input_ids[:, : self.prompt_tokens].tolist()]
+        for row, (is_open, generated) in enumerate(zip(self.opened, input_ids[:, self.prompt_tokens :].tolist(), strict=True)):
+            reasoning = self._reasoning([*self.open_ids, *generated] if is_open else generated)
             if reasoning is not None and (forced := self._forced(reasoning)) is not None:
                 allowed = scores[row, forced].item()
                 scores[row] = float("-inf")

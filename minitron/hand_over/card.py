@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memory_budget.units import format_gib
+from minitron.checkpoints.local_paths import public, public_argument
 from minitron.checkpoints.publish import model_card
 from minitron.hand_over.compatibility import Finding, programs_of, verdicts
 from minitron.report.evaluation import tasks_table
@@ -52,7 +53,7 @@ def licence_of(folder: Path) -> Licence:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{card}, the teacher's card, must have metadata in YAML, where its licence is looked for: {reason}") from None
     files = sorted({path for pattern in LICENCE_FILES for path in folder.glob(pattern) if path.is_file()})
-    return Licence({key: str(metadata[key]) for key in LICENCE_KEYS if metadata.get(key)}, tuple(files))
+    return Licence({key: public(str(metadata[key])) for key in LICENCE_KEYS if metadata.get(key)}, tuple(files))
 
 
 def licence_note(licence: Licence, teacher: str) -> str:
@@ -70,7 +71,7 @@ def export_card(summary: Summary, laps: Sequence[Lap], exported: Exported, *, li
     """README.md of an export. `arguments` are those of the command, from which the one that repeats the run is made."""
     from memory_budget.architecture import Architecture
 
-    teacher = laps[-1].results["teacher"].facts["name"]
+    teacher = public(laps[-1].results["teacher"].facts["name"])
     student = summary["models"]["pruned"]  # of the same architecture, and there before the distillation is done
     head = model_card(exported.name, lines=[exported.trained], architecture=Architecture(**student["architecture"]), base=teacher, metadata=licence.metadata)
     sections = {
@@ -89,12 +90,16 @@ def _lineage(summary: Summary, laps: Sequence[Lap], exported: Exported) -> Itera
     """Teacher, then what every lap cut and distilled, with tokens and losses as far as they were measured."""
     teacher = summary["models"]["teacher"]
     losses = {name: f" Held-out loss {nats(found['loss_nats_per_token'])} nats per token." for name, found in evaluations(summary).items()}
-    yield f"Teacher: {escaped(laps[-1].results['teacher'].facts['name'])}, {teacher['parameters']:,} parameters.{losses.get('teacher', '')}"
+    yield f"Teacher: {escaped(public(laps[-1].results['teacher'].facts['name']))}, {teacher['parameters']:,} parameters.{losses.get('teacher', '')}"
     for lap in laps[:-1]:
-        yield escaped(lap.results["prune"].facts["description"])
+        yield _cut(lap)
         yield distilled(lap.results["distill"].facts)
-    yield escaped(laps[-1].results["prune"].facts["description"]) + losses.get("pruned", "")
+    yield _cut(laps[-1]) + losses.get("pruned", "")
     yield exported.trained + (losses.get("student", "") if exported.is_final else "")
+
+
+def _cut(lap: Lap) -> str:
+    return f"Cut: {escaped(lap.results['prune'].facts['description'])}"
 
 
 def distilled(facts: Mapping[str, Any]) -> str:
@@ -124,14 +129,15 @@ def _programs(findings: Sequence[Finding]) -> str:
     marks = {True: "yes", False: "**no**", None: "not known"}
     blocks = ["From config.json and the files alone; nothing was run."]
     for text, (program, own) in zip(verdicts(findings), programs_of(findings).items(), strict=True):
-        rows = [f"| `{finding.field}` | {escaped(finding.value)} | {escaped(finding.rule)} | {marks[finding.accepted]} |" for finding in own]
+        rows = [f"| `{one.field}` | {escaped(one.value)} | {escaped(one.rule)} | {'yes, but' if one.is_remark else marks[one.accepted]} |" for one in own]
         blocks += [f"- {escaped(text)}.", "\n".join([f"| {program} | here | rule | accepted |", "|---|---|---|---|", *rows])]
     return "\n\n".join(blocks)
 
 
 def repeating_command(arguments: Sequence[str]) -> str:
-    """The command that makes the same student again: the settings given, without those that say only where things are."""
-    return shlex.join(["python", "-m", "minitron.run", *(argument for argument in arguments if not argument.lstrip("+").startswith(NOT_REPEATED))])
+    """The command that makes the same student again: the settings given, without those that say only where things are; files and folders by their names."""
+    kept = (public_argument(argument) for argument in arguments if not argument.lstrip("+").startswith(NOT_REPEATED))
+    return shlex.join(["python", "-m", "minitron.run", *kept])
 
 
 def _made_by(summary: Summary, arguments: Sequence[str]) -> str:

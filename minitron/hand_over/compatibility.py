@@ -5,9 +5,14 @@ Nothing of those programs is imported; a folder's config.json, its tensors' name
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-TRANSFORMERS, VLLM, LLAMA_CPP = "transformers", "vLLM", "llama.cpp"
+from minitron.families.config_json import CODE_KEYS
+from minitron.families.row_lengths import INT4_GROUP, K_QUANT_BLOCK, ROW_NAMES
+
+TRANSFORMERS, VLLM, LLAMA_CPP, MLX_LM, TENSORRT_LLM = "transformers", "vLLM", "llama.cpp", "mlx-lm", "TensorRT-LLM"
+REMOTE_CODE = "NVIDIA's code"  # beside its published weights, for versions of transformers without the family
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,24 +33,27 @@ class Folder:
 @dataclass(frozen=True, slots=True)
 class Rule:
     """What a program asks of a field. `holds` gives None where a folder cannot tell; `shown` says what a folder has there, where it is no key of
-    config.json."""
+    config.json. `is_advice`: the program takes the folder all the same, but makes it slower or larger.
+    """
 
     program: str
     field: str
     rule: str
     holds: Callable[[Folder], bool | None]
     shown: Callable[[Folder], str] | None = None
+    is_advice: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A rule and what a folder has there; `accepted` is None where it cannot be told from the folder."""
+    """A rule and what a folder has there; `accepted` is None where it cannot be told from the folder. `is_remark`: it is accepted, against advice."""
 
     program: str
     field: str
     rule: str
     value: str
     accepted: bool | None
+    is_remark: bool = False
 
 
 def says(key: str, *allowed: object) -> Callable[[Folder], bool]:
@@ -93,6 +101,28 @@ def known_tokenizer(holds: Callable[[Folder], bool | None]) -> Rule:
                 lambda folder: "trained here" if folder.own_tokenizer else "the teacher's")  # fmt: skip
 
 
+def no_code(program: str) -> Rule:
+    """No key of config.json names files of code: with trust_remote_code=True a program would look for them, and the folder holds none."""
+    return Rule(program, "auto_map", f"must be absent, as must {CODE_KEYS[1]}: with trust_remote_code=True the code that it names is looked for, and not here",
+                lambda folder: not any(key in folder.config for key in CODE_KEYS),
+                lambda folder: ", ".join(key for key in CODE_KEYS if key in folder.config) or "absent")  # fmt: skip
+
+
+def row_rules() -> tuple[Rule, ...]:
+    """Advice on lengths of rows: what those who pack the weights into fewer bits can do with them."""
+    return (
+        Rule(VLLM, "lengths of rows", f"should be multiples of {INT4_GROUP}: other matrices are not packed as int4 in groups of {INT4_GROUP}",
+             lambda folder: not _odd_rows(folder, INT4_GROUP), lambda folder: _odd_rows(folder, INT4_GROUP) or "all are", is_advice=True),
+        Rule(LLAMA_CPP, "lengths of rows", f"should be multiples of {K_QUANT_BLOCK}: other matrices get a larger type in place of a K-quant",
+             lambda folder: not _odd_rows(folder, K_QUANT_BLOCK), lambda folder: _odd_rows(folder, K_QUANT_BLOCK) or "all are", is_advice=True),
+    )  # fmt: skip
+
+
+def _odd_rows(folder: Folder, multiple: int) -> str:
+    lengths = {name: prod(folder.size(key) for key in name.split(" × ")) for name in ROW_NAMES.values()}
+    return ", ".join(f"{name} {length:,}" for name, length in lengths.items() if length % multiple)
+
+
 def _prefixes(folder: Folder) -> str:
     return ", ".join(sorted({name.split(".")[0] + "." for name in folder.tensors}))
 
@@ -102,7 +132,8 @@ def check_folder(folder: Folder, rules: Sequence[Rule]) -> list[Finding]:
     findings = []
     for rule in rules:
         value = folder.config.get(rule.field, "absent") if rule.shown is None else rule.shown(folder)
-        findings.append(Finding(rule.program, rule.field, rule.rule, str(value), rule.holds(folder)))
+        holds = rule.holds(folder)
+        findings.append(Finding(rule.program, rule.field, rule.rule, str(value), rule.is_advice or holds, rule.is_advice and not holds))
     return findings
 
 
@@ -120,3 +151,8 @@ def verdicts(findings: Sequence[Finding]) -> list[str]:
         text = f"{program} would not take it: {'; '.join(bad)}" if bad else f"{program} takes all {len(own) - len(unsure)} fields checked"
         sentences.append(text + (f"; not to be told from here: {'; '.join(unsure)}" if unsure else ""))
     return sentences
+
+
+def remarks(findings: Sequence[Finding]) -> list[str]:
+    """What a program takes, but makes slower or larger; a sentence each."""
+    return [f"{one.program} takes it, but {one.field} ({one.value}) {one.rule}" for one in findings if one.is_remark]

@@ -3,27 +3,29 @@
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from distill.states import best_state, newest_state
-from memory_budget.hf_config import read_config
+from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB, format_gib
 from minitron.checkpoints.files import Checkpoint, PlannedTensor
-from minitron.checkpoints.publish import state_tensors, write_planned
+from minitron.checkpoints.local_paths import is_local, public, without_paths
+from minitron.checkpoints.publish import formats_of, state_tensors, write_planned
 from minitron.families.base import Family
 from minitron.families.known import family_of
 from minitron.hand_over.card import Exported, Licence, distilled, export_card, licence_of
-from minitron.hand_over.compatibility import Finding, Folder, check_folder, verdicts
+from minitron.hand_over.compatibility import Finding, Folder, check_folder, remarks, verdicts
 from minitron.hand_over.rules import RULES
 from minitron.report.summary import build_summary
 from minitron.report.text import nats
 from minitron.settings.hand_over import StudentState
+from minitron.settings.hub import HUB_ID
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings, Stage
-from minitron.settings.teachers import HUB_ID, is_tiny
+from minitron.settings.teachers import is_tiny
 from minitron.walk.console import Console
 from minitron.walk.stage import Lap
 from minitron.walk.store import locked, write_json
@@ -61,10 +63,10 @@ def export_student(settings: Settings, laps: Sequence[Lap], console: Console) ->
             raise ValueError(f"export.state is {wanted.state.name}, but {error.filename} went while it was read: training has saved another; "
                              "run the same command again") from None  # fmt: skip
         _put_in_place(partial, folder)
-    for text in verdicts(findings):
+    for text in (*verdicts(findings), *remarks(findings)):
         console.say(text)
     total = format_gib(sum(tensor.num_bytes for tensor in student.planned))
-    console.headline("export", f"{folder}: {student.exported.name}, {total} of weights")
+    console.headline("export", f"{folder}: {student.exported.name}, {total} of weights in {formats_of(student.planned)}")
     if wanted.push is not None:
         _push(folder, wanted.push)
         console.headline("export", f"uploaded to {wanted.push} (private)")
@@ -114,7 +116,7 @@ def check_done(lap: Lap, state: StudentState) -> None:
 
 def _student(family: Family, lap: Lap, state: StudentState) -> Student:
     """The distilled checkpoint, or a saved state of its distillation in the pruned checkpoint's names and dtypes."""
-    name = f"{lap.results['teacher'].facts['name']}, pruned and distilled"
+    name = f"{public(lap.results['teacher'].facts['name'])}, pruned and distilled"
     if state is StudentState.student:
         checkpoint = Checkpoint(lap.results["distill"].model_folder)
         planned = [checkpoint.planned(entry.name, new_name=entry.name, dtype=entry.dtype) for entry in checkpoint.entries.values()]
@@ -135,12 +137,14 @@ def _student(family: Family, lap: Lap, state: StudentState) -> Student:
 
 def _write(partial: Path, family: Family, student: Student, laps: Sequence[Lap], console: Console) -> list[Finding]:
     """The whole export in a folder of its own; gives what other programs would say to it."""
-    settings, results, config = laps[-1].settings, laps[-1].results, family.handed_over(read_config(student.companions))
+    settings, results, given = laps[-1].settings, laps[-1].results, read_config(student.companions)
+    config = family.handed_over(family.hf_config(given, architecture_from_config(given)))  # of a student that an earlier version made too
     licence = licence_of(results["teacher"].model_folder)
     files = [path.name for path in student.companions.iterdir()]
     folder = Folder(config, [tensor.name for tensor in student.planned], files, own_tokenizer=is_tiny(settings))
     findings = check_folder(folder, RULES[family.model_type])
     card = export_card(build_summary(laps), laps, student.exported, licence=licence, findings=findings, arguments=sys.argv[1:])
+    card = without_paths(card, paths_of(settings))
     total = sum(tensor.num_bytes for tensor in student.planned)
     with console.track("exporting", total / GIB, "GiB") as advance:
         check = write_planned(partial, family, student.planned, config=config, companions=student.companions, card=card,
@@ -161,7 +165,21 @@ def _mark(settings: Settings, lap: Lap, student: Student, findings: Sequence[Fin
     what = {name: value for name, value in key_settings(settings).items() if name not in ("stage", "runs_folder", "export", "merge")}
     stages = {label: result.key for label, result in {**inputs_of("distill", settings, lap.results), **lap.results}.items()}
     refused = [{"program": one.program, "field": one.field, "value": one.value, "rule": one.rule} for one in findings if one.accepted is False]
-    return {"made_by": MADE_BY, "name": student.exported.name, "trained": student.exported.trained, "stages": stages, "refused": refused, "settings": what}
+    return {"made_by": MADE_BY, "name": student.exported.name, "trained": student.exported.trained, "stages": stages, "refused": refused,
+            "remarks": remarks(findings), "settings": public(what)}  # fmt: skip
+
+
+def paths_of(settings: Settings) -> set[str]:
+    """Every place of this machine that a card may name: those of the settings, as given and in full, and where the run is."""
+
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ():
+            yield from texts(item)
+
+    given = {text for text in texts(key_settings(settings)) if is_local(text)} | {settings.runs_folder}
+    return given | {str(Path(text).expanduser().resolve()) for text in given} | {str(Path.home()), str(Path.cwd())}
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:

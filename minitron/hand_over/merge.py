@@ -8,22 +8,22 @@ from pathlib import Path
 
 import torch
 
+from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB, format_gib
 from minitron.checkpoints.files import DTYPES, PIECE_BYTES, Checkpoint, PlannedTensor
-from minitron.checkpoints.publish import model_card, write_planned
+from minitron.checkpoints.folder import content_digest
+from minitron.checkpoints.publish import formats_of, model_card, write_planned
 from minitron.families.base import Family
+from minitron.families.config_json import transformers_config
 from minitron.families.known import family_of
-from minitron.families.table import names_by_canonical
+from minitron.families.table import left_out, names_by_canonical
 from minitron.hand_over.merge_sweep import best_of, said_of, sweep_lines, try_weights
 from minitron.settings.hand_over import MERGEABLE
 from minitron.walk.stage import StageContext
 
-# What of config.json two checkpoints may differ in: where they come from, how they are stored, run or were initialised, what generation starts and ends with.
-FREE_KEYS = frozenset({
-    "_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype", "use_cache", "use_mamba_kernels", "num_logits_to_keep",
-    "chunk_size", "max_position_embeddings", "initializer_range", "rescale_prenorm_residual", "bos_token_id", "eos_token_id", "pad_token_id",
-})  # fmt: skip
+SECOND_NAMES = {"torch_dtype", "rms_norm_eps", "rope_theta", "rope_scaling", "hybrid_override_pattern"}  # of what another key says
+MOST_SHOWN = 60  # letters of a value
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,10 @@ class Source:
     names: dict[str, str]
 
     @property
+    def architecture(self) -> Architecture:
+        return architecture_from_config(read_config(self.folder))
+
+    @property
     def folder(self) -> Path:
         return self.checkpoint.folder
 
@@ -46,15 +50,20 @@ def merge_checkpoints(context: StageContext) -> dict:
     first = read_config(_folder_of(context, context.settings.merge.checkpoints[0]))
     family, architecture = family_of(first), architecture_from_config(first)
     sources = _sources(context, family)
+    for source in sources:
+        for note in (*source.checkpoint.notes, *left_out(family, source.architecture, source.checkpoint.entries)):
+            context.console.say(f"merge.checkpoints: {source.label}: {note}")
     for other in sources[1:]:
         check_same_kind(family, sources[0], other)
+        if idle := idle_differences(family, sources[0], other):
+            context.console.say(f"merge.checkpoints: {other.label} differs in what computes nothing, and {sources[0].label}'s is kept: {idle}")
     tried = []
     if context.settings.merge.candidates():
         tried = try_weights(context, family, first, lambda shares: merged_tensors(family, weighted(sources, shares)))
         sources = weighted(sources, best_of(tried)["weights"])
     planned = merged_tensors(family, sources)
     total = sum(tensor.num_bytes for tensor in planned)
-    terms = [f"- {source.share:g} × {source.title} (`{source.checkpoint.fingerprint}`)" for source in sources]
+    terms = [f"- {source.share:g} × {source.title} (`{content_digest(source.folder)}`)" for source in sources]
     lines = ["Weighted mean of these checkpoints, tensor by tensor (in brackets what tells each from others of its name):", "", *terms, *sweep_lines(tried)]
     name = f"merge of {len(sources)} checkpoints"
     card = model_card(name, lines=lines, architecture=architecture, base=None)
@@ -63,7 +72,8 @@ def merge_checkpoints(context: StageContext) -> dict:
                               card=card, max_shard_bytes=int(context.settings.prune.max_shard_gib * GIB),
                               on_bytes=lambda num_bytes: advance(num_bytes / GIB))  # fmt: skip
     merged = [{"checkpoint": source.label, "name": source.title, "weight": source.share} for source in sources]
-    headline = f"{' + '.join(f'{source.share:g} × {source.label}' for source in sources)}{said_of(tried)}, {format_gib(total)} written; {check}"
+    sum_of = " + ".join(f"{source.share:g} × {source.label}" for source in sources)
+    headline = f"{sum_of}{said_of(tried)}, {format_gib(total)} written in {formats_of(planned)}; {check}"
     return {"headline": headline, "path": "checkpoint", "name": name, "merged": merged, **({"sweep": tried} if tried else {})}
 
 
@@ -81,7 +91,11 @@ def _sources(context: StageContext, family: Family) -> list[Source]:
     for label, share in zip(settings.checkpoints, settings.shares(), strict=True):
         checkpoint = Checkpoint(_folder_of(context, label))
         title = context.inputs[label].facts.get("name", "the pruned model") if label in MERGEABLE else checkpoint.folder.name
-        names = names_by_canonical(family, architecture_from_config(read_config(checkpoint.folder)), checkpoint.entries)
+        config = read_config(checkpoint.folder)
+        if (other := family_of(config)) is not family:
+            raise ValueError(f"merge.checkpoints: {label} ({checkpoint.folder}) is a {other.model_type}, {settings.checkpoints[0]} a {family.model_type}; "
+                             "all must be of one model")  # fmt: skip
+        names = names_by_canonical(family, architecture_from_config(config), checkpoint.entries)
         found.append(Source(label, title, share, checkpoint, names))
     return found
 
@@ -98,19 +112,29 @@ def check_same_kind(family: Family, first: Source, other: Source) -> None:
         if shape != expected:
             raise ValueError(f"{said} has tensor {name} of shape {shape}, {first.label} of {expected}; all must have the same shapes")
     ours, theirs = _full_config(family, first.folder), _full_config(family, other.folder)
-    for key in sorted((ours.keys() | theirs.keys()) - FREE_KEYS):
+    for key in sorted(family.computing(ours) | family.computing(theirs)):
         if ours.get(key) != theirs.get(key):
             raise ValueError(f"{said} has {key} {theirs.get(key)!r} in its config.json, {first.label} {ours.get(key)!r}; all must compute alike")
     if _vocabulary(first.folder) != _vocabulary(other.folder):
         raise ValueError(f"{said} has another vocabulary in its tokenizer.json than {first.label}; all must number tokens alike")
 
 
+def idle_differences(family: Family, first: Source, other: Source) -> str:
+    """What two config.json say differently that no forward pass depends on, as a person reads it: "key theirs (not ours)"; empty where there is nothing."""
+    ours, theirs = _full_config(family, first.folder), _full_config(family, other.folder)
+    keys = (ours.keys() | theirs.keys()) - family.computing(ours) - family.computing(theirs) - SECOND_NAMES
+    return ", ".join(f"{key} {_shown(theirs, key)} (not {_shown(ours, key)})" for key in sorted(keys) if ours.get(key) != theirs.get(key))
+
+
+def _shown(config: dict, key: str) -> str:
+    text = repr(config[key]) if key in config else "absent"
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 1]}…"
+
+
 def _full_config(family: Family, folder: Path) -> dict:
     """config.json with transformers' defaults where it says nothing, so that checkpoints of several writers compare."""
-    from transformers import AutoConfig
-
     config = read_config(folder)
-    return AutoConfig.for_model(**family.hf_config(config, architecture_from_config(config))).to_dict()
+    return transformers_config(family.hf_config(config, architecture_from_config(config))).to_dict()
 
 
 def _vocabulary(folder: Path) -> object:

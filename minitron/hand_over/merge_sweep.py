@@ -36,8 +36,9 @@ def try_weights(context: StageContext, family: Family, config: dict, plan: Calla
     tried: list[Tried] = json.loads(path.read_text()) if path.exists() else []
     candidates, batches = settings.candidates(), batches_of(rows, settings.batch, device)
     model = family.build(config).to(device).eval()
-    with context.console.track("trying merges", len(candidates), "merges") as advance:
-        advance(len(tried))
+    if tried:
+        context.goes_on(f"merge {len(tried)} of {len(candidates)}")
+    with context.console.track("trying merges", len(candidates), "merges", done=len(tried)) as advance:
         for shares in candidates[len(tried) :]:
             weights = PlannedWeights(plan(shares))
             with torch.no_grad():

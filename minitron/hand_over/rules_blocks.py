@@ -21,6 +21,8 @@ from minitron.hand_over.compatibility import (
     has_class,
     known_tokenizer,
     named,
+    no_code,
+    row_rules,
     says,
     tokenizer_there,
 )
@@ -102,6 +104,8 @@ def _rules(model_type: str, of_class: str, head_dim_else: str, llama_cpp_ropes: 
         _head(LLAMA_CPP, "the embeddings are taken in its place"),
         named(LLAMA_CPP, "model.", "lm_head."),
         known_tokenizer(lambda folder: False if folder.own_tokenizer else True if "tokenizer.model" in folder.files else None),
+        *row_rules(),
+        no_code(TRANSFORMERS),
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ def layer_rules(settings: Settings) -> LayerRules:
     ceilings = {KIND_LETTERS[kind]: number for kind, number in settings.scoring.ceilings.items() if number is not None}
     return LayerRules(floors(settings), ceilings, tuple(settings.scoring.protect))
 
+
 @dataclass(frozen=True, slots=True)
 class Removal:
     """One round: the layer that went, its score, and the score of every layer that might have gone."""

@@ -41,7 +41,7 @@ def score_model(context: StageContext) -> dict:
     order = [removal.layer for removal in removals]
     influence = (width.block_influence / width.num_tokens).tolist()
     how_made = {"criterion": settings.scoring.criterion.name, "normalised": settings.scoring.normalised, "width_tokens": width.num_tokens,
-                "width_samples": width.num_samples, "data": context.inputs["data"].key, "model": context.inputs[base_stage(settings)].key}  # fmt: skip
+                "width_samples": width.num_samples, "data": context.inputs["data"].key, "model": context.inputs[base_stage(settings)].identity}  # fmt: skip
     layers = {"pattern": model.architecture.pattern, "removal_order": order, "rounds": [removal.to_json() for removal in removals]}
     if rank() == 0:
         width.save(context.folder / SCORES_FILE)
@@ -102,9 +102,12 @@ def _blocks(context: StageContext, model: PlacedModel, rows: np.ndarray, block_t
 def _width(context: StageContext, model: PlacedModel, rows: np.ndarray) -> WidthSums:
     """The sums over all rows; a finished block of an interrupted run is read back."""
     blocks, total = _blocks(context, model, rows, context.settings.scoring.block_tokens), None
+    paths = {name: _part(context, f"width-{name}-of-{len(rows)}.safetensors") for name in blocks}
+    if there := sum(path.exists() for path in paths.values()):
+        context.goes_on(f"{there} of {len(paths)} blocks of rows (width importance)")
     with context.console.track("width importance", len(blocks) * model.architecture.num_sublayers, "layers") as advance:
         for name, block in blocks.items():
-            path = _part(context, f"width-{name}-of-{len(rows)}.safetensors")
+            path = paths[name]
             if path.exists():
                 sums = load_sums(path)
                 advance(model.architecture.num_sublayers)
@@ -148,6 +151,8 @@ def _depth(context: StageContext, model: PlacedModel, rows: np.ndarray, width: W
         everything = range(len(kinds))
         return rank_once(kinds, target, rules, ask(everything, everything)) if target < len(kinds) else []
     done = _read_rounds(context)
+    if done:
+        context.goes_on(f"layer {len(done)} of {len(kinds) - target} that go (layer importance)")
     with context.console.track("layer importance", len(kinds) - target, "layers", done=len(done)) as advance:
         finished = list(done)
 

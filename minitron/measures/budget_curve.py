@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from minitron.generation.ends import end_ids, without_end
 from minitron.generation.generate import Tags, generate
 from minitron.generation.thinking import count_reasoning
 from minitron.text.arithmetic import Problem
@@ -31,13 +32,14 @@ def budget_curve(model: nn.Module, tokenizer: PreTrainedTokenizerBase, problems:
 def _point(model: nn.Module, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], budget: int, batch: int, new_tokens: int,
            on_problems: Callable[[int], None]) -> BudgetPoint:  # fmt: skip
     tags, right, reasoning = Tags(), 0, []
-    open_ids, close_ids = tags.ids(tokenizer)
+    (open_ids, close_ids), ends = tags.ids(tokenizer), end_ids(model, tokenizer)
     for start in range(0, len(problems), batch):
         part = problems[start : start + batch]
         made = generate(model, tokenizer, [problem.question + tags.opening for problem in part], new_tokens=new_tokens, thinking_budget=budget, tags=tags)
         for problem, ids in zip(part, made, strict=True):
             reasoning.append(count_reasoning([*open_ids, *ids], open_ids, close_ids))
-            right += answer_of(tokenizer.decode(ids), tokenizer.eos_token, tags) == problem.answer
+            answer = answer_of(tokenizer.decode(without_end(ids, ends)), tags) if ids[-1] in ends else None
+            right += answer == problem.answer
         on_problems(len(part))
     assert max(reasoning) <= budget, f"{max(reasoning)} reasoning tokens under a budget of {budget}"
     accuracy = right / len(problems)
@@ -45,7 +47,7 @@ def _point(model: nn.Module, tokenizer: PreTrainedTokenizerBase, problems: Seque
     return BudgetPoint(budget, accuracy, error, sum(reasoning) / len(reasoning), max(reasoning))
 
 
-def answer_of(text: str, end_of_text: str, tags: Tags) -> str | None:
-    """What stands between the first closing tag and the end of the text, without the spaces around it; None where one of the two is missing."""
-    answer, ended, _ = text.partition(tags.closing)[2].partition(end_of_text)
-    return answer.strip() if ended else None
+def answer_of(text: str, tags: Tags) -> str | None:
+    """What follows the first closing tag of a text that has ended, without the spaces around it; None where there is no such tag."""
+    _, closed, answer = text.partition(tags.closing)
+    return answer.strip() if closed else None

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from minitron.families.text import begun
+from minitron.generation.ends import end_ids, without_end
 from minitron.generation.generate import generate
 from minitron.settings.evaluate import EvaluateSettings
 
@@ -21,6 +22,8 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, wanted: EvaluateSettings, 
 
 
 def continuations(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, new_tokens: int) -> list[dict[str, Any]]:
-    """Every prompt with the text that follows it, special tokens left out. One prompt at a time, so that none is padded."""
+    """Every prompt with the text that follows it, special tokens left out, and whether that ended by itself. One prompt at a time: none is padded."""
+    ends = end_ids(model, tokenizer)
     written = [generate(model, tokenizer, [begun(tokenizer, prompt)], new_tokens=new_tokens)[0] for prompt in prompts]
-    return [{"prompt": prompt, "text": tokenizer.decode(ids, skip_special_tokens=True)} for prompt, ids in zip(prompts, written, strict=True)]
+    return [{"prompt": prompt, "text": tokenizer.decode(without_end(ids, ends), skip_special_tokens=True), "ended": ids[-1] in ends}
+            for prompt, ids in zip(prompts, written, strict=True)]  # fmt: skip

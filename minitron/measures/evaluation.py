@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from distill.batches import count_tokens
 from memory_budget.hf_config import architecture_from_config, read_config
@@ -22,6 +22,8 @@ from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.files import stored_bytes
 from minitron.checkpoints.forward_memory import forward_memory
 from minitron.families.known import family_of
+from minitron.families.text import load_tokenizer
+from minitron.machine.alone import measured_alone
 from minitron.machine.device import check_on_gpu, let_go, pick_device
 from minitron.measures.continuations import check_prompts, continuations
 from minitron.measures.held_out import CHUNK_TOKENS, by_position, by_source, token_sums
@@ -82,6 +84,8 @@ def evaluate_models(context: StageContext) -> dict:
     measures = list(_measures(context, models))
     store = context.folder.parent.parent
     measured = {}
+    if there := [name for name in MODELS if (context.folder / f"{name}.json").exists()]:
+        context.goes_on(f"the measurements of {', '.join(there)}, which are there")
     with context.console.track("evaluating", len(MODELS) * len(measures), "measurements") as advance:
         for name, stage in MODELS.items():
             folder = measurements_folder(store, context.inputs[stage])
@@ -92,7 +96,9 @@ def evaluate_models(context: StageContext) -> dict:
     lost = loss["pruned"] - loss["teacher"]
     # Of a loss within the noise of these rows, a share would say nothing.
     recovered = (loss["pruned"] - loss["student"]) / lost if lost > SMALLEST_LOSS_NATS else None
-    share = f", {100 * recovered:.0f} % of the loss won back" if recovered is not None else ""
+    share = f", {100 * recovered:.0f} % of the loss won back" if recovered is not None and recovered >= 0 else ""
+    if loss["student"] > loss["pruned"] + SMALLEST_LOSS_NATS:
+        share = ": distillation made it worse; keep the pruned one, or distill again at a lower distill.train.learning_rate or on more tokens"
     headline = f"held-out nats/token: teacher {loss['teacher']:.3f}, pruned {loss['pruned']:.3f}, student {loss['student']:.3f}{share}"
     return {"headline": headline, "models": measured, "lost_nats_per_token": lost, "recovered_share": recovered}
 
@@ -136,9 +142,9 @@ def _measures(context: StageContext, models: Models) -> Iterator[Measure]:
     runs = json.loads((data.folder / "heldout_sources.json").read_text())
     sources = np.repeat([source for source, _ in runs], [number for _, number in runs])
     of_rows = {"data": data.key, "samples": wanted.samples}
-    tokenizer = AutoTokenizer.from_pretrained(models.folders["teacher"])
+    tokenizer = load_tokenizer(models.folders["teacher"])
 
-    of_held_out = {**of_rows, "teacher": context.inputs["teacher"].key}
+    of_held_out = {**of_rows, "teacher": context.inputs["teacher"].identity}
     yield Measure("held_out", of_held_out, partial(_held_out, models, rows, spread_rows(evaluation_rows(sources), wanted.samples), wanted.batch))
     for lengths in wanted.speed:
         yield Measure(_speed_name(lengths), {**of_rows, **machine_of(models.device)}, partial(_speed, models, rows, lengths))
@@ -149,7 +155,7 @@ def _measures(context: StageContext, models: Models) -> Iterator[Measure]:
         yield Measure("needle", {**of_rows, **key_settings(wanted.needle)}, make)
     if wanted.prompts:
         check_prompts(tokenizer, wanted, max_positions(context.settings))
-        of_prompts = {"prompts": list(wanted.prompts), "new_tokens": wanted.new_tokens, "teacher": context.inputs["teacher"].key}
+        of_prompts = {"prompts": list(wanted.prompts), "new_tokens": wanted.new_tokens, "teacher": context.inputs["teacher"].identity}
         yield Measure("prompts", of_prompts, partial(_prompts, models, tokenizer, wanted))
     for task in wanted.tasks:
         yield Measure(_task_name(task), task_identity(load_task(task, wanted), wanted), partial(_task, models, tokenizer, task, wanted))
@@ -175,7 +181,9 @@ def _held_out(models: Models, rows_RT: np.ndarray, sources_R: np.ndarray, batch:
 
 def _speed(models: Models, rows_RT: np.ndarray, lengths: SpeedSettings, name: str, _on_share: Share) -> dict[str, Any]:
     prompts = make_prompts(rows_RT, lengths.input_tokens, lengths.batch).to(models.device)
-    return measure_speed(models.alone(name), prompts, lengths, can_decode=_can_decode(models, name))
+    model, can_decode = models.alone(name), _can_decode(models, name)
+    found, alone = measured_alone(lambda: measure_speed(model, prompts, lengths, can_decode=can_decode))
+    return found | {"alone": alone}
 
 
 def _can_decode(models: Models, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Measurements of checkpoints, each kept by itself: store/measurements/<stage>-<key of the checkpoint>/<measure>-<key>.json.
+"""Measurements of checkpoints, each kept by itself: store/measurements/<stage>-<identity of the checkpoint>/<measure>-<key>.json.
 
 A file's key hashes all that the measurement follows from but for the checkpoint, so that another run, or another setting of
 something else, finds it again; the teacher's are shared by all runs of that teacher.
@@ -16,7 +16,7 @@ VERSION = 1  # rises when measurements change for the same settings
 
 def measurements_folder(store: Path, checkpoint: Result) -> Path:
     """Where the measurements of a finished stage's checkpoint lie."""
-    return store / "measurements" / f"{checkpoint.record['stage']}-{checkpoint.key}"
+    return store / "measurements" / f"{checkpoint.record['stage']}-{checkpoint.identity}"
 
 
 def kept(folder: Path, measure: str, *, of: Mapping[str, Any], make: Callable[[], Any], say: Callable[[str], None]) -> Any:

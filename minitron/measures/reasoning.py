@@ -3,10 +3,9 @@
 import json
 from dataclasses import asdict
 
-from transformers import AutoTokenizer
-
 from memory_budget.hf_config import read_config
 from minitron.families.known import family_of
+from minitron.families.text import load_tokenizer
 from minitron.machine.device import pick_device
 from minitron.measures.budget_curve import budget_curve
 from minitron.text.arithmetic import held_out_problems
@@ -21,6 +20,8 @@ def measure_reasoning(context: StageContext) -> dict:
     settings, wanted = context.settings, context.settings.reasoning
     problems = held_out_problems(settings.data.arithmetic)[: wanted.problems]
     measured = {}
+    if there := [name for name in MODELS if (context.folder / f"{name}.json").exists()]:
+        context.goes_on(f"the answers of {', '.join(there)}, which are there")
     with context.console.track("answering", len(MODELS) * len(wanted.budgets) * len(problems), "problems") as advance:
         for name, stage in MODELS.items():
             path, folder = context.folder / f"{name}.json", context.inputs[stage].model_folder
@@ -28,7 +29,7 @@ def measure_reasoning(context: StageContext) -> dict:
                 advance(len(wanted.budgets) * len(problems))
             else:
                 model = family_of(read_config(folder)).load(folder, device=str(pick_device(settings)))
-                points = budget_curve(model, AutoTokenizer.from_pretrained(folder), problems, wanted.budgets, batch=wanted.batch,
+                points = budget_curve(model, load_tokenizer(folder), problems, wanted.budgets, batch=wanted.batch,
                                       new_tokens=settings.data.sequence_length, on_problems=advance)  # fmt: skip
                 write_json(path, [asdict(point) for point in points])
             measured[name] = json.loads(path.read_text())

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from minitron.settings.evaluate import EvaluateSettings
+from minitron.settings.names import did_you_mean
 from minitron.text.documents import content_digest
 from minitron.walk.store import stage_key, write_json
 
@@ -62,7 +63,8 @@ def load_task(name: str, settings: EvaluateSettings) -> Any:
     manager = _manager(tuple(settings.tasks), tuple(settings.task_folders))
     if name not in manager.all_tasks:
         folders = f" or in {', '.join(settings.task_folders)}" if settings.task_folders else " (evaluate.task_folders names folders of your own)"
-        raise ValueError(f"evaluate.tasks names {name!r}, which is no task of lm-eval{folders}; `lm-eval ls tasks` lists them")
+        raise ValueError(f"evaluate.tasks names {name!r}, which is no task of lm-eval{folders}"
+                         + (did_you_mean(name, manager.all_tasks) or "; `lm-eval ls tasks` lists them"))  # fmt: skip
     try:
         with _quiet():
             return manager.load([name])
@@ -86,16 +88,35 @@ def task_identity(loaded: Mapping[str, Any], settings: EvaluateSettings) -> dict
 def run_task(model: Any, tokenizer: Any, name: str, settings: EvaluateSettings) -> dict[str, Any]:
     """Results of the task, or of each that a group holds: {task: {"samples", "shots", "metrics": {metric: {value, standard_error, higher_is_better}}}}.
 
-    A metric behind a filter of its own is named `metric (filter)`; a standard error is None where lm-eval has none.
+    A metric behind a filter of its own is named `metric (filter)`; a standard error is None where lm-eval has none. Texts end at every end_ids of the
+    model, of which lm-eval by itself knows those of generation_config.json.
     """
     from lm_eval import evaluate
-    from lm_eval.models.huggingface import HFLM
 
     loaded = load_task(name, settings)
     with _quiet():
         _as_by_its_command(loaded)
-        found = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch), loaded, limit=settings.task_limit, log_samples=False)
+        found = evaluate(language_model(model, tokenizer, settings.batch), loaded, limit=settings.task_limit, log_samples=False)
     return {task: _results_of(task, metrics, found) for task, metrics in found["results"].items()}
+
+
+def language_model(model: Any, tokenizer: Any, batch: int) -> Any:
+    """The model as lm-eval asks it, its texts ending at every id that ends one."""
+    from lm_eval.models.huggingface import HFLM
+
+    from minitron.generation.ends import end_ids, without_end
+
+    ends = end_ids(model, tokenizer)
+
+    class Ending(HFLM):
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
+            made = super()._model_generate(context, max_length, stop, **{"eos_token_id": ends or None} | settings)
+            for row in made:  # an id that ends a text is text too unless the tokenizer calls it special
+                text = row[context.shape[1] :]
+                text[len(without_end(text.tolist(), ends)) :] = self.tokenizer.pad_token_id
+            return made
+
+    return Ending(pretrained=model, tokenizer=tokenizer, batch_size=batch)
 
 
 def _as_by_its_command(loaded: Mapping[str, Any]) -> None:

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
+from minitron.settings.hub import HUB_ID
 from minitron.settings.run import Settings
-from minitron.settings.teachers import HUB_ID
 
 
 def download_bytes(settings: Settings, weights_bytes: int) -> int:

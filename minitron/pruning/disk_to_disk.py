@@ -10,11 +10,11 @@ from memory_budget.hf_config import read_config
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import GIB, format_gib
 from minitron.checkpoints.files import Checkpoint, PlannedTensor
-from minitron.checkpoints.publish import check_layer_by_layer, check_reload, model_card, write_companions
+from minitron.checkpoints.publish import check_layer_by_layer, check_reload, formats_of, model_card, write_companions
 from minitron.checkpoints.shards import write_weights
 from minitron.families.base import Family
 from minitron.families.known import family_of
-from minitron.families.table import names_by_canonical
+from minitron.families.table import left_out, names_by_canonical
 from minitron.importance.scores import scores_of
 from minitron.machine.memory import available_memory_bytes
 from minitron.pruning.compensated_cut import BASIS_FILE, MadeWeights, damage, write_compensated
@@ -43,9 +43,11 @@ def prune_teacher(context: StageContext) -> dict:
     write_json(context.folder / "plan.json", plan.to_json())
 
     source, compensated = Checkpoint(source_folder), settings.prune.method is PruneMethod.compensated
+    for note in left_out(family, architecture, source.entries):
+        context.console.say(f"    prune  {note}")
     name, removed = context.inputs[base_stage(settings)].facts["name"], removed_layers(plan)
-    described = describe_cut(plan, name) + (" What is kept was refitted to the base's own activations." if compensated else "")
-    card = model_card(f"{name}, pruned to {chosen['id']}", lines=[described, "Not distilled yet."], architecture=student, base=name)
+    described = describe_cut(plan) + (" What is kept was refitted to the base's own activations." if compensated else "")
+    card = model_card(f"{name}, pruned to {chosen['id']}", lines=[f"Cut from {name}: {described}", "Not distilled yet."], architecture=student, base=name)
     folder = context.folder / "checkpoint"
     sliced, made = write_cut(context, family, plan, folder, card=card)
     if made:
@@ -57,7 +59,7 @@ def prune_teacher(context: StageContext) -> dict:
         check, facts = _check(family, plan, source, folder, config), {}
     parameters = count_total_parameters(student)
     sizes = f"{architecture.num_layers} → {student.num_layers} layers, {count_total_parameters(architecture):,} → {parameters:,} parameters"
-    headline = f"{sizes}, {format_gib(sum(tensor.num_bytes for tensor in sliced))} written; {check}"
+    headline = f"{sizes}, {format_gib(sum(tensor.num_bytes for tensor in sliced))} written in {formats_of(sliced)}; {check}"
     facts |= {"parameters": parameters, "removed_layers": removed, "description": described}
     return {"headline": headline, "path": "checkpoint", **facts}
 
@@ -100,13 +102,13 @@ def removed_layers(plan: PruningPlan) -> list[int]:
     return sorted(set(range(plan.teacher.num_layers)) - set(plan.kept_layers))
 
 
-def describe_cut(plan: PruningPlan, teacher: str) -> str:
-    """One sentence for the model card: what was cut from what, every axis that became smaller."""
+def describe_cut(plan: PruningPlan) -> str:
+    """Every axis that became smaller, and the layers that went; not from what: runs that share the cut may call that by other names."""
     sizes = [(SHORT_TITLES.get(axis.name, axis.title), axis.size(plan.teacher), axis.size(plan.student)) for axis in (*WIDTH_AXES, LAYERS)]
     changed = [f"{label} {before} → {after}" for label, before, after in sizes if before != after]
     layers = removed_layers(plan)
     gone = f" Removed layers (from 0): {', '.join(map(str, layers))}." if layers else ""
-    return f"Cut from {teacher}: {', '.join(changed) or 'nothing'}.{gone}"
+    return f"{', '.join(changed) or 'nothing'}.{gone}"
 
 
 def _check(family: Family, plan: PruningPlan, source: Checkpoint, folder: Path, config: dict) -> str:

@@ -40,8 +40,9 @@ def speed_table(summary: Summary) -> str:
     for name, result in _with(summary, "speed").items():
         for at in result["speed"]:
             decode = at["decode_tokens_per_second"]
-            rows.append((f"{at['batch']} × {at['input_tokens']:,} in, {at['output_tokens']:,} out", name, f"{1000 * at['prefill_seconds']:,.0f} ms",
-                         speed(at["prefill_tokens_per_second"]), "–" if decode is None else speed(decode), format_gib(at["peak_bytes"])))  # fmt: skip
+            rows.append((f"{at['batch']} × {at['input_tokens']:,} in, {at['output_tokens']:,} out", name + _beside(at),
+                         f"{1000 * at['prefill_seconds']:,.0f} ms", speed(at["prefill_tokens_per_second"]),
+                         "–" if decode is None else speed(decode), format_gib(at["peak_bytes"])))  # fmt: skip
     lengths = [row[0] for row in rows]
     rows.sort(key=lambda row: lengths.index(row[0]))  # by lengths, then models in their order
     head = ("sequences × tokens", "model", "first token after", "prefill (tokens/s)", "decode (tokens/s)", "peak memory")
@@ -50,11 +51,18 @@ def speed_table(summary: Summary) -> str:
 
 def speed_note(summary: Summary) -> str:
     """What the figures of speed and memory are of."""
-    machines = {_machine(at) for result in _with(summary, "speed").values() for at in result["speed"]}
-    if not machines:
+    measured = [at for result in _with(summary, "speed").values() for at in result["speed"]]
+    if not measured:
         return ""
-    return (f"Measured on {', '.join(sorted(machines))}, greedy, the best of three; speeds are of all sequences together. Peak memory is of tensors, weights "
-            "included, without the framework's own.")  # fmt: skip
+    beside = " † other processes kept this machine's cores busy meanwhile: too slow to compare." if any(map(_beside, measured)) else ""
+    machines = ", ".join(sorted(set(map(_machine, measured))))
+    return (f"Measured on {machines}, greedy, the best of three; speeds are of all sequences together. Peak memory is of tensors, weights included, without "
+            f"the framework's own.{beside}")  # fmt: skip
+
+
+def _beside(at: Mapping[str, Any]) -> str:
+    """The mark of a speed that was measured beside other work."""
+    return " †" if at.get("alone") is False else ""
 
 
 def _machine(at: Mapping[str, Any]) -> str:
@@ -88,10 +96,15 @@ def continuations_text(summary: Summary) -> str:
         return ""
     blocks = ["What they write after a prompt, the likeliest token each time:"]
     for number, one in enumerate(next(iter(found.values()))):
-        texts = {name: written[number]["text"] for name, written in found.items()}
-        lines = [f"- {name}: {'cannot decode in transformers, having no attention layer' if text is None else _quoted(text)}" for name, text in texts.items()]
+        lines = [f"- {name}: {_continuation(written[number])}" for name, written in found.items()]
         blocks.append("\n".join([f"{_quoted(one['prompt'])}", "", *lines]))
     return "\n\n".join(blocks)
+
+
+def _continuation(one: Mapping[str, Any]) -> str:
+    if one["text"] is None:
+        return "cannot decode in transformers, having no attention layer"
+    return _quoted(one["text"]) + (" (ended)" if one.get("ended") else "")
 
 
 def _quoted(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from minitron.plan.taken import planned_and_taken
 from minitron.report.page import page_html, page_markdown
 from minitron.report.plots import draw_plots
 from minitron.report.summary import METRICS_FILE, MODEL_STAGES, SEARCH_FILES, build_summary
+from minitron.report.sweep import sweep_yaml
 from minitron.settings.run import Settings, Stage
 from minitron.walk.console import Console
 from minitron.walk.stage import Lap
-from minitron.walk.store import Result, locked
+from minitron.walk.store import Result, locked, write_text
+
+SWEEP_FILE = "sweep.yaml"
 
 
 def write_report(settings: Settings, laps: Sequence[Lap], console: Console) -> None:
@@ -36,10 +40,16 @@ def write_report(settings: Settings, laps: Sequence[Lap], console: Console) -> N
         summary = build_summary(laps) | {"plan": planned_and_taken(settings, laps)}
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         copy_tables(folder, laps[-1].results)
+        # A first lap's depths are screened on the way, all of them.
+        write_sweep(folder, None if laps[-1].settings.search.later_widths.given() else sweep_yaml(summary, sys.argv[1:]))
         for reason in link_models(folder, summary["models"]):
             console.say(reason)
         write_page(folder, summary)
     console.headline("report", f"{folder / 'report.html'}")
+    if "student" in summary["models"]:
+        console.headline(
+            "student", f"{folder / 'student'}, a checkpoint that transformers loads; run_name={settings.run_name} stage=export makes a folder to hand out"
+        )
 
 
 def write_page(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -60,6 +70,14 @@ def copy_tables(folder: Path, results: Mapping[str, Result]) -> None:
                 (folder / name).unlink(missing_ok=True)
 
 
+def write_sweep(folder: Path, text: str | None) -> None:
+    """sweep.yaml, or none where this run has no sweep."""
+    if text is None:
+        (folder / SWEEP_FILE).unlink(missing_ok=True)
+    else:
+        write_text(folder / SWEEP_FILE, text)
+
+
 def link_models(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Relative links teacher, pruned and student to the checkpoints; a sentence for each that could not be made."""
     problems = []
@@ -77,10 +95,3 @@ def link_models(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> list[s
             partial.unlink(missing_ok=True)
             problems.append(f"no link {link} ({error.strerror}); the {name} model is in {path}")
     return problems
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: a reader sees the old one or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)

@@ -42,7 +42,7 @@ def choice_sentences(lap: Summary) -> list[str]:
         return []
     name = f"**{escaped(chosen['id'])}**"
     if len(candidates) == 1:
-        return [f"{name} is {search['reason']}."]
+        return [f"{name} is {search['reason']}{'' if search['num_fitting'] else ', and does not fit'}."]
     briefly = sum(candidate["short_distill_loss"] is not None for candidate in candidates)
     fit = "leave room for widths that fit" if search["later_widths"] else "fit"
     steps = [f"{search['num_fitting']:,} {fit}", f"{len(candidates)} came on the shortlist", f"{briefly} of them were distilled briefly" if briefly else ""]
@@ -79,8 +79,11 @@ def candidates_table(candidates: Sequence[Candidate]) -> str:
 
 
 def _note(candidate: Candidate) -> str:
-    """That a candidate is the chosen one, or on the Pareto front, or why it was not to be chosen."""
-    remarks = ["**chosen**" if candidate["chosen"] else "", "front" if candidate["on_pareto_front"] else "", escaped(candidate.get("note", ""))]
+    """That a candidate is the chosen one, or on the Pareto front, or why it was not to be chosen; that its speed does not compare with the others';
+    and that its rows are of odd lengths."""
+    beside = "decoded beside other work" if candidate.get("speed_alone") is False else ""
+    odd = f"odd rows ({', '.join(candidate['row_notes'])})" if candidate.get("row_notes") else ""
+    remarks = ["**chosen**" if candidate["chosen"] else "", "front" if candidate["on_pareto_front"] else "", escaped(candidate.get("note", "")), beside, odd]
     return ", ".join(remark for remark in remarks if remark)
 
 
@@ -101,6 +104,12 @@ def table_notes(summary: Summary, lap: Summary) -> str:
                      f"{load['input_tokens']:,} tokens in and {load['output_tokens']:,} out, {batch}.")  # fmt: skip
     if any(candidate["on_pareto_front"] for candidate in candidates):
         notes.append("Front: on the Pareto front, so no other is as good in loss, memory and modelled speed and better in one of them.")
+    if any(candidate.get("speed_alone") is False for candidate in candidates):
+        notes.append("Decoded beside other work: other processes kept this machine's cores busy meanwhile, so that speed is too low to compare.")
+    if any(candidate.get("row_notes") for candidate in candidates):
+        chosen = chosen_candidate(lap)
+        of_chosen = f" The chosen one's: {escaped('; '.join(chosen['row_notes'].values()))}." if chosen and chosen.get("row_notes") else ""
+        notes.append(f"Odd rows: of a length that packing into 4 bits, or a fast kernel, does not take; the model runs all the same.{of_chosen}")
     if lap["search"].get("later_widths"):
         notes.append("Memory is at full width; the widths that are cut next bring it under the budget.")
     return " ".join(notes)

@@ -94,8 +94,10 @@ def _against_slice(summary: Summary, pruned: float, student: float) -> list[str]
         return []
     found = {name: one["loss_nats_per_token"] for name, one in summary["against_slice"]["models"].items()}
     below = "lower" if student <= found["student"] else "higher"
-    return [f"The plain slice of the same architecture starts at {nats(found['pruned'])}, this one at {nats(pruned)}; after the same "
-            f"{summary['against_slice']['tokens']:,} tokens it is at {nats(found['student'])}, the student {nats(abs(found['student'] - student))} {below}."]
+    return [
+        f"The plain slice of the same architecture starts at {nats(found['pruned'])}, this one at {nats(pruned)}; after the same "
+        f"{summary['against_slice']['tokens']:,} tokens it is at {nats(found['student'])}, the student {nats(abs(found['student'] - student))} {below}."
+    ]
 
 
 def _worse_than_no_distillation(won: float) -> str:

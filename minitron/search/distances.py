@@ -120,6 +120,7 @@ def retained_importance(candidates: Candidates, scores: ImportanceScores, remova
     """
     teacher = candidates.teacher
     kept = _kept_share(scores.hidden(), candidates.hidden)
+
     def key_value_heads(layer: int) -> np.ndarray:
         return scores.key_value_heads(layer, teacher.num_key_value_heads)
 

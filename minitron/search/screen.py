@@ -26,6 +26,7 @@ from minitron.checkpoints.files import stored_bytes
 from minitron.families.base import Family
 from minitron.families.known import family_of
 from minitron.importance.scores import scores_of
+from minitron.machine.alone import measured_alone
 from minitron.machine.device import let_go, pick_device, process_memory_bytes
 from minitron.machine.processes import from_first
 from minitron.measures.held_out import held_out_loss
@@ -53,7 +54,7 @@ START_FOLDER = "start"
 def screen_candidate(context: StageContext) -> dict:
     """The candidate's held-out loss after its short distillation and its decode speed here; metrics.jsonl is beside them."""
     settings, device, launch = context.settings, pick_device(context.settings), read_launch()
-    entry = candidate_entry(context)
+    entry = context.inputs["shortlist"].facts["entries"][settings.candidate]
     plan = make_plan(base_architecture(settings), Architecture(**entry["architecture"]), tuple(entry["kept_layers"]),
                      scores_of(context.inputs["score"], settings))  # fmt: skip
     on_disk = device.type == "cuda" or launch.world_size > 1
@@ -78,21 +79,14 @@ def screen_candidate(context: StageContext) -> dict:
     return {"headline": f"{entry['id']}  {facts['short_distill_loss']:.3f} nats/token after {tokens:,} tokens", **facts}
 
 
-def candidate_entry(context: StageContext) -> dict:
-    """The shortlist's entry of settings.candidate. Raises ValueError where there is none."""
-    entries = context.inputs["shortlist"].facts["entries"]
-    if context.settings.candidate not in entries:
-        raise ValueError(f"candidate is {context.settings.candidate!r}, which is not on the shortlist; there are: {', '.join(entries)}")
-    return entries[context.settings.candidate]
-
-
 def _measured(context: StageContext, entry: dict, student: nn.Module, device: torch.device) -> dict:
     batches = screening_batches(context, device)
     prompt = longest_prompt(torch.cat(batches).cpu().numpy(), context.settings.screen.prompt_tokens).to(device)
     can_decode = "*" in entry["architecture"]["pattern"]  # transformers' cache asks an attention layer how long it is
     loss = held_out_loss(student, batches)
-    speed = decode_tokens_per_second(student, prompt, context.settings.screen.new_tokens) if can_decode else None
-    return {"short_distill_loss": loss, "tokens_per_second": speed}
+    new_tokens = context.settings.screen.new_tokens
+    speed, alone = measured_alone(lambda: decode_tokens_per_second(student, prompt, new_tokens)) if can_decode else (None, None)
+    return {"short_distill_loss": loss, "tokens_per_second": speed, "speed_alone": alone}
 
 
 def _planned_train(context: StageContext, plan: PruningPlan, launch: Launch, device: torch.device, *, on_disk: bool) -> TrainSettings:
@@ -155,7 +149,7 @@ def _distil(context: StageContext, train: TrainSettings, student: nn.Module | Un
         batches = RowBatches(rows, train.batch, settings.seed)
 
     def tokens_of(batch: torch.Tensor) -> int:
-        return count_tokens(rows[batch.cpu()] if settings.screen.cached else batch.cpu().numpy())
+        return count_tokens(rows[batch.cpu().numpy()] if settings.screen.cached else batch.cpu().numpy())
 
     with tracked_steps(context, settings.candidate, plan.tokens, loss_name="KL", tracker=tracker) as on_step:
         try:

@@ -52,13 +52,25 @@ def make_shortlist(context: StageContext) -> dict:
         entries = {name: {**entry, **measured.means[name]} for name, entry in entries.items()}
         best_first = measured.best_first
     fitting = f"{len(candidates):,} of {looked_at:,} architectures fit {format_gib(budget.bytes)}"
-    if settings.search.later_widths.given():
+    num_fitting = len(candidates)
+    if settings.search.fixed.given() and not settings.search.later_widths.given():
+        fitting, num_fitting = _of_fixed(next(iter(entries.values())), budget)
+    elif settings.search.later_widths.given():
         fitting = f"{len(candidates):,} of {looked_at:,} depths leave room for widths that fit {format_gib(budget.bytes)}"
     best = entries[best_first[0]]["zero_shot_loss"]
     foretold = ", in the rotated basis" * ranks_rotated(settings) + ", refitted to its widths" * ranks_refitted(settings)
     zero_shot = "" if best is None else f", zero-shot {best:.2f} nats/token at best ({best_first[0]}{foretold})"
-    headline = f"{fitting}; {len(rows)} on the shortlist{zero_shot}"
-    return {"headline": headline, "num_candidates": looked_at, "num_fitting": len(candidates), "entries": entries, "best_first": best_first}
+    listed = "" if settings.search.fixed.given() else f"; {len(rows)} on the shortlist"
+    headline = f"{fitting}{listed}{zero_shot}"
+    return {"headline": headline, "num_candidates": looked_at, "num_fitting": num_fitting, "entries": entries, "best_first": best_first}
+
+
+def _of_fixed(entry: dict, budget: Budget) -> tuple[str, int]:
+    """What to say of the one architecture that was asked for, fitting or not, and how many fit."""
+    needed = entry["memory_bytes"]["total"]
+    spare = budget.bytes - needed
+    verdict = f"fits with {format_gib(spare)} to spare" if spare >= 0 else f"does not fit: {format_gib(-spare)} too much"
+    return f"{entry['id']}, given by search.fixed, takes {format_gib(needed)} of {format_gib(budget.bytes)} and {verdict}", int(needed <= budget.bytes)
 
 
 def _within_later_budget(settings: Settings, candidates: Candidates, workload: Workload, budget: Budget) -> Candidates:
@@ -118,7 +130,7 @@ def _shortlist(context: StageContext, candidates: Candidates, damage: list[float
 def _entry(settings: Settings, candidates: Candidates, row: int, workload: Workload, budget: Budget) -> dict:
     """Everything known of a candidate before it is measured."""
     architecture, serving = candidates.architecture(row), serving_of(settings)
-    batch = settings.throughput.batch or largest_batch(architecture, workload, serving, budget.bytes)
+    batch = settings.throughput.batch or largest_batch(architecture, workload, serving, budget.bytes) if serving else None
     return {
         "id": candidates.identifier(row),
         "architecture": asdict(architecture),

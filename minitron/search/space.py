@@ -5,7 +5,7 @@ from dataclasses import replace
 from memory_budget.architecture import Architecture, check_architecture
 from memory_budget.calculator import memory_report
 from memory_budget.units import GIB, format_gib
-from minitron.settings.derived import axis_of, budget_of, couplings_of, fixed_sizes, floors, workload_of
+from minitron.settings.derived import axis_of, budget_of, couplings_of, fixed_sizes, floors, serving_device, workload_of
 from minitron.settings.run import Settings
 from nas.axes import AXES, identifier
 from nas.depth import check_is_cut, kept_layers, spelled, subsequence_layers
@@ -26,13 +26,15 @@ def space_of(settings: Settings, teacher: Architecture) -> SearchSpace:
     return space
 
 
-def serving_of(settings: Settings) -> Serving:
-    """Device and load of the throughput model. Raises ValueError for a device that is not known."""
-    throughput = settings.throughput
+def serving_of(settings: Settings) -> Serving | None:
+    """Device and load of the throughput model; None where nobody named a device and the budget is no card's. Raises ValueError for one that is not known."""
+    throughput, name = settings.throughput, serving_device(settings)
+    if name is None and throughput.gb_per_second is None:
+        return None
     rates = {"bytes_per_second": throughput.gb_per_second, "flops_per_second": throughput.tflops}
     scales = {"bytes_per_second": 1e9, "flops_per_second": 1e12}
     try:
-        device = device_of(throughput.device, **{name: value * scales[name] for name, value in rates.items() if value is not None})
+        device = device_of(name or "device", **{name: value * scales[name] for name, value in rates.items() if value is not None})
     except ValueError as error:
         raise ValueError(f"throughput.{error}") from None
     return Serving(device=device, input_tokens=throughput.input_tokens, output_tokens=throughput.output_tokens, batch=throughput.batch or 1)
@@ -43,6 +45,8 @@ def filters_of(settings: Settings) -> Filters:
     search = settings.search
     if search.min_tokens_per_second is not None and settings.throughput.batch is None:
         raise ValueError(f"search.min_tokens_per_second is {search.min_tokens_per_second}; it needs throughput.batch, the sequences served at once")
+    if search.min_tokens_per_second is not None and serving_of(settings) is None:
+        raise ValueError(f"search.min_tokens_per_second is {search.min_tokens_per_second}; it needs throughput.device, the card whose speed is modelled")
     least, most = (None if gib is None else int(gib * GIB) for gib in (search.min_gib, search.max_gib))
     budget_bytes = NO_BUDGET if search.later_widths.given() else budget_of(settings).bytes
     return Filters(budget_bytes=budget_bytes, max_parameters=search.max_parameters, min_bytes=least, max_bytes=most,

@@ -58,6 +58,8 @@ def measure_zero_shot(context: StageContext, entries: Mapping[str, dict]) -> Zer
         return entries[name]["architecture"]["mamba_head_dim"]
 
     path = context.folder / PART_FILE
+    if done:
+        context.goes_on(f"{len(done):,} of {len(batches) * len(entries):,} zero-shot batches")
     with context.console.track("zero-shot", len(batches) * len(entries), "candidate batches", len(done)) as advance, path.open("a", buffering=1) as file:
         for head_dim, group in groupby(sorted(entries, key=channels), key=channels):
             names = list(group)

@@ -4,6 +4,7 @@ Exit codes: 0 done · 2 the user's mistake, 1 no server or a failing one, either
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Generator
 
@@ -18,11 +19,19 @@ def main(arguments: list[str] | None = None) -> int:
         client = ThinkingBudgetClient(options.url, options.model, tokenizer=options.tokenizer, tags=Tags(*options.tags), timeout_seconds=options.timeout)
         thinking = None if options.thinking is None else options.thinking == "on"
         reply = _printed(client.stream(options.prompt, thinking_budget=options.budget, thinking=thinking, max_tokens=options.max_tokens))
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         return 130
+    if reply.note:
+        print(f"note: {reply.note}", file=sys.stderr)
+    if reply.stopped:
+        print(f"error: the server at {options.url} stopped the reply ({reply.stopped})", file=sys.stderr)
+        return 1
     closed = "closed here" if reply.closed_here else "closed by the model or still open"
     print(f"{reply.reasoning_tokens:,} tokens of reasoning, {closed}; {'ended' if reply.ended else 'cut off by --max-tokens'}", file=sys.stderr)
     return 0

@@ -6,18 +6,20 @@ model's own tokenizer. Needs the openai package (extra `serve`), no torch.
 
 import json
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import openai
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from minitron.generation.prompts import Tags, write_prompt
+from minitron.families.text import load_tokenizer
+from minitron.generation.prompts import Prompt, Tags, make_prompt
 from minitron.serving.errors import in_one_line
+from minitron.serving.made import Ending, Made, read_pieces
 
 CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # a text ends in it where its last token is only part of a character
-Prompt = str | Sequence[Mapping[str, str]]
+Asked = str | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,8 @@ class Reply:
     """What came of a prompt. `text` is all that follows it, closing tag included; reasoning and answer are its parts, without the tag.
 
     reasoning_tokens: at most the budget, not counting tags · closed_here: the client closed the reasoning, not the model ·
-    ended: the model came to its end by itself; False where max_tokens cut it off.
+    ended: the model came to its end by itself; False where max_tokens cut it off, or the server stopped it for a reason of its own, which
+    `stopped` then names (content_filter, abort, …) · note: what is odd about the server, in one line; "" where nothing is.
     """
 
     text: str
@@ -34,15 +37,8 @@ class Reply:
     reasoning_tokens: int
     closed_here: bool
     ended: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """What one request gave."""
-
-    text: str
-    tokens: int
-    ended: bool
+    stopped: str = ""
+    note: str = ""
 
 
 class ThinkingBudgetClient:
@@ -59,12 +55,12 @@ class ThinkingBudgetClient:
         """
         self._base_url, self._model, self._tags, self._timeout_seconds = base_url, model, tags, timeout_seconds
         self._extra_body = dict(extra_body or {})
-        self._tokenizer = _load_tokenizer(tokenizer)
+        self._tokenizer = load_tokenizer(tokenizer)
         _check_tags(self._tokenizer, tags, hidden=self._extra_body.get("skip_special_tokens", True))
         self._context_tokens = _positions(Path(tokenizer)) if context_tokens is None else context_tokens
         self._server = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout_seconds, max_retries=max_retries)
 
-    def ask(self, prompt: Prompt, *, thinking_budget: int | None = None, thinking: bool | None = None, max_tokens: int = 512,
+    def ask(self, prompt: Asked, *, thinking_budget: int | None = None, thinking: bool | None = None, max_tokens: int = 512,
             temperature: float = 0.0, top_p: float = 1.0) -> Reply:  # fmt: skip
         """The whole reply to a user's message, or to a conversation [{role, content}, …]; greedy at temperature 0.
 
@@ -80,58 +76,69 @@ class ThinkingBudgetClient:
             except StopIteration as end:
                 return end.value
 
-    def stream(self, prompt: Prompt, *, thinking_budget: int | None = None, thinking: bool | None = None, max_tokens: int = 512,
+    def stream(self, prompt: Asked, *, thinking_budget: int | None = None, thinking: bool | None = None, max_tokens: int = 512,
                temperature: float = 0.0, top_p: float = 1.0) -> Generator[str, None, Reply]:  # fmt: skip
         """The reply's text as it comes, piece by piece; the generator returns the Reply (`reply = yield from client.stream(…)`)."""
         request = {"temperature": temperature, "top_p": top_p, "stream": True, "stream_options": {"include_usage": True}}
         return self._reply(prompt, thinking_budget, thinking, max_tokens, request)
 
-    def _reply(self, prompt: Prompt, budget: int | None, thinking: bool | None, max_tokens: int, request: Mapping[str, Any]) -> Generator[str, None, Reply]:
-        before = self._begin(prompt, budget, thinking, max_tokens)
-        reasons = _is_open(before, self._tags)
+    def _reply(self, prompt: Asked, budget: int | None, thinking: bool | None, max_tokens: int, request: Mapping[str, Any]) -> Generator[str, None, Reply]:
+        begun = self._begin(prompt, budget, thinking, max_tokens)
+        before, reasons = begun.text, begun.is_open
         first = max_tokens if budget is None or not reasons else min(budget, max_tokens)
-        made = (yield from self._go_on(before, first, request)) if first else _Made("", 0, ended=False)
-        text, ended, left, closed_here, begun = made.text, made.ended, max_tokens - made.tokens, False, 0
-        if first < max_tokens and not ended:
+        made = (yield from self._go_on(before, first, request)) if first else Made("", 0, Ending.cut)
+        text, last, left, closed_here, started, closing = made.text, made, max_tokens - made.tokens, False, 0, ""
+        if first < max_tokens and made.ending is Ending.cut:
             if self._tags.closing not in text:
-                begun, closing = self._rest_of_closing(text)
+                started, closing = self._rest_of_closing(text)
                 closed_here, text, left = True, text + closing, left - self._count(closing)
                 yield closing
             if left > 0:
-                more = yield from self._go_on(before + text, left, request)
-                text, ended = text + more.text, more.ended
+                last = yield from self._go_on(before + text, left, request)
+                text += last.text
         reasoning, answer = _parts(text, self._tags, is_open=reasons)
-        tokens = made.tokens - begun if closed_here else self._count(reasoning)
-        return Reply(text, reasoning, answer, tokens, closed_here, ended)
+        tokens = made.tokens - started if closed_here else self._count(reasoning)
+        note = self._prompt_note(before, made) if first else self._prompt_note(before + closing, last)
+        return Reply(text, reasoning, answer, tokens, closed_here, last.ending is Ending.ended, last.stopped, note)
 
-    def _begin(self, prompt: Prompt, budget: int | None, thinking: bool | None, max_tokens: int) -> str:
+    def _begin(self, prompt: Asked, budget: int | None, thinking: bool | None, max_tokens: int) -> Prompt:
         """What the model is to go on from. Raises ValueError."""
         if budget is not None and budget < 0:
             raise ValueError(f"thinking_budget is {budget}; it must be at least 0 (None: no limit)")
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
-        text = write_prompt(self._tokenizer, prompt, thinking)
-        if budget is not None and thinking is not False and not _is_open(text, self._tags) and not text.rstrip().endswith(self._tags.closing):
-            text += self._tags.opening
-        length = self._count(text)
+        written = make_prompt(self._tokenizer, prompt, thinking, self._tags)
+        if budget is not None and thinking is not False and not written.is_open and not written.is_closed:
+            written = Prompt(written.text + self._tags.opening, is_open=True)
+        length = self._count(written.text)
         if self._context_tokens is not None and length + max_tokens > self._context_tokens:
             raise ValueError(f"the prompt has {length:,} tokens and max_tokens is {max_tokens:,}; together they must be at most {self._context_tokens:,}")
-        return text
+        return written
 
-    def _go_on(self, text: str, max_tokens: int, request: Mapping[str, Any]) -> Generator[str, None, _Made]:
+    def _go_on(self, text: str, max_tokens: int, request: Mapping[str, Any]) -> Generator[str, None, Made]:
         """One request; yields what comes, piece by piece where it is streamed."""
-        reason = usage = None
-        made = ""
         with in_one_line(self._base_url, self._timeout_seconds):
-            got = self._server.completions.create(model=self._model, prompt=self._sent(text), max_tokens=max_tokens, extra_body=self._extra_body, **request)
-            for part in got if request["stream"] else [got]:
-                usage = part.usage or usage
-                for choice in part.choices:  # none in the part that has the usage alone
-                    made, reason = made + choice.text, choice.finish_reason or reason
-                    yield choice.text
-        if usage is None or reason not in ("stop", "length"):
-            raise ConnectionError(f"the server at {self._base_url} ended with reason {reason} and token counts {usage}; it must give both")
-        return _Made(made.rstrip(CUT_CHARACTER), usage.completion_tokens, ended=reason == "stop")
+            got = self._ask({"prompt": self._sent(text), "max_tokens": max_tokens, **request})
+            made = yield from read_pieces(got if request["stream"] else [got], max_tokens, self._count)
+        return replace(made, text=made.text.rstrip(CUT_CHARACTER))
+
+    def _ask(self, request: Mapping[str, Any]) -> Any:
+        """What the server answers; a server that knows no `stream_options` is asked without, and gives no token counts then."""
+        try:
+            return self._server.completions.create(model=self._model, extra_body=self._extra_body, **request)
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            if "stream_options" not in request or "stream_options" not in str(error.body):
+                raise
+        without = {name: value for name, value in request.items() if name != "stream_options"}
+        return self._server.completions.create(model=self._model, extra_body=self._extra_body, **without)
+
+    def _prompt_note(self, prompt: str, made: Made) -> str:
+        """Whether the server read more of a prompt than was sent: most likely it put it into the chat template once more."""
+        ours = len(self._tokenizer(self._sent(prompt))["input_ids"])
+        if made.prompt_tokens is None or made.prompt_tokens <= ours + 1:  # one: a beginning of the text that the tokenizer here does not add
+            return ""
+        return (f"the server at {self._base_url} counts {made.prompt_tokens:,} tokens in a prompt of {ours:,}: it seems to apply a chat template to what "
+                "has been through one; serve the completions endpoint without a template")  # fmt: skip
 
     def _sent(self, text: str) -> str:
         """Without a beginning-of-text token that the server's tokenizer will put in front by itself."""
@@ -152,12 +159,6 @@ class ThinkingBudgetClient:
         return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _is_open(text: str, tags: Tags) -> bool:
-    """Whether reasoning is open at the end of a text."""
-    _, opened, after = text.rpartition(tags.opening)
-    return bool(opened) and tags.closing not in after
-
-
 def _parts(text: str, tags: Tags, *, is_open: bool) -> tuple[str, str]:
     """Reasoning and answer of a reply; a model may have opened its reasoning itself."""
     own = text.lstrip()
@@ -165,13 +166,6 @@ def _parts(text: str, tags: Tags, *, is_open: bool) -> tuple[str, str]:
         return "", text
     reasoning, _, answer = (text if is_open else own.removeprefix(tags.opening)).partition(tags.closing)
     return reasoning, answer
-
-
-def _load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer is {str(place)!r}, which cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def _check_tags(tokenizer: PreTrainedTokenizerBase, tags: Tags, *, hidden: bool) -> None:
@@ -186,4 +180,7 @@ def _check_tags(tokenizer: PreTrainedTokenizerBase, tags: Tags, *, hidden: bool)
 
 def _positions(folder: Path) -> int | None:
     path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings") if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings") if path.is_file() else None
+    except (ValueError, AttributeError):
+        raise ValueError(f"tokenizer is {str(folder)!r}, but its config.json is no JSON object") from None

@@ -1,6 +1,6 @@
 """What follows from settings and the teacher's config.json alone: floors, options per axis, a fixed architecture, which stages there are."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from memory_budget.architecture import Architecture
@@ -8,11 +8,13 @@ from memory_budget.budget import PRESETS, Budget
 from memory_budget.workload import Workload
 from minitron.families.base import Multiple
 from minitron.families.known import FAMILIES, family_of
+from minitron.settings.names import did_you_mean
 from minitron.settings.run import PruneMethod, Settings
 from minitron.settings.teachers import base_architecture
 from nas.axes import AXES, WIDTHS, axes_of, usual_step
 from nas.exchange import read_export_config
 from nas.space import Floors, axis_options
+from nas.throughput import DEVICES
 
 TOKENS_PER_INPUT, MOST_CALIBRATION_TOKENS = 43, 2**18  # docs/compensated.md has what fewer and more are worth
 KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}
@@ -121,9 +123,14 @@ def axis_of(settings: Settings, axis: str, teacher: Architecture) -> tuple[int, 
     def bound(number: float | None) -> int | None:
         if number is None or number > 1:
             return None if number is None else int(number)
-        return value - int(value * (1 - number) + 1e-9) // max(step, 1) * step
+        return size_at(number, value, step)
 
     return axis_options(axis, value, given.values, bound(given.low), bound(given.high), step)
+
+
+def size_at(share: float, value: int, step: int) -> int:
+    """The smallest size at or above a share of the teacher's, whole steps below it."""
+    return value - int(value * (1 - share) + 1e-9) // max(step, 1) * step
 
 
 def workload_of(settings: Settings) -> Workload:
@@ -131,10 +138,23 @@ def workload_of(settings: Settings) -> Workload:
 
 
 def budget_of(settings: Settings) -> Budget:
-    """The budget of the settings: a preset by name, or the device's own numbers when device_gib is given."""
-    budget = settings.budget
-    if budget.device_gib is None:
-        if budget.name not in PRESETS:
-            raise ValueError(f"budget.name is {budget.name!r}; without budget.device_gib it must be one of {', '.join(PRESETS)}")
-        return PRESETS[budget.name]
-    return Budget(budget.name, budget.device_gib, budget.cushion_fraction, budget.set_aside_gib)
+    """The budget of the settings. Raises ValueError where its name and numbers say two things, or nothing."""
+    given = settings.budget
+    own = {name: value for name in ("cushion_fraction", "set_aside_gib") if (value := getattr(given, name)) is not None}
+    preset = PRESETS.get((given.name or "").lower())
+    if given.device_gib is None:
+        if preset is None:
+            said = "null" if given.name is None else repr(given.name)
+            raise ValueError(f"budget.name is {said}; without budget.device_gib it must be one of {', '.join(PRESETS)}"
+                             + did_you_mean(given.name or "", PRESETS))  # fmt: skip
+        return replace(preset, **own)
+    if preset is not None and given.device_gib != preset.device_gib:
+        raise ValueError(f"budget.name is {given.name!r}, a card of {preset.device_gib:g} GiB, but budget.device_gib is {given.device_gib:g}; give one of "
+                         f"them, or the device another name (budget={given.name} on the command line takes the card and all its numbers)")  # fmt: skip
+    return Budget(given.name or f"{given.device_gib:g} GiB", given.device_gib, **own)
+
+
+def serving_device(settings: Settings) -> str | None:
+    """The device whose speed is modelled: the named one, else the budget's where it is a card that is known."""
+    name = settings.throughput.device or settings.budget.name
+    return name if settings.throughput.device or (name or "").lower() in DEVICES else None

@@ -2,16 +2,15 @@
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
-from minitron.settings.rules import at_least, how
+from minitron.settings.rules import Choice, at_least, how
 
 MERGEABLE = ("teacher", "base", "prune", "distill")  # stages whose checkpoint merge.checkpoints may name
 SUM_TOLERANCE = 1e-6
 
 
-class StudentState(Enum):
+class StudentState(Choice):
     student = "student"
     newest = "newest"
     best = "best"

@@ -5,6 +5,13 @@ from enum import Enum
 from typing import Any
 
 
+class Choice(Enum):
+    """One of some words, which it is written as wherever text is made of it: `run_name='${scoring.criterion}'` is iterative_mse."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
 def how(default: Any) -> Any:
     """A setting that does not change results, so is left out of the stages' keys."""
     return field(default=default, metadata={"how": True})

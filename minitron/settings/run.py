@@ -7,13 +7,12 @@ sizes), marked by `how()`. The checks run when the settings are built, before an
 import pkgutil
 import re
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 
 from minitron.settings.evaluate import EvaluateSettings
 from minitron.settings.hand_over import ExportSettings, MergeSettings
 from minitron.settings.reasoning import ArithmeticSettings, ReasoningSettings
-from minitron.settings.rules import at_least, check_kinds, check_share, how
+from minitron.settings.rules import Choice, at_least, check_kinds, check_share, how
 from minitron.settings.search import SearchSettings, ThroughputSettings
 from minitron.settings.training import DistillSettings, Rows, TrainSettings
 
@@ -23,25 +22,25 @@ def _stage_names() -> list[str]:
     return [module.name for module in pkgutil.iter_modules([str(Path(__file__).resolve().parent.parent / "stages")])]
 
 
-Stage = Enum("Stage", {name: name for name in [*_stage_names(), "all"]})
+Stage = Choice("Stage", {name: name for name in [*_stage_names(), "all"]})
 
 
-class Embedded(Enum):
+class Embedded(Choice):
     code = "code"
     prose = "prose"
 
 
-class Thinking(Enum):
+class Thinking(Choice):
     on = "on"
     off = "off"
 
 
-class Directions(Enum):
+class Directions(Choice):
     loss = "loss"
     variance = "variance"
 
 
-class Criterion(Enum):
+class Criterion(Choice):
     iterative_mse = "iterative_mse"
     iterative_kl = "iterative_kl"
     mse = "mse"
@@ -50,17 +49,17 @@ class Criterion(Enum):
     block_influence = "block_influence"
 
 
-class Placement(Enum):
+class Placement(Choice):
     device = "device"
     stream = "stream"
 
 
-class PruneMethod(Enum):
+class PruneMethod(Choice):
     slice = "slice"
     compensated = "compensated"
 
 
-class Tracking(Enum):
+class Tracking(Choice):
     disabled = "disabled"
     offline = "offline"
     online = "online"
@@ -188,10 +187,12 @@ class WorkloadSettings:
 
 @dataclass(kw_only=True, slots=True)
 class BudgetSettings:
-    name: str = "a10g"
+    """A preset by its name, or device_gib of a device of one's own, which the name then labels; None is the preset's number, or 0."""
+
+    name: str | None = None
     device_gib: float | None = None
-    cushion_fraction: float = 0.05
-    set_aside_gib: float = 0.0
+    cushion_fraction: float | None = None
+    set_aside_gib: float | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -296,6 +297,7 @@ class Settings:
     thinking: Thinking | None = how(None)
     thinking_budget: int | None = how(None)
     run_name: str = "tiny"
+    followed: list[str] = field(default_factory=list, metadata={"how": True})  # written by door/composed.py
     runs_folder: str = "runs"
     seed: int = 0
     device: str = how("auto")

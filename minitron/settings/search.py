@@ -1,24 +1,23 @@
 """Settings of the search: the space, its filters, the shortlist, the choice, and the throughput model."""
 
 from dataclasses import dataclass, field, fields
-from enum import Enum
 
-from minitron.settings.rules import added, at_least, check_kinds, how
+from minitron.settings.rules import Choice, added, at_least, check_kinds, how
 from nas.axes import AXES
 
 
-class Shortlist(Enum):
+class Shortlist(Choice):
     diversified = "diversified"
     largest = "largest"
 
 
-class Select(Enum):
+class Select(Choice):
     lowest_loss = "lowest_loss"
     loss_within = "loss_within"
     weighted = "weighted"
 
 
-class Aggregation(Enum):
+class Aggregation(Choice):
     mean = "mean"
     l2 = "l2"
 
@@ -84,7 +83,7 @@ class LaterWidthsSettings:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
-CHOOSING = ("finalists", "select", "loss_within", "weights")  # of SearchSettings, those that the shortlist does not know
+CHOOSING = ("finalists", "select", "noise", "loss_within", "weights")  # of SearchSettings, those that the shortlist does not know
 
 
 @dataclass(kw_only=True, slots=True)
@@ -111,13 +110,15 @@ class SearchSettings:
     screen_samples: int = 16
     finalists: int = 4
     select: Select = Select.lowest_loss
+    noise: float = 0.005
     loss_within: float = 0.02
     weights: dict[str, float] = field(default_factory=dict)
     listed: int = how(100_000)
+    even_if_it_fits: bool = how(False)
 
     def __post_init__(self) -> None:
         at_least(self, "search", 1, "shortlist_size", "screen_samples", "max_parameters", "listed")
-        at_least(self, "search", 0, "finalists", "loss_within", "min_gib", "max_gib", "min_tokens_per_second")
+        at_least(self, "search", 0, "finalists", "noise", "loss_within", "min_gib", "max_gib", "min_tokens_per_second")
         check_kinds("search.floors", self.floors)
         for name, weight in self.weights.items():
             if name not in ("loss", "memory", "throughput"):
@@ -128,9 +129,9 @@ class SearchSettings:
 
 @dataclass(kw_only=True, slots=True)
 class ThroughputSettings:
-    """A roofline: what the named device could reach at best."""
+    """A roofline: what the named device could reach at best; without a name it is the budget's, where that is a preset."""
 
-    device: str = "a10g"
+    device: str | None = None
     gb_per_second: float | None = None
     tflops: float | None = None
     input_tokens: int = 8192

@@ -1,14 +1,13 @@
 """Which teacher a run is about: its config.json, its folder, its identity. Loads no weights and no torch."""
 
 import hashlib
-import json
-import re
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from memory_budget.architecture import Architecture, check_architecture
 from memory_budget.hf_config import architecture_from_config, read_config
-from minitron.settings.gguf_teacher import gguf_teacher_config, gguf_teacher_digest
+from minitron.settings.gguf_teacher import gguf_teacher_config
+from minitron.settings.hub import from_hub
 from minitron.settings.run import Settings
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -18,7 +17,6 @@ STORED_FOLDER = _PACKAGE / "tiny_teacher"  # the tiny teacher that comes with th
 STORED_FILES = ("config.json", "model.safetensors", "tokenizer.json")  # what it is told apart by
 TRAINING_FILE = "training.json"  # beside them: how it came about, and their digest
 TINY_POSITIONS = 131072  # the tiny teacher's max_position_embeddings
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 def teacher_architecture(settings: Settings) -> Architecture:
@@ -86,22 +84,12 @@ def teacher_config(settings: Settings) -> dict:
     if settings.teacher.config is not None:
         named = Path(settings.teacher.config)
         return read_config(named if named.exists() else CONF_FOLDER / named)
-    return read_config(_from_hub(settings, "config.json"))
+    return read_config(from_hub(path, "config.json", revision=settings.teacher.revision))
 
 
 def max_positions(settings: Settings) -> int:
     """Tokens that a sequence may have: `max_position_embeddings`. NemotronH embeds no positions; it is what was trained or promised."""
     return TINY_POSITIONS if is_trained(settings) else int(teacher_config(settings)["max_position_embeddings"])
-
-
-def teacher_identity(settings: Settings) -> str:
-    """What a key says of the teacher: nothing more than that for one whose sizes are in it, a digest of a stored one's or GGUF's file, else of config.json."""
-    if is_tiny(settings):
-        return stored_digest() if is_stored(settings) else "tiny"
-    if is_converted(settings):
-        return gguf_teacher_digest(settings.teacher)
-    config = json.dumps(teacher_config(settings), sort_keys=True)
-    return hashlib.sha256(f"{settings.teacher.revision}{config}".encode()).hexdigest()[:12]
 
 
 def teacher_folder(settings: Settings) -> Path:
@@ -110,7 +98,7 @@ def teacher_folder(settings: Settings) -> Path:
     if is_stored(settings):
         return STORED_FOLDER
     path = Path(settings.teacher.path)
-    return path.resolve() if path.is_dir() else _from_hub(settings, None)
+    return path.resolve() if path.is_dir() else from_hub(settings.teacher.path, None, revision=settings.teacher.revision)
 
 
 def stored_digest() -> str:
@@ -122,23 +110,12 @@ def stored_digest() -> str:
                          "teacher.train_anew=true or teacher.path") from None  # fmt: skip
 
 
+def teacher_name(settings: Settings) -> str:
+    """What cards and reports call a teacher of `teacher.path`: its Hub id, or the name of its folder, wherever that lies."""
+    path = Path(settings.teacher.path)
+    return path.resolve().name if path.is_dir() else settings.teacher.path
+
+
 def digest_of(folder: Path) -> str:
     """Of a tiny teacher's files in a folder. Raises OSError."""
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in STORED_FILES)).hexdigest()[:12]
-
-
-def _from_hub(settings: Settings, file: str | None) -> Path:
-    """One file, or the whole model with None, through the Hub's own cache. Raises ValueError where there is none."""
-    path = settings.teacher.path
-    if not HUB_ID.match(path):
-        raise ValueError(f"teacher.path is {path!r}: no folder is there, and it is no Hub id of the form owner/name")
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        if file is not None:
-            return Path(hf_hub_download(path, file, revision=settings.teacher.revision))
-        return Path(snapshot_download(path, revision=settings.teacher.revision, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"teacher.path is {path!r}: no folder is there, and the Hub gave nothing ({type(error).__name__}: {reason})") from None

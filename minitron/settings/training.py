@@ -4,33 +4,33 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
 
-from minitron.settings.rules import at_least, check_share, how
+from minitron.settings.rules import Choice, at_least, check_share, how
 
 
-class Rows(Enum):
+class Rows(Choice):
     windows = "windows"
     documents = "documents"
     packed = "packed"
 
 
-class Optimizer(Enum):
+class Optimizer(Choice):
     adamw = "adamw"
     adamw_8bit = "adamw_8bit"
     muon = "muon"
 
 
-class Schedule(Enum):
+class Schedule(Choice):
     cosine = "cosine"
     linear = "linear"
     wsd = "wsd"
 
 
-class Precision(Enum):
+class Precision(Choice):
     float32 = "float32"
     bf16 = "bf16"
 
 
-class Divergence(Enum):
+class Divergence(Choice):
     forward_kl = "forward_kl"
     reverse_kl = "reverse_kl"
     jsd = "jsd"

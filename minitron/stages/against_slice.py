@@ -20,6 +20,4 @@ def run(context: StageContext) -> dict:
     return evaluate_slice(context)
 
 
-STAGE = StoredStage(
-    version=1, needs=lambda settings: ("data", "teacher", "evaluate", "prune_slice", "distill_slice"), what=what, run=run, ends_all=is_wanted
-)
+STAGE = StoredStage(version=1, needs=lambda settings: ("data", "teacher", "evaluate", "prune_slice", "distill_slice"), what=what, run=run, ends_all=is_wanted)

@@ -31,6 +31,4 @@ def run(context: StageContext) -> dict:
     return evaluate_models(context)
 
 
-STAGE = StoredStage(
-    version=2, needs=lambda settings: ("data", "teacher", "prune", "distill"), what=what, check=check, run=run, ends_all=lambda settings: True
-)
+STAGE = StoredStage(version=2, needs=lambda settings: ("data", "teacher", "prune", "distill"), what=what, check=check, run=run, ends_all=lambda settings: True)

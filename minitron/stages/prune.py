@@ -1,11 +1,16 @@
 """The chosen architecture cut out of the teacher, tensor by tensor from disk to disk, compensated or as it is."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from minitron.settings.derived import base_stage
 from minitron.settings.rules import key_settings
 from minitron.settings.run import PruneMethod, Settings
+from minitron.settings.teachers import base_architecture
+from minitron.stages.score import width_scoring
 from minitron.walk.stage import StageContext, StoredStage
+from minitron.walk.store import Result
+from nas.axes import WIDTHS
 
 BALANCED = {"balanced": 1}  # of a compensated cut: its readers are as large as the base's, its norms likewise; a slice is what it was
 
@@ -20,10 +25,24 @@ def what(settings: Settings) -> Any:
     return {**key_settings(settings.prune), "held_out": settings.search.screen_samples, **BALANCED}
 
 
+def cut_from(settings: Settings, inputs: Mapping[str, Result], candidate: Mapping[str, Any]) -> dict[str, Any]:
+    """What a candidate's weights follow from: its sizes and layers, the checkpoint they are cut from, and, where widths are cut, what ranks their units.
+    Not how it was chosen: two budgets that choose one architecture share its cut, and all that is made of it."""
+    architecture, base = candidate["architecture"], base_architecture(settings)
+    cuts_widths = any(architecture[width] != getattr(base, width) for width in WIDTHS)
+    units = {"units": width_scoring(settings, inputs["score"])} if cuts_widths else {}
+    return {"base": inputs[base_stage(settings)].identity, "architecture": architecture, "kept_layers": candidate["kept_layers"], **units}
+
+
+def of_inputs(settings: Settings, inputs: Mapping[str, Result]) -> dict[str, Any]:
+    calibration = {"data": inputs["data"].identity} if "data" in inputs else {}
+    return cut_from(settings, inputs, inputs["search"].facts["chosen"]) | calibration
+
+
 def run(context: StageContext) -> dict:
     from minitron.pruning.disk_to_disk import prune_teacher
 
     return prune_teacher(context)
 
 
-STAGE = StoredStage(version=3, needs=needs, what=what, run=run)
+STAGE = StoredStage(version=3, needs=needs, what=what, of_inputs=of_inputs, run=run)

@@ -20,4 +20,4 @@ def run(context: StageContext) -> dict:
     return prune.run(replace(context, settings=sliced(context.settings)))
 
 
-STAGE = StoredStage(version=1, needs=lambda settings: (base_stage(settings), "score", "search"), what=lambda settings: {}, run=run)
+STAGE = StoredStage(version=1, needs=lambda settings: (base_stage(settings), "score", "search"), what=lambda settings: {}, of_inputs=prune.of_inputs, run=run)

@@ -9,10 +9,18 @@ from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings
 from minitron.settings.teachers import base_architecture
 from minitron.walk.stage import StageContext, StoredStage
+from minitron.walk.store import Result
 
 
 def what(settings: Settings) -> Any:
     return {**key_settings(settings.scoring), "floors": floors(settings), "fewest_layers": fewest_layers(settings)}
+
+
+def width_scoring(settings: Settings, score: Result) -> dict[str, Any]:
+    """What the ranking of width units follows from: the walk over the rows, and how its sums are put together; not how layers were removed."""
+    search, record = settings.search, score.record
+    return {"version": record["version"], "data": record["inputs"]["data"], "samples": record["settings"]["samples"],
+            "aggregate_tokens": search.aggregate_tokens.name, "aggregate_samples": search.aggregate_samples.name}  # fmt: skip
 
 
 def check(settings: Settings) -> None:

@@ -1,5 +1,6 @@
 """One candidate or every finalist, each cut and distilled briefly, and measured."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from distill.engines.sharing import check_sharing
@@ -7,7 +8,7 @@ from minitron.machine import processes
 from minitron.settings.derived import asked_candidate_samples, base_stage
 from minitron.settings.rules import key_settings
 from minitron.settings.run import PruneMethod, Settings
-from minitron.stages.prune import BALANCED
+from minitron.stages.prune import BALANCED, cut_from
 from minitron.walk.stage import Lap, PerCandidate, StageContext, StoredStage
 from minitron.walk.store import Result
 from minitron.walk.tracking import record_finished
@@ -21,7 +22,16 @@ def what(settings: Settings) -> Any:
     compensated = settings.prune.method is PruneMethod.compensated
     cut = {"prune": {**key_settings(settings.prune), "samples": asked_candidate_samples(settings), **BALANCED}} if compensated else {}
     short = {name: value for name, value in key_settings(settings.screen).items() if name != "cut_samples"}
-    return {"candidate": settings.candidate, "seed": settings.seed, **short, **cut}
+    return {"held_out": settings.search.screen_samples, "seed": settings.seed, **short, **cut}
+
+
+def of_inputs(settings: Settings, inputs: Mapping[str, Result]) -> dict[str, Any]:
+    """Raises ValueError for a candidate that is not on the shortlist."""
+    entries = inputs["shortlist"].facts["entries"]
+    if settings.candidate not in entries:
+        raise ValueError(f"candidate is {settings.candidate!r}, which is not on the shortlist; there are: {', '.join(entries)}")
+    taught = {name: inputs[name].identity for name in ("data", "teacher_cache" if settings.screen.cached else "teacher")}
+    return cut_from(settings, inputs, entries[settings.candidate]) | taught
 
 
 def check(settings: Settings) -> None:
@@ -53,6 +63,6 @@ def run(context: StageContext) -> dict:
 
 
 STAGE = StoredStage(
-    version=2, needs=needs, what=what, check=check, check_rows=check_rows, run=run, parallel=True,
+    version=2, needs=needs, what=what, check=check, check_rows=check_rows, of_inputs=of_inputs, run=run, parallel=True,
     per_candidate=PerCandidate(wanted=finalists, also=others, on_found=tell_tracker),
 )  # fmt: skip

@@ -20,7 +20,7 @@ def what(settings: Settings) -> Any:
 def run(context: StageContext) -> dict:
     from minitron.search.choice import choose_candidate
 
-    return choose_candidate(context)
+    return choose_candidate(context, what(context.settings))
 
 
 STAGE = StoredStage(version=3, needs=needs, what=what, run=run, in_one_lap=lambda settings: bool(settings.search.layer_order))

@@ -1,17 +1,17 @@
 """Every architecture that passes the filters, a diversified few of them, and their zero-shot losses."""
 
-import hashlib
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from minitron.search.layer_order import given_layer_order
-from minitron.search.space import check_search
-from minitron.settings.derived import asked_candidate_samples, base_stage, ranks_refitted, ranks_rotated
+from minitron.search.space import check_search, serving_of
+from minitron.settings.derived import asked_candidate_samples, base_stage, budget_of, fixed_sizes, ranks_refitted, ranks_rotated, workload_of
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings
 from minitron.settings.search import CHOOSING
-from minitron.settings.teachers import base_architecture, is_trained, teacher_identity
+from minitron.settings.teachers import base_architecture
 from minitron.walk.stage import StageContext, StoredStage
+from nas.throughput import Serving
 
 
 def needs(settings: Settings) -> tuple[str, ...]:
@@ -20,26 +20,27 @@ def needs(settings: Settings) -> tuple[str, ...]:
 
 
 def what(settings: Settings) -> Any:
-    order, fixed = settings.search.layer_order, settings.search.fixed.file
+    # Numbers, not the names that they go by: two labels of one budget or device, or two files of one order, are one search.
+    base, order = base_architecture(settings), settings.search.layer_order
     return {
         **{name: value for name, value in key_settings(settings.search).items() if name not in CHOOSING},
-        "layer_order": _digest(order, "search.layer_order") if order else None,
-        "fixed_file": _digest(fixed, "search.fixed.file") if fixed else None,
-        "workload": key_settings(settings.workload),
-        "budget": key_settings(settings.budget),
-        "throughput": key_settings(settings.throughput),
-        "teacher": teacher_identity(settings),
-        "tiny": {**key_settings(settings.teacher.tiny), "vocab": settings.data.vocab} if is_trained(settings) else None,
+        "base": asdict(base),
+        "layer_order": given_layer_order(order, base) if order else None,
+        "fixed": fixed_sizes(settings, base),
+        "workload": {name: "float32" if value == "fp32" else value for name, value in asdict(workload_of(settings)).items()},
+        "budget_bytes": budget_of(settings).bytes,
+        "served": _numbers(serving_of(settings), settings.throughput.batch),
         **({"rotated_samples": asked_candidate_samples(settings)} if ranks_rotated(settings) else {}),
         **({"refitted": {"samples": asked_candidate_samples(settings), "ridge": settings.prune.ridge}} if ranks_refitted(settings) else {}),
     }
 
 
-def _digest(path: str | Path, setting: str) -> str:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-    except OSError as error:
-        raise ValueError(f"{setting} is {str(path)!r}, which cannot be read: {error.strerror}") from None
+def _numbers(serving: Serving | None, batch: int | None) -> Any:
+    """The throughput model without the device's name; a batch of None is the largest that fits."""
+    if serving is None:
+        return None
+    device = serving.device
+    return {**asdict(serving), "device": [device.bytes_per_second, device.flops_per_second], "batch": batch}
 
 
 def check(settings: Settings) -> None:

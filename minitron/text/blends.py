@@ -14,6 +14,7 @@ from minitron.text.documents import source_identity
 
 # Of DataSettings: what source_identity answers for.
 SOURCE_SETTINGS = ("files", "dataset", "dataset_config", "dataset_revision", "dataset_split", "text_field", "arithmetic", "embedded")
+CONVERSATIONS_VERSION = 2  # counts up when minitron.generation.conversations writes them out otherwise
 DATA_ROWS = "train"  # the data stage's own
 
 
@@ -66,7 +67,9 @@ def _part(data: DataSettings, phase: PhaseSettings, share: float) -> Part:
 def rows_identity(data: DataSettings) -> dict[str, Any]:
     """What a key says of the rows made from a source: how they are cut, and the source's contents instead of where it lies."""
     absent = () if data.key_value_share else ("key_value_share",)  # which keys of earlier versions do not have
-    return {name: value for name, value in key_settings(data).items() if name not in (*SOURCE_SETTINGS, *absent)} | {"source": source_identity(data)}
+    written = {"conversations": CONVERSATIONS_VERSION} if data.messages_field else {}
+    own = {name: value for name, value in key_settings(data).items() if name not in (*SOURCE_SETTINGS, *absent)}
+    return own | written | {"source": source_identity(data)}
 
 
 def _data_of(source: SourceSettings, data: DataSettings, length: int) -> DataSettings:

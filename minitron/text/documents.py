@@ -17,9 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from minitron.settings.hub import HUB_ID, said_while_waiting
 from minitron.settings.rules import key_settings
 from minitron.settings.run import DataSettings, Embedded
-from minitron.settings.teachers import HUB_ID
 from minitron.text.arithmetic import ARITHMETIC_VERSION, problem_documents
 from minitron.text.embedded import Document, embedded_documents, text_fingerprint
 from minitron.text.prose import PROSE_VERSION, prose_documents
@@ -113,11 +113,12 @@ def _digest(path: Path, _size: int, _changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _file_documents(paths: list[Path], text_of: Callable[[dict[str, Any], str], str]) -> Iterator[Document]:
+def _file_documents(paths: list[Path], text_of: Callable[[dict[str, Any], str, int], str]) -> Iterator[Document]:
     """Every document of the files; files of one name (a/README.txt, b/README.txt) count on."""
     positions: Counter[str] = Counter()
     for path in paths:
-        texts = (text_of(record, path.name) for record in _records(path)) if LOADERS[path.suffix.lower()] else [_whole_text(path)]
+        is_table = LOADERS[path.suffix.lower()] is not None
+        texts = (text_of(record, path.name, number) for number, record in enumerate(_records(path), 1)) if is_table else [_whole_text(path)]
         for text in texts:
             yield Document(name=f"{path.stem}/{positions[path.stem]}", text=text)
             positions[path.stem] += 1
@@ -137,14 +138,16 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         yield from _streamed(LOADERS[path.suffix.lower()], data_files=escaped, split="train")
 
 
-def _dataset_documents(data: DataSettings, text_of: Callable[[dict[str, Any], str], str]) -> Iterator[Document]:
+def _dataset_documents(data: DataSettings, text_of: Callable[[dict[str, Any], str, int], str]) -> Iterator[Document]:
     for position, record in enumerate(_dataset_records(data)):
-        yield Document(name=f"{data.dataset}/{position}", text=text_of(record, data.dataset))
+        yield Document(name=f"{data.dataset}/{position}", text=text_of(record, data.dataset, position + 1))
 
 
 def _dataset_records(data: DataSettings) -> Iterator[dict[str, Any]]:
     with _named_errors(f"data.dataset: {source_title(data)}"):
-        yield from _streamed(data.dataset, name=data.dataset_config, revision=data.dataset_revision, split=data.dataset_split)
+        with said_while_waiting(source_title(data)):
+            records = _streamed(data.dataset, name=data.dataset_config, revision=data.dataset_revision, split=data.dataset_split)
+        yield from records
 
 
 def _streamed(path: str, **arguments: Any) -> Iterator[dict[str, Any]]:
@@ -157,8 +160,8 @@ def _streamed(path: str, **arguments: Any) -> Iterator[dict[str, Any]]:
     return iter(datasets.load_dataset(path, streaming=True, **arguments))
 
 
-def _text_of(data: DataSettings, write_chat: Callable[[list[dict]], str] | None, record: dict[str, Any], source: str) -> str:
-    """The text of a row, its conversation written out where `data.messages_field` is given; a null is an empty text."""
+def _text_of(data: DataSettings, write_chat: Callable[[list[dict]], str] | None, record: dict[str, Any], source: str, number: int) -> str:
+    """The text of a source's row, counted from 1, its conversation written out where `data.messages_field` is given; a null is an empty text."""
     name = "messages_field" if data.messages_field else "text_field"
     wanted = getattr(data, name)
     if wanted not in record:
@@ -168,10 +171,14 @@ def _text_of(data: DataSettings, write_chat: Callable[[list[dict]], str] | None,
         if not isinstance(value, str | None):
             raise ValueError(f"data.text_field is {wanted!r}; it must hold text, but in {source} it holds {type(value).__name__}: {str(value)[:40]}")
         return value or ""
-    if not (isinstance(value, list) and all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in value)):
-        raise ValueError(f"data.messages_field is {wanted!r}; it must hold a list of {{role, content}}, but in {source} it holds {str(value)[:60]}")
+    if not isinstance(value, list | None):
+        raise ValueError(f"data.messages_field is {wanted!r}; it must hold a list of {{role, content}}, but in document {number} of {source} it holds "
+                         f"{str(value)[:60]}")  # fmt: skip
     assert write_chat is not None, "whoever reads conversations has a chat template"
-    return write_chat(value)
+    try:
+        return write_chat(value or [])
+    except ValueError as error:
+        raise ValueError(f"data.messages_field is {wanted!r}; document {number} of {source} cannot be written out: {error}") from None
 
 
 @contextmanager

@@ -8,10 +8,10 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
 THINKING_TAGS = ["<think>", "</think>"]
@@ -74,12 +74,12 @@ def text_fingerprint() -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
 
 
-def chat_writer() -> Callable[[list[dict]], str]:
-    """Writes conversations as a tokenizer of train_tokenizer will, before there is one."""
+def chat_tokenizer() -> Any:
+    """A tokenizer that knows no word but has the chat template of train_tokenizer, to write conversations out before there is one."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    return partial(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=CHAT_TEMPLATE).apply_chat_template, tokenize=False)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=CHAT_TEMPLATE)
 
 
 def train_tokenizer(texts: Iterator[str], vocab: int, folder: Path, *, chat_template: str = CHAT_TEMPLATE) -> None:

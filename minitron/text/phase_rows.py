@@ -3,7 +3,7 @@
 import numpy as np
 
 from distill.batches import count_tokens
-from minitron.families.text import beginning
+from minitron.families.text import beginning, load_tokenizer
 from minitron.text.blends import rows_to_make
 from minitron.text.documents import source_title
 from minitron.text.rows import SplitRows
@@ -13,11 +13,11 @@ from minitron.walk.stage import StageContext
 
 def make_phase_rows(context: StageContext) -> dict:
     """Writes <name>.npy for every name of rows_to_make, int32 [rows, T] with -1 as padding. Held-out documents are left out."""
-    from transformers import AutoTokenizer
-
     settings = context.settings
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(context))
+    tokenizer = load_tokenizer(tokenizer_folder(context))
     facts = {}
+    if there := [name for name in rows_to_make(settings) if (context.folder / f"{name}.npy").exists()]:
+        context.goes_on(f"the rows of {', '.join(there)}, which are there")
     for name, data in rows_to_make(settings).items():
         path = context.folder / f"{name}.npy"
         if not path.exists():  # else of an interrupted run
@@ -38,5 +38,7 @@ def _rows(context: StageContext, data, tokenizer) -> np.ndarray:
     train, held_out = (SplitRows(name, data, beginning(tokenizer)) for name in ("train", "heldout"))
     held_out.limit = 0  # none is wanted
     with context.console.track(f"rows of {data.sequence_length:,}", data.max_documents, "documents") as advance:
-        tokenise(data, tokenizer, train, held_out, advance)
+        left_out = tokenise(data, tokenizer, train, held_out, advance)
+    if left_out.reasoning_of:
+        context.console.say(f"{source_title(data)}{left_out}")
     return train.rows()

@@ -17,11 +17,7 @@ from minitron.settings.training import Rows
 
 def windows(documents: list[list[int]], sequence_length: int) -> np.ndarray:
     """Every whole row that the documents hold; a document's tail shorter than a row is dropped."""
-    rows = [
-        tokens[start : start + sequence_length]
-        for tokens in documents
-        for start in range(0, len(tokens) - sequence_length + 1, sequence_length)
-    ]
+    rows = [tokens[start : start + sequence_length] for tokens in documents for start in range(0, len(tokens) - sequence_length + 1, sequence_length)]
     return np.array(rows, dtype=np.int32).reshape(-1, sequence_length)
 
 

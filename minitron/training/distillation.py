@@ -214,7 +214,7 @@ def _card(context: StageContext, config: dict, last: StepRecord) -> str:
     term = " and a hidden-state term" if context.settings.distill.loss.hidden_weight else ""
     trained = f"Distilled from the same teacher by {_recipe_words(recipe)}{term} for {last.tokens:,} tokens; "
     trained += f"{_loss_name(context.settings.distill)} at the end {last.recent_loss:.3f} nats per token."
-    return model_card(_name(context), lines=[context.inputs["prune"].facts["description"], "", trained], architecture=student, base=name)
+    return model_card(_name(context), lines=[f"Cut: {context.inputs['prune'].facts['description']}", "", trained], architecture=student, base=name)
 
 
 def _recipe_words(recipe: LossRecipe) -> str:

@@ -68,8 +68,9 @@ def training_memory(student: Architecture, teacher: Architecture, train: TrainSe
     master = FLOAT32 * numbers // processes if zero else 0
     rows = train.micro_batch or train.batch // processes
     if on_gpu:
-        moment = MicroStep(student, teacher, train, rows, sequence_length, teacher_bytes_per_number, casts=_casts(launch),
-                           by_heads=launch.engine != "zero3").largest
+        moment = MicroStep(
+            student, teacher, train, rows, sequence_length, teacher_bytes_per_number, casts=_casts(launch), by_heads=launch.engine != "zero3"
+        ).largest
     else:
         tokens = rows * sequence_length
         moment = Moment(activations=tokens * activation_bytes_per_token(student, train), loss=loss_bytes(student, teacher, tokens))

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from enum import Enum
 
 from distill.plan import StepRecord, TrainPlan
+from distill.states import newest_state
 from minitron.settings.training import TrainSettings
 from minitron.walk.stage import StageContext
 from minitron.walk.tracking import Tracker, open_tracker
@@ -28,27 +29,33 @@ def tracked_steps(context: StageContext, description: str, tokens: int, *, loss_
                   ) -> Iterator[Callable[[StepRecord], None]]:  # fmt: skip
     """Yields on_step(record): advances the bar, appends to metrics.jsonl and tells the tracker, one of its own unless given.
 
-    After a resume, lines of steps that will be done again are dropped first.
+    Where there is a saved state to go on from, that is said; lines of steps that will be done again are dropped. What the tracker's run is left with as its
+    loss is the mean of the last steps, as the headline says it.
     """
-    path = context.folder / METRICS_FILE
+    path, saved = context.folder / METRICS_FILE, newest_state(context.folder)
+    before = saved.facts["record"] if saved else {"tokens": 0}
+    if saved:
+        context.goes_on(f"step {before['step'] + 1:,} of {before['total_steps']:,} ({description})")
     own = open_tracker(context.settings, description) if tracker is None else nullcontext(tracker)
-    with context.console.track(description, tokens, "tokens") as advance, own as track:
-        file, seen = None, 0
+    with context.console.track(description, tokens, "tokens", done=before["tokens"]) as advance, own as track:
+        file, seen, recent = None, before["tokens"], None
 
         def on_step(record: StepRecord) -> None:
-            nonlocal file, seen
+            nonlocal file, seen, recent
             if file is None:
                 kept = [line for line in _lines(path) if json.loads(line)["step"] < record.step]
                 path.write_text("".join(kept))
                 file = path.open("a", buffering=1)
             advance(record.tokens - seen, f"{loss_name} {record.recent_loss:.3f} nats/token")
-            seen = record.tokens
+            seen, recent = record.tokens, record.recent_loss
             line = {name: value for name, value in asdict(record).items() if name != "watched"} | record.watched
             file.write(json.dumps(line) + "\n")
             track({name: value for name, value in line.items() if name not in UNTRACKED} | {loss_name: record.loss})
 
         try:
             yield on_step
+            if recent is not None:
+                track.summarise({loss_name: recent})
         finally:
             if file is not None:
                 file.close()

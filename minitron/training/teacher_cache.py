@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from distill.batches import count_tokens, split_padding
-from distill.teacher_cache import TeacherCache, write_teacher_cache
+from distill.teacher_cache import TeacherCache, rows_written, write_teacher_cache
 from distill.top_k import TopK, top_k_of_hidden
 from memory_budget.hf_config import read_config
 from memory_budget.units import format_gib
@@ -49,15 +49,17 @@ def write_cache(context: StageContext, rows: np.ndarray) -> dict:
         ids_BT, _ = split_padding(rows_BT.to(device))
         return top_k_of_hidden(teacher.base_model(ids_BT, use_cache=False).last_hidden_state, head, k).to("cpu")
 
-    with context.console.track("teacher outputs", len(rows), "rows") as advance:
-        seen = 0
+    seen = rows_written(context.folder / CACHE_FOLDER)
+    if seen:
+        context.goes_on(f"row {seen:,} of {len(rows):,}")
+    with context.console.track("teacher outputs", len(rows), "rows", done=seen) as advance:
 
         def on_block(written: int, _total: int) -> None:
             nonlocal seen
             advance(written - seen)
             seen = written
 
-        write_teacher_cache(context.folder / CACHE_FOLDER, rows, teacher=context.inputs["teacher"].key, vocabulary=len(head), k=k,
+        write_teacher_cache(context.folder / CACHE_FOLDER, rows, teacher=context.inputs["teacher"].identity, vocabulary=len(head), k=k,
                             top_k_of_rows=top_k_of_rows, block_rows=settings.screen.cache_batch, on_block=on_block)  # fmt: skip
     size = (context.folder / CACHE_FOLDER / "codes.bin").stat().st_size
     headline = f"top {k} of {len(head):,} tokens at {rows.size:,} positions, {format_gib(size)}, {size / rows.size:.0f} bytes a position"

@@ -19,8 +19,10 @@ from minitron.machine import processes
 from minitron.settings.run import Settings
 from minitron.walk.console import Console
 from minitron.walk.laps import depth_lap, width_lap
+from minitron.walk.need import nothing_to_cut
+from minitron.walk.saved import save_settings
 from minitron.walk.stage import Lap, StageContext, UsingStage
-from minitron.walk.store import Result, find_result, finish, locked, make_runs_folder
+from minitron.walk.store import FORMAT, Result, check_format, find_result, finish, locked, make_runs_folder
 from minitron.walk.table import inputs_of, label_of, order_of, stage_folder, stage_of, stages, stored_stages, using_stages
 
 
@@ -35,7 +37,14 @@ def run_pipeline(settings: Settings, console: Console) -> None:
     if not uses:
         for stage in using_stages().values():
             stage.before(settings, console)
+    if said := nothing_to_cut(settings):
+        console.say(said)
+        return
     make_runs_folder(settings.runs_folder)
+    if processes.rank() == 0:
+        check_format(settings.runs_folder, (lambda _text: None) if uses else console.say)
+        if not uses:
+            save_settings(settings)
     walk = finished_stages if uses else partial(run_stages, asked=settings)
     first = depth_lap(settings)
     if first is None:
@@ -167,11 +176,12 @@ def _run(name: str, settings: Settings, folder: Path, results: Mapping[str, Resu
 
         let_go()
     return {
+        "format": FORMAT,
         "stage": name,
         "key": folder.name,
         "version": stage.version,
         "settings": stage.what(settings),
-        "inputs": {need: result.key for need, result in inputs.items()},
+        "inputs": stage.of_inputs(settings, inputs),
         "seconds": round(time.monotonic() - started, 3),
         "peak_rss_bytes": peak_rss_bytes(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -28,6 +28,10 @@ class StageContext:
         """The checkpoint that is cut: the teacher's, or the one of base.path."""
         return self.inputs[base_stage(self.settings)].model_folder
 
+    def goes_on(self, place: str) -> None:
+        """Say from where an interrupted run's work is taken up."""
+        self.console.headline(self.folder.parent.name, f"goes on from {place}")
+
 
 @dataclass(frozen=True, slots=True)
 class Lap:
@@ -59,6 +63,11 @@ def _nothing(_settings: Settings) -> None:
     """There is nothing to check."""
 
 
+def identities(_settings: Settings, inputs: Mapping[str, Result]) -> dict[str, Any]:
+    """All that the inputs are."""
+    return {label: result.identity for label, result in inputs.items()}
+
+
 def _any_rows(_settings: Settings, _rows: int, _told: str) -> None:
     """The stage takes as many rows as there are."""
 
@@ -76,6 +85,10 @@ class StoredStage:
     returns plain facts, "headline" and, where it leaves a model, "path" among them. Only `run` may import what brings torch. `check_rows` refuses, as soon as
     it is known how many train rows of the data there are, or at most ("only" or "at most" is said of the number), what needs more of them.
 
+    `of_inputs` gives, as plain values, what of the inputs the results follow from: as a rule all that they are. Who takes less shares its results between
+    runs whose inputs differ in the rest, so nothing of the rest may be in them, not in the headline either. A checkpoint that was handed over says in its
+    facts, as "identity", what its contents are; anything else is known by its key.
+
     A `parallel` stage runs in every process of `accelerate launch`; the others run in the first while the rest wait. `ends_all` says whether stage=all
     includes it for its own sake, `ends_first_lap` whether it, asked for by name, is the first of two laps' last one, `in_one_lap` whether the walk to it has
     one lap under these settings, whatever depth_lap says.
@@ -87,6 +100,7 @@ class StoredStage:
     run: Callable[[StageContext], dict]
     check: Callable[[Settings], None] = _nothing
     check_rows: Callable[[Settings, int, str], None] = _any_rows
+    of_inputs: Callable[[Settings, Mapping[str, Result]], Mapping[str, Any]] = identities
     parallel: bool = False
     per_candidate: PerCandidate | None = None
     ends_all: Callable[[Settings], bool] = _never

@@ -1,19 +1,22 @@
 """The store: one folder per stage and key. done.json is written last, by rename: present means whole.
 
-key = 12 hex of SHA-256 over the stage, its version, the settings that change its results and the keys of
-its inputs. Other settings give another folder, never a warning and never a stale result.
+key = 12 hex of SHA-256 over the store's format, the stage, its version, the settings that change its results and what they follow
+from in its inputs. Other settings give another folder, never a warning and never a stale result.
 """
 
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 DONE = "done.json"
+FORMAT = 2  # rises when keys change for all stages: what they are made of, or how
+FORMAT_FILE, EARLIER_FILE = "format.json", "earlier.txt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,11 @@ class Result:
         return self.record["key"]
 
     @property
+    def identity(self) -> str:
+        """What later keys hold of it: of a checkpoint that was handed over its contents, wherever they lie; of all else its own key."""
+        return self.facts.get("identity", self.key)
+
+    @property
     def model_folder(self) -> Path:
         """The checkpoint folder that the stage leaves; a path in its facts is relative to the result's folder."""
         return self.folder / self.facts["path"]
@@ -46,18 +54,63 @@ def make_runs_folder(path: str) -> None:
         raise ValueError(f"runs_folder is {path!r}, which cannot be made a folder: {error.strerror}") from None
 
 
-def stage_key(stage: str, version: int, settings: Any, input_keys: Mapping[str, str]) -> str:
+def check_format(runs_folder: str, say: Callable[[str], None]) -> None:
+    """Mark the store as one of this format; results of an earlier one are listed in earlier.txt, and a line says so as long as they are there.
+
+    Raises ValueError for a store of a later format.
+    """
+    store = Path(runs_folder) / "store"
+    listed, found = store / EARLIER_FILE, _format_of(store)
+    if found > FORMAT:
+        raise ValueError(f"runs_folder is {runs_folder!r}, whose results a later version of minitron has made (format {found}, this one reads {FORMAT}); "
+                         "give another runs_folder, or update minitron")  # fmt: skip
+    if found < FORMAT:
+        with suppress(OSError), locked(store, lambda _text: None):  # one that cannot be written to can be read
+            if _format_of(store) < FORMAT:
+                store.mkdir(exist_ok=True)
+                if earlier := _earlier_results(store):
+                    listed.write_text("".join(f"{folder}\n" for folder in earlier))
+                write_json(store / FORMAT_FILE, {"format": FORMAT})
+    if listed.exists() and (number := sum((store / folder).exists() for folder in listed.read_text().split())):
+        delete = f"(cd {shlex.quote(str(store))} && xargs rm -r < {EARLIER_FILE})"
+        say(f"{store}: {number} results are of an earlier version and are not used; to delete them: {delete}")
+
+
+def _format_of(store: Path) -> int:
+    """The format that a store's mark says; 1 for one from before there was a mark, and for one that is not there yet."""
+    try:
+        return int(json.loads((store / FORMAT_FILE).read_text())["format"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1
+
+
+def _earlier_results(store: Path) -> list[str]:
+    """Folders below the store of results whose record says an earlier format or none, and of their measurements."""
+    earlier = []
+    for path in sorted(store.glob(f"*/*/{DONE}")):
+        try:
+            record = json.loads(path.read_text())
+        except ValueError:
+            continue
+        if isinstance(record, dict) and record.get("format", 1) < FORMAT:
+            stage, key = path.parts[-3:-1]
+            earlier += [f"{stage}/{key}", *([f"measurements/{stage}-{key}"] if (store / "measurements" / f"{stage}-{key}").is_dir() else [])]
+    return earlier
+
+
+def stage_key(stage: str, version: int, settings: Any, inputs: Mapping[str, Any]) -> str:
     """12 hex digits that change whenever anything that determines the stage's results does."""
-    text = json.dumps({"stage": stage, "version": version, "settings": settings, "inputs": dict(sorted(input_keys.items()))}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    parts = {"format": FORMAT, "stage": stage, "version": version, "settings": settings, "inputs": inputs}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def find_result(folder: Path) -> Result | None:
-    """The finished result in a stage folder, or None where it is absent or half made."""
+    """The finished result in a stage folder, or None where it is absent, half made, or its record is damaged."""
     try:
-        return Result(folder=folder, record=json.loads((folder / DONE).read_text()))
-    except FileNotFoundError:
+        record = json.loads((folder / DONE).read_text())
+    except (FileNotFoundError, ValueError):
         return None
+    return Result(folder=folder, record=record) if isinstance(record, dict) and {"key", "facts"} <= record.keys() else None
 
 
 def finish(folder: Path, record: Mapping[str, Any]) -> Result:
@@ -68,8 +121,13 @@ def finish(folder: Path, record: Mapping[str, Any]) -> Result:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically: a reader sees the old file or the whole new one."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: a reader sees the old one or the whole new one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.write_text(text, encoding="utf-8")
     partial.rename(path)
 
 

@@ -61,6 +61,6 @@ def inputs_of(name: str, settings: Settings, results: Mapping[str, Result]) -> d
 
 def stage_folder(name: str, settings: Settings, results: Mapping[str, Result]) -> Path:
     """Where a stage's result lies, or will: <runs folder>/store/<stage>/<key>."""
-    stage, inputs = stored_stages()[name], inputs_of(name, settings, results)
-    key = stage_key(name, stage.version, stage.what(settings), {label: result.key for label, result in inputs.items()})
+    stage = stored_stages()[name]
+    key = stage_key(name, stage.version, stage.what(settings), stage.of_inputs(settings, inputs_of(name, settings, results)))
     return Path(settings.runs_folder) / "store" / name / key

@@ -78,6 +78,9 @@ def _start(settings: Settings, name: str, config: Mapping[str, Any], *, trial: b
     """
     if settings.tracking is Tracking.disabled or (_in_sweep() and not trial):
         return None
+    if not {"WANDB_SILENT", "WANDB_QUIET"} & os.environ.keys():  # its own lines stay off the terminal; offline there is nothing in them to follow
+        offline = os.environ.get("WANDB_MODE", settings.tracking.value) == "offline"
+        os.environ["WANDB_SILENT" if offline else "WANDB_QUIET"] = "true"
     import wandb
 
     ours = {"mode": settings.tracking.value, "dir": settings.runs_folder}

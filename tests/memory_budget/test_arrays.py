@@ -41,15 +41,27 @@ def random_sizes(seed: int) -> list[dict[str, int]]:
 
 def architecture(pattern: str, sizes: dict) -> Architecture:
     return Architecture(
-        model_type="nemotron_h", pattern=pattern, vocab=131072, attention_head_dim=128, mamba_conv_kernel=4, moe_experts_per_token=2,
-        ffn_bias=True, **sizes,
+        model_type="nemotron_h",
+        pattern=pattern,
+        vocab=131072,
+        attention_head_dim=128,
+        mamba_conv_kernel=4,
+        moe_experts_per_token=2,
+        ffn_bias=True,
+        **sizes,
     )
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("workload", [
-    Workload(), Workload(batch=3, weights_dtype="int4", kv_dtype="fp8", ssm_dtype="bf16", activation_tokens=777), Workload(weights_dtype="fp8"),
-], ids=str)
+@pytest.mark.parametrize(
+    "workload",
+    [
+        Workload(),
+        Workload(batch=3, weights_dtype="int4", kv_dtype="fp8", ssm_dtype="bf16", activation_tokens=777),
+        Workload(weights_dtype="fp8"),
+    ],
+    ids=str,
+)
 def test_arrays_equal_scalars_byte_for_byte(pattern, workload):
     rows = random_sizes(seed=PATTERNS.index(pattern))
     many = architecture(pattern, {name: numpy.array([row[name] for row in rows], dtype=numpy.int64) for name in rows[0]})

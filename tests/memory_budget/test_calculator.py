@@ -19,10 +19,13 @@ from memory_budget.workload import Workload
 BUDGET_BYTES = 20 * GIB
 
 
-@pytest.mark.parametrize(("name", "weights", "kv_cache", "total"), [
-    ("nemotron-nano-12b-v2", 22.93, 3.00, 26.07),
-    ("nemotron-nano-9b-v2", 16.56, 2.00, 18.69),
-])
+@pytest.mark.parametrize(
+    ("name", "weights", "kv_cache", "total"),
+    [
+        ("nemotron-nano-12b-v2", 22.93, 3.00, 26.07),
+        ("nemotron-nano-9b-v2", 16.56, 2.00, 18.69),
+    ],
+)
 def test_report_is_the_published_one_at_128k_tokens(name, weights, kv_cache, total, architecture_of):
     report = memory_report(architecture_of(name), Workload(context_tokens=131072))
     assert [round(part / GIB, 2) for part in (report.weights, report.kv_cache, report.total)] == [weights, kv_cache, total]
@@ -73,10 +76,14 @@ def test_cache_bytes_are_those_of_transformers_but_for_one_column_of_the_convolu
 
 
 @pytest.mark.parametrize("name", ["nemotron-nano-9b-v2", "nemotron-3-nano-30b-a3b", "llama-3-8b", "qwen3-8b"])
-@pytest.mark.parametrize("workload", [
-    Workload(weights_dtype="int4"),
-    Workload(weights_dtype="fp8", batch=3, kv_dtype="fp8", activation_tokens=2048),
-], ids=str)
+@pytest.mark.parametrize(
+    "workload",
+    [
+        Workload(weights_dtype="int4"),
+        Workload(weights_dtype="fp8", batch=3, kv_dtype="fp8", activation_tokens=2048),
+    ],
+    ids=str,
+)
 def test_longest_context_fits_and_one_token_more_does_not(name, workload, architecture_of):
     architecture = architecture_of(name)
     longest = max_context_tokens(architecture, workload, 40 * GIB)
@@ -114,9 +121,7 @@ def test_batch_of_a_model_without_any_cache_has_no_limit():
 
 def test_quantised_weights_are_the_sum_counted_by_hand():
     """One attention layer, D = 200: q 4·8 × 200, k and v 2·8 × 200 each, o 200 × 32; 100 × 200 embedding and head; two norms."""
-    architecture = Architecture(
-        model_type="llama", pattern="*", hidden=200, vocab=100, num_attention_heads=4, num_key_value_heads=2, attention_head_dim=8
-    )
+    architecture = Architecture(model_type="llama", pattern="*", hidden=200, vocab=100, num_attention_heads=4, num_key_value_heads=2, attention_head_dim=8)
     rest = 2 * (2 * 100 * 200 + 2 * 200)
     assert weight_bytes(architecture, "fp8") == rest + (32 + 16 + 16) * 200 + 200 * 32
     assert weight_bytes(architecture, "int4") == rest + (32 + 16 + 16) * (100 + 2 * 2) + 200 * (16 + 1 * 2)

@@ -22,8 +22,18 @@ def test_json_has_the_contracts_keys_and_the_published_numbers(config_path):
     done = command(config_path("nemotron-nano-9b-v2"), "--budget", "a10g", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     result = json.loads(done.stdout)
-    assert list(result) == ["model_type", "parameters", "active_parameters", "parameters_by_kind", "bytes", "budget_bytes", "fits",
-                            "headroom_bytes", "max_context_tokens", "max_batch"]
+    assert list(result) == [
+        "model_type",
+        "parameters",
+        "active_parameters",
+        "parameters_by_kind",
+        "bytes",
+        "budget_bytes",
+        "fits",
+        "headroom_bytes",
+        "max_context_tokens",
+        "max_batch",
+    ]
     assert list(result["parameters_by_kind"]) == ["embedding", "head", "mamba", "attention", "ffn", "moe", "norm"]
     assert list(result["bytes"]) == ["weights", "kv_cache", "ssm_state", "conv_state", "activations", "total"]
     assert result["parameters"] == result["active_parameters"] == sum(result["parameters_by_kind"].values()) == 8_888_227_328
@@ -34,8 +44,7 @@ def test_json_has_the_contracts_keys_and_the_published_numbers(config_path):
 def test_json_has_the_contracts_keys_for_vllm(config_path):
     done = command(config_path("nemotron-nano-9b-v2"), "--engine", "vllm", "--pool-gib", "3", "--prefix-caching", "--json")
     result = json.loads(done.stdout)
-    assert list(result["vllm"]) == ["block_tokens", "page_bytes", "bytes_per_block", "blocks_per_request", "num_blocks", "kv_cache_tokens",
-                                    "max_concurrency"]
+    assert list(result["vllm"]) == ["block_tokens", "page_bytes", "bytes_per_block", "blocks_per_request", "num_blocks", "kv_cache_tokens", "max_concurrency"]
     assert result["vllm"]["blocks_per_request"] == 121
 
 
@@ -104,20 +113,24 @@ def test_a_window_that_is_not_modelled_is_said(config_path, config_of, tmp_path)
     assert "note:" not in command(config_path("mistral-7b-v0.3")).stdout
 
 
-@pytest.mark.parametrize(("options", "says"), [
-    (["--context", "0"], "context_tokens (0) must be"),
-    (["--context", "many"], "argument --context: invalid int value: 'many'"),
-    (["--weights", "bf17"], "weights_dtype (bf17) must be one of bf16"),
-    (["--budget", "a11g"], "budget (a11g) must be a number of GiB above 0 or one of a10g"),
-    (["--engine", "tgi"], "argument --engine: invalid choice: 'tgi'"),
-    (["--engine", "vllm", "--pool-gib", "1", "--device-gib", "2"], "both are given"),
-    (["--engine", "vllm", "--pool-gib", "1", "--overhead-gib", "0"], "--overhead-gib (0.0) must come with --device-gib"),
-    (["--engine", "vllm", "--pool-gib", "-1"], "--pool-gib (-1.0) must be at least 0 GiB"),
-    (["--engine", "vllm", "--device-gib", "10"], "weights and overhead leave no room"),
-    (["--pool-gib", "0"], "--pool-gib must come with --engine vllm"),
-    (["--prefix-caching"], "--prefix-caching must come with --engine vllm"),
-    (["--colour"], "unrecognized arguments: --colour"),
-], ids=" ".join)
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--context", "0"], "context_tokens (0) must be"),
+        (["--context", "many"], "argument --context: invalid int value: 'many'"),
+        (["--weights", "bf17"], "weights_dtype (bf17) must be one of bf16"),
+        (["--budget", "a11g"], "budget (a11g) must be a number of GiB above 0 or one of a10g"),
+        (["--engine", "tgi"], "argument --engine: invalid choice: 'tgi'"),
+        (["--engine", "vllm", "--pool-gib", "1", "--device-gib", "2"], "both are given"),
+        (["--engine", "vllm", "--pool-gib", "1", "--overhead-gib", "0"], "--overhead-gib (0.0) must come with --device-gib"),
+        (["--engine", "vllm", "--pool-gib", "-1"], "--pool-gib (-1.0) must be at least 0 GiB"),
+        (["--engine", "vllm", "--device-gib", "10"], "weights and overhead leave no room"),
+        (["--pool-gib", "0"], "--pool-gib must come with --engine vllm"),
+        (["--prefix-caching"], "--prefix-caching must come with --engine vllm"),
+        (["--colour"], "unrecognized arguments: --colour"),
+    ],
+    ids=" ".join,
+)
 def test_a_users_mistake_is_one_line_and_exit_code_2(options, says, config_path):
     done = command(config_path("nemotron-nano-9b-v2"), *options)
     assert done.returncode == 2
@@ -126,11 +139,14 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(options, says, config_path)
     assert says in done.stderr
 
 
-@pytest.mark.parametrize(("content", "says"), [
-    (None, "not found"),
-    ("{\n\n", "must be JSON"),
-    ('{"model_type": "gpt2"}', "model_type (gpt2) is not supported"),
-])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "not found"),
+        ("{\n\n", "must be JSON"),
+        ('{"model_type": "gpt2"}', "model_type (gpt2) is not supported"),
+    ],
+)
 def test_a_config_that_cannot_be_read_is_one_line_and_exit_code_2(content, says, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
@@ -148,8 +164,22 @@ def test_no_argument_is_an_error_of_one_line():
 def test_help_explains_each_option():
     done = command("--help", COLUMNS="200")
     assert done.returncode == 0
-    for option in ("--context", "--batch", "--weights", "--kv", "--ssm", "--budget", "--engine", "--pool-gib", "--device-gib", "--utilization",
-                   "--overhead-gib", "--prefix-caching", "--activations", "--json"):
+    for option in (
+        "--context",
+        "--batch",
+        "--weights",
+        "--kv",
+        "--ssm",
+        "--budget",
+        "--engine",
+        "--pool-gib",
+        "--device-gib",
+        "--utilization",
+        "--overhead-gib",
+        "--prefix-caching",
+        "--activations",
+        "--json",
+    ):
         explained = [line for line in done.stdout.splitlines() if line.startswith(f"  {option}")]
         assert len(explained) == 1, option
 
@@ -158,7 +188,10 @@ def test_help_explains_each_option():
 def test_a_reader_that_leaves_early_sees_no_traceback(arguments, config_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "memory_budget", str(config_path("llama-3-8b")), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     process.stdout.close()
     assert process.wait(timeout=30) == 0

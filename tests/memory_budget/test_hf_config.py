@@ -43,21 +43,25 @@ def test_an_untied_and_a_tied_qwen_differ_by_the_head(config_of):
     assert count_total_parameters(untied) - count_total_parameters(tied) == 151936 * 896
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"model_type": None}, ["model_type is missing", "nemotron_h"]),
-    ({"model_type": "gpt2"}, ["model_type (gpt2)", "supported: nemotron_h, mamba2, llama, mistral, qwen2, qwen3"]),
-    ({"num_hidden_layers": 55}, ["num_hidden_layers (55)", "56 layers"]),
-    ({"layers_block_type": ["mamba"] * 56}, ["hybrid_override_pattern and layers_block_type must agree"]),
-    ({"hybrid_override_pattern": "M-X", "num_hidden_layers": 3}, ["'M-X'", "unknown: X"]),
-    ({"hybrid_override_pattern": None, "layers_block_type": ["mamba", "conv"], "num_hidden_layers": 2}, ["layers_block_type", "'conv'"]),
-    ({"hybrid_override_pattern": None, "layers_block_type": "M-", "num_hidden_layers": 2}, ["layers_block_type", "list"]),
-    ({"attention_head_dim": 64}, ["head_dim (128) and attention_head_dim (64)"]),
-    ({"hidden_size": "4480"}, ['hidden_size ("4480")', "whole number"]),
-    ({"hidden_size": 0}, ["hidden is 0"]),
-    ({"use_bias": 1}, ["use_bias (1)", "true or false"]),
-    ({"mamba_num_heads": 100}, ["mamba heads (100)", "96, 104"]),
-    ({"num_key_value_heads": 7}, ["attention heads (40)", "7 key-value heads"]),
-], ids=str)
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": None}, ["model_type is missing", "nemotron_h"]),
+        ({"model_type": "gpt2"}, ["model_type (gpt2)", "supported: nemotron_h, mamba2, llama, mistral, qwen2, qwen3"]),
+        ({"num_hidden_layers": 55}, ["num_hidden_layers (55)", "56 layers"]),
+        ({"layers_block_type": ["mamba"] * 56}, ["hybrid_override_pattern and layers_block_type must agree"]),
+        ({"hybrid_override_pattern": "M-X", "num_hidden_layers": 3}, ["'M-X'", "unknown: X"]),
+        ({"hybrid_override_pattern": None, "layers_block_type": ["mamba", "conv"], "num_hidden_layers": 2}, ["layers_block_type", "'conv'"]),
+        ({"hybrid_override_pattern": None, "layers_block_type": "M-", "num_hidden_layers": 2}, ["layers_block_type", "list"]),
+        ({"attention_head_dim": 64}, ["head_dim (128) and attention_head_dim (64)"]),
+        ({"hidden_size": "4480"}, ['hidden_size ("4480")', "whole number"]),
+        ({"hidden_size": 0}, ["hidden is 0"]),
+        ({"use_bias": 1}, ["use_bias (1)", "true or false"]),
+        ({"mamba_num_heads": 100}, ["mamba heads (100)", "96, 104"]),
+        ({"num_key_value_heads": 7}, ["attention heads (40)", "7 key-value heads"]),
+    ],
+    ids=str,
+)
 def test_what_cannot_be_is_refused_by_name_value_and_rule(change, says, config_of):
     config = config_of("nemotron-nano-9b-v2")
     architecture_from_config(config)

@@ -102,12 +102,16 @@ def test_a_model_with_nothing_to_cache_is_refused():
         vllm_allotment(architecture, Workload(), pool_bytes=GIB)
 
 
-@pytest.mark.parametrize("settings", [
-    {"device_gib": 0},
-    {"device_gib": math.nan},
-    {"device_gib": 1, "utilization": 1.1},
-    {"device_gib": 1, "overhead_gib": -1},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"device_gib": 0},
+        {"device_gib": math.nan},
+        {"device_gib": 1, "utilization": 1.1},
+        {"device_gib": 1, "overhead_gib": -1},
+    ],
+    ids=str,
+)
 def test_a_device_out_of_range_is_refused(settings, architecture_of):
     with pytest.raises(ValueError):
         vllm_pool_bytes(architecture_of("llama-3-8b"), Workload(), **settings)

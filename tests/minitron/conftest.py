@@ -184,3 +184,33 @@ def keep_all() -> Callable[..., object]:
         return PruningPlan(teacher=architecture, student=architecture, kept_layers=tuple(range(architecture.num_layers)), units=units)
 
     return plan
+
+
+TEMPLATES = Path(__file__).with_name("templates")
+# Stand-ins for published chat templates, each with what ends a turn in it; the files say what is peculiar to each.
+END_OF_TURN = {"nemotron_nano_v2": "<SPECIAL_12>", "qwen3": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>", "deepseek_r1": "<|end_of_sentence|>"}
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer() -> Callable[..., object]:
+    """A tokenizer of single bytes with one of the templates, or with a template given as text; its end of text is </s>, id 2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def make(template: str) -> PreTrainedTokenizerFast:
+        special = ["<pad>", "<s>", "</s>", "<think>", "</think>", *dict.fromkeys([*END_OF_TURN.values(), "<SPECIAL_11>", "<|im_start|>"])]
+        vocabulary = [*dict.fromkeys(special), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+        words = Tokenizer(models.BPE({word: number for number, word in enumerate(vocabulary)}, []))
+        words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        words.add_special_tokens([word for word in special if "think" not in word])
+        words.add_tokens(["<think>", "</think>"])
+        text = (TEMPLATES / f"{template}.jinja").read_text() if template in END_OF_TURN else template
+        return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=text)
+
+    return make
+
+
+@pytest.fixture(params=END_OF_TURN)
+def template(request) -> str:
+    """Each of the stand-ins by name."""
+    return request.param

@@ -57,14 +57,21 @@ def test_more_processes_than_gpus_are_refused(device, processes, gpus, refused):
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
+        ("stage=eval", "stage is 'eval'; did you mean evaluate?"),
         ("stage=bogus", "stage: Invalid value 'bogus', expected one of [against_slice, base, data, distill, distill_cache, distill_slice, distill_whole, "),
         ("foo=1", "foo is no setting"),
+        ("+foo=1", "foo is no setting"),
+        ("search.fixed={hiden: 3}", "search.fixed.hiden is no setting; did you mean search.fixed.hidden?"),
+        ("seed=1,2", "seed is '1,2', several values; -m runs one job for each, and a list goes in brackets: seed='[1,2]'"),
+        ("seed=a=b", "seed is 'a=b', which cannot be read as a value (mismatched input '=' expecting <EOF>)"),
+        ("--config-dir=nowhere", "--config-dir: the folder '"),
         ("distill.train.learning_rat=1", "distill.train.learning_rat is no setting"),
         ("data.vocab=many", "data.vocab: Value 'many'"),
         ("seed=1.5", "seed: Value '1.5'"),
         ("scoring.normalised=perhaps", "scoring.normalised: Value 'perhaps'"),
         ("distill.train.optimizer=sgd", "distill.train.optimizer: Invalid value 'sgd', expected one of [adamw, adamw_8bit, muon]"),
         ("experiment=nano3", "experiment/nano3 is not in conf/; there are: nano2, nano2-base, nano2-reasoning, smollm2, tiny"),
+        ("experiment=nano2-bas", "; did you mean nano2-base?"),
         ("scoring.samples=0", "scoring.samples is 0; it must be at least 1"),
         ("workload.context_tokens=0", "context_tokens (0) must be a whole number of at least 1 token"),
         ("workload.batch=0", "batch (0) must be"),
@@ -83,7 +90,7 @@ def test_more_processes_than_gpus_are_refused(device, processes, gpus, refused):
         ("teacher.tiny.pattern=MX", "pattern 'MX' must be a string of layer letters"),
         ("data.files=[nowhere.jsonl]", "data.files names 'nowhere.jsonl', which does not exist"),
         ("data.files=['nowhere/*.txt']", "data.files names 'nowhere/*.txt', which matches no file"),
-        ("data.files=nowhere.txt", "data.files: "),
+        ("data.files=nowhere.txt", "data.files names 'nowhere.txt', which does not exist"),
         ("data.dataset=wikitext", "data.dataset is 'wikitext'; it must be a Hub id of the form owner/name"),
         ("data.rows=pages", "data.rows: Invalid value 'pages', expected one of [windows, documents, packed]"),
         ("run_name=a/b", "run_name is 'a/b'"),
@@ -92,7 +99,9 @@ def test_more_processes_than_gpus_are_refused(device, processes, gpus, refused):
         ("teacher.train.tokens=255", "teacher.train.tokens is 255; it must be at least one batch, 4 rows of data.sequence_length: 256"),
         ("distill.train.tokens=255", "distill.train.tokens is 255; it must be at least one batch, 4 rows of data.sequence_length: 256"),
         ("teacher.path=no/such/checkpoint", "teacher.path is 'no/such/checkpoint': no folder is there"),
+        ("teacher.path=owner/name", "teacher.path is 'owner/name': no folder is there, HF_HUB_OFFLINE is set, and its cache on this machine does not have it"),
         ("teacher.path=nowhere", "teacher.path is 'nowhere': no folder is there"),
+        ("throughput.device=rtx-4090", "; did you mean rtx4090?"),
         ("throughput={device: abacus, gb_per_second: null, tflops: null}", "throughput.device (abacus) must be one of a10g, l4"),
         ("throughput.tflops=null", "throughput.gb_per_second and throughput.tflops belong together"),
         ("search.min_tokens_per_second=5", "it needs throughput.batch"),
@@ -171,9 +180,10 @@ TEXTS = [f"Document {index} says what number it has: {index}, and again {index}.
 
 
 def test_a_corpus_that_is_right_is_taken(door, tmp_path, small_settings):
-    """The control for all that follows."""
-    write_corpus(tmp_path / "corpus.jsonl", TEXTS)
-    finished = door(tmp_path, *small_settings, "stage=data", "data.files=[corpus.jsonl]")
+    """The control for all that follows: one name, with whatever a file's name may have."""
+    name = "my, [own] {a}=(b) #1 ~it's $HOME ü.jsonl"
+    write_corpus(tmp_path / name, TEXTS)
+    finished = door(tmp_path, *small_settings, "stage=data", f"data.files={name}")
     assert (finished.returncode, finished.stderr) == (0, ""), finished.stdout
 
 
@@ -323,7 +333,7 @@ def test_heads_of_a_checkpoint_not_divisible_by_its_groups_are_refused(refused, 
 
 
 def test_patterns_that_disagree_are_refused(refused, checkpoint):
-    change_config(checkpoint, hybrid_override_pattern="M-M*-M-*-MM")
+    change_config(checkpoint, layers_block_type=["mamba", "mlp"] * 5 + ["mamba"])
     assert "hybrid_override_pattern and layers_block_type must agree" in refused("teacher.path=mine", "stage=prune")
 
 

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.files import Checkpoint
 from minitron.text.embedded import topic_documents, train_tokenizer
+from minitron.walk.store import write_json
 
 VOCABULARY = 320
+ENDS = [0, 7]  # ids that end a text
 OWN = {
     "llama tied": ("prune.method=slice", "search.hidden={values: [36]}", "search.key_value_heads={values: [1, 2]}"),
     "qwen3 tied": ("prune.method=compensated", "prune.samples=16", "prune.direction_samples=4", "prune.against_slice=true", "search.hidden={values: [40]}",
@@ -73,11 +75,29 @@ def make_teacher(texts, build_blocks, write_checkpoint):
     return make
 
 
+def as_it_comes(folder: Path) -> None:
+    """A teacher as the Hub has some: the index of an earlier save, heads for further tokens, code beside the weights, several ids that end a text, a licence,
+    and the places where others had it."""
+    write_json(folder / "model.safetensors.index.json", {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}})
+    save_file(load_file(folder / "model.safetensors") | {"mtp.layers.0.norm.weight": torch.ones(48)}, folder / "model.safetensors", {"format": "pt"})
+    code = {"AutoConfig": "configuration_mine.Mine", "AutoModelForCausalLM": "modeling_mine.Mine"}
+    own = {"auto_map": code, "num_nextn_predict_layers": 1, "_name_or_path": str(folder), "eos_token_id": ENDS}
+    write_json(folder / "config.json", read_config(folder) | own)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    write_json(folder / "tokenizer_config.json", tokenizer | {"name_or_path": str(folder), "auto_map": {"AutoTokenizer": [None, "tokenization_mine.Mine"]}})
+    write_json(folder / "generation_config.json", {"eos_token_id": ENDS, "pad_token_id": 1})
+    for name in ("configuration_mine", "modeling_mine", "tokenization_mine"):
+        (folder / f"{name}.py").write_text(f"open({str(folder / 'trace')!r}, 'w').write('it ran')\n")
+    (folder / "README.md").write_text(f"---\nlicense: other\nlicense_link: {folder}/LICENSE\n---\n# Mine\n")
+
+
 @pytest.fixture(scope="module", params=OWN)
 def block_walk(request, door, make_teacher, tmp_path_factory) -> BlockWalk:
     folder, settings = tmp_path_factory.mktemp("walk"), (*COMMON, *OWN[request.param])
-    settings = (*settings, f"runs_folder={folder / 'runs'}")
+    places = (f"teacher.path={folder / 'mine'}", f"data.files=['{folder / 'texts'}/*.txt']", f"export.folder={folder / 'out'}")
+    settings = (*settings, f"runs_folder={folder / 'runs'}", *(places if request.param == "qwen3 tied" else ("teacher.path=./mine",)))
     make_teacher(folder, request.param)
+    as_it_comes(folder / "mine")
     finished = {"all": door(folder, *settings)}
     assert finished["all"].returncode == 0, finished["all"].stderr
     for stage, more in (("export", ()), ("generate", ("prompt=import",)), ("merge", ("merge.checkpoints=[prune,distill]",))):
@@ -137,6 +157,30 @@ def test_the_export_is_the_student_and_no_program_is_said_to_want_another_family
     assert "nemotron" not in text.lower() and "mamba" not in text.lower() and "vllm serve FOLDER`." in text
     refused = {"llama tied": [], "qwen3 tied": ["vLLM would not take it: head_dim (10) must be a multiple of 8 and at most 256, for FlashAttention"]}
     assert [line for line in block_walk.finished["export"].stdout.splitlines() if "would not take it" in line] == refused[block_walk.name]
+
+
+def test_what_is_handed_over_names_no_place_of_this_machine_and_no_code(block_walk):
+    """Only the licence's words, the tokenizer's files and the weights are the teacher's; its name is its folder's."""
+    out = block_walk.folder / "out"
+    texts = {path.name: path.read_text() for path in out.iterdir() if path.suffix in (".md", ".json", ".jinja")}
+    assert {"README.md", "export.json", "config.json", "tokenizer_config.json", "generation_config.json"} <= texts.keys()
+    for name, text in texts.items():
+        places = (str(block_walk.folder), f"{Path.home()}/", "/tmp", "./mine", "configuration_mine", '"auto_map"')
+        assert [said for said in places if said in text] == [], name
+    for said in ("# mine, pruned and distilled", "teacher.path=mine", 'license_link: "LICENSE"'):
+        assert said in texts["README.md"]
+    record = json.loads(texts["export.json"])
+    assert record["settings"]["teacher"]["path"] == "mine" and ["lengths of rows" in said for said in record["remarks"]] == [True, True]
+    assert str(block_walk.folder) in block_walk.finished["all"].stdout, "the control: the console does say where things are"
+
+
+def test_what_the_teacher_came_with_is_honoured(block_walk):
+    out, said = block_walk.folder / "out", block_walk.finished["all"].stdout
+    assert "model.safetensors is read, as transformers does" in said and "left out: 1, mtp.layers.0.norm.weight the first" in said
+    assert read_config(out)["eos_token_id"] == ENDS == json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    model, tokenizer = (auto.from_pretrained(out, trust_remote_code=True) for auto in (AutoModelForCausalLM, AutoTokenizer))
+    assert model.generation_config.eos_token_id == ENDS and tokenizer("import os")["input_ids"]
+    assert not (block_walk.folder / "mine" / "trace").exists() and "num_nextn_predict_layers" not in read_config(out)
 
 
 def test_text_is_generated(block_walk):

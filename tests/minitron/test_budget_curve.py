@@ -114,7 +114,22 @@ def test_the_curve_is_what_decoding_by_hand_gives(taught, budget):
     assert point.standard_error == pytest.approx((8 / 12 * 4 / 12 / 12) ** 0.5)
 
 
-def test_an_answer_has_both_of_its_ends():
-    assert answer_of(" 2</think> 4<|endoftext|>", "<|endoftext|>", Tags()) == "4"
-    assert answer_of(" 2</think> 4 4<|endoftext|>", "<|endoftext|>", Tags()) == "4 4"
-    assert answer_of(" 2</think> 4", "<|endoftext|>", Tags()) is None and answer_of(" 2 4<|endoftext|>", "<|endoftext|>", Tags()) is None
+def test_an_answer_follows_the_closing_tag_of_a_text_that_ended():
+    assert answer_of(" 2</think> 4", Tags()) == "4" and answer_of(" 2</think> 4 4", Tags()) == "4 4" and answer_of(" 2 4", Tags()) is None
+
+
+def test_an_answer_ends_at_any_id_that_ends_a_text(taught):
+    """The control: without the id it goes on to the end of text, and is another."""
+    model, tokenizer = taught
+    problem = held_out_problems(ARITHMETIC)[0]
+    text, _ = by_hand(model, tokenizer, problem.question, 0, 8)
+    answer = text.partition("</think>")[2].removesuffix("<|endoftext|>").strip()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    asked, before = [Asked(problem.question, answer)], model.generation_config.eos_token_id
+    assert budget_curve(model, tokenizer, asked, [0], batch=1, new_tokens=8)[0].accuracy == 1
+    model.generation_config.eos_token_id = [before, ids[ids.index(tokenizer.convert_tokens_to_ids("</think>")) + 1]]  # the answer's own first token
+    try:
+        assert budget_curve(model, tokenizer, asked, [0], batch=1, new_tokens=8)[0].accuracy == 0
+        assert budget_curve(model, tokenizer, [Asked(problem.question, "")], [0], batch=1, new_tokens=8)[0].accuracy == 1
+    finally:
+        model.generation_config.eos_token_id = before

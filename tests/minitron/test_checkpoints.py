@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from minitron.checkpoints.files import DTYPES, INDEX_FILE, SINGLE_FILE, Checkpoint, PlannedTensor, copy_companions, read_header
+from minitron.checkpoints.folder import content_bytes, content_digest, fingerprint
 from minitron.checkpoints.shards import save_model_weights, write_weights
 from minitron.families.nemotron_h import FAMILY
 from minitron.walk.store import write_json
@@ -305,12 +306,48 @@ def test_a_shard_that_shrank_after_its_header_was_read_is_named(tmp_path):
 # Identity.
 
 
-def test_the_fingerprint_is_the_same_for_the_same_folder(tmp_path):
+def test_the_digest_is_of_the_contents_wherever_they_lie_and_whenever_they_were_written(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         save_model_weights(random_state(), with_config(tmp_path / name), max_shard_bytes=2 * KIB)
-    prints = [Checkpoint(tmp_path / name).fingerprint for name in ("a", "b", "a")]
-    assert len(set(prints)) == 1 and len(prints[0]) == 12
+    digests = {content_digest(tmp_path / "a"), content_digest(tmp_path / "b")}
+    (tmp_path / "a" / "README.md").write_text("no result follows from it")
+    os.utime(tmp_path / "a" / "config.json", ns=(0, 0))
+    assert {content_digest(tmp_path / "a")} == digests and fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
+
+
+def test_the_fingerprint_is_the_same_until_something_is_touched(tmp_path):
+    save_model_weights(random_state(), with_config(tmp_path), max_shard_bytes=2 * KIB)
+    before = [fingerprint(tmp_path) for _ in range(2)]
+    os.utime(tmp_path / "config.json", ns=(0, 0))
+    assert before[0] == before[1] != fingerprint(tmp_path) and len(before[0]) == 12
+
+
+def test_the_last_byte_of_a_tensor_overwritten_in_place_is_noticed(tmp_path):
+    save_model_weights(random_state(), with_config(tmp_path), max_shard_bytes=2**30)
+    weights, before = tmp_path / SINGLE_FILE, (fingerprint(tmp_path), content_digest(tmp_path))
+    times, size = weights.stat(), weights.stat().st_size
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))  # who copies may set the old time again
+    assert weights.stat().st_size == size and weights.stat().st_mtime_ns == times.st_mtime_ns
+    assert fingerprint(tmp_path) != before[0] and content_digest(tmp_path) != before[1]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "generation_config.json"])
+def test_a_file_that_results_follow_from_is_part_of_both(name, tmp_path):
+    save_model_weights(random_state(), with_config(tmp_path), max_shard_bytes=2**30)
+    before = fingerprint(tmp_path), content_digest(tmp_path)
+    (tmp_path / name).write_text("{}")
+    assert fingerprint(tmp_path) != before[0] and content_digest(tmp_path) != before[1]
+
+
+def test_what_is_read_for_a_digest_is_all_and_is_heard(tmp_path):
+    save_model_weights(random_state(), with_config(tmp_path), max_shard_bytes=2 * KIB)
+    heard = []
+    content_digest(tmp_path, heard.append)
+    assert sum(heard) == content_bytes(tmp_path) == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
 def _change_config(folder: Path) -> None:
@@ -335,11 +372,11 @@ def _write_instead(**changes) -> object:
      _write_instead(shard=2**30)],
     ids=["config", "tensor more", "dtype", "shape", "name", "shards"],
 )  # fmt: skip
-def test_the_fingerprint_changes_with_what_the_folder_holds(change, tmp_path):
+def test_the_digest_changes_with_what_the_folder_holds(change, tmp_path):
     save_model_weights(random_state(), with_config(tmp_path), max_shard_bytes=2 * KIB)
-    before = Checkpoint(tmp_path).fingerprint
+    before = content_digest(tmp_path)
     change(tmp_path)
-    assert Checkpoint(tmp_path).fingerprint != before
+    assert content_digest(tmp_path) != before
 
 
 def test_number_of_parameters_is_the_number_of_elements(tmp_path):

@@ -5,55 +5,71 @@ import math
 import pytest
 
 from minitron.families.known import FAMILIES
-from minitron.hand_over.compatibility import Folder, check_folder, verdicts
+from minitron.hand_over.compatibility import Folder, check_folder, remarks, verdicts
 from minitron.hand_over.rules import RULES as RULES_BY_FAMILY
 from minitron.hand_over.rules_nemotron_h import RULES
 
 GOOD = {
     "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-", "num_hidden_layers": 5,
-    "layers_block_type": ["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"], "head_dim": 128, "num_attention_heads": 40,
+    "hidden_size": 4608, "mamba_proj_bias": False, "mlp_bias": False, "use_conv_bias": True, "head_dim": 128, "num_attention_heads": 40,
     "num_key_value_heads": 8, "attention_bias": False, "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "n_groups": 8, "mamba_num_heads": 112,
     "mamba_head_dim": 80, "conv_kernel": 4, "chunk_size": 128, "time_step_limit": [0.0, math.inf], "tie_word_embeddings": False,
-    "max_position_embeddings": 131072, "layer_norm_epsilon": 1e-5, "rms_norm_eps": 1e-5, "ssm_state_size": 128, "intermediate_size": 15680,
+    "max_position_embeddings": 131072, "layer_norm_epsilon": 1e-5, "rms_norm_eps": 1e-5, "ssm_state_size": 128, "intermediate_size": 15872,
     "use_bias": False, "vocab_size": 131072,
 }  # fmt: skip
 TENSORS, FILES = ("backbone.embeddings.weight", "lm_head.weight"), ("config.json", "tokenizer.json")
 GONE = object()
+REMOTE = "NVIDIA's code"
+NAMES = ["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"]
+MLX_SIZES = ("mlx-lm", "sizes and biases")
+PATTERN = {("llama.cpp", "hybrid_override_pattern"), (REMOTE, "hybrid_override_pattern")}
 # (what is changed, the rules that no longer hold)
 CASES = {
     "model_type": ({"model_type": "mamba2"}, {("transformers", "model_type")}),
     "no head_dim": ({"head_dim": GONE}, {("transformers", "head_dim"), ("vLLM", "head_dim"), ("llama.cpp", "head_dim")}),
     "no attention": (
-        {"hybrid_override_pattern": "M-M--", "layers_block_type": GONE},
+        {"hybrid_override_pattern": "M-M--"},
         {("transformers", "hybrid_override_pattern")},
     ),
     "class": ({"architectures": ["LlamaForCausalLM"]}, {("vLLM", "architectures"), ("llama.cpp", "architectures")}),
     "class not first": ({"architectures": ["Other", "NemotronHForCausalLM"]}, {("llama.cpp", "architectures")}),
-    "odd letter": ({"hybrid_override_pattern": "M-M*|"}, {("vLLM", "hybrid_override_pattern"), ("llama.cpp", "hybrid_override_pattern")}),
-    "experts": ({"hybrid_override_pattern": "M-M*E"}, {("llama.cpp", "hybrid_override_pattern")}),
-    "only the new names": ({"hybrid_override_pattern": GONE}, {("llama.cpp", "hybrid_override_pattern")}),
-    "layers": ({"num_hidden_layers": 6}, {("vLLM", "num_hidden_layers"), ("llama.cpp", "hybrid_override_pattern")}),
+    "odd letter": ({"hybrid_override_pattern": "M-M*|"}, PATTERN | {("vLLM", "hybrid_override_pattern"), ("TensorRT-LLM", "hybrid_override_pattern")}),
+    "experts": ({"hybrid_override_pattern": "M-M*E"}, PATTERN),
+    "only the new names": (
+        {"hybrid_override_pattern": GONE, "layers_block_type": NAMES},
+        PATTERN | {(REMOTE, "layers_block_type"), ("mlx-lm", "hybrid_override_pattern")},
+    ),
+    "only the older names": (
+        {"hybrid_override_pattern": GONE, "layers_block_type": ["mamba", "mlp", "mamba", "attention", "mlp"]},
+        PATTERN | {(REMOTE, "layers_block_type")},
+    ),
+    "both spellings": ({"layers_block_type": NAMES}, {(REMOTE, "layers_block_type")}),
+    "layers": ({"num_hidden_layers": 6}, PATTERN | {("vLLM", "num_hidden_layers"), ("TensorRT-LLM", "num_hidden_layers")}),
     "odd head_dim": ({"head_dim": 20}, {("vLLM", "head_dim")}),
     "KV heads": ({"num_key_value_heads": 7}, {("vLLM", "num_key_value_heads")}),
-    "attention bias": ({"attention_bias": True}, {("vLLM", "attention_bias")}),
-    "FFN activation": ({"mlp_hidden_act": "silu"}, {("vLLM", "mlp_hidden_act"), ("llama.cpp", "mlp_hidden_act")}),
+    "attention bias": ({"attention_bias": True}, {("vLLM", "attention_bias"), ("mlx-lm", "attention_bias")}),
+    "FFN activation": ({"mlp_hidden_act": "silu"}, {(program, "mlp_hidden_act") for program in ("vLLM", "llama.cpp", "TensorRT-LLM")}),
+    "FFN bias": ({"mlp_bias": True}, {("TensorRT-LLM", "mlp_bias")}),
+    "code": ({"auto_map": {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"}}, {("transformers", "auto_map")}),
+    "code of a pipeline": ({"custom_pipelines": {"text-generation": {"impl": "mine.Pipeline"}}}, {("transformers", "auto_map")}),
+    "biases by default": ({"mamba_proj_bias": GONE, "use_bias": GONE}, {("mlx-lm", "sizes and biases")}),
     "Mamba activation": ({"mamba_hidden_act": "gelu"}, {("vLLM", "mamba_hidden_act")}),
     "groups": ({"n_groups": 5}, {("vLLM", "n_groups"), ("llama.cpp", "n_groups")}),
     "wide convolution": ({"conv_kernel": 5}, {("vLLM", "conv_kernel")}),
-    "no convolution": ({"conv_kernel": GONE}, {("vLLM", "conv_kernel"), ("llama.cpp", "conv_kernel")}),
+    "no convolution": ({"conv_kernel": GONE}, {("vLLM", "conv_kernel"), ("llama.cpp", "conv_kernel"), MLX_SIZES}),
     "chunk": ({"chunk_size": 96}, {("vLLM", "chunk_size")}),
     "clamped steps": ({"time_step_limit": [0.001, math.inf]}, {("vLLM", "time_step_limit")}),
     "infinity as transformers writes it": ({"time_step_limit": [0.0, {"__float__": "Infinity"}]}, {("vLLM", "time_step_limit")}),
     "tied": ({"tie_word_embeddings": True}, {("vLLM", "tie_word_embeddings")}),
     "positions": ({"max_position_embeddings": None}, {("vLLM", "max_position_embeddings")}),
     "experts per token": ({"num_experts_per_tok": None}, {("llama.cpp", "num_experts_per_tok")}),
-    "epsilon": ({"rms_norm_eps": GONE}, {("llama.cpp", "rms_norm_eps")}),
-    "other epsilon": ({"rms_norm_eps": 1e-6}, {("llama.cpp", "rms_norm_eps")}),
+    "epsilon": ({"rms_norm_eps": GONE}, {("llama.cpp", "rms_norm_eps"), ("TensorRT-LLM", "rms_norm_eps")}),
+    "other epsilon": ({"rms_norm_eps": 1e-6}, {("llama.cpp", "rms_norm_eps"), ("TensorRT-LLM", "rms_norm_eps")}),
     "inner width": ({"mamba_num_heads": 8, "mamba_head_dim": 4}, {("llama.cpp", "mamba_num_heads × mamba_head_dim")}),
-    "state": ({"ssm_state_size": GONE}, {("llama.cpp", "ssm_state_size")}),
-    "ffn": ({"intermediate_size": GONE}, {("llama.cpp", "intermediate_size")}),
+    "state": ({"ssm_state_size": GONE}, {("llama.cpp", "ssm_state_size"), MLX_SIZES}),
+    "ffn": ({"intermediate_size": GONE}, {("llama.cpp", "intermediate_size"), MLX_SIZES}),
     "hidden_act": ({"hidden_act": "relu2"}, {("llama.cpp", "hidden_act")}),
-    "projection bias": ({"use_bias": True}, {("llama.cpp", "use_bias")}),
+    "projection bias": ({"use_bias": True}, {("llama.cpp", "use_bias"), ("mlx-lm", "mamba_proj_bias")}),
     "vocabulary": ({"vocab_size": 1001}, {("llama.cpp", "vocab_size")}),
 }
 
@@ -84,8 +100,30 @@ def test_a_tokenizer_that_is_absent_or_trained_here_is_refused():
 
 def test_every_rule_has_a_case_that_breaks_it():
     broken = set().union(*(expected for _, expected in CASES.values()))
+    broken |= {("transformers", "rows of in_proj"), ("vLLM", "lengths of rows"), ("llama.cpp", "lengths of rows")}  # advice, below
     broken |= {("vLLM", "tensor names"), ("llama.cpp", "tensor names"), ("vLLM", "tokenizer.json"), ("llama.cpp", "tokenizer")}
     assert broken == {(rule.program, rule.field) for rule in RULES}
+
+
+# The 9B's FFN of 15,680 is no multiple of 128, and its hidden size of 4,480 none of 256 besides; 14 heads of 16 channels in 2 groups give 590 rows of in_proj.
+@pytest.mark.parametrize(("change", "expected"), [
+    ({}, {}),
+    ({"intermediate_size": 15680}, {("vLLM", "lengths of rows"): "intermediate_size 15,680", ("llama.cpp", "lengths of rows"): "intermediate_size 15,680"}),
+    ({"hidden_size": 4480}, {("llama.cpp", "lengths of rows"): "hidden_size 4,480"}),
+    ({"hidden_size": 4424}, {("vLLM", "lengths of rows"): "hidden_size 4,424", ("llama.cpp", "lengths of rows"): "hidden_size 4,424"}),
+    ({"mamba_num_heads": 14, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 32}, {
+        ("vLLM", "lengths of rows"): "mamba_num_heads × mamba_head_dim 224", ("llama.cpp", "lengths of rows"): "mamba_num_heads × mamba_head_dim 224",
+        ("transformers", "rows of in_proj"): "590"}),
+], ids=str)  # fmt: skip
+def test_lengths_that_cost_room_or_time_are_told_and_not_refused(change, expected):
+    findings = check_folder(Folder(GOOD | change, TENSORS, FILES, own_tokenizer=False), RULES)
+    assert {(one.program, one.field): one.value for one in findings if one.is_remark} == expected
+    of_rows = [one for one in findings if "rows" in one.field]
+    assert len(of_rows) == 3 and all(one.accepted for one in of_rows)
+    assert sorted(remarks(findings)) == sorted(
+        f"{one.program} takes it, but {one.field} ({one.value}) {one.rule}" for one in of_rows if (one.program, one.field) in expected
+    )
+    assert not any("rows" in text for text in verdicts(findings))
 
 
 def test_every_family_that_can_be_cut_has_rules():

@@ -39,6 +39,7 @@ BOTH = {
     "positions of no program": ({"rope_scaling": {"type": "odd"}}, {("vLLM", "rope_parameters"), ("llama.cpp", "rope_parameters")}),
     "dynamic positions": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, {("llama.cpp", "rope_parameters")}),
     "no length": ({"max_position_embeddings": GONE}, {("vLLM", "max_position_embeddings"), ("llama.cpp", "max_position_embeddings")}),
+    "code": ({"auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}}, {("transformers", "auto_map")}),
     "ffn": ({"intermediate_size": GONE}, {("llama.cpp", "intermediate_size")}),
     "epsilon": ({"rms_norm_eps": GONE}, {("llama.cpp", "rms_norm_eps")}),
 }  # fmt: skip
@@ -92,9 +93,21 @@ def test_a_tokenizer_that_is_absent_or_trained_here_is_refused(family):
     assert refused(family, GOOD[family], own_tokenizer=True) == {("llama.cpp", "tokenizer")}
 
 
+def remarks(family: str, change: dict) -> list:
+    return [one for one in check_folder(Folder(GOOD[family] | change, TENSORS, FILES, own_tokenizer=False), RULES[family]) if one.is_remark]
+
+
+@pytest.mark.parametrize("family", GOOD)
+def test_rows_that_cannot_be_packed_are_told_and_not_refused(family):
+    assert remarks(family, {}) == []
+    told = remarks(family, {"intermediate_size": 8000, "head_dim": 72})  # of 32 heads: 2,304 numbers
+    assert {(one.program, one.value, one.accepted) for one in told} == {(program, "intermediate_size 8,000", True) for program in ("vLLM", "llama.cpp")}
+
+
 @pytest.mark.parametrize("family", GOOD)
 def test_every_rule_has_a_case_that_breaks_it(family):
     broken = set().union(*(expected for _, expected in CASES[family].values()))
+    broken |= {(one.program, one.field) for one in remarks(family, {"intermediate_size": 8000})}
     broken |= {("vLLM", "tensor names"), ("llama.cpp", "tensor names"), ("vLLM", "tokenizer.json"), ("llama.cpp", "tokenizer")}
     assert broken == {(rule.program, rule.field) for rule in RULES[family]}
 

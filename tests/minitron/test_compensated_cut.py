@@ -129,7 +129,8 @@ def test_only_a_compensated_cut_has_its_settings_in_the_key():
 def test_a_screen_starts_from_the_cut_that_the_prune_stage_makes(walk, runs, stage, door):
     """Seen at a learning rate of 0; where the cut is a plain one, a screen starts from that."""
     inputs, losses = (json.loads((stage / "done.json").read_text())[part] for part in ("inputs", "facts"))
-    chosen = json.loads((runs / "store" / "search" / inputs["search"] / "done.json").read_text())["facts"]["chosen"]["id"]
+    choices = [json.loads(done.read_text())["facts"]["chosen"] for done in runs.glob("store/search/*/done.json")]
+    chosen = next(one["id"] for one in choices if all(one[name] == inputs[name] for name in ("architecture", "kept_layers")))
     screened = {}
     for method in ("compensated", "slice"):
         still = ("screen.train.learning_rate=0", "screen.cut_samples=null", f"prune.method={method}", "screen.new_tokens=3")

@@ -44,7 +44,7 @@ def likeliest(model, tokenizer, prompt: str, number: int) -> str:
 
 def test_every_prompt_is_gone_on_with_by_the_likeliest_token(model, tokenizer):
     written = continuations(model, tokenizer, PROMPTS, new_tokens=12)
-    assert written == [{"prompt": prompt, "text": likeliest(model, tokenizer, prompt, 12)} for prompt in PROMPTS]
+    assert written == [{"prompt": prompt, "text": likeliest(model, tokenizer, prompt, 12), "ended": False} for prompt in PROMPTS]
     assert written[0]["text"] != written[1]["text"]
 
 

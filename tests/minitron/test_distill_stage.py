@@ -111,6 +111,7 @@ def test_a_hidden_state_term_is_trained_beside_the_kl(prepared, door):
 
 # From the teacher cache.
 
+
 @pytest.fixture(scope="module")
 def whole_cache(prepared, door) -> tuple[Path, tuple[str, ...], list[float]]:
     """A cache of the whole vocabulary on all train rows, and then no teacher's weights; the losses are those beside the teacher, before."""

@@ -192,7 +192,7 @@ def test_a_neighbour_in_the_folder_does_not_change_what_a_task_is(tasks, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["evaluate.tasks=[own_choise]"], "evaluate.tasks names 'own_choise', which is no task of lm-eval or in "),
+        (["evaluate.tasks=[own_choise]"], "; did you mean own_choice?"),
         (["evaluate.tasks=[own_choice, nowhere]"], "evaluate.tasks: nowhere cannot be loaded ("),
         (["evaluate.tasks=[own_choice]", "evaluate.task_folders=[nowhere]"], "evaluate.task_folders names 'nowhere'; it must be a folder"),
         (["evaluate.task_limit=0"], "evaluate.task_limit is 0; it must be at least 1"),

@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.states import best_state, load_weights, newest_state
+from minitron.checkpoints.local_paths import public, without_paths
 from minitron.checkpoints.publish import model_card
 from minitron.families.nemotron_h import FAMILY
 from minitron.hand_over.card import licence_note, licence_of, repeating_command
@@ -98,6 +99,30 @@ def test_the_command_of_the_card_repeats_the_run(card, walk, door, tmp_path):
 def test_a_command_drops_what_says_only_where_things_are():
     given = ["stage=export", "export.folder=/x", "+run_name=a", "runs_folder=/y", "experiment=nano2", "search.hidden={low: 1}"]
     assert repeating_command(given) == "python -m minitron.run experiment=nano2 'search.hidden={low: 1}'"
+
+
+@pytest.mark.parametrize(("given", "handed_over"), [
+    ("/home/me/models/own", "own"), ("/home/me/own/", "own"), ("~/own", "own"), ("./own", "own"), ("../models/own", "own"), ("more/*.txt", "*.txt"),
+    ("file:///home/me/own", "own"), ("there/own", "own"), ("nvidia/NVIDIA-Nemotron-Nano-9B-v2", "nvidia/NVIDIA-Nemotron-Nano-9B-v2"),
+    ("https://example.org/a/b", "https://example.org/a/b"), ("adamw", "adamw"), ("What is 1/2 of 3/4?", "What is 1/2 of 3/4?"), ("/", "/"), ("", ""),
+])  # fmt: skip
+def test_a_place_of_this_machine_goes_by_its_last_part_and_a_hub_id_as_it_is(given, handed_over, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there" / "own").mkdir(parents=True)
+    assert public({"teacher": {"path": given}, "files": [given, 3, None]}) == {"teacher": {"path": handed_over}, "files": [handed_over, 3, None]}
+    assert repeating_command([f"teacher.path={given}"]) == repeating_command([f"teacher.path={handed_over}"])
+
+
+def test_paths_in_lists_of_a_command_go_by_their_last_parts():
+    given = ["data.files=[/a/b.jsonl,'/c d/e f.txt']", "distill.phases=[{blend: [{files: [/x/y.jsonl], weight: 0.5}]}]", "search.hidden={low: 96, high: 128}"]
+    assert shlex.split(repeating_command(given))[3:] == [
+        "data.files=[b.jsonl,'e f.txt']", "distill.phases=[{blend: [{files: [y.jsonl], weight: 0.5}]}]", "search.hidden={low: 96, high: 128}",
+    ]  # fmt: skip
+
+
+def test_a_text_of_an_earlier_version_loses_the_places_it_names():
+    text = "Cut from /home/me/own: hidden 48 → 40, by /home/me/own/plan.json; /home/me/own-2 and https://example.org/home/me/own are others."
+    assert without_paths(text, ["/home/me/own"]) == "Cut from own: hidden 48 → 40, by plan.json; /home/me/own-2 and https://example.org/home/me/own are others."
 
 
 def test_an_export_is_replaced_and_anything_else_is_kept(exported, walk, door, tmp_path):

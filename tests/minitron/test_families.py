@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, NemotronHConfig
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
-from minitron.families.known import family_of
+from minitron.families.config_json import transformers_config
+from minitron.families.known import FAMILIES, family_of
 from minitron.families.nemotron_h import FAMILY, TABLE
+from minitron.families.row_lengths import row_notes
 from minitron.families.table import check_tensors, expected_shape, required_names, row_of
 from minitron.settings.teachers import CONF_FOLDER
 
@@ -64,11 +66,93 @@ def test_expected_shapes_add_up_to_the_counted_parameters(tiny):
     assert total == count_total_parameters(tiny)
 
 
-def test_hf_config_names_the_pattern_in_both_spellings(config_of, tiny):
-    config = config_of(tiny)
-    assert config["hybrid_override_pattern"] == "M-M*-M-*-"
-    assert config["layers_block_type"][:4] == ["linear_attention", "mlp", "linear_attention", "full_attention"]
-    assert NemotronHConfig(layers_block_type=config["layers_block_type"]).hybrid_override_pattern == "M-M*-M-*-"
+# What modules read of a configuration that is not of what they compute: how a model is initialised, stored, regularised while it trains, or told to answer.
+IDLE = {
+    "initializer_range", "rescale_prenorm_residual", "time_step_max", "time_step_floor", "dtype", "attention_dropout", "pad_token_id", "_name_or_path",
+    "is_encoder_decoder", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "max_position_embeddings",
+    "time_step_min",  # transformers clamps by it; a stage's model, and one that is handed over, does not
+    "chunk_size", "use_mamba_kernels",  # the same sums in another order
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["nemotron_h", "llama untied", "qwen3 tied"])
+def test_every_key_that_the_modules_read_is_one_that_computes_or_is_known_not_to(name, tiny, config_of, build_blocks, token_ids, monkeypatch):
+    """Every read of a key of the configuration, from construction to logits, is recorded."""
+    config = config_of(tiny) if name == "nemotron_h" else build_blocks(name, num_hidden_layers=1).config
+    family, configuration, read = family_of(config), type(FAMILIES[config["model_type"]].build(config).config), set()
+    of_model, sizes, plain = type(family.build(config)), configuration(**config), configuration.__getattribute__
+    monkeypatch.setattr(configuration, "__getattribute__", lambda self, key: read.add(key) or plain(self, key))
+    of_model._from_config(sizes).eval()(token_ids(), use_cache=False)
+    monkeypatch.undo()
+    full = sizes.to_dict()
+    computing, never_tied = family.computing(full), {"tie_word_embeddings"} if name == "nemotron_h" else set()
+    assert (read & set(full)) - computing - IDLE - never_tied == set() and not computing & IDLE
+    assert {"hidden_size", "num_key_value_heads", "vocab_size"} <= read & computing
+
+
+@pytest.mark.parametrize(("rope", "computes"), [("default", False), ("llama3", False), ("yarn", True), ("dynamic", True)])
+def test_the_longest_text_computes_where_frequencies_follow_from_it(rope, computes):
+    assert ("max_position_embeddings" in FAMILIES["llama"].computing({"rope_parameters": {"rope_type": rope}})) == computes
+
+
+# The published 9B; sizes that all take; 14 heads of 16 channels in 2 groups with a state of 32: 2·224 + 128 + 14 rows of in_proj.
+@pytest.mark.parametrize(("sizes", "expected"), [
+    ({"hidden": 4480, "ffn": 15680, "mamba_num_heads": 128, "mamba_head_dim": 80, "mamba_num_groups": 8, "mamba_state_size": 128, "num_attention_heads": 40,
+      "num_key_value_heads": 8, "attention_head_dim": 128}, {"int4": "intermediate_size 15,680", "K-quants": "hidden_size 4,480, intermediate_size 15,680"}),
+    ({"hidden": 512, "ffn": 768, "mamba_num_heads": 16, "mamba_head_dim": 16, "mamba_state_size": 32, "num_attention_heads": 16, "attention_head_dim": 16}, {}),
+    ({"hidden": 512, "ffn": 768, "mamba_num_heads": 14, "mamba_head_dim": 16, "mamba_state_size": 32, "num_attention_heads": 16, "attention_head_dim": 16},
+     {"int4": "head_dim 224", "K-quants": "head_dim 224", "causal_conv1d": "590"}),
+], ids=["9B", "all take", "14 heads"])  # fmt: skip
+def test_rows_that_quantisers_and_kernels_mind_are_told(sizes, expected, tiny):
+    notes = row_notes(FAMILY, replace(tiny, **sizes))
+    assert notes.keys() == expected.keys() and all(notes[use].endswith(said) for use, said in expected.items())
+    assert "causal_conv1d" not in row_notes(FAMILY, replace(tiny, **sizes, pattern="*-"))
+
+
+class PublishedConfig:
+    """What matters of the configuration class beside NVIDIA's weights: the pattern is given, the layers' names follow from it and cannot be set."""
+
+    def __init__(self, num_hidden_layers, hybrid_override_pattern, head_dim, mamba_num_heads, layer_norm_epsilon, **others):
+        assert len(hybrid_override_pattern) == num_hidden_layers
+        self.hybrid_override_pattern = hybrid_override_pattern
+        for key, value in others.items():
+            setattr(self, key, value)
+
+    @property
+    def layers_block_type(self) -> list[str]:
+        return [{"M": "mamba", "*": "attention", "-": "mlp"}[letter] for letter in self.hybrid_override_pattern]
+
+
+def mlx_lm_pattern(config: dict) -> list[str]:
+    """As mlx-lm reads it: the pattern, else the older names of layers."""
+    return list(config.get("hybrid_override_pattern") or [{"mamba": "M", "attention": "*", "mlp": "-"}[name] for name in config["layers_block_type"]])
+
+
+# As transformers 5 saves it, as published in version 4's time, and with both at once.
+@pytest.mark.parametrize("given", ["saved", "published", "both"])
+def test_hf_config_spells_the_pattern_as_every_reader_takes_it(given, config_of, tiny):
+    saved = NemotronHConfig(**config_of(tiny)).to_dict()
+    published = {"hybrid_override_pattern": tiny.pattern, "num_hidden_layers": 9}
+    config = FAMILY.hf_config({"saved": saved, "published": published, "both": saved | published}[given], tiny)
+    assert PublishedConfig(**config).layers_block_type[:4] == ["mamba", "mlp", "mamba", "attention"]
+    assert "".join(mlx_lm_pattern(config)) == NemotronHConfig(**config).hybrid_override_pattern == tiny.pattern
+    assert {"linear_attention"} <= set(saved["layers_block_type"])
+    with pytest.raises(AttributeError):  # the control: what transformers saves
+        PublishedConfig(**config | {"layers_block_type": saved["layers_block_type"]})
+    with pytest.raises(KeyError):
+        mlx_lm_pattern({"layers_block_type": saved["layers_block_type"]})
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_students_config_names_no_code_no_place_and_no_other_form_of_the_weights(family, tiny, build_blocks):
+    architecture = tiny if family is FAMILY else build_blocks(f"{family.model_type} tied", num_hidden_layers=1).architecture
+    foreign = {
+        "auto_map": {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}, "custom_pipelines": {"text-generation": {"impl": "x.X"}},
+        "_name_or_path": "/home/me/own", "transformers_weights": "other.safetensors", "quantization_config": None, "num_nextn_predict_layers": 1,
+    }  # fmt: skip
+    kept = {"torch_dtype": "bfloat16", "eos_token_id": [2, 11], "pad_token_id": 0, "of_their_own": 3}
+    config = family.hf_config(foreign | kept, architecture)
+    assert not set(foreign) & set(config) and kept.items() <= config.items() and config["dtype"] == "bfloat16"
 
 
 def test_hf_config_says_depth_head_dim_and_class(config_of, tiny):
@@ -114,6 +198,7 @@ def test_a_config_as_transformers_saves_it_is_normalised(tmp_path, tiny, config_
     assert "__float__" in json.dumps(saved) and "hybrid_override_pattern" not in saved
     config = FAMILY.hf_config(saved, tiny)
     assert "__float__" not in json.dumps(config) and config["hybrid_override_pattern"] == tiny.pattern
+    assert transformers_config(saved).time_step_limit == [0.0, math.inf] and transformers_config(saved).hybrid_override_pattern == tiny.pattern
 
 
 def test_a_written_config_loads_with_auto_model(tmp_path, teacher, tiny, config_of, write_checkpoint):

@@ -1,13 +1,22 @@
 """Generation under a thinking budget: on real models, in batches, and at the door."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from transformers import AutoTokenizer, LogitsProcessorList
 
+from minitron.families.nemotron_h import FAMILY
+from minitron.generation.ends import end_ids
 from minitron.generation.generate import generate
 from minitron.generation.prompts import write_prompt
 from minitron.generation.thinking import ThinkingBudget, count_reasoning
+from minitron.measures.continuations import continuations
+from minitron.measures.tasks import language_model
 from minitron.text.embedded import train_tokenizer
+from minitron.walk.store import write_json
 
 OPEN = [5, 6]
 LENGTH = 60
@@ -25,9 +34,16 @@ def prompts(token_ids):
 
 @pytest.fixture(scope="module")
 def go_on(teacher, prompts):
-    """Greedy new tokens of both prompts, unbudgeted or under a budget."""
+    """Greedy new tokens of both prompts, unbudgeted or under a budget; made once for what is asked again."""
+    made = {}
 
     def run(budget: int | None = None, close: list[int] | None = None, new_tokens: int = LENGTH) -> list[list[int]]:
+        asked = (budget, tuple(close or ()), new_tokens)
+        if asked not in made:
+            made[asked] = generated(budget, close, new_tokens)
+        return made[asked]
+
+    def generated(budget: int | None, close: list[int] | None, new_tokens: int) -> list[list[int]]:
         ids, mask = prompts
         processors = LogitsProcessorList([] if budget is None else [ThinkingBudget(budget, OPEN, close, ids.shape[1])])
         made = teacher.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None,
@@ -124,6 +140,89 @@ def test_prompts_of_a_batch_get_the_text_that_each_gets_alone(chatting, tokenize
     assert all(row.index(closing) == 5 for row in together)
 
 
+TURN = 70  # a byte, which only a configuration can call an end of text
+
+
+@pytest.fixture(scope="module")
+def insists(build_model, chat_tokenizer):
+    """A model whose likeliest token is TURN whatever it reads: a channel that outweighs all others holds a constant, and TURN alone looks at it."""
+    model = build_model(vocab=len(chat_tokenizer("llama3")))
+    with torch.no_grad():
+        model.model.embeddings.weight[:, 0] = 1000
+        model.model.norm_f.weight[0] = 1
+        model.lm_head.weight[:, 0] = 0
+        model.lm_head.weight[TURN, 0] = 10
+    return model
+
+
+@pytest.fixture(scope="module")
+def ending(insists, config_of, tiny, write_checkpoint, chat_tokenizer, tmp_path_factory):
+    """Writes it as a checkpoint with a chat template, and with what is given as generation_config.json and in config.json."""
+
+    def write(template: str = "llama3", generation: dict | None = None, **config) -> Path:
+        folder = tmp_path_factory.mktemp("ending")
+        sizes = config_of(replace(tiny, vocab=insists.config.vocab_size)) | {"max_position_embeddings": 512, "eos_token_id": 2} | config
+        write_checkpoint(folder, insists, sizes)
+        chat_tokenizer(template).save_pretrained(folder)
+        if generation is not None:
+            write_json(folder / "generation_config.json", generation)
+        return folder
+
+    return write
+
+
+ENDS = {"generation_config.json": ({"eos_token_id": [2, TURN]}, {}), "config.json": (None, {"eos_token_id": [2, TURN]}),
+        "config.json, the other being silent": ({"pad_token_id": 0}, {"eos_token_id": [TURN, 2]}),
+        "one id of generation_config.json": ({"eos_token_id": TURN}, {})}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ENDS)
+def test_every_id_that_ends_a_text_ends_it(place, ending, chat_tokenizer):
+    generation, config = ENDS[place]
+    folder = ending(generation=generation, **config)
+    model, tokenizer = FAMILY.load(folder), AutoTokenizer.from_pretrained(folder)
+    assert set(end_ids(model, tokenizer)) == {2, TURN, tokenizer.convert_tokens_to_ids("<|eot_id|>")}
+    assert generate(model, tokenizer, ["one"], new_tokens=20) == [[TURN]]
+    assert continuations(model, tokenizer, ["one"], new_tokens=20) == [{"prompt": "one", "text": "", "ended": True}]
+    requests = [Instance("generate_until", {}, (prompt, {"until": ["never"], "max_gen_toks": 20}), 0) for prompt in ("one", "two three")]
+    assert language_model(model, tokenizer, 2).generate_until(requests, disable_tqdm=True) == ["", ""]
+
+
+def test_without_such_an_id_the_text_goes_on_to_its_limit(ending):
+    """The control."""
+    folder = ending()
+    model, tokenizer = FAMILY.load(folder), AutoTokenizer.from_pretrained(folder)
+    assert generate(model, tokenizer, ["one"], new_tokens=20) == [[TURN] * 20]
+    assert continuations(model, tokenizer, ["one"], new_tokens=20)[0] == {"prompt": "one", "text": tokenizer.decode([TURN] * 20), "ended": False}
+    request = Instance("generate_until", {}, ("one", {"until": ["never"], "max_gen_toks": 20}), 0)
+    assert language_model(model, tokenizer, 1).generate_until([request], disable_tqdm=True) == [tokenizer.decode([TURN] * 20)]
+
+
+def test_a_prompt_says_itself_whether_reasoning_is_open():
+    """A user's tag opens none. The control: taken from the tokens, it does."""
+    ids, scores = torch.tensor([[1, 5, 2, 3]]), torch.zeros(1, 10)
+    told, taken = (ThinkingBudget(1, [5], [7], prompt_tokens=3, opened=opened)(ids, scores.clone()) for opened in ([False], None))
+    assert torch.equal(told, scores) and taken.argmax().item() == 7
+
+
+@pytest.mark.parametrize(("template", "settings"), [("nemotron_nano_v2", ("thinking=off",)), ("mistral", ("prompt=What is <think>?", "thinking_budget=3"))])
+def test_no_reasoning_is_open_where_it_is_off_or_a_user_speaks_of_it(template, settings, ending, door, tmp_path):
+    finished = door(tmp_path, "stage=generate", "device=cpu", f"checkpoint={ending(template)}", "prompt=Hello", "generate.new_tokens=20", *settings)
+    assert finished.returncode == 0 and "20 tokens, 0 of them reasoning, cut off by generate.new_tokens" in finished.stdout, finished
+
+
+def test_a_text_that_ended_is_said_to_have_ended_and_what_has_none_is_one_line(ending, door, tmp_path):
+    folder = ending(generation={"eos_token_id": [2, TURN]})
+    finished = door(tmp_path, "stage=generate", "device=cpu", f"checkpoint={folder}", "prompt=Hello", "generate.new_tokens=64")
+    assert finished.returncode == 0 and "1 tokens, 0 of them reasoning, ended;" in finished.stdout, finished
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('Only tools\\nmay speak') }}")
+    raised = door(tmp_path, "stage=generate", "device=cpu", f"checkpoint={folder}", "prompt=Hello")
+    assert (raised.returncode, raised.stderr) == (2, "error: the chat template refuses it: Only tools may speak\n")
+    (folder / "tokenizer.json").write_text("{}")
+    none = door(tmp_path, "stage=generate", "device=cpu", f"checkpoint={folder}", "prompt=Hello")
+    assert none.returncode == 2 and len(none.error_lines) == 1 and "which cannot be loaded" in none.stderr
+
+
 @pytest.mark.parametrize(("settings", "message"), [
     (("thinking_budget=-1",), "thinking_budget is -1; it must be at least 0 (null: no limit)"),
     ((), "checkpoint is 'student', which is not there yet under these settings; run stage=distill first, or give a folder"),
@@ -136,7 +235,7 @@ def test_what_cannot_be_is_refused_in_one_line(settings, message, door, tmp_path
 
 
 def test_the_student_speaks_at_the_door(walk, door):
-    odd = "prompt=It's \"odd\": ${x} \\"
+    odd = 'prompt=It\'s "odd": ${x} \\'
     finished = door(walk.runs.parent, *walk.settings, "stage=generate", odd, "thinking=on", "thinking_budget=4", "generate.new_tokens=12")
     assert finished.returncode == 0, finished.stderr
     assert ", 4 of them reasoning" in finished.stdout and "</think>" in finished.stdout

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from memory_budget.hf_config import architecture_from_config
 from minitron.settings.gguf_header import gguf_config, gguf_fingerprint, read_gguf_header
 from minitron.settings.run import Settings, TeacherSettings
-from minitron.settings.teachers import is_converted, is_stored, is_tiny, max_positions, teacher_architecture, teacher_identity
+from minitron.settings.teachers import is_converted, is_stored, is_tiny, max_positions, teacher_architecture
 from minitron.walk.table import stages
 
 METADATA = {
@@ -85,20 +86,24 @@ def test_a_gguf_teacher_is_known_before_any_stage_ran(gguf):
     assert (is_converted(Settings()), is_tiny(Settings()), is_stored(Settings())) == (False, True, True)
 
 
-def test_a_key_says_the_files_contents_wherever_it_lies(gguf, tmp_path):
-    moved = tmp_path / "elsewhere.gguf"
-    moved.write_bytes(gguf.read_bytes())
-    what = stages()["teacher"].what
-    assert what(settings_of(gguf)) == what(settings_of(moved)) and teacher_identity(settings_of(gguf)) == gguf_fingerprint(moved)
+def test_a_key_knows_the_file_wherever_it_lies_and_notices_its_last_byte(gguf, tmp_path):
+    moved, what = tmp_path / "elsewhere.gguf", stages()["teacher"].what
+    shutil.copy2(gguf, moved)
+    assert what(settings_of(gguf)) == what(settings_of(moved))
+    with open(moved, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+    os.utime(moved, ns=(gguf.stat().st_atime_ns, gguf.stat().st_mtime_ns + 1))
+    assert what(settings_of(gguf)) != what(settings_of(moved))
     others = [write_gguf(tmp_path / "numbers.gguf", fill=1), write_gguf(tmp_path / "name.gguf", METADATA | {"general.name": "another"})]
     assert len({gguf_fingerprint(path) for path in (gguf, *others)}) == 3
 
 
 def test_a_file_that_changes_is_read_again(gguf):
-    before = teacher_identity(settings_of(gguf))
+    before = gguf_fingerprint(gguf)
     write_gguf(gguf, METADATA | {"llama.context_length": 64})
     os.utime(gguf, ns=(0, 0))
-    assert max_positions(settings_of(gguf)) == 64 and teacher_identity(settings_of(gguf)) != before
+    assert max_positions(settings_of(gguf)) == 64 and gguf_fingerprint(gguf) != before
 
 
 @pytest.mark.parametrize(
@@ -184,7 +189,7 @@ def of_package(spec: str) -> Settings:
 
 def test_a_package_gives_the_one_gguf_that_it_holds(install, gguf):
     install("tiny-model", "1.5", "weights.gguf", "readme.txt")
-    assert teacher_identity(of_package("tiny-model==1.5")) == teacher_identity(settings_of(gguf))
+    assert teacher_architecture(of_package("tiny-model==1.5")) == teacher_architecture(settings_of(gguf))
 
 
 @pytest.mark.parametrize(

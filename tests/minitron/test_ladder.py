@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from minitron.search.choice import choose
+from minitron.walk.store import write_json
 
 LAPS = ("depth_lap.enabled=true", "depth_lap.tokens=4000", "depth_lap.screen_tokens=2000")
 
@@ -89,7 +91,9 @@ def test_zero_shot_measurements_of_an_interrupted_run_are_kept(walk, door, tmp_p
     marked = walk.summary["candidates"][0]["id"]
     facts = {"copied_bytes": 0, "copied_mamba_bytes": 0, "view_digest": "of the first run"}
     (folder / "zero_shot.partial.jsonl").write_text(json.dumps([marked, 0, [1e6, 1.0, 1], facts]) + '\n["half a li')
-    losses = {entry["id"]: entry["zero_shot_loss"] for entry in searched(door, tmp_path, *copied, "search.finalists=0")["candidates"]}
+    finished = door(tmp_path, *copied, "search.finalists=0", "stage=search")
+    assert "shortlist  goes on from 1 of " in finished.stdout, finished.stderr
+    losses = {entry["id"]: entry["zero_shot_loss"] for entry in json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())["candidates"]}
     before = {entry["id"]: entry["zero_shot_loss"] for entry in walk.summary["candidates"]}
     assert before.pop(marked) + 100 < losses.pop(marked)
     assert losses == before
@@ -101,10 +105,30 @@ def test_a_candidate_whose_distillation_diverges_stays_in_the_table_and_is_never
     assert finished.stdout.count("diverged; never chosen") == 2
 
 
+def test_a_choice_that_a_further_screen_changes_is_said_and_why(walk, door, tmp_path, copied, table):
+    """With the further one's loss planted: far above the others nothing is chosen anew, far below it is."""
+    (further,) = [entry["id"] for entry in table if entry["short_distill_loss"] is None]
+    (chosen,) = [entry["id"] for entry in table if entry["chosen"]]
+    store = tmp_path / "runs" / "store"
+    before = {stage: set((store / stage).glob("*/")) for stage in ("screen", "search")}
+    assert door(tmp_path, *copied, "stage=screen", f"candidate={further}").returncode == 0
+    ((screen,), said) = set((store / "screen").glob("*/")) - before["screen"], []
+    record = json.loads((screen / "done.json").read_text())
+    for loss in (99.0, 0.1):
+        write_json(screen / "done.json", record | {"facts": record["facts"] | {"short_distill_loss": loss}})
+        finished = door(tmp_path, *copied, "stage=search")
+        said.append([line.strip() for line in finished.stdout.splitlines() if "chosen anew" in line])
+        for folder in set((store / "search").glob("*/")) - before["search"]:
+            shutil.rmtree(folder)
+    line = f"search  chosen anew: {further} in place of {chosen}, since {further} was screened too; the cut and what follows from it are its own"
+    assert said == [[], [line]]
+
+
 @pytest.mark.parametrize(("rule", "expected"), [("lowest_loss", 1), ("loss_within", 2), ("weighted", 3)])
 def test_each_rule_chooses_by_its_own_measure(rule, expected, stage_context):
     def entry(loss, gib, speed):
-        return {"zero_shot_loss": 9.0, "short_distill_loss": loss, "memory_bytes": {"total": gib}, "modelled_tokens_per_second": speed, "parameters": 1}
+        measured = {"zero_shot_loss": 9.0, "short_distill_loss": loss, "modelled_tokens_per_second": speed}
+        return {"id": str(speed), "memory_bytes": {"total": gib}, "parameters": 1, **measured}
 
     entries = [entry(None, 1, 99.0), entry(1.0, 4, 1.0), entry(1.01, 4, 5.0), entry(1.5, 2, 4.0)]
     context = stage_context("search.loss_within=0.02", "search.weights={loss: 0.1, memory: 1, throughput: 0}", f"search.select={rule}")
@@ -113,24 +137,18 @@ def test_each_rule_chooses_by_its_own_measure(rule, expected, stage_context):
 
 @pytest.fixture
 def stage_context(tmp_path):
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    import minitron.run  # noqa: F401 registers the schema
-    from minitron.settings.teachers import CONF_FOLDER
+    from minitron.door.composed import compose_settings
     from minitron.walk.console import Console
     from minitron.walk.stage import StageContext
 
     def context(*overrides):
-        with initialize_config_dir(str(CONF_FOLDER), version_base="1.3"):
-            settings = OmegaConf.to_object(compose("run", overrides=list(overrides)))
-        return StageContext(settings, tmp_path, {}, Console(quiet=True))
+        return StageContext(compose_settings(*overrides), tmp_path, {}, Console(quiet=True))
 
     return context
 
 
 def test_a_candidate_without_a_number_is_not_chosen(stage_context):
-    base = {"zero_shot_loss": 2.0, "memory_bytes": {"total": 1}, "modelled_tokens_per_second": 1.0, "parameters": 1}
+    base = {"id": "one", "zero_shot_loss": 2.0, "memory_bytes": {"total": 1}, "modelled_tokens_per_second": 1.0, "parameters": 1}
     entries = [{**base, "short_distill_loss": None}, {**base, "short_distill_loss": 1.9}]
     assert choose(stage_context(), entries, distilled=True).row == 1
     assert choose(stage_context(), list(reversed(entries)), distilled=True).row == 0
@@ -153,6 +171,18 @@ def test_the_first_lap_cuts_depth_alone_and_the_second_widths_alone(two_laps):
     teacher, student = (Architecture(**two_laps["models"][name]["architecture"]) for name in ("teacher", "student"))
     assert Architecture(**first) == replace(teacher, pattern=student.pattern) != teacher
     assert student.hidden < teacher.hidden and len(two_laps["removed_layers"]) == teacher.num_layers - student.num_layers > 0
+
+
+def test_two_laps_of_another_budget_and_label_share_cuts_and_students_of_both(two_laps, walk, door, tmp_path):
+    runs, bytes_less = Path(two_laps["stages"]["prune"]["path"]).parents[2], (two_laps["budget"]["bytes"] - 16) / 2**30
+    finished = door(tmp_path, *walk.settings, *LAPS, f"runs_folder={runs}", "budget.name=other", "run_name=other", f"budget.device_gib={bytes_less:.12f}")
+    assert finished.returncode == 0, finished.stderr
+    made = [line.split()[0] for line in finished.stdout.splitlines() if re.search(r"\(\d+ s\)$", line)]
+    assert made == ["shortlist", "search"] * 2
+    other = json.loads((runs / "other" / "summary.json").read_text())
+    for one, first in ((other, two_laps), (other["depth_lap"], two_laps["depth_lap"])):
+        assert all(one["stages"][stage]["key"] == first["stages"][stage]["key"] for stage in ("score", "prune", "distill"))
+        assert one["stages"]["search"]["key"] != first["stages"]["search"]["key"]
 
 
 def test_the_second_lap_starts_from_the_first_laps_student_and_learns_from_the_teacher(two_laps):

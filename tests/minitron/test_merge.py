@@ -7,12 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import NemotronHConfig
 
-from memory_budget.hf_config import read_config
+from memory_budget.hf_config import architecture_from_config, read_config
 from minitron.checkpoints.files import PIECE_BYTES, Checkpoint
+from minitron.checkpoints.folder import content_digest
 from minitron.checkpoints.shards import save_model_weights
+from minitron.families.known import family_of
 from minitron.families.nemotron_h import FAMILY
-from minitron.hand_over.merge import Source, merged_tensors
+from minitron.families.table import names_by_canonical
+from minitron.hand_over.merge import Source, check_same_kind, idle_differences, merged_tensors
 from minitron.measures.held_out import held_out_loss
 from minitron.settings.hand_over import MergeSettings
 from minitron.text.samples import batches_of, evaluation_rows, screening_rows, spread_rows
@@ -107,7 +111,7 @@ def test_dtypes_config_and_tokenizer_are_the_firsts(merge, checkpoints):
 def test_the_card_names_what_was_merged_with_which_weights(merge, checkpoints):
     _, merged = merge(checkpoints["one"], checkpoints["two"], weights="[0.25,0.75]")
     card = (merged / "README.md").read_text()
-    assert f"- 0.25 × one (`{Checkpoint(checkpoints['one']).fingerprint}`)" in card and "- 0.75 × two" in card
+    assert f"- 0.25 × one (`{content_digest(checkpoints['one'])}`)" in card and "- 0.75 × two" in card
 
 
 def test_a_merge_is_kept_and_other_weights_make_another(merge, checkpoints, tmp_path):
@@ -156,20 +160,92 @@ def test_other_layers_are_refused_by_the_tensor_that_is_lacking(merge, checkpoin
     assert "also has tensor layers.8." in refusal(merge(other, checkpoints["one"])[0])
 
 
-@pytest.mark.parametrize(
-    ("change", "said"), [({"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon 0.001"), ({"mlp_hidden_act": "silu"}, "mlp_hidden_act 'silu'")]
-)
-def test_a_config_that_computes_something_else_is_refused(change, said, merge, checkpoints, build_model, config_of, tiny, write_checkpoint, tmp_path):
-    other = write_checkpoint(tmp_path / "other", build_model(3), config_of(tiny) | change)
-    assert said in refusal(merge(checkpoints["one"], other)[0])
+def test_a_config_that_computes_something_else_is_refused(merge, checkpoints, build_model, config_of, tiny, write_checkpoint, tmp_path):
+    other = write_checkpoint(tmp_path / "other", build_model(3), config_of(tiny) | {"layer_norm_epsilon": 1e-3})
+    assert "layer_norm_epsilon 0.001" in refusal(merge(checkpoints["one"], other)[0])
 
 
-def test_a_config_that_says_the_same_in_other_words_is_taken(merge, checkpoints, build_model, config_of, tiny, write_checkpoint, tmp_path):
-    config = {name: value for name, value in config_of(tiny).items() if name not in ("layers_block_type", "residual_in_fp32")}
-    other = write_checkpoint(tmp_path / "other", build_model(3), config | {"max_position_embeddings": 17, "eos_token_id": 5, "chunk_size": 16})
+def test_a_config_of_a_trainer_is_taken_and_what_it_says_besides_is_named(merge, checkpoints, build_model, config_of, tiny, write_checkpoint, tmp_path):
+    """Handed over by us, then tuned and saved elsewhere: transformers' names and defaults, a trainer's own keys."""
+    handed = FAMILY.handed_over(config_of(tiny))
+    saved = NemotronHConfig(**handed | {"eos_token_id": [2, 11], "hidden_dropout": 0.1, "unsloth_version": "2025.12", "use_cache": False}).to_dict()
+    other = write_checkpoint(tmp_path / "other", build_model(3), saved | {"_name_or_path": "/home/me/x", "auto_map": {"AutoConfig": "c.C"}})
     write_json(other / "tokenizer.json", {"model": {"vocab": {"a": 0, "b": 1, "<new>": 2}}})
-    finished, _ = merge(checkpoints["one"], other)
+    finished, merged = merge(checkpoints["one"], other)
     assert finished.returncode == 0, finished.stderr
+    (line,) = (line for line in finished.stdout.splitlines() if "what computes nothing" in line)
+    named = line.split("is kept: ")[1]
+    assert named == ("eos_token_id [2, 11] (not 0), hidden_dropout 0.1 (not 0.0), time_step_min 1e-30 (not 0.001), unsloth_version '2025.12' (not absent), "
+                     "use_cache False (not True)")  # fmt: skip
+    assert "unsloth_version" not in read_config(merged) and "auto_map" not in read_config(merged)
+
+
+# What a config.json may say of a NemotronH, a Llama and a Qwen3: what computes is refused by its name, what does not is named.
+COMPUTES = {
+    "nemotron_h": [{"mlp_hidden_act": "silu"}, {"mamba_hidden_act": "gelu"}, {"time_step_limit": [0.01, 1.0]}, {"layer_norm_epsilon": 1e-6}],
+    "llama untied": [{"rms_norm_eps": 1e-6}, {"hidden_act": "gelu"}, {"rope_theta": 5e5}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+                     {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                          "original_max_position_embeddings": 128}}],
+    "qwen3 tied": [{"rms_norm_eps": 1e-6}, {"rope_theta": 1e6}],
+}  # fmt: skip
+IDLE = [
+    {"unsloth_version": "2025.12"}, {"unsloth_fixed": True}, {"use_cache": False}, {"torch_dtype": "bfloat16", "dtype": "bfloat16"}, {"eos_token_id": [0, 5]},
+    {"bos_token_id": 7}, {"pad_token_id": 3}, {"initializer_range": 0.5}, {"attention_dropout": 0.2}, {"max_position_embeddings": 300},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair(build_model, build_blocks, config_of, tiny, write_checkpoint, tmp_path_factory):
+    """Gives what a merge finds of a checkpoint and the same with another config.json: (refusal or None, what is named)."""
+    folder = tmp_path_factory.mktemp("pair")
+
+    def compare(name: str, change: dict) -> tuple[str | None, str]:
+        sources = []
+        model, config = (build_model(), config_of(tiny)) if name == "nemotron_h" else ((made := build_blocks(name)).model, made.config)
+        family = family_of(config)
+        for label, more in (("one", {}), ("other", change)):
+            if not (folder / name / label).exists():
+                write_checkpoint(folder / name / label, model, config)
+            write_json(folder / name / label / "config.json", config | more)
+            checkpoint = Checkpoint(folder / name / label)
+            sources.append(Source(label, label, 0.5, checkpoint, names_by_canonical(family, architecture_from_config(config), checkpoint.entries)))
+        idle = idle_differences(family, *sources)
+        try:
+            check_same_kind(family, *sources)
+        except ValueError as error:
+            return str(error), idle
+        return None, idle
+
+    return compare
+
+
+@pytest.mark.parametrize(("name", "change"), [(name, change) for name, changes in COMPUTES.items() for change in changes], ids=str)
+def test_keys_that_compute_are_refused(name, change, pair):
+    said, _ = pair(name, change)
+    key = "rope_parameters" if any("rope" in key for key in change) else next(iter(change))
+    assert said is not None and f" has {key} " in said and said.endswith("all must compute alike")
+
+
+@pytest.mark.parametrize("name", COMPUTES)
+def test_keys_that_compute_nothing_are_taken_and_named(name, pair):
+    assert pair(name, {}) == (None, "")
+    for change in IDLE:
+        said, idle = pair(name, change)
+        assert said is None and idle.startswith(f"{sorted(change)[0]} ") and idle.count(" (not ") == 1, (change, idle)
+
+
+@pytest.mark.parametrize("spelled", [
+    {"rope_theta": 10000.0, "rope_scaling": None}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, {"torch_dtype": "float32"},
+    {"_name_or_path": "/home/me/x", "transformers_version": "4.40.0", "auto_map": {"AutoConfig": "x.X"}},
+], ids=str)  # fmt: skip
+def test_the_same_in_other_spellings_is_no_difference(spelled, pair):
+    assert pair("llama untied", spelled) == pair("qwen3 tied", spelled) == (None, "")
+
+
+def test_models_of_two_families_are_refused_by_their_names(merge, checkpoints, build_blocks, write_checkpoint, tmp_path):
+    blocks = build_blocks("llama untied")
+    other = write_checkpoint(tmp_path / "other", blocks.model, blocks.config)
+    assert "is a llama," in refusal(merge(checkpoints["one"], other)[0])
 
 
 def test_another_vocabulary_is_refused(merge, checkpoints, build_model, config_of, tiny, write_checkpoint, tmp_path):
@@ -266,7 +342,7 @@ def test_an_interrupted_sweep_goes_on_after_the_last_candidate_measured(walk, do
     kept = [{**facts["sweep"][0], "loss_nats_per_token": 99.0}, facts["sweep"][1]]  # a mark that only a kept measurement has
     write_json(folder / "sweep.json", kept)
     finished = door(tmp_path, *walk.settings, "stage=merge", *wanted)
-    assert finished.returncode == 0, finished.stderr
+    assert finished.returncode == 0 and f"merge  goes on from merge 2 of {len(facts['sweep'])}" in finished.stdout, finished.stderr
     again = json.loads((folder / "done.json").read_text())["facts"]["sweep"]
     assert again == [*kept, *facts["sweep"][2:]]
 

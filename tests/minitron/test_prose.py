@@ -83,5 +83,3 @@ def test_prose_beside_another_source_is_refused(given):
     with pytest.raises(ValueError, match="data.embedded is prose, but .* is given, which takes its place; it must then be code"):
         DataSettings(embedded=Embedded.prose, **given)
     DataSettings(**given)
-
-

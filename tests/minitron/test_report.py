@@ -17,10 +17,11 @@ from memory_budget.calculator import memory_report
 from memory_budget.parameters import count_total_parameters
 from memory_budget.workload import Workload
 from minitron.report import files as report
+from minitron.report.evaluation import speed_note, speed_table
 from minitron.report.page import page_html, page_markdown
 from minitron.report.plots import PLOTS, draw_plots
 from minitron.report.plots_search import non_dominated
-from minitron.report.search import candidates_table, choice_sentences, pattern_lines
+from minitron.report.search import candidates_table, choice_sentences, pattern_lines, table_notes
 from minitron.report.summary import MOST_CURVE_POINTS, SEARCH_FILES, best_first, build_summary, removed_layers, thinned_curve
 from minitron.report.verdict import verdict
 from minitron.settings.run import BudgetSettings, Settings, TeacherSettings, TinyTeacherSettings, WorkloadSettings
@@ -222,7 +223,7 @@ def test_the_summary_has_every_key_of_the_contract(summary):
 
 def test_a_whole_run_leaves_every_file(whole):
     folder, said = whole
-    pages = {"summary.json", "report.md", "report.html", "metrics.jsonl", *SEARCH_FILES}
+    pages = {"summary.json", "report.md", "report.html", "metrics.jsonl", "sweep.yaml", *SEARCH_FILES}
     assert {path.name for path in folder.iterdir()} == pages | set(ONE_LAP_PLOTS) | {"teacher", "pruned", "student"}
     assert said == []
 
@@ -308,6 +309,20 @@ def test_a_diverged_candidate_stays_in_the_table_with_its_note(summary):
     assert re.search(r"3?\. L8-F24 .*its short distillation diverged \|", candidates_table(summary["candidates"]))
     page = page_markdown(summary, [])
     assert "| L8-F24 | diverged |" in page and "| L8-F32 | 5.000 |" in page
+
+
+def test_a_speed_measured_beside_other_work_is_marked(summary):
+    """True and not known are the controls."""
+    for candidate, alone in zip(summary["candidates"], (True, False, None), strict=True):
+        candidate["speed_alone"] = alone
+    marked = [line.split(" | ")[0] for line in candidates_table(summary["candidates"]).splitlines() if "decoded beside other work" in line]
+    assert marked == ["| 2. L8-F24"] and "too low to compare" in table_notes(summary, summary)
+    speed = {"input_tokens": 8, "output_tokens": 4, "batch": 1, "prefill_seconds": 1.0, "prefill_tokens_per_second": 8.0, "decode_tokens_per_second": 4.0,
+             "peak_bytes": 2**20, "device": "cpu", "threads": 1}  # fmt: skip
+    for name, alone in (("teacher", True), ("pruned", False), ("student", None)):
+        summary["models"][name]["evaluation"]["speed"] = [speed | {"alone": alone}]
+    assert [line.split(" | ")[1] for line in speed_table(summary).splitlines()[2:]] == ["teacher", "pruned †", "student"]
+    assert "† other processes kept this machine's cores busy" in speed_note(summary)
 
 
 def test_the_choice_is_told_with_its_rivals(summary):

@@ -45,9 +45,14 @@ def test_what_was_trained_is_saved_and_not_called_done(interrupted):
 def test_the_same_command_goes_on_from_the_saved_state(interrupted):
     stage, _, _, _, before, again = interrupted
     assert again.returncode == 0, again.stderr
+    assert f"teacher  goes on from step {len(before)} of 78" in again.stdout
     after = (stage / "metrics.jsonl").read_text().splitlines()
     assert 8 <= len(before) < len(after) and after[: len(before)] == before  # nothing trained before was trained again
     assert [json.loads(line)["step"] for line in after] == list(range(78))
+
+
+def test_a_run_that_was_never_interrupted_goes_on_from_nowhere(walk):
+    assert "goes on from" not in walk.finished.stdout
 
 
 def test_the_weights_equal_those_of_a_run_never_interrupted(interrupted, walk):

@@ -87,6 +87,8 @@ def test_an_interrupted_scoring_ends_as_an_uninterrupted_one(stage, single, walk
     parts[-1].unlink()
     _, finished = stage("scoring.block_tokens=128", folder=tmp_path)
     assert finished.returncode == 0, finished.stderr
+    assert [line.split("goes on from ")[1] for line in finished.stdout.splitlines() if "goes on" in line] == [
+        "3 of 4 blocks of rows (width importance)", "layer 1 of 3 that go (layer importance)"]  # fmt: skip
     for name in ("scores.safetensors", "layers.json"):
         assert (folder / name).read_bytes() == (single / name).read_bytes()
 

@@ -26,7 +26,8 @@ def run(context: StageContext) -> dict:
     return {"headline": f"{len(context.settings.run_name)} letters"}
 
 
-STAGE = StoredStage(version=1, needs=lambda settings: (), what=lambda settings: {"name": settings.run_name}, check=check, run=run)
+STAGE = StoredStage(version=1, needs=lambda settings: (), what=lambda settings: {"name": settings.run_name}, check=check, run=run,
+                    ends_all=lambda settings: settings.run_name == "tiny")
 '''
 
 
@@ -35,7 +36,8 @@ def with_planted(repository, environment, tmp_path_factory):
     """Runs `python -m minitron.run` of a copy of the code that has one more file, minitron/stages/letters.py."""
     root = tmp_path_factory.mktemp("planted")
     for package in ("minitron", "nas", "distill", "memory_budget", "conf"):
-        shutil.copytree(repository / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
+        place = root / "minitron" / "conf" if package == "conf" else root / package  # as a wheel has it
+        shutil.copytree(repository / package, place, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "minitron" / "stages" / "letters.py").write_text(PLANTED)
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -56,10 +58,18 @@ def test_its_check_comes_before_any_work(with_planted):
     assert (refused.returncode, refused.stderr.strip()) == (2, "error: run_name is 'forbidden'; it must be another") and "letters" not in refused.stdout
 
 
-def test_help_shows_what_it_says_of_itself(with_planted, run_process, tmp_path):
-    assert f"  {'letters':<14} How long the run's name is." in with_planted("--help").stdout
-    own = run_process(tmp_path, "--help").stdout
-    assert "letters" not in own and [name for name in stages() if f"\n  {name:<14} " not in own] == []
+def test_help_shows_what_it_says_of_itself_and_where_the_wheels_settings_are_explained(with_planted):
+    shown = with_planted("--help").stdout
+    assert f"  {'letters':<14} How long the run's name is." in shown
+    (settings,) = [line.strip() for line in shown.splitlines() if line.endswith("run.yaml")]
+    assert settings.endswith("minitron/conf/run.yaml") and Path(settings).exists()
+
+
+def test_an_experiment_of_ones_own_is_found_beside_a_wheel(with_planted, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults: [tiny]\nrun_name: fives\n")
+    assert "letters  5 letters" in with_planted("--config-dir", str(tmp_path), "stage=letters", "experiment=mine").stdout
+    assert "experiment/mine is not in conf/" in with_planted("stage=letters", "experiment=mine").stderr
 
 
 def test_every_stage_is_of_one_of_two_kinds_and_needs_stages_that_there_are():

@@ -8,13 +8,13 @@ import textwrap
 
 import pytest
 
-from minitron.walk.store import DONE, find_result, finish, locked, stage_key, write_json
+from minitron.walk.store import DONE, FORMAT, Result, check_format, find_result, finish, locked, stage_key, write_json
 
-BASE = {"stage": "score", "version": 1, "settings": {"samples": 8, "seed": 0}, "input_keys": {"data": "aaa", "teacher": "bbb"}}
+BASE = {"stage": "score", "version": 1, "settings": {"samples": 8, "seed": 0}, "inputs": {"data": "aaa", "teacher": "bbb"}}
 
 
 def test_a_key_is_12_hex_digits_and_always_the_same():
-    assert stage_key(**BASE) == "f4b69d9edc89"
+    assert stage_key(**BASE) == "e49831af88fc"
 
 
 @pytest.mark.parametrize(
@@ -25,9 +25,9 @@ def test_a_key_is_12_hex_digits_and_always_the_same():
         {"settings": {"samples": 9, "seed": 0}},
         {"settings": {"samples": 8}},
         {"settings": {"samples": "8", "seed": 0}},
-        {"input_keys": {"data": "aaa", "teacher": "ccc"}},
-        {"input_keys": {"data": "bbb", "teacher": "aaa"}},
-        {"input_keys": {"data": "aaa"}},
+        {"inputs": {"data": "aaa", "teacher": "ccc"}},
+        {"inputs": {"data": "bbb", "teacher": "aaa"}},
+        {"inputs": {"data": "aaa"}},
     ],
     ids=str,
 )
@@ -36,7 +36,7 @@ def test_another_stage_version_setting_or_input_gives_another_key(change):
 
 
 def test_the_order_of_settings_and_inputs_does_not_change_the_key():
-    reversed_order = {"settings": {"seed": 0, "samples": 8}, "input_keys": {"teacher": "bbb", "data": "aaa"}}
+    reversed_order = {"settings": {"seed": 0, "samples": 8}, "inputs": {"teacher": "bbb", "data": "aaa"}}
     assert stage_key(**BASE | reversed_order) == stage_key(**BASE)
 
 
@@ -44,6 +44,12 @@ def test_a_folder_without_done_json_is_no_result(tmp_path):
     assert find_result(tmp_path / "absent") is None
     (tmp_path / "scores.safetensors").write_bytes(b"half")
     (tmp_path / f"{DONE}.partial").write_text('{"key": "x"')
+    assert find_result(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", '{"key": "x", "facts": {"tok', "[]", "{}", "null"])
+def test_a_damaged_record_is_no_result(tmp_path, text):
+    (tmp_path / DONE).write_text(text)
     assert find_result(tmp_path) is None
 
 
@@ -58,6 +64,51 @@ def test_a_reader_never_sees_half_a_json_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "x.json", {"a": object()})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def test_what_later_keys_hold_of_a_result_is_its_contents_where_it_says_them(tmp_path):
+    assert [Result(tmp_path, {"key": "k", "facts": facts}).identity for facts in ({}, {"identity": "weights"})] == ["k", "weights"]
+
+
+def stored(runs, stage: str, key: str, **record) -> None:
+    folder = runs / "store" / stage / key
+    folder.mkdir(parents=True)
+    finish(folder, {"key": key, "facts": {}, **record})
+
+
+def said(runs) -> list[str]:
+    lines = []
+    check_format(str(runs), lines.append)
+    return lines
+
+
+def test_results_of_an_earlier_format_are_said_to_be_so_in_one_line_until_they_are_deleted(tmp_path):
+    runs = tmp_path / "my runs"
+    stored(runs, "score", "aaa")
+    stored(runs, "distill", "bbb")
+    stored(runs, "distill", "ccc", format=FORMAT)
+    (runs / "store" / "measurements" / "distill-bbb").mkdir(parents=True)
+    (runs / "store" / "measurements" / "distill-ccc").mkdir()
+    for _ in range(2):
+        (line,) = said(runs)
+        assert line.startswith(f"{runs}/store: 3 results are of an earlier version and are not used; to delete them: ")
+    subprocess.run(line.split("delete them: ")[1], shell=True, check=True)
+    assert said(runs) == []
+    assert sorted(str(path.relative_to(runs / "store")) for path in (runs / "store").glob("*/*")) == ["distill/ccc", "measurements/distill-ccc"]
+
+
+def test_a_store_of_this_format_and_a_new_one_are_said_nothing_of(tmp_path):
+    """The control; results of this format that were copied from elsewhere, without the store's mark, are this format's too."""
+    assert said(tmp_path / "new") == [] and json.loads((tmp_path / "new" / "store" / "format.json").read_text()) == {"format": FORMAT}
+    stored(tmp_path / "copied", "score", "aaa", format=FORMAT)
+    assert said(tmp_path / "copied") == []
+
+
+def test_a_store_of_a_later_format_is_refused(tmp_path):
+    said(tmp_path)
+    write_json(tmp_path / "store" / "format.json", {"format": FORMAT + 1})
+    with pytest.raises(ValueError, match=f"format {FORMAT + 1}, this one reads {FORMAT}"):
+        said(tmp_path)
 
 
 def arithmetic_search(folder, runs: str) -> tuple[str, ...]:

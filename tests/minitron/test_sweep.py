@@ -1,25 +1,25 @@
 """Comparing candidates: Hydra's multirun in parallel processes, wandb's sweep, and both in the search's table."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from wandb import wandb_agent
 from wandb.proto.wandb_internal_pb2 import Record
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
-from wandb.sdk.lib.config_util import save_config_file_from_dict
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args, load_sweep_config
 
+from minitron.report.sweep import sweep_yaml
 from minitron.settings.run import Settings, Stage, Tracking
-from minitron.settings.teachers import CONF_FOLDER
 from minitron.walk.store import locked
 from minitron.walk.tracking import open_candidate
 
-SWEEP = CONF_FOLDER / "sweeps" / "candidates.yaml"
 PARALLEL = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 
 
@@ -166,59 +166,79 @@ def test_an_unknown_candidate_is_one_line_and_exit_code_2(parallel, multirun, do
 # ----------------------------------------------------------------------------------------------------------- sweep
 
 
-def sweep_command(candidate: str) -> tuple[list[str], dict]:
-    """What `wandb agent` starts for one point of the grid, and the point."""
-    sweep = load_sweep_config(str(SWEEP))
-    point = {"candidate": {"value": candidate}}
-    values = {"env": ["/usr/bin/env"], "program": [sweep["program"]], **create_sweep_command_args({"args": point})}
-    command = [part for chunk in create_sweep_command(sweep["command"]) for part in (values[chunk[2:-1]] if chunk.startswith("${") else [chunk])]
-    return command, point
-
-
 @pytest.fixture(scope="module")
-def sweep_trial(environment, door):
-    """Runs the sweep's command for a candidate as the agent would, offline; or what that command runs, in a fork."""
-
-    def run(done: Shortlisted, candidate: str, run_id: str, *, forked: bool) -> subprocess.CompletedProcess:
-        command, point = sweep_command(candidate)
-        parameters = done.folder / "wandb" / "sweep-s1" / f"config-{run_id}.yaml"
-        save_config_file_from_dict(str(parameters), point)
-        own = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}", "WANDB_MODE": "offline", "WANDB_SWEEP_ID": "s1",
-               "WANDB_RUN_ID": run_id, "WANDB_SWEEP_PARAM_PATH": str(parameters)}  # fmt: skip
-        if forked:
-            return door(done.folder, *command[command.index("minitron.run") + 1 :], *done.settings, environment=own)
-        return subprocess.run([*command, *done.settings], cwd=done.folder, env=environment | own, text=True, capture_output=True, timeout=240)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def trials(shortlisted, sweep_trial):
-    """The last candidate tried twice, as two sweeps over one shortlist would, and wandb's runs."""
+def sweep(shortlisted, door):
+    """(results, the sweep.yaml beside them, as wandb reads it) of a search that has distilled nothing, under a name that YAML would take for something else."""
     done = shortlisted("sweep")
-    for run_id in ("first", "again"):
-        finished = sweep_trial(done, done.ids[-1], run_id, forked=run_id == "again")
-        assert finished.returncode == 0, finished.stderr
-    return done, offline_runs(done.folder / "runs")
+    finished = door(done.folder, *done.settings, "stage=search", "search.finalists=0", "run_name=007")
+    assert finished.returncode == 0, finished.stderr
+    return done, load_sweep_config(str(done.folder / "runs" / "007" / "sweep.yaml"))
+
+
+@pytest.fixture(scope="module")
+def trials(sweep, environment, door):
+    """The last candidate tried twice, as two sweeps over one shortlist would, and wandb's runs: first as `wandb agent` starts it, by its own code
+    with all but its server, then what that started once more, in a fork."""
+    done, config = sweep
+    candidate = config["parameters"]["candidate"]["values"][-1]
+    own = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}", "WANDB_MODE": "offline", "WANDB_SWEEP_ID": "s1"}
+    with mock.patch.dict(os.environ, environment | own), contextlib.chdir(done.folder):  # where the run was started
+        os.environ.pop("WANDB_DIR", None)
+        agent = wandb_agent.Agent(api=None, queue=None, sweep_id="s1")
+        agent._sweep_command = list(config["command"])
+        answer = agent._process_command({"type": "run", "run_id": "first", "program": config["program"], "args": {"candidate": {"value": candidate}}})
+        assert "exception" not in answer, answer
+        process = agent._run_processes["first"]
+        assert process.wait(timeout=240) == 0
+        own |= {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+    command = process._popen.args
+    again = door(done.folder, *command[command.index("minitron.run") + 1 :], environment=own | {"WANDB_RUN_ID": "again"})
+    assert again.returncode == 0, again.stderr
+    return done, offline_runs(done.folder)
 
 
 @pytest.fixture(scope="module")
 def entry(trials) -> dict:
     """What the shortlist says of the candidate tried."""
-    done, _ = trials
-    return done.facts("shortlist")[0]["entries"][done.ids[-1]]
+    done, runs = trials
+    return done.facts("shortlist")[0]["entries"][runs[0].config["candidate"]]
 
 
-def test_the_sweep_is_a_grid_of_candidates_by_their_short_distillation():
-    sweep = load_sweep_config(str(SWEEP))
-    ids = sweep["parameters"]["candidate"]["values"]
-    assert (sweep["method"], sweep["metric"]["name"]) == ("grid", "short_distill_loss") and list(sweep["parameters"]) == ["candidate"]
-    assert len(set(ids)) == len(ids) > 1 and all(re.fullmatch(r"L\d+-H\d+-F\d+-M\d+", name) for name in ids)
+def test_the_search_leaves_a_sweep_over_its_own_shortlist(sweep):
+    done, config = sweep
+    assert config["parameters"] == {"candidate": {"values": config["parameters"]["candidate"]["values"]}}
+    assert sorted(config["parameters"]["candidate"]["values"]) == sorted(done.ids)
+    assert (config["method"], config["metric"]["name"], config["project"], config["name"]) == ("grid", "short_distill_loss", "minitron", "007")
+
+
+def test_a_trials_command_has_the_runs_own_settings(sweep):
+    done, config = sweep
+    flags = create_sweep_command_args({"args": {"candidate": {"value": done.ids[0]}}})["args_no_hyphens"]
+    assert config["command"][:6] == ["${env}", "python", "-m", "minitron.run", "stage=screen", "tracking=online"] and flags == [f"candidate={done.ids[0]}"]
+    assert config["command"][6:] == [*done.settings, "search.finalists=0", "run_name=007", "${args_no_hyphens}"]
+
+
+def lap(*losses: float | None) -> dict:
+    return {"run_name": "mine", "candidates": [{"id": f"L{number}", "zero_shot_loss": loss} for number, loss in enumerate(losses)]}
+
+
+@pytest.mark.parametrize(("summary", "arguments"), [
+    (lap(1.0), []), (lap(None, None), []), (lap(1.0, 2.0), ["-m", "scoring.criterion=kl,mse"]),
+], ids=["one", "without weights", "multirun"])  # fmt: skip
+def test_where_there_is_nothing_to_sweep_over_there_is_no_sweep(summary, arguments):
+    assert sweep_yaml(summary, arguments) is None
+
+
+def test_settings_of_any_letters_come_through_a_sweep(tmp_path):
+    arguments = ["teacher.path=/models/a 'b': #ü", "search.hidden={low: 0.5}", "stage=all", "+tracking=offline", "candidate=X", "run_name=x_${seed}"]
+    (tmp_path / "sweep.yaml").write_text(sweep_yaml(lap(1.0, 2.0), arguments))
+    command = load_sweep_config(str(tmp_path / "sweep.yaml"))["command"]
+    assert command[6:-1] == [arguments[0], arguments[1], arguments[5]]
 
 
 def test_a_trial_is_one_run_the_sweeps_own(trials):
     done, runs = trials
-    named = ("s1", "tiny", f"tiny: {done.ids[-1]}")
+    named = ("s1", "007", f"007: {runs[0].config['candidate']}")
     assert [(run.run_id, run.sweep_id, run.group, run.name) for run in runs] == [("first", *named), ("again", *named)]
 
 
@@ -235,7 +255,17 @@ def test_a_trials_summary_holds_every_measurement(trials, entry):
     measured = {name: value for name, value in facts.items() if name != "headline" and isinstance(value, int | float | str)}
     assert {"zero_shot_loss", "zero_shot_kl", "short_distill_loss", "tokens_per_second"} <= measured.keys()
     assert {name: run.summary.get(name) for name in measured} == measured
-    assert run.summary["KL"] > 0  # its steps are there too
+
+
+def test_a_trials_kl_is_that_at_the_end_not_the_last_steps(trials):
+    done, (run, _) = trials
+    (path,) = done.folder.glob("runs/store/screen/*/metrics.jsonl")
+    last = json.loads(path.read_text().splitlines()[-1])
+    assert run.summary["KL"] == pytest.approx(last["recent_loss"]) != pytest.approx(last["loss"])
+
+
+def test_wandb_keeps_to_itself_offline(trials, multirun, search_after):
+    assert "wandb:" not in search_after.stdout + search_after.stderr and "chosen of" in search_after.stdout
 
 
 def test_a_candidate_done_before_still_gives_its_trial_the_measurements(trials):

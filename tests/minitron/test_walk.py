@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -43,6 +45,12 @@ def at(runs: Path, walk, *more: str) -> tuple[str, ...]:
 
 def summary_of(runs: Path, name: str = "tiny") -> dict:
     return json.loads((runs / name / "summary.json").read_text())
+
+
+def made(finished) -> list[str]:
+    """The stages that a command has run, one entry for each result."""
+    assert finished.returncode == 0, finished.stderr
+    return [line.split()[0] for line in finished.stdout.splitlines() if re.search(r"\(\d+ s\)$", line)]
 
 
 def missing_keys(contract: dict, value: dict, prefix: str = "") -> list[str]:
@@ -162,8 +170,7 @@ def test_tensors_are_named_as_nvidia_publishes_them(walk, model):
 @pytest.mark.parametrize("model", MODELS)
 def test_config_json_says_what_every_runtime_reads(walk, summary, model):
     config, architecture = read_config(walk.checkpoint(model)), summary["models"][model]["architecture"]
-    letters = {"linear_attention": "M", "full_attention": "*", "mlp": "-"}
-    assert config["hybrid_override_pattern"] == "".join(letters[kind] for kind in config["layers_block_type"]) == architecture["pattern"]
+    assert config["hybrid_override_pattern"] == architecture["pattern"] and "layers_block_type" not in config
     assert config["num_hidden_layers"] == len(architecture["pattern"])
     assert (config["head_dim"], config["hidden_size"], config["mamba_num_heads"]) == (8, architecture["hidden"], architecture["mamba_num_heads"])
     assert config["architectures"] == ["NemotronHForCausalLM"] and "num_experts_per_tok" not in config and "__float__" not in json.dumps(config)
@@ -238,6 +245,30 @@ def test_a_loss_that_is_no_kl_is_not_reported_as_one(walk, store_copy, door, tmp
     assert walk.summary["distillation"]["final_kl_nats_per_token"] > 0 and "distillation" in walk.summary["curves"]
     card = (Path(summary["models"]["student"]["path"]) / "README.md").read_text()
     assert "by JSD(0.5) on logits, mixed with 25% cross-entropy, for" in card and "loss at the end" in card
+
+
+def test_two_budgets_that_choose_one_architecture_share_its_cut_and_its_student(walk, summary, store_copy, door, tmp_path):
+    most = summary["budget"]["bytes"]
+    label, bytes_less = ("budget.name=other", "run_name=other"), f"budget.device_gib={(most - 16) / 2**30:.12f}"
+    finished = door(tmp_path, *at(store_copy, walk, *label))
+    assert finished.returncode == 0 and finished.stdout.count("(already done)") == len(STAGES), finished.stderr
+    finished = door(tmp_path, *at(store_copy, walk, *label, bytes_less))
+    assert made(finished) == ["shortlist", "search"]
+    other = summary_of(store_copy, "other")
+    assert (other["budget"]["name"], other["budget"]["bytes"]) != (summary["budget"]["name"], most)
+    for stage in ("prune", "distill", "evaluate"):
+        assert other["stages"][stage]["cached"] and other["stages"][stage]["key"] == summary["stages"][stage]["key"]
+    assert other["stages"]["search"]["key"] != summary["stages"]["search"]["key"]
+    assert other["removed_layers"] == summary["removed_layers"] and other["models"]["student"]["fits"]
+
+
+def test_a_budget_that_chooses_another_architecture_has_a_cut_of_its_own(walk, summary, store_copy, door, tmp_path):
+    """The control: the chosen one no longer fits."""
+    chosen = next(candidate for candidate in summary["candidates"] if candidate["chosen"])
+    less = f"budget.device_gib={(chosen['memory_bytes']['total'] - 1) / 2**30:.12f}"
+    finished = door(tmp_path, *at(store_copy, walk, less, "search.finalists=0", "stage=prune"))
+    assert finished.returncode == 0, finished.stderr
+    assert summary_of(store_copy)["stages"]["prune"]["key"] != summary["stages"]["prune"]["key"]
 
 
 def test_stage_prune_stops_at_prune(walk, store_copy, door, tmp_path):
@@ -320,12 +351,35 @@ def test_other_weights_of_the_same_shapes_are_another_teacher(walk, own_copy, do
     assert abs(weights.stat().st_size - size) < 16 and not teacher_cached(door, folder, settings)
 
 
-def test_another_tokenizer_is_another_teacher(own_copy, door):
-    folder, settings = own_copy
-    teacher_cached(door, folder, settings)
+@pytest.fixture
+def moved(own_teacher, tmp_path):
+    """The pruned teacher and its store, both in another place: (folder, settings)."""
+    folder, settings, _ = own_teacher
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True, symlinks=True)
+    return tmp_path, (f"runs_folder={tmp_path / 'runs'}", *settings[1:])
+
+
+def test_a_teacher_moved_or_touched_is_read_once_more_and_nothing_else_is_done_again(moved, door):
+    folder, settings = moved
+    assert made(door(folder, *settings, "stage=prune")) == ["teacher"]
+    os.utime(folder / "mine" / "model.safetensors")
+    assert made(door(folder, *settings, "stage=prune")) == ["teacher"] and made(door(folder, *settings, "stage=prune")) == []
+
+
+def test_a_tail_overwritten_in_place_is_another_teacher_for_all_that_follows(moved, door):
+    """The control of the one before: as many bytes, all headers and every tensor's beginning as they were."""
+    folder, settings = moved
+    with (folder / "mine" / "model.safetensors").open("r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(bytes(64))
+    assert made(door(folder, *settings, "stage=score")) == ["teacher", "data", "score"]
+
+
+def test_another_tokenizer_is_another_teacher_and_other_rows(moved, door):
+    folder, settings = moved
     tokenizer = folder / "mine" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + "\n")
-    assert not teacher_cached(door, folder, settings)
+    assert made(door(folder, *settings, "stage=data")) == ["teacher", "data"]
 
 
 def test_a_teacher_that_was_moved_is_found_in_its_new_place(own_copy, door):

@@ -52,9 +52,20 @@ def test_the_newer_name_of_the_pattern_is_read_and_its_pipeline_marks_dropped():
     assert (imported.pattern, imported.num_layers) == ("M-M*-", 5)
 
 
+@pytest.mark.parametrize("pattern", ["M-|M*-/*-", "M-M*-/*-/*-", "M-M|*-|/M-|", "M-M*-/"])
+def test_layers_of_heads_that_foretell_further_tokens_are_left_out(pattern):
+    for name in ("hybrid_layer_pattern", "hybrid_override_pattern"):
+        imported = from_export_config({name: pattern, "num_layers": 5, "mtp_num_layers": 1}, TEACHER)
+        assert (imported.pattern, imported.num_layers) == ("M-M*-", 5)
+    assert from_export_config({"hybrid_layer_pattern": pattern, "hybrid_override_pattern": "M-M*-"}, TEACHER).pattern == "M-M*-"
+    with pytest.raises(ValueError, match="contradicts the pattern"):
+        from_export_config({"hybrid_layer_pattern": pattern, "num_layers": 7}, TEACHER)
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
+        ({"hybrid_layer_pattern": "/*-"}, r"hybrid_layer_pattern \(/\*-\) must be a string of the layer letters .*, before any /"),
         ({"moe_ffn_hidden_size": 8, "hiden_size": 8}, "export_config has hiden_size, moe_ffn_hidden_size; it may have num_layers, hidden_size"),
         ({"num_layers": 6, "hybrid_override_pattern": "M-M*-"}, r"num_layers \(6\) contradicts the pattern M-M\*-, which has 5 layers"),
         ({"hybrid_override_pattern": "M-", "hybrid_layer_pattern": "M*"}, "are both given and differ"),

@@ -9,15 +9,33 @@ from nas.select import loss_within, lowest_loss, weighted
 LOSSES = np.array([4.0, 3.912, np.nan, 3.925, 3.9315, np.inf])
 MEMORY = np.array([5, 9, 1, 8, 7, 1]) * 2**30
 SPEEDS = np.array([90.0, 50.0, 900.0, 70.0, 70.0, 900.0])
+NAMES = list("fedcba")
 
 
 def test_the_lowest_loss_is_chosen_and_said():
-    choice = lowest_loss(LOSSES)
+    choice = lowest_loss(LOSSES, MEMORY, NAMES, noise=0.005)
     assert (choice.row, choice.reason) == (1, "lowest loss, 3.912 nats/token")
 
 
-def test_equal_losses_go_to_the_first():
-    assert lowest_loss(np.array([2.0, 1.0, 1.0])).row == 1
+@pytest.mark.parametrize(("noise", "row"), [(0, 1), (0.0129, 1), (0.013001, 3), (0.02, 4), (1, 0)])
+def test_within_the_noise_the_smallest_is_chosen_and_the_reason_says_so(noise, row):
+    choice = lowest_loss(LOSSES, MEMORY, NAMES, noise=noise)
+    assert choice.row == row and ("the noise of a measurement" in choice.reason) == (row != 1)
+
+
+def test_of_equals_the_first_by_name_is_chosen_in_whatever_order_they_come():
+    """The control: without names to go by the order would decide."""
+    losses, memory = np.array([2.0, 1.0, 1.001, 1.002]), np.full(4, 7)
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
+        names = [NAMES[one] for one in order]
+        assert names[lowest_loss(losses[order], memory, names, noise=0.005).row] == "c"
+
+
+def test_a_further_row_within_the_noise_changes_nothing_unless_it_is_smaller():
+    losses, memory = np.array([1.0, 1.003, 1.5]), np.array([9, 8, 1])
+    assert lowest_loss(losses, memory, NAMES, noise=0.005).row == 1
+    for loss, size, row in ((1.001, 9, 1), (1.004, 8, 1), (1.004, 7, 3)):
+        assert lowest_loss(np.append(losses, loss), np.append(memory, size), ["a", "b", "c", "z"], noise=0.005).row == row
 
 
 @pytest.mark.parametrize(("within", "row", "number"), [(0, 1, 1), (0.013001, 3, 2), (0.02, 4, 3), (1, 0, 4)])
@@ -52,7 +70,7 @@ def test_a_column_that_is_the_same_everywhere_does_not_count():
 
 
 RULES = {
-    "lowest_loss": lowest_loss,
+    "lowest_loss": lambda losses: lowest_loss(losses, MEMORY, NAMES, noise=0.005),
     "loss_within": lambda losses: loss_within(losses, MEMORY, SPEEDS, within=10),
     "weighted": lambda losses: weighted(losses, MEMORY, SPEEDS, weights=(1, 1, 1)),
 }
@@ -79,6 +97,8 @@ def test_no_finite_loss_at_all_is_refused(rule):
 
 @pytest.mark.parametrize("within", [-0.1, np.nan, np.inf])
 def test_a_distance_that_cannot_be_is_refused(within):
+    with pytest.raises(ValueError, match=r"search.noise \(.*\) must be a number of nats/token of at least 0"):
+        lowest_loss(LOSSES, MEMORY, NAMES, noise=within)
     with pytest.raises(ValueError, match=r"search.loss_within \(.*\) must be a number of nats/token of at least 0"):
         loss_within(LOSSES, MEMORY, SPEEDS, within=within)
 

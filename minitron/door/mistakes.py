@@ -1,0 +1,69 @@
+"""A user's mistakes: one line and exit code 2, whether found here, by Hydra or by OmegaConf."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from minitron.settings.names import did_you_mean, nearest, no_setting
+
+
+@contextmanager
+def users_mistakes() -> Iterator[None]:
+    """Turns what the user can mend into one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
+        if os.environ.get("MINITRON_FULL_ERROR"):
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def one_line(error: Exception) -> str:
+    """The message of a user's mistake in one line; Hydra's and OmegaConf's are put in our words."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    key = getattr(cause, "full_key", None)
+    first = str(cause).strip().splitlines()[0]
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return _no_key(str(key))
+    if isinstance(cause, OmegaConfBaseException) and key:
+        return _no_member(key, first) or f"{key}: {first}"
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}/{name} is not in conf/; there are: {', '.join(error.options)}{did_you_mean(name, error.options)}"
+    if isinstance(error, HydraException):
+        return _hydras(error)
+    return " ".join(str(error).split())
+
+
+def _no_key(key: str) -> str:
+    if key == "experiment" or key.startswith("experiment."):
+        return f"{key} is no setting; the file of an experiment must begin with the line `# @package _global_`"
+    return no_setting(key)
+
+
+def _no_member(key: str, message: str) -> str | None:
+    """For a word that is none of an Enum's but near to one of many."""
+    found = re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", message)
+    near = nearest(found[1], found[2].split(", ")) if found else None
+    return f"{key} is {found[1]!r}; did you mean {near}?" if near else None
+
+
+def _hydras(error: HydraException) -> str:
+    """Arguments that Hydra refuses."""
+    several = re.match(r"Ambiguous value for argument '(.*?)=(.*?)'\n", str(error), re.DOTALL)
+    if several:
+        name, value = several.groups()
+        return f"{name} is {value!r}, several values; -m runs one job for each, and a list goes in brackets: {name}='[{value}]'"
+    if isinstance(error, OverrideParseException):
+        name, _, value = error.override.partition("=")
+        return f"{name} is {value!r}, which cannot be read as a value ({str(error).splitlines()[0]})"
+    in_file = re.match(r"In '(.+?)':.*?\n\s*full_key: (\S+)", str(error), re.DOTALL)
+    if in_file:
+        return f"{in_file[1]}.yaml: {_no_key(in_file[2])}"
+    return " ".join(str(error).split()).replace("Additional config directory", "--config-dir: the folder")

@@ -1,0 +1,104 @@
+"""A conversation through a tokenizer's chat template: what goes in is made plain, what comes out is text, what goes wrong is one sentence."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # names that data sets give an assistant's reasoning beside its content
+PRIVATE_USE = range(0xF0000, 0xFFFFE)  # characters that no text means anything by
+# What a template does wrong with a message that it was not written for, beside raising an error of its own.
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
+Message = dict[str, Any]
+
+
+def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Messages with their content as one text: a null is empty, parts of text are joined, and reasoning stands in `reasoning_content` alone.
+
+    Other fields (tool_calls, name, …) stay, but for those that are null. Raises ValueError for what is no message or holds anything but text.
+    """
+    return [_plain(message, f"message {number}") for number, message in enumerate(messages, 1)]
+
+
+def _plain(message: Mapping[str, Any], where: str) -> Message:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValueError(f"{where} is {_shown(message)}; it must be {{role, content}}")
+    given = {name: value for name, value in message.items() if value is not None}
+    reasoning = [_joined(given.pop(name), where) for name in REASONING_FIELDS if name in given]
+    if "content" not in message and not reasoning and "tool_calls" not in given:
+        raise ValueError(f"{where}, of {given['role']}, has no content; it must be {{role, content}}")
+    content = given.get("content", "")
+    if isinstance(content, list | tuple):
+        reasoning += [_joined(part[part["type"]], where) for part in content if _is_thought(part)]
+        content = [part for part in content if not _is_thought(part)]
+    own = {"role": given["role"], **given, "content": _joined(content, where)}
+    thought = next((text for text in reasoning if text.strip()), None)
+    return own if thought is None else own | {"reasoning_content": thought}
+
+
+def _is_thought(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in ("thinking", "reasoning") and part.get(part["type"]) is not None
+
+
+def _joined(content: Any, where: str) -> str:
+    """A text as it is, parts of text one after the other."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list | tuple):
+        return "".join(_text_of(part, where) for part in content)
+    raise ValueError(f"{where} holds {_shown(content)} of type {type(content).__name__}; it must be text, null, or a list of parts of text")
+
+
+def _text_of(part: Any, where: str) -> str:
+    text = part.get("text") if isinstance(part, Mapping) else part
+    if not isinstance(text, str):
+        kind = part["type"] if isinstance(part, Mapping) and isinstance(part.get("type"), str) else type(part).__name__
+        raise ValueError(f"{where} has a part of type {kind}, {_shown(part)}; only text can be read, as {{type: text, text: …}}")
+    return text
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:60]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = False, **variables: Any) -> str:
+    """Plain messages in the tokenizer's chat template. Raises ValueError with the template's own sentence where it refuses them or fails."""
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **variables)
+    except TEMPLATE_ERRORS as error:
+        said = " ".join(str(error).split())[:300] or "it gives no reason"
+        own = type(error) is jinja2.TemplateError  # what raise_exception of a template raises
+        raise ValueError(f"the chat template refuses it: {said}" if own else f"the chat template cannot write it ({type(error).__name__}: {said})") from None
+
+
+class StandIns:
+    """Single characters, in none of the messages, that stand for texts on their way through a template, which sees nothing of those."""
+
+    def __init__(self, messages: Sequence[Mapping[str, Any]]):
+        used = set(json.dumps(list(messages), ensure_ascii=False, default=str))
+        self._free = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
+        self._texts: dict[str, str] = {}
+
+    def of(self, text: str) -> str:
+        """A character for a text."""
+        self._texts[character := next(self._free)] = text
+        return character
+
+    def hide(self, messages: Sequence[Message], pattern: re.Pattern) -> list[Message]:
+        """The messages with a character in place of all that matches, but for the assistant's own."""
+        stand_in = lru_cache(self.of)
+
+        def without(text: str) -> str:
+            return pattern.sub(lambda match: stand_in(match[0]), text)
+
+        return [message if message["role"] == "assistant" else message | {"content": without(message["content"])} for message in messages]
+
+    def show(self, text: str) -> str:
+        """A text with what the characters stand for."""
+        for character, own in self._texts.items():
+            text = text.replace(character, own)
+        return text
