@@ -302,7 +302,7 @@ def own_teacher(walk, door, tmp_path_factory):
     """(folder, settings, finished command) of a prune of the walk's student, copied elsewhere, as the user's own teacher."""
     folder = tmp_path_factory.mktemp("own")
     shutil.copytree(walk.checkpoint("student"), folder / "mine")
-    settings = at(folder / "runs", walk, "teacher.path=mine", "search.layers={low: 6, high: 8}", "search.hidden={values: [16, 24]}",
+    settings = at(folder / "runs", walk, "experiment=tiny", "teacher.path=mine", "search.layers={low: 6, high: 8}", "search.hidden={values: [16, 24]}",
                   "search.ffn={values: [32]}", "search.mamba_heads={values: [6]}")  # fmt: skip
     return folder, settings, door(folder, *settings, "stage=prune")
 
