@@ -293,7 +293,7 @@ def test_a_measurement_is_made_once_and_again_where_anything_differs(tmp_path):
     made = []
 
     def measured(checkpoint: str, of: dict) -> int:
-        folder = measurements_folder(tmp_path, Result(tmp_path, {"stage": "distill", "key": checkpoint}))
+        folder = measurements_folder(tmp_path, Result(tmp_path, {"stage": "distill", "key": checkpoint, "facts": {}}))
         return kept(folder, "speed", of=of, make=lambda: made.append(0) or {"number": len(made)}, say=print)["number"]
 
     assert [measured("a", {"batch": 1}), measured("a", {"batch": 1})] == [1, 1]
