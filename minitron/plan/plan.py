@@ -14,10 +14,11 @@ from memory_budget.parameters import count_total_parameters
 from memory_budget.units import GIB
 from minitron.machine.memory import process_share_bytes
 from minitron.machine.pace import Pace, device_pace, gpu_names, pace_here
-from minitron.plan.costs import Cost, LapView, cost_of
+from minitron.plan.costs import Cost, cost_of
 from minitron.plan.done import DEPTH, WIDTHS, Done
 from minitron.plan.downloads import download_bytes
 from minitron.plan.students import students_of, uncut
+from minitron.plan.view import LapView
 from minitron.settings.derived import budget_of, workload_of
 from minitron.settings.run import Settings, Stage
 from minitron.settings.teachers import base_architecture, is_converted, is_tiny, teacher_architecture, teacher_config

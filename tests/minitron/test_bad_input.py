@@ -70,7 +70,7 @@ def test_more_processes_than_gpus_are_refused(device, processes, gpus, refused):
         ("seed=1.5", "seed: Value '1.5'"),
         ("scoring.normalised=perhaps", "scoring.normalised: Value 'perhaps'"),
         ("distill.train.optimizer=sgd", "distill.train.optimizer: Invalid value 'sgd', expected one of [adamw, adamw_8bit, muon]"),
-        ("experiment=nano3", "experiment/nano3 is not in conf/; there are: nano2, nano2-base, nano2-reasoning, smollm2, tiny"),
+        ("experiment=nano3", "experiment/nano3 is not in conf/; there are: nano2, nano2-base, nano2-reasoning, own, smollm2, tiny"),
         ("experiment=nano2-bas", "; did you mean nano2-base?"),
         ("scoring.samples=0", "scoring.samples is 0; it must be at least 1"),
         ("workload.context_tokens=0", "context_tokens (0) must be a whole number of at least 1 token"),
