@@ -13,6 +13,7 @@ from minitron.plan.plan import DEPTH, TRAINING, WIDTHS, Plan, StagePlan, plan_of
 from minitron.plan.refusals import check_before_work, refused_because
 from minitron.settings.run import Settings, Stage
 from minitron.walk.console import Console
+from minitron.walk.need import nothing_to_cut
 from nas.axes import AXES
 
 LONGEST = 3  # stages that the few lines name
@@ -28,7 +29,8 @@ def begin(settings: Settings, console: Console) -> None:
     if processes.rank() == 0:
         for line in lines(plan_of(settings, done)):
             console.say(line)
-    check_before_work(settings, done)
+    if not nothing_to_cut(settings):  # else the run ends here, whatever it would take
+        check_before_work(settings, done)
 
 
 def print_plan(settings: Settings, console: Console) -> None:
@@ -37,7 +39,11 @@ def print_plan(settings: Settings, console: Console) -> None:
     done = done_stages(settings, quickly=True)
     for line in table(plan_of(settings, done)):
         console.say(line)
-    if refused := refused_because(settings, done):
+    if settings.followed:
+        console.say(f"followed from the model and the budget: {' '.join(settings.followed)}")
+    if said := nothing_to_cut(settings):
+        console.say(f"such a run would end before any work: {said}")
+    elif refused := refused_because(settings, done):
         console.say(f"such a run would be refused here: {refused}")
 
 

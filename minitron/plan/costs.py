@@ -4,29 +4,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import log2
 
-from distill.engines.launch import Launch
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_total_parameters
-from minitron.checkpoints.forward_memory import forward_memory
 from minitron.checkpoints.forward_work import decode_work, forward_work, head_work, load_work
 from minitron.importance.cost import scoring_work
 from minitron.importance.memory import ScoringNeeds
 from minitron.machine.pace import Work
-from minitron.plan.students import Students
 from minitron.plan.text_size import TextSize, text_size
+from minitron.plan.view import FLOAT32, LapView
 from minitron.pruning.cut_cost import CutCost
 from minitron.pruning.plan import Recipe, recipe_of
 from minitron.settings.derived import calibration_samples, candidate_samples, fewest_layers, has_ladder, ranks_refitted, ranks_rotated
-from minitron.settings.run import PruneMethod, Settings
+from minitron.settings.run import PruneMethod
 from minitron.settings.teachers import is_converted, is_stored, is_trained
 from minitron.settings.training import TrainSettings
 from minitron.text.blends import phase_parts, rows_to_make
 from minitron.training.memory import PhaseMemory, state_bytes
 from minitron.training.time import training_work
 
-FLOAT32, ROW_BYTES, BYTES_A_TOKEN = 4, 4, 4
-PROCESS_BYTES = 450 * 2**20  # of a process that has loaded torch and transformers, and nothing else
-START = Work(serial=4.0)  # the same, of time
+ROW_BYTES, BYTES_A_TOKEN = 4, 4
+START = Work(serial=4.0)  # torch and transformers loaded, by the first stage that needs them
 REPETITIONS = 3  # of a measured speed, and one before to warm up
 WATCHED = 10  # times as many calls, in that one, since every tensor is counted
 TOKENISED_BYTES_PER_SECOND = 3.0e6  # text read, tokenised and cut into rows, of a processor's core and a half
@@ -45,44 +42,6 @@ class Cost:
     scratch: int = 0
     tokens: int = 0
     times: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class LapView:
-    """What the costs of a lap follow from: its settings, the models, bytes of a number as base and teacher are stored, the launch, and free memory."""
-
-    settings: Settings
-    teacher: Architecture
-    base: Architecture
-    students: Students
-    width: int
-    launch: Launch
-    on_gpu: bool
-    available: int
-
-    @property
-    def length(self) -> int:
-        return self.settings.data.sequence_length
-
-    @property
-    def student(self) -> Architecture:
-        return self.students.likely
-
-    @property
-    def shortlisted(self) -> int:
-        return min(self.students.candidates, self.settings.search.shortlist_size)
-
-    @property
-    def process_bytes(self) -> int:
-        """What any process holds in main memory; of a GPU's memory nothing is said."""
-        return 0 if self.on_gpu else PROCESS_BYTES
-
-    def weights(self, model: Architecture, width: int | None = None) -> int:
-        return (self.width if width is None else width) * count_total_parameters(model)
-
-    def held_out(self, model: Architecture, rows: int) -> Work:
-        """Loss of a model on so many held-out rows."""
-        return forward_work(model, rows * self.length, self.length, batches=rows / self.settings.evaluate.batch) + head_work(model, rows * self.length)
 
 
 def cost_of(stage: str, view: LapView) -> Cost:
@@ -124,9 +83,23 @@ def _base(view: LapView) -> Cost:
 def _score(view: LapView) -> Cost:
     settings = view.settings
     needs = ScoringNeeds(view.base, view.length, view.width, view.launch.world_size)
-    plan = needs.plan(settings.scoring, needs.depth_block_tokens(settings.scoring, view.available))
+    block = needs.depth_block_tokens(settings.scoring, view.available)
+    held = needs.plan(settings.scoring, block).total if view.on_gpu else view.process_bytes + _scoring_bytes(view, needs, block)
     work = scoring_work(view.base, settings.scoring, length=view.length, fewest_layers=fewest_layers(settings, view.base), width=view.width)
-    return Cost(work=work, shared=True, held=view.process_bytes + plan.total, kept=8 * 4 * sum(view.base.num_sublayers * [view.base.hidden]))
+    return Cost(work=work, shared=True, held=held, kept=8 * 4 * view.base.num_sublayers * view.base.hidden)
+
+
+def _scoring_bytes(view: LapView, needs: ScoringNeeds, block_tokens: int) -> int:
+    """On a processor: what the stage's own plan says, but for the layer at work, and for states kept from round to round no more than there can be."""
+    scoring, base = view.settings.scoring, view.base
+    kept = base.num_layers * (1 + base.num_layers) * scoring.layer_samples * view.length * base.hidden * view.width // 2
+    own = view.layer_bytes(base, max(scoring.batch * view.length, min(scoring.branch_tokens, block_tokens)))
+
+    def moment(parts: Mapping[str, int]) -> int:
+        capped = {name: min(size, kept) if name == "kept for the next round" else size for name, size in parts.items() if name != "a layer's own"}
+        return sum(capped.values()) + own
+
+    return max(map(moment, needs.moments(scoring, block_tokens).values()))
 
 
 def _shortlist(view: LapView) -> Cost:
@@ -143,8 +116,7 @@ def _shortlist(view: LapView) -> Cost:
         widths = len(_between(view, "ffn")) + len(_between(view, "mamba_heads"))
         work += forward_work(view.base, samples * view.length, view.length) * (0.25 * widths * refitted)
     models, tokens = [(view.base, view.width), (view.teacher, view.width)], settings.evaluate.batch * view.length
-    plan = forward_memory("shortlist", models, tokens=tokens, logits_tokens=1024, advice="")
-    return Cost(work=work, held=view.process_bytes + plan.total)
+    return Cost(work=work, held=view.forward_bytes(models, tokens, 1024))
 
 
 def _between(view: LapView, axis: str) -> range:
@@ -166,8 +138,7 @@ def _cache(view: LapView, tokens: int) -> Cost:
     size = int(tokens * top_k_bytes(view.teacher.vocab, settings.screen.top_k))
     walk = forward_work(view.teacher, tokens, view.length, batches=tokens / (settings.screen.cache_batch * view.length))
     work = load_work(view.teacher, view.width) + walk + head_work(view.teacher, tokens, 8) + Work(written=size, serial=tokens * 2e-5)
-    plan = forward_memory("cache", [(view.teacher, view.width)], tokens=settings.screen.cache_batch * view.length, logits_tokens=128, advice="")
-    return Cost(work=work, held=view.process_bytes + plan.total, kept=size)
+    return Cost(work=work, held=view.forward_bytes([(view.teacher, view.width)], settings.screen.cache_batch * view.length, 128), kept=size)
 
 
 def top_k_bytes(vocab: int, k: int) -> float:
@@ -271,8 +242,7 @@ def _evaluate(view: LapView) -> Cost:
         work += decode_work(model, len(wanted.prompts) * wanted.new_tokens, view.width)
     longest = max([wanted.batch * view.length, *(speed.batch * speed.input_tokens for speed in wanted.speed), *wanted.needle.lengths])
     models = [(view.teacher, view.width), (view.student, view.width)]
-    plan = forward_memory("evaluate", models, tokens=longest, logits_tokens=wanted.batch * view.length, advice="")
-    return Cost(work=work, held=view.process_bytes + plan.total, kept=2**20)
+    return Cost(work=work, held=view.forward_bytes(models, longest, wanted.batch * view.length), kept=2**20)
 
 
 def _against_slice(view: LapView) -> Cost:

@@ -14,20 +14,21 @@ from memory_budget.parameters import count_total_parameters
 from memory_budget.units import GIB
 from minitron.machine.memory import process_share_bytes
 from minitron.machine.pace import Pace, device_pace, gpu_names, pace_here
-from minitron.plan.costs import Cost, LapView, cost_of
+from minitron.plan.costs import Cost, cost_of
 from minitron.plan.done import DEPTH, WIDTHS, Done
 from minitron.plan.downloads import download_bytes
 from minitron.plan.students import students_of, uncut
+from minitron.plan.view import LapView
 from minitron.settings.derived import budget_of, workload_of
 from minitron.settings.run import Settings, Stage
 from minitron.settings.teachers import base_architecture, is_converted, is_tiny, teacher_architecture, teacher_config
 from minitron.walk.laps import depth_lap, width_lap
+from minitron.walk.need import CUTS
 from minitron.walk.store import Result
 from minitron.walk.table import order_of, using_stages
 from nas.axes import AXES
 
 WEIGHTS_DTYPES = ("bf16", "fp8", "int4")  # that the uncut teacher is weighed in
-CUTS = {"shortlist", "prune"}  # stages of a walk that cuts
 TRAINING = ("screen", "distill", "distill_slice", "distill_whole")
 # Settings that decide what a stage takes; those of a group as they are in it.
 DECIDED_BY = {

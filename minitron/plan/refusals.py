@@ -10,10 +10,11 @@ from pathlib import Path
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import format_gib
 from minitron.machine.memory import process_share_bytes
-from minitron.plan.costs import Cost, LapView, cost_of, top_k_bytes
+from minitron.plan.costs import Cost, cost_of, top_k_bytes
 from minitron.plan.done import DEPTH, Done
 from minitron.plan.plan import lap_views, on_gpu
 from minitron.plan.text_size import text_size
+from minitron.plan.view import LapView
 from minitron.pruning.cut_cost import CutCost
 from minitron.pruning.plan import recipe_of
 from minitron.settings.derived import calibration_samples, candidate_samples, has_ladder

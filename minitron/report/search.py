@@ -100,7 +100,7 @@ def table_notes(summary: Summary, lap: Summary) -> str:
     if measured("modelled_tokens_per_second"):
         load = summary["throughput"]
         batch = f"{load['batch']:,} at once" if load["batch"] else "as many at once as fit the budget"
-        notes.append(f"Modelled speed: the most that {escaped(load['device'])} could reach (a roofline), "
+        notes.append(f"Modelled speed: the most that {escaped(load['device'] or summary['budget']['name'])} could reach (a roofline), "
                      f"{load['input_tokens']:,} tokens in and {load['output_tokens']:,} out, {batch}.")  # fmt: skip
     if any(candidate["on_pareto_front"] for candidate in candidates):
         notes.append("Front: on the Pareto front, so no other is as good in loss, memory and modelled speed and better in one of them.")

@@ -274,6 +274,7 @@ def test_batches_larger_than_the_data_are_refused_by_their_own_name(own, tmp_pat
 def test_every_experiment_has_a_plan(experiment, composed, monkeypatch, tmp_path):
     smollm2 = llama(tmp_path, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152)
     overrides = {
+        "tiny_teacher": ["budget.name=l4"],
         "smollm2": ["teacher.package=null", f"teacher.path={smollm2}"],  # whose package is not installed everywhere
     }
     monkeypatch.setenv("HF_HUB_CACHE", "/nowhere")
@@ -308,9 +309,15 @@ def test_hours_are_refused_by_what_products_take_at_least(own, machine):
     long = own({}, "distill.train.tokens=100_000_000_000_000", "distill.max_hours=48")
     with pytest.raises(ValueError, match=r"^distill.max_hours is 48; on a CPU this run takes at least [\d.,]+ years"):
         check_before_work(long, frozenset())
-    assert refused_because(long, frozenset()).startswith("distill.max_hours is 48")
-    assert refused_because(replace(long, plan=PlanSettings(device="h100-80")), frozenset()) is None  # another machine's
     check_before_work(replace(long, distill=replace(long.distill, max_hours=None)), frozenset())
+
+
+def test_what_a_run_would_refuse_is_said_of_this_machine_alone(composed, machine):
+    machine(1e12)
+    settings = composed("nano2", "device=cpu")
+    assert refused_because(settings, frozenset()).startswith("distill.max_hours is 48; without fused Mamba-2 kernels")
+    assert refused_because(replace(settings, plan=PlanSettings(device="h100-80")), frozenset()) is None
+    assert refused_because(composed("tiny"), frozenset()) is None
 
 
 def test_stage_plan_needs_no_torch_no_weights_and_no_runs_folder(tmp_path):
