@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill import chunked_loss
+from distill import chunk_sizes
 from distill.batches import RowBatches, split_padding
 from distill.chunked_loss import LossRecipe
 from distill.losses import forward_kl, next_token_loss
@@ -69,7 +69,7 @@ def test_logits_exist_for_a_chunk_of_tokens_at_a_time(worker, rows_BT, monkeypat
     vocabulary = 71  # nothing else in the models is that wide
     for model in (teacher, student):
         model.resize_token_embeddings(vocabulary)
-    monkeypatch.setattr(chunked_loss, "CHUNK_VALUES", 7 * vocabulary)
+    monkeypatch.setattr(chunk_sizes, "CHUNK_VALUES", 7 * vocabulary)
     with LargestOver(vocabulary) as ours:
         measured(distillation_loss(teacher), student, rows_BT)
     with LargestOver(vocabulary) as whole:
