@@ -41,7 +41,7 @@ def choose_candidate(context: StageContext, rule: Mapping[str, Any]) -> dict:
         entries = [{**entry, "row_notes": _row_notes(entry)} for entry in entries]
     chosen = entries[choice.row]
     if chosen.get("row_notes"):
-        context.console.say(f"   search  to note of {chosen['id']}: {'; '.join(chosen['row_notes'].values())}")
+        context.console.say(f"           to note of {chosen['id']}: {'; '.join(chosen['row_notes'].values())}")
     (context.folder / CANDIDATES_JSONL).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     _write_csv(context.folder / CANDIDATES_CSV, shortlist.folder / CANDIDATES_CSV, entries)
     write_json(context.folder / "chosen.json", chosen)
