@@ -189,7 +189,7 @@ class WorkloadSettings:
 class BudgetSettings:
     """A preset by its name, or device_gib of a device of one's own, which the name then labels; None is the preset's number, or 0."""
 
-    name: str | None = None
+    name: str | None = "a10g"
     device_gib: float | None = None
     cushion_fraction: float | None = None
     set_aside_gib: float | None = None

@@ -320,9 +320,9 @@ def test_what_a_run_would_refuse_is_said_of_this_machine_alone(composed, machine
     assert refused_because(composed("tiny"), frozenset()) is None
 
 
-def test_stage_plan_needs_no_torch_no_weights_and_no_runs_folder(tmp_path):
+def test_stage_plan_needs_no_torch_no_weights_and_no_runs_folder(environment, tmp_path):
     wanted = ("experiment=nano2", "stage=plan", "plan.device=a100-80", "plan.gpus=16", f"runs_folder={tmp_path / 'runs'}")
     code = ("import sys, minitron.run\nsys.argv = ['minitron', *sys.argv[1:]]\nleft = minitron.run.main()\n"
             "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules], left)")  # fmt: skip
-    finished = subprocess.run([sys.executable, "-c", code, *wanted], capture_output=True, text=True, cwd=tmp_path, check=True)
+    finished = subprocess.run([sys.executable, "-c", code, *wanted], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
     assert finished.stdout.splitlines()[-1] == "[] 0" and "16 × a100-80" in finished.stdout and not (tmp_path / "runs").exists()

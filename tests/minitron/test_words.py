@@ -25,7 +25,9 @@ def composed(*overrides: str) -> Settings:
 
 
 def typed(*arguments: str) -> Settings:
-    return composed(*for_hydra(arguments))
+    """Settings of the tiny experiment's, where no other is named."""
+    named = any(argument.lstrip("~").startswith("experiment") for argument in arguments)
+    return composed(*for_hydra([*arguments, *([] if named else ["experiment=tiny"])]))
 
 
 def values_of(settings, name: str):
@@ -38,7 +40,7 @@ def values_of(settings, name: str):
 
 AWKWARD = ("a=b", "with space", "ünï-ß-漢", "[ab].txt", "(ab", "a)b", "{a,b", "x,y", "#1", "~home", "it's", '"both', "'", "a'b\"c", "100%", "$HOME", "${a}",
            "\\", "a\\'b", "\\${x}", "1e6", "true", "-5", "key: value", "a:b", "*", "??", "@", "!", "&;|", " edges ", "choice(a,b)", "null?")  # fmt: skip
-ELSEWHERE = {"device", "run_name", "budget.name", "teacher.gguf", "teacher.package", "search.fixed.pattern", "data.dataset", "data.dataset_config",
+ELSEWHERE = {"device", "plan.device", "run_name", "budget.name", "teacher.gguf", "teacher.package", "search.fixed.pattern", "data.dataset", "data.dataset_config",
              "data.dataset_revision"}  # what else is checked of them, or of them together, comes first  # fmt: skip
 TEXTS = {name for name, kind in setting_types().items() if kind is str} - ELSEWHERE
 LISTS = ("data.files", "evaluate.task_folders", "merge.checkpoints", "evaluate.prompts")
@@ -76,7 +78,7 @@ def test_choices_are_written_by_their_names():
                                                  ("distill.train.tokens=1e3,2e3", [1000, 2000]), ("search.hidden=96,112", [[96], [112]]),
                                                  ("prompt=a,b", None), ("seed=range(1,4)", [1, 2, 3])])  # fmt: skip
 def test_under_m_commas_separate_what_is_tried(argument, sweep):
-    (override,) = OverridesParser.create().parse_overrides([word for word in for_hydra(["-m", argument])[1:] if not word.startswith("hydra.")])
+    (override,) = OverridesParser.create().parse_overrides([word for word in for_hydra(["-m", argument])[1:] if not word.startswith(("hydra.", "experiment="))])
     assert override.is_sweep_override() == (sweep is not None)
     assert sweep is None or [eval(value) if value[:1] in "['" else value for value in override.sweep_string_iterator()] == [  # noqa: S307
         value if isinstance(value, list | str) else str(value) for value in sweep]  # fmt: skip
@@ -142,9 +144,21 @@ def test_a_budget_is_what_it_is_called(arguments, name, gib):
     assert (budget.name, budget.bytes / GIB) == (name, pytest.approx(gib, abs=1e-6))
 
 
-def test_hydra_alone_makes_a_preset_a_label():
+def test_hydra_alone_leaves_a_preset_beside_the_experiments_own_numbers():
     """The control."""
-    assert budget_of(composed("budget.name=rtx4090")).bytes < GIB
+    with pytest.raises(ValueError, match="'rtx4090', a card of 23.64 GiB, but budget.device_gib is 0.0052; give one of them"):
+        budget_of(composed("budget.name=rtx4090"))
+
+
+@pytest.mark.parametrize("argument", ["teacher.path=mine", "teacher.gguf=a.gguf", "teacher.package=a==1", "++teacher.path=mine"])
+def test_a_teacher_without_an_experiment_is_ones_own(argument):
+    assert "experiment=own" in for_hydra([argument])
+
+
+@pytest.mark.parametrize("arguments", [["seed=1"], ["teacher.path=null"], ["teacher.path=mine", "experiment=tiny"], ["teacher.path=mine", "~experiment"],
+                                       ["teacher.path=mine", "experiment=none"]])  # fmt: skip
+def test_without_a_teacher_or_with_an_experiment_it_is_not(arguments):
+    assert "experiment=own" not in for_hydra(arguments)
 
 
 def test_a_modelled_device_brings_its_own_numbers():
