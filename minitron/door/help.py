@@ -25,7 +25,7 @@ kept, and the same command goes on where it was left.
 key=value sets anything. --cfg job prints every setting with its value; each one's meaning stands in
   {settings}
 {experiments}
-Yours: --config-dir DIR experiment=MINE, with DIR/experiment/MINE.yaml (docs/architecture.md shows one).
+Yours: --config-dir DIR experiment=MINE, with DIR/experiment/MINE.yaml (docs/own_model.md shows one).
 budget= takes a card's name or GiB, search.hidden=96 or '[96, 112]' an axis. Lists go in brackets; one name
 needs none. -m runs one job per comma-separated value. Exit codes: 0 done, 2 your mistake, 130 interrupted."""
 
