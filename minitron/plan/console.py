@@ -26,10 +26,11 @@ def begin(settings: Settings, console: Console) -> None:
     if settings.stage.value == "merge":
         return
     done = done_stages(settings, quickly=False)
+    plan, ends_here = plan_of(settings, done), nothing_to_cut(settings) is not None
     if processes.rank() == 0:
-        for line in lines(plan_of(settings, done)):
+        for line in [_said(_uncut_line(plan))] if ends_here else lines(plan):
             console.say(line)
-    if not nothing_to_cut(settings):  # else the run ends here, whatever it would take
+    if not ends_here:
         check_before_work(settings, done)
 
 
@@ -51,7 +52,11 @@ def lines(plan: Plan) -> list[str]:
     """What a run says first: what is cut, whether it fits, time, memory and disk; at most six lines."""
     cut = (_cut_line(plan), _uncut_line(plan)) if plan.cuts else ()
     ahead = (_space_line(plan), *_other_lines(plan)) if plan.ahead else ()
-    return [f"{'plan':>9}  {text}" for text in (*cut, _time_line(plan), *ahead)]
+    return [_said(text) for text in (*cut, _time_line(plan), *ahead)]
+
+
+def _said(text: str) -> str:
+    return f"{'plan':>9}  {text}"
 
 
 def table(plan: Plan) -> list[str]:
@@ -69,7 +74,7 @@ def _cut_line(plan: Plan) -> str:
     verdict = "fits" if plan.student_fits else "does not fit"
     about = "" if plan.fixed else "about "
     return (f"{cut}: {_count(plan.teacher_parameters)} → {about}{_count(plan.student_parameters)} parameters, {format_gib(plan.student_bytes)}, which "
-            f"{verdict} {format_gib(plan.budget_bytes)} of {plan.budget_name}")  # fmt: skip
+            f"{verdict} {format_gib(plan.budget_bytes)}{'' if plan.budget_name.endswith(' GiB') else f' of {plan.budget_name}'}")  # fmt: skip
 
 
 def _uncut_line(plan: Plan) -> str:

@@ -23,6 +23,6 @@ def nothing_to_cut(settings: Settings) -> str | None:
     needed = memory_report(teacher, workload).total
     if needed > budget.bytes:
         return None
-    return (f"the teacher fits {budget.name} as it is: it takes {format_gib(needed)} of {format_gib(budget.bytes)} at {workload.context_tokens:,} tokens, so "
+    return (f"the teacher fits as it is ({budget.name}): it takes {format_gib(needed)} of {format_gib(budget.bytes)} at {workload.context_tokens:,} tokens, so "
             f"nothing needs cutting and nothing was done. To cut it all the same: search.even_if_it_fits=true, or name sizes, e.g. search.fixed={{layers: "
             f"{teacher.num_layers * 3 // 4}}}")  # fmt: skip

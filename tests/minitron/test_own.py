@@ -149,7 +149,7 @@ FITS = "budget.device_gib=1"
 @pytest.mark.parametrize("stage", ["all", "prune", "search", "distill"])
 def test_a_teacher_that_fits_is_not_cut(own, stage):
     said = nothing_to_cut(own("smol", FITS, f"stage={stage}"))
-    assert said.startswith("the teacher fits 1 GiB as it is: it takes 0.426 GiB of 1.00 GiB at 8,192 tokens, so nothing needs cutting")
+    assert said.startswith("the teacher fits as it is (1 GiB): it takes 0.426 GiB of 1.00 GiB at 8,192 tokens, so nothing needs cutting")
 
 
 @pytest.mark.parametrize(
