@@ -29,6 +29,6 @@ def with_the_runs_own(config: DictConfig, given: Collection[str]) -> DictConfig:
         saved = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.load(file))
     except (OmegaConfBaseException, YAMLError, OSError) as error:
         raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}); delete it, and give the run's settings on the command line") from None
-    for name in names:
+    for name in names | {"runs_folder"}:  # which may have been moved
         OmegaConf.update(saved, name, OmegaConf.select(config, name))
     return saved

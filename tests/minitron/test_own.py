@@ -179,6 +179,9 @@ def test_a_runs_name_is_enough_to_use_what_it_made(own, tmp_path):
     place = f"runs_folder={tmp_path}"
     assert said("run_name=smol", "stage=export", place, "export.folder=out").distill.train.batch == 16
     assert said("run_name=smol", "stage=export", place, "export.folder=out").export.folder == "out"
+    tmp_path.rename(tmp_path.with_name("moved"))
+    place = f"runs_folder={tmp_path.with_name('moved')}"
+    assert said("run_name=smol", "stage=export", place).runs_folder == place.partition("=")[2]
     for other in (("stage=export", place), ("run_name=smol", "stage=all", place), ("run_name=smol", "stage=export", place, "experiment=tiny")):
         assert said(*other).distill.train.batch == 4  # the tiny experiment's
 
