@@ -87,7 +87,8 @@ def _memory(summary: Summary):
             axes.barh(names, sizes, left=left, color=colour, label=label, height=0.6)
             left = [start + size for start, size in zip(left, sizes, strict=True)]
     limit = to_gib(budget["bytes"])
-    axes.axvline(limit, color=RED, linestyle="--", linewidth=2, label=f"budget: {budget['name']}, {format_gib(budget['bytes'])}")
+    named = "" if budget["name"].endswith(" GiB") else f"{budget['name']}, "
+    axes.axvline(limit, color=RED, linestyle="--", linewidth=2, label=f"budget: {named}{format_gib(budget['bytes'])}")
     widest = max(*left, limit)
     for row, name in enumerate(names):
         # Beside the bar, but never on the budget's line.

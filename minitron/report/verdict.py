@@ -29,7 +29,8 @@ def _choices(summary: Summary) -> list[list[str]]:
 def _fit_sentences(summary: Summary) -> list[str]:
     budget, teacher = summary["budget"], summary["models"]["teacher"]
     served = f"To serve {sequences_text(budget['workload'])} the teacher needs {_gib(teacher)}"
-    limit = f"the {format_gib(budget['bytes'])} of {escaped(budget['name'])}"
+    named = "of the budget" if budget["name"].endswith(" GiB") else f"of {escaped(budget['name'])}"  # a name that says no more than the number
+    limit = f"the {format_gib(budget['bytes'])} {named}"
     sentences = [f"{served}; it **{'fits' if teacher['fits'] else 'does not fit'}** {limit}{_distance(teacher, budget['bytes'])}."]
     name, small = smallest_model(summary)
     if widths_come_later(summary):

@@ -124,6 +124,11 @@ def test_a_choice_that_a_further_screen_changes_is_said_and_why(walk, door, tmp_
     assert said == [[], [line]]
 
 
+def test_batches_of_one_row_are_learnt_from_the_cache(door, tmp_path, copied, table):
+    finished = door(tmp_path, *copied, "stage=screen", f"candidate={table[0]['id']}", "screen.train.batch=1")
+    assert finished.returncode == 0 and "nats/token after 1,984 tokens" in finished.stdout, finished.stderr
+
+
 @pytest.mark.parametrize(("rule", "expected"), [("lowest_loss", 1), ("loss_within", 2), ("weighted", 3)])
 def test_each_rule_chooses_by_its_own_measure(rule, expected, stage_context):
     def entry(loss, gib, speed):
