@@ -10,6 +10,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Document:
         return self.name.rpartition("/")[0] or TOP_LEVEL
 
 
+@cache  # looked for several times in a run
 def source_files() -> list[tuple[str, Path]]:
     """(name, path) of every standard library source file outside the test folders, sorted by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
