@@ -74,11 +74,6 @@ def _row_notes(entry: dict) -> dict[str, str]:
     return row_notes(FAMILIES[architecture.model_type], architecture)
 
 
-def best_loss(entry: dict) -> float | None:
-    """A candidate's loss by the highest rung that it has been on."""
-    return entry["zero_shot_loss"] if entry["short_distill_loss"] is None else entry["short_distill_loss"]
-
-
 def choose(context: StageContext, entries: list[dict], *, distilled: bool) -> Choice:
     """By the rule of the settings among those measured furthest; without measurements the largest."""
     search = context.settings.search
