@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from distill.batches import PADDING
+from distill.batches import NOT_COUNTED, PADDING, counted_positions
 from distill.top_k import TopK
 
 
@@ -20,14 +20,17 @@ def forward_kl(student_BTV: torch.Tensor, teacher_BTV: torch.Tensor, *, temperat
 
 
 def next_token_loss(logits_BTV: torch.Tensor, rows_BT: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of every next token that is no padding, nats per token: logits at t against the id at t + 1."""
-    vocabulary = logits_BTV.shape[-1]
-    return F.cross_entropy(logits_BTV[:, :-1].reshape(-1, vocabulary).float(), rows_BT[:, 1:].reshape(-1), ignore_index=PADDING)
+    """Mean cross-entropy of every label of next_token_labels, nats per token: logits at t against the id at t + 1. Without any label it is 0."""
+    vocabulary, labels_BT = logits_BTV.shape[-1], next_token_labels(rows_BT)[:, :-1]
+    summed = F.cross_entropy(logits_BTV[:, :-1].reshape(-1, vocabulary).float(), labels_BT.reshape(-1), ignore_index=PADDING, reduction="sum")
+    return summed / (labels_BT != PADDING).sum().clamp(min=1)
 
 
 def next_token_labels(rows_BT: torch.Tensor) -> torch.Tensor:
-    """What each position should predict, int64 [B, T]: the following id; PADDING where there is none in its document."""
-    return F.pad(rows_BT[:, 1:].clamp(min=PADDING), (0, 1), value=PADDING).long()
+    """What each position should predict, int64 [B, T]: the following id; PADDING where there is none in its document or the position is not counted."""
+    following_BT = rows_BT[:, 1:].clamp(min=PADDING)
+    following_BT = following_BT.where(following_BT < NOT_COUNTED, following_BT - NOT_COUNTED)
+    return F.pad(following_BT.where(counted_positions(rows_BT[:, :-1]), PADDING), (0, 1), value=PADDING).long()
 
 
 def hidden_state_loss(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill.batches import document_numbers, split_padding
+from distill.batches import counted_positions, document_numbers, split_padding
 from distill.chunked_loss import Head, LossRecipe, chunked_cross_entropy, chunked_loss
 from distill.engines.engine import Unread
 from distill.engines.launch import Launch
@@ -20,7 +20,7 @@ from distill.teacher_cache import TeacherCache
 from distill.top_k import TopK
 
 # Of a model and rows [B, T] that may end in padding, on the CPU, where what is to be known of them is known without a wait for a GPU: the mean loss per
-# token, alone or as "loss" among further means to watch.
+# counted position (distill.batches.counted_positions; 0 where there is none), alone or as "loss" among further means to watch.
 LossFunction = Callable[[nn.Module, torch.Tensor], torch.Tensor | dict[str, torch.Tensor]]
 
 
@@ -49,7 +49,7 @@ def distillation_loss(teacher: nn.Module | Unread, recipe: LossRecipe | None = N
         if hidden:
             device = target.hidden_BTD.device
             aligned_BTD = target.hidden_BTD[..., hidden.channels_D.to(device)]
-            means["hidden_state"] = hidden_state_loss(student.hidden_BTD, aligned_BTD, mask_BT=split_padding(rows_BT)[1].to(device))
+            means["hidden_state"] = hidden_state_loss(student.hidden_BTD, aligned_BTD, mask_BT=counted_positions(rows_BT).to(device))
             means["loss"] = means["loss"] + hidden.weight * means["hidden_state"]
         return means
 
@@ -109,9 +109,9 @@ def _frozen_head(teacher: nn.Module, rows_BT: torch.Tensor) -> tuple[torch.Tenso
 
 def _means(student: Head, teacher: Head | TopK, recipe: LossRecipe, rows_BT: torch.Tensor) -> dict[str, torch.Tensor]:
     """The loss and, to watch: cross-entropy per token that has a next one, the share of tokens whose likeliest next one is the teacher's too,
-    and where the loss is not it already, the divergence. All are nats per token but the share.
+    and where the loss is not it already, the divergence. All are nats per token but the share, and all are of counted positions alone.
     """
-    _, mask_BT = split_padding(rows_BT)
+    mask_BT = counted_positions(rows_BT)
     labels_BT = next_token_labels(rows_BT).to(student.hidden_BTD.device)
     sums = chunked_loss(student, teacher, recipe, mask_BT=mask_BT, labels_BT=labels_BT, count_agreement=True)
     num_tokens = sums.num_tokens.clamp(min=1)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distill.batches import RowBatches, RowNumbers, micro_batches, split_padding
+from distill.batches import RowBatches, RowNumbers, count_counted, micro_batches
 from distill.chunked_loss import LossRecipe
 from distill.engines.engine import Engine, Unread
 from distill.engines.launch import Launch
@@ -30,21 +30,23 @@ SINGLE = Launch()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """Rows, int64 batches [B, T], on which the loss is measured after every so many steps and after the last."""
+    """Rows, int64 batches [B, T], on which the loss is measured after every so many steps and after the last.
+
+    Raises ValueError where none of their positions counts.
+    """
 
     batches: Sequence[torch.Tensor]
     every_steps: int
+
+    def __post_init__(self) -> None:
+        if not any(map(count_counted, self.batches)):
+            raise ValueError(f"held-out rows: of their {sum(map(len, self.batches))} none has a position at which something is learned; take more or others")
 
 
 def distill(teacher: nn.Module, student: nn.Module, batches: RowBatches, plan: TrainPlan, *, folder: Path, on_step: Callable[[StepRecord], None],
             recipe: LossRecipe | None = None) -> StepRecord:  # fmt: skip
     """Train the student to the teacher's distribution, by forward KL on logits alone unless a recipe says otherwise (MT1, arXiv 2407.14679, §3)."""
     return train(student, batches, plan, distillation_loss(teacher, recipe), folder=folder, on_step=on_step)
-
-
-def real_tokens(rows_BT: torch.Tensor) -> int:
-    """Tokens of rows [B, T] that are no padding."""
-    return int(split_padding(rows_BT)[1].sum())
 
 
 def train(model: nn.Module, batches: RowBatches, plan: TrainPlan, loss_function: LossFunction, *, folder: Path,
@@ -54,25 +56,27 @@ def train(model: nn.Module, batches: RowBatches, plan: TrainPlan, loss_function:
 
 
 def train_phases(model: nn.Module | Unread, phases: Sequence[Phase], loss_function: LossFunction, *, folder: Path, on_step: Callable[[StepRecord], None],
-                 launch: Launch = SINGLE, tokens_of: Callable[[torch.Tensor], int] = real_tokens, held_out: HeldOut | None = None) -> StepRecord:  # fmt: skip
+                 launch: Launch = SINGLE, counted_of: Callable[[torch.Tensor], int] = count_counted,
+                 held_out: HeldOut | None = None) -> StepRecord:  # fmt: skip
     """Run the phases to their end, from the newest state saved in `folder` if there is one. Returns the last step's record.
 
-    A step's loss is the mean over all tokens of its batch that `tokens_of` counts in rows, over processes and micro-batches.
+    A step's loss is the mean over all positions of its batch that `counted_of` counts in rows, over processes and micro-batches, and 0 where there are
+    none; what a step takes of the plan's tokens are real ones (RowBatches.tokens_per_step), counted or not.
     States (weights, optimiser, position) are saved every so many seconds or steps, when interrupted and at the end, by
     rename; resuming from one is exact. `on_step` is called in the first process alone. With an engine in slices the
     model is not whole afterwards: its weights are in the last state. Raises ValueError for what the plans or the states
     in `folder` refuse, FloatingPointError where the loss stops being finite.
     """
-    return _Run(model, phases, loss_function, folder=folder, on_step=on_step, launch=launch, tokens_of=tokens_of, held_out=held_out).to_end()
+    return _Run(model, phases, loss_function, folder=folder, on_step=on_step, launch=launch, counted_of=counted_of, held_out=held_out).to_end()
 
 
 class _Run:
     """One sitting of train_phases."""
 
     def __init__(self, model: nn.Module | Unread, phases: Sequence[Phase], loss_function: LossFunction, *, folder: Path, on_step: Callable[[StepRecord], None],
-                 launch: Launch, tokens_of: Callable[[torch.Tensor], int], held_out: HeldOut | None):  # fmt: skip
+                 launch: Launch, counted_of: Callable[[torch.Tensor], int], held_out: HeldOut | None):  # fmt: skip
         self.phases, self.loss_function, self.folder, self.on_step = phases, loss_function, folder, on_step
-        self.launch, self.tokens_of, self.held_out = launch, tokens_of, held_out
+        self.launch, self.counted_of, self.held_out = launch, counted_of, held_out
         for phase in phases:
             check_sharing(phase.batches.batch, phase.plan.micro_batch, launch.world_size, cached=isinstance(phase.batches, RowNumbers))
         self.total_steps = sum(phase.num_steps for phase in phases)
@@ -152,11 +156,11 @@ class _Run:
         """Puts the gradients of the batch's mean loss on the parameters; gives the means over the batch, whether any process was interrupted, and
         whether the first one's clock says to save."""
         batch = phase.batches.at(local_step)
-        total_tokens = self.tokens_of(batch)
+        counted = max(self.counted_of(batch), 1)
         parts = micro_batches(batch, phase.plan.micro_batch, self.launch.rank, self.launch.world_size)
         sums: dict[str, torch.Tensor] = {}
         for number, rows_BT in enumerate(parts):
-            share = self.tokens_of(rows_BT) / total_tokens
+            share = self.counted_of(rows_BT) / counted
             with self.engine.micro_step(last=number == len(parts) - 1):
                 measured = _named(self.engine.measure(self.loss_function, rows_BT))
                 self.engine.backward(measured["loss"] * share)
@@ -200,12 +204,12 @@ class _Run:
             return {}
         self.engine.model.eval()
         sums: dict[str, float] = {}
-        tokens = sum(map(self.tokens_of, self.held_out.batches))
+        counted = sum(map(self.counted_of, self.held_out.batches))
         for rows_BT in self.held_out.batches:  # every process measures all of them: a sharded model runs in all processes at once
             with torch.no_grad():
                 measured = _named(self.engine.measure(self.loss_function, rows_BT))
             for name, value in measured.items():
-                sums[name] = sums.get(name, 0.0) + value.item() * self.tokens_of(rows_BT) / tokens
+                sums[name] = sums.get(name, 0.0) + value.item() * self.counted_of(rows_BT) / counted
         self.engine.model.train()
         return {f"held_out_{name}": value for name, value in sums.items()}
 

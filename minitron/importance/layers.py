@@ -13,7 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minitron.checkpoints.placement import Head, PlacedModel, ids_and_mask
+from distill.batches import PADDING, counted_positions, split_padding
+from distill.losses import next_token_labels
+from minitron.checkpoints.placement import Head, PlacedModel
+from minitron.text.samples import check_predicted
 
 CRITERIA = ("mse", "kl", "loss")
 
@@ -56,8 +59,9 @@ class RoundSums:
         """mse: Σ(full − ablated)² over Σ full² when normalised (EL, arXiv 2511.16664), else the mean over logits (N2, arXiv
         2508.14444); kl: KL(full ‖ ablated) in nats per token; loss: next-token loss without the layer, nats per token.
 
-        Raises ValueError naming a layer whose score is not finite.
+        Raises ValueError naming a layer whose score is not finite, and where no token counts.
         """
+        check_predicted(self.tokens, "scoring")
         scale = self.tokens if criterion != "mse" else self.full_squares if normalised else self.logits
         found = {layer: value / scale for layer, value in self.numerators.items()}
         for layer, score in found.items():
@@ -69,8 +73,7 @@ class RoundSums:
 @torch.no_grad()
 def measure_round(model: PlacedModel, block: Block, kept: Sequence[int], removable: Sequence[int], criterion: str, limits: SweepLimits) -> RoundSums:
     """What leaving out each of `removable` from the layers `kept` does to the full model's logits, on one block."""
-    split = [ids_and_mask(batch) for batch in block.batches]
-    ids, masks = [ids for ids, _ in split], [mask for _, mask in split]
+    ids, masks = [split_padding(rows_BT)[0] for rows_BT in block.batches], [_counted(rows_BT, criterion) for rows_BT in block.batches]
     if block.full is None:
         block.full = run_sublayers(model, model.embed(ids), range(model.architecture.num_sublayers))
     skipped, states = _sweep(model, block, ids, list(kept), set(removable), limits)
@@ -160,18 +163,23 @@ def _compare(head: Head, full: list[torch.Tensor], states: list[torch.Tensor], s
     return RoundSums(dict(zip(skipped, numerators, strict=True)), squares, logits, tokens)
 
 
+def _counted(rows_BT: torch.Tensor, criterion: str) -> torch.Tensor | None:
+    """Which positions' logits count, bool [B, T]: for loss those with a label; None where all tokens do, as far as they have a successor."""
+    counted_BT = counted_positions(rows_BT)
+    if bool(counted_BT.all()):
+        return None
+    return next_token_labels(rows_BT) != PADDING if criterion == "loss" else counted_BT
+
+
 def _compared(ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, criterion: str) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Positions (rows, tokens) whose logits count, and the ids that follow them: real tokens; for loss those with a real successor."""
+    """Positions (rows, tokens) whose logits count, of a mask by _counted, and the ids that follow them."""
     following = torch.roll(ids_BT, -1, dims=1)
     if mask_BT is None:  # known without a look at the device
         num_rows, tokens = ids_BT.shape[0], ids_BT.shape[1] - (criterion == "loss")
         places = torch.arange(num_rows * tokens, device=ids_BT.device)
         rows, positions = places // tokens, places % tokens
     else:
-        mask = mask_BT.bool()
-        if criterion == "loss":
-            mask = mask & torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
-        rows, positions = mask.nonzero(as_tuple=True)
+        rows, positions = mask_BT.nonzero(as_tuple=True)
     return (rows, positions), following[rows, positions]
 
 

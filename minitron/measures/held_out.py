@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from distill.batches import PADDING, split_padding
+from distill.losses import next_token_labels
 from distill.objectives import head_of, next_token_objective
 from distill.products import logits_of
+from minitron.text.samples import check_predicted
 
 MOST_SOURCES = 20
 CHUNK_TOKENS = 1024  # whose logits are there at once on a GPU
@@ -19,7 +21,7 @@ CHUNK_TOKENS = 1024  # whose logits are there at once on a GPU
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Means over predicted tokens, `tokens` in number; padding is none. loss and KL(teacher ‖ model) in nats per token; agreement is a share."""
+    """Means over predicted tokens that count, `tokens` in number; padding is none. loss and KL(teacher ‖ model) in nats per token; agreement is a share."""
 
     loss_nats_per_token: float
     kl_to_teacher_nats_per_token: float
@@ -29,12 +31,14 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class TokenSums:
-    """Sums over predicted tokens, float64; along the first axis loss, KL, agreement and how many tokens: by position [4, T - 1] and by row [4, R]."""
+    """Sums over predicted tokens that count, float64; along the first axis loss, KL, agreement and how many: by position [4, T - 1] and by row [4, R]."""
 
     by_position: np.ndarray
     by_row: np.ndarray
 
     def means(self) -> Evaluation:
+        """Raises ValueError where there are no such tokens."""
+        check_predicted(self.by_row[-1].sum())
         return _means(self.by_row.sum(1))
 
 
@@ -45,7 +49,7 @@ def token_sums(model: nn.Module, teacher: nn.Module, batches: list[torch.Tensor]
     for rows_BT in batches:
         ids_BT, mask_BT = split_padding(rows_BT)
         measured = _by_chunks(model, teacher, ids_BT) if ids_BT.device.type == "cuda" else _at_once(model, teacher, ids_BT)
-        values = torch.stack([*measured, torch.ones_like(measured[0])]) * mask_BT[:, 1:]
+        values = torch.stack([*measured, torch.ones_like(measured[0])]) * (next_token_labels(rows_BT)[:, :-1] != PADDING)
         by_position[:, : values.shape[2]] += values.sum(1).cpu().numpy()
         by_row.append(values.sum(2).cpu().numpy())
         on_batch(mask_BT.sum().item())
@@ -90,17 +94,20 @@ def by_position(sums: TokenSums) -> list[dict[str, Any]]:
     while first <= last:
         after = min(2 * first, last + 1)
         bucket = sums.by_position[:, first - 1 : after - 1].sum(1)
-        if bucket[-1]:  # else all rows are padded there
+        if bucket[-1]:  # else all rows are padded there, or nothing counts
             found.append({"from": first, "to": after - 1, **asdict(_means(bucket))})
         first = after
     return found
 
 
 def by_source(sums: TokenSums, sources: Sequence[str]) -> list[dict[str, Any]]:
-    """Means by where a row comes from (`source`), most tokens first; `sources` names each row's. Beyond 20 sources the smallest are one."""
+    """Means by where a row comes from (`source`), most tokens first; `sources` names each row's. Beyond 20 sources the smallest are one; one of which
+    no token counts is left out.
+    """
     total: dict[str, np.ndarray] = {}
     for source, sums_of_row in zip(sources, sums.by_row.T, strict=True):
         total[source] = total.get(source, 0) + sums_of_row
+    total = {source: sums_4 for source, sums_4 in total.items() if sums_4[-1]}
     largest = sorted(total, key=lambda source: (-total[source][-1], source))
     if len(largest) > MOST_SOURCES:
         rest = largest[MOST_SOURCES - 1 :]
@@ -116,10 +123,11 @@ def _means(sums_4: np.ndarray) -> Evaluation:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, batches: list[torch.Tensor]) -> float:
-    """Next-token loss alone over batches of rows, nats per token; padding is not counted."""
+    """Next-token loss alone over batches of rows, nats per predicted token that counts. Raises ValueError where there is none."""
     total, tokens = 0.0, 0
     for rows_BT in batches:
-        number = int((rows_BT[:, 1:] != PADDING).sum())
+        number = int((next_token_labels(rows_BT) != PADDING).sum())
         total += next_token_objective(model, rows_BT).item() * number
         tokens += number
+    check_predicted(tokens)
     return total / tokens

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill.batches import PADDING
+from distill.batches import PADDING, plain_ids
 from minitron.settings.evaluate import NeedleSettings
 from minitron.text.key_values import Vocabulary
 
@@ -67,7 +67,7 @@ def make_sample(vocabulary: Vocabulary, text_T: np.ndarray, settings: NeedleSett
 def measure_needle(model: nn.Module, vocabulary: Vocabulary, rows_RT: np.ndarray, settings: NeedleSettings, *, batch_tokens: int,
                    on_tokens: Callable[[int], None] = lambda _: None) -> dict[str, Any]:  # fmt: skip
     """Accuracy by length, with its standard error, and by depth within each; `batch_tokens` are run through the model at once."""
-    device, within_RT = next(model.parameters()).device, rows_RT[:, len(vocabulary.beginning) :]
+    device, within_RT = next(model.parameters()).device, plain_ids(rows_RT[:, len(vocabulary.beginning) :])
     text_T = within_RT[within_RT != PADDING]
     depths = [place / (settings.depths - 1) for place in range(settings.depths)] if settings.depths > 1 else [0.5]
     by_length = []

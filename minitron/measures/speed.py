@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distill.batches import PADDING
+from distill.batches import PADDING, plain_ids
 from minitron.settings.evaluate import SpeedSettings
 
 REPETITIONS = 3
@@ -20,7 +20,7 @@ REPETITIONS = 3
 
 def make_prompts(rows_RT: np.ndarray, input_tokens: int, batch: int) -> torch.Tensor:
     """Prompts int64 [batch, input_tokens]: the rows' real tokens in their order, from the beginning again where they do not suffice."""
-    return torch.from_numpy(np.resize(rows_RT[rows_RT != PADDING], (batch, input_tokens)).astype(np.int64))
+    return torch.from_numpy(np.resize(plain_ids(rows_RT[rows_RT != PADDING]), (batch, input_tokens)).astype(np.int64))
 
 
 def measure_speed(model: nn.Module, prompts_BT: torch.Tensor, lengths: SpeedSettings, *, can_decode: bool) -> dict[str, Any]:

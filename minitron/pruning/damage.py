@@ -6,19 +6,25 @@ import torch
 import torch.nn.functional as F
 
 from distill.batches import PADDING, split_padding
+from distill.losses import next_token_labels
 from minitron.checkpoints.placement import PlacedModel
+from minitron.text.samples import check_predicted
 
 
 @torch.no_grad()
 def walked_loss(model: PlacedModel, batches: Sequence[torch.Tensor]) -> float:
-    """Next-token loss over batches of rows [B, T], nats per token, padding not counted; the logits of one row exist at a time."""
+    """Next-token loss over batches of rows [B, T], nats per predicted token that counts; the logits of one row exist at a time.
+
+    Raises ValueError where no token counts.
+    """
     residuals = model.embed([split_padding(rows_BT)[0] for rows_BT in batches])
     for _, block in model.visit(range(model.architecture.num_sublayers)):
         residuals = [block(residual_BTD) for residual_BTD in residuals]
     total, tokens = 0.0, 0
     with model.open_head() as head:
         for residual_BTD, rows_BT in zip(residuals, batches, strict=True):
-            for residual_TD, row_T in zip(residual_BTD, rows_BT, strict=True):
-                total += F.cross_entropy(head.logits(residual_TD[:-1]), row_T[1:], reduction="sum", ignore_index=PADDING).item()
-                tokens += int((row_T[1:] != PADDING).sum())
+            for residual_TD, labels_T in zip(residual_BTD, next_token_labels(rows_BT)[:, :-1], strict=True):
+                total += F.cross_entropy(head.logits(residual_TD[:-1]), labels_T, reduction="sum", ignore_index=PADDING).item()
+                tokens += int((labels_T != PADDING).sum())
+    check_predicted(tokens)
     return total / tokens

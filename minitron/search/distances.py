@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill.batches import split_padding
+from distill.batches import PADDING, split_padding
+from distill.losses import next_token_labels
 from distill.products import logits_of
 from minitron.importance.scores import ImportanceScores
+from minitron.text.samples import check_predicted
 from nas.candidates import Candidates
 
 CACHED_LOGITS, LEAST_CHUNK_TOKENS = 2**19, 64  # two MiB of float32
@@ -29,7 +31,7 @@ GPU_CHUNK_TOKENS = 1024  # of which a product is no longer bound by reading the 
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """Sums of nats over predicted tokens; they add up over batches."""
+    """Sums of nats over predicted tokens that count; they add up over batches."""
 
     loss: float = 0.0
     kl: float = 0.0
@@ -39,7 +41,8 @@ class Distance:
         return Distance(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def means(self) -> dict[str, float]:
-        """Nats per token."""
+        """Nats per token. Raises ValueError where none counts."""
+        check_predicted(self.tokens)
         return {"loss": self.loss / self.tokens, "kl": self.kl / self.tokens}
 
 
@@ -52,8 +55,8 @@ def measure_batch(teacher: nn.Module, candidates: Mapping[str, nn.Module], rows_
     if chunk_tokens is None:
         cached = max(LEAST_CHUNK_TOKENS, CACHED_LOGITS // teacher.get_output_embeddings().weight.shape[0])
         chunk_tokens = GPU_CHUNK_TOKENS if rows_BT.device.type == "cuda" else cached
-    ids_BT, mask_BT = split_padding(rows_BT)
-    predicted = mask_BT[:, 1:].reshape(-1)
+    ids_BT, _ = split_padding(rows_BT)
+    predicted = (next_token_labels(rows_BT)[:, :-1] != PADDING).reshape(-1)
     targets_N = ids_BT[:, 1:].reshape(-1)[predicted]
 
     def states(model: nn.Module) -> torch.Tensor:

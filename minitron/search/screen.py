@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from distill.batches import RowBatches, RowNumbers, count_tokens
+from distill.batches import RowBatches, RowNumbers, count_counted
 from distill.engines.engine import Unread
 from distill.engines.launch import Launch, read_launch
 from distill.objectives import cached_loss, distillation_loss
@@ -148,12 +148,12 @@ def _distil(context: StageContext, train: TrainSettings, student: nn.Module | Un
         loss = distillation_loss(load_for_training(family_of(read_config(folder)), folder, launch=launch, device=device), launch=launch)
         batches = RowBatches(rows, train.batch, settings.seed)
 
-    def tokens_of(batch: torch.Tensor) -> int:
-        return count_tokens(rows[batch.cpu().numpy()] if settings.screen.cached else batch.cpu().numpy())
+    def counted_of(batch: torch.Tensor) -> int:
+        return count_counted(rows[batch.cpu().numpy()] if settings.screen.cached else batch)
 
     with tracked_steps(context, settings.candidate, plan.tokens, loss_name="KL", tracker=tracker) as on_step:
         try:
-            return train_phases(student, [Phase(batches, plan)], loss, folder=context.folder, on_step=on_step, launch=launch, tokens_of=tokens_of).tokens
+            return train_phases(student, [Phase(batches, plan)], loss, folder=context.folder, on_step=on_step, launch=launch, counted_of=counted_of).tokens
         except FloatingPointError as error:
             context.console.say(f"   screen  {settings.candidate}: {error}")
             return None

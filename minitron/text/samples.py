@@ -1,9 +1,9 @@
-"""Which rows a measurement takes, and in what batches. R rows of T tokens, padding -1, B rows of a batch."""
+"""Which rows a measurement takes, and in what batches. R rows of T tokens, padding -1, marks as in distill.batches, B rows of a batch."""
 
 import numpy as np
 import torch
 
-from distill.batches import PADDING
+from distill.batches import PADDING, plain_ids
 
 
 def batches_of(rows_RT: np.ndarray, batch: int, device: torch.device | str) -> list[torch.Tensor]:
@@ -31,5 +31,12 @@ def evaluation_rows(held_out_RT: np.ndarray) -> np.ndarray:
 
 def longest_prompt(rows_RT: np.ndarray, number: int) -> torch.Tensor:
     """The first `number` ids, fewer where no row has them, of the first row with the most real tokens; int64 [≤ number]."""
-    row = rows_RT[np.argmax((rows_RT != PADDING).sum(axis=1))]
+    row = plain_ids(rows_RT[np.argmax((rows_RT != PADDING).sum(axis=1))])
     return torch.from_numpy(row[row != PADDING][:number].astype(np.int64))
+
+
+def check_predicted(tokens: float, rows: str = "held-out") -> None:
+    """Refuses a mean over no tokens. Raises ValueError where the rows measured have none that is predicted and counts."""
+    if tokens == 0:
+        raise ValueError(f"of the {rows} rows measured none has a token that is predicted and counts (data.answers_only counts an assistant's alone); "
+                         "measure more of them, or give documents that have one")  # fmt: skip

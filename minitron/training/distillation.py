@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill.batches import BlendBatches, RowBatches, RowNumbers, count_tokens
+from distill.batches import BlendBatches, RowBatches, RowNumbers, count_counted
 from distill.chunked_loss import LossRecipe
 from distill.engines.engine import Unread
 from distill.engines.launch import Launch, read_launch
@@ -17,7 +17,7 @@ from distill.engines.sharing import idle_rows
 from distill.objectives import HiddenTerm, LossFunction, cached_loss, distillation_loss
 from distill.plan import Phase, StepRecord
 from distill.states import newest_state, remove_states
-from distill.trainer import HeldOut, real_tokens, train_phases
+from distill.trainer import HeldOut, train_phases
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
@@ -52,11 +52,11 @@ def distill_student(context: StageContext) -> dict:
     phases = _phases(context, trains)
     _check_time(context, config, trains, launch)
     recipe = loss_recipe(settings.distill)
-    loss, tokens_of = _loss(context, family, recipe, launch)
+    loss, counted_of = _loss(context, family, recipe, launch)
     student = load_for_training(family, pruned_folder, launch=launch, device=pick_device(settings), dtype=torch.float32, attention=_attention(context))
     tokens = sum(phase.num_steps * phase.batches.tokens_per_step for phase in phases)
     with tracked_steps(context, "distilling", tokens, loss_name=_loss_name(context.settings.distill)) as on_step:
-        last = train_phases(student, phases, loss, folder=context.folder, on_step=on_step, launch=launch, tokens_of=tokens_of,
+        last = train_phases(student, phases, loss, folder=context.folder, on_step=on_step, launch=launch, counted_of=counted_of,
                             held_out=_held_out(context))  # fmt: skip
     if launch.rank > 0:
         return {}
@@ -69,13 +69,13 @@ def distill_student(context: StageContext) -> dict:
 
 
 def _loss(context: StageContext, family: Family, recipe: LossRecipe, launch: Launch) -> tuple[LossFunction, Callable[[torch.Tensor], int]]:
-    """The loss against the teacher, or against what a cache has of it; and how many tokens a batch holds."""
+    """The loss against the teacher, or against what a cache has of it; and how many positions of a batch count."""
     if context.settings.distill.cached:
         rows = cached_rows(context, context.settings.distill.train.tokens)
-        return cached_loss(open_cache(context.inputs["distill_cache"], rows), rows, recipe), lambda numbers_B: count_tokens(rows[numbers_B.cpu()])
+        return cached_loss(open_cache(context.inputs["distill_cache"], rows), rows, recipe), lambda numbers_B: count_counted(rows[numbers_B.cpu()])
     folder = context.inputs["teacher"].model_folder
     teacher = load_for_training(family, folder, launch=launch, device=pick_device(context.settings), attention=_attention(context))
-    return distillation_loss(teacher, recipe, launch=launch, hidden=_hidden_term(context)), real_tokens
+    return distillation_loss(teacher, recipe, launch=launch, hidden=_hidden_term(context)), count_counted
 
 
 def _hidden_term(context: StageContext) -> HiddenTerm | None:
@@ -177,14 +177,21 @@ def _phases(context: StageContext, trains: Sequence[TrainSettings]) -> list[Phas
         (train,) = trains
         return [Phase(RowNumbers(cached_rows(context, train.tokens), train.batch, settings.seed + 1), train_plan(train))]
     for number, (train, parts) in enumerate(zip(trains, phase_parts(settings), strict=True)):
-        rows = [np.load(context.inputs["data" if part.name == DATA_ROWS else "phase_rows"].folder / f"{part.name}.npy", mmap_mode="r") for part in parts]
+        rows, tokens = zip(*(_rows(context, part) for part in parts), strict=True)
         seed = settings.seed + 1 + number  # another order than the teacher's own training, where that was here
         if len(parts) == 1:
-            batches = RowBatches(rows[0], train.batch, seed)
+            batches = RowBatches(rows[0], train.batch, seed, num_tokens=tokens[0])
         else:
-            batches = BlendBatches(rows, [part.weight for part in parts], tokens=train.tokens, batch=train.batch, seed=seed)
+            batches = BlendBatches(rows, [part.weight for part in parts], tokens=train.tokens, batch=train.batch, seed=seed, num_tokens=tokens)
         phases.append(Phase(batches, train_plan(train)))
     return phases
+
+
+def _rows(context: StageContext, part: Part) -> tuple[np.ndarray, int]:
+    """A part's rows, not yet read, and how many real tokens they hold, as whoever wrote them has counted."""
+    result = context.inputs["data" if part.name == DATA_ROWS else "phase_rows"]
+    tokens = result.facts["train_tokens"] if part.name == DATA_ROWS else result.facts["rows"][part.name]["tokens"]
+    return np.load(result.folder / f"{part.name}.npy", mmap_mode="r"), tokens
 
 
 def _held_out(context: StageContext) -> HeldOut | None:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from distill.batches import count_tokens, split_padding
+from distill.batches import split_padding
 from distill.teacher_cache import TeacherCache, rows_written, write_teacher_cache
 from distill.top_k import TopK, top_k_of_hidden
 from memory_budget.hf_config import read_config
@@ -24,8 +24,9 @@ CACHE_FOLDER = "cache"
 
 def cached_rows(context: StageContext, tokens: int) -> np.ndarray:
     """The rows of a cache, [R, T]: train rows, evenly spread, as many as hold `tokens` tokens."""
-    train = np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r")
-    return np.ascontiguousarray(spread_rows(train, max(1, math.ceil(tokens * len(train) / count_tokens(train)))))
+    data = context.inputs["data"]
+    train = np.load(data.folder / "train.npy", mmap_mode="r")
+    return np.ascontiguousarray(spread_rows(train, max(1, math.ceil(tokens * len(train) / data.facts["train_tokens"]))))
 
 
 def open_cache(result: Result, rows_RT: np.ndarray) -> TeacherCache:

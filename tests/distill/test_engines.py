@@ -11,7 +11,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-from distill.batches import micro_batches
+from distill.batches import count_counted, micro_batches
 from distill.engines.launch import Launch, read_launch
 from distill.engines.sharing import check_sharing
 from distill.optimizers import multiplies_bf16
@@ -145,12 +145,12 @@ def test_a_mean_per_process_would_leave_the_curve(alone, worker, tmp_path):
     from distill import trainer
 
     batch = torch.from_numpy(worker.padded_rows()[:4]).long()
-    halves = [trainer.real_tokens(rows) for rows in micro_batches(batch, 2, 0, 1)]
+    halves = [count_counted(rows) for rows in micro_batches(batch, 2, 0, 1)]
     assert abs(halves[0] - halves[1]) / sum(halves) > 0.01
     records = []
     phases = [trainer.Phase(trainer.RowBatches(worker.padded_rows(), 4, seed=1), trainer.TrainPlan(**worker.PLAN, micro_batch=2))]
     loss = trainer.distillation_loss(worker.build_teacher())
-    trainer.train_phases(worker.build_model(2), phases, loss, folder=tmp_path, on_step=records.append, tokens_of=len)
+    trainer.train_phases(worker.build_model(2), phases, loss, folder=tmp_path, on_step=records.append, counted_of=len)
     assert [record.loss for record in records] != pytest.approx([record.loss for record in alone[1]], rel=1e-5)
 
 
