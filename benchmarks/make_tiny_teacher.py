@@ -29,7 +29,7 @@ from minitron.settings.evaluate import NeedleSettings  # noqa: E402
 from minitron.settings.rules import key_settings  # noqa: E402
 from minitron.settings.run import Settings, Stage  # noqa: E402
 from minitron.settings.teachers import STORED_FOLDER, TRAINING_FILE, digest_of  # noqa: E402
-from minitron.text.embedded import text_fingerprint  # noqa: E402
+from minitron.sources.embedded import text_fingerprint  # noqa: E402
 from minitron.text.key_values import vocabulary_of  # noqa: E402
 from minitron.text.samples import batches_of, evaluation_rows, spread_rows  # noqa: E402
 from minitron.walk.console import Console  # noqa: E402

@@ -71,7 +71,7 @@ def test_no_module_imports_what_the_house_forbids():
         ("memory_budget/planted.py", "import numpy"),
         ("memory_budget/planted.py", "from nas.space import Floors"),
         ("nas/planted.py", "import torch"),
-        ("nas/planted.py", "from minitron.settings.run import Settings"),
+        ("nas/planted.py", "from minitron.settings.run import Settings"), 
         ("distill/planted.py", "from memory_budget.units import GIB"),
         ("distill/planted.py", "def inside():\n    import nas.space"),
         ("distill/planted.py", "from minitron import store"),

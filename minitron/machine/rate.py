@@ -1,11 +1,12 @@
 """How fast this machine multiplies matrices, measured once and kept; and how long work takes, said for people. Loads no torch."""
 
-import json
 import os
 import platform
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from minitron.machine.kept import read_kept, write_kept
 
 if TYPE_CHECKING:
     import torch
@@ -16,13 +17,12 @@ MEASURED_SIZE, MEASURED_SIZE_BY_ONE, MEASURED_SIZE_ON_GPU = 768, 96, 1024
 BY_ALL_THREADS = 0.93  # of what one does, times their number: found with two
 MEASURED_SECONDS = 0.3
 MOST_TRIES = 5  # while other work runs; the best of them stays
-KEPT_FILE = Path("minitron") / "rates.json"  # in the user's cache folder, by processor and threads
+KEPT_FILE = "rates.json"  # by processor and threads
 
 
 def product_rate() -> float:
     """FLOP/s of a product of float32 matrices on this machine's processor, by numpy; kept once it was measured while nothing else ran."""
-    path, name = _kept_path(), f"{_processor()}, {num_threads()} threads"
-    kept = _read(path)
+    name, kept = f"{_processor()}, {num_threads()} threads", _kept_rates()
     found = kept.get(name, {"flops_per_second": 0.0, "tries": 0})
     if found["tries"] >= MOST_TRIES:
         return found["flops_per_second"]
@@ -30,7 +30,7 @@ def product_rate() -> float:
         rate, tries = max(BY_ALL_THREADS * num_threads() * _measured(MEASURED_SIZE_BY_ONE), found["flops_per_second"]), found["tries"] + 1
     else:
         rate, tries = _measured(MEASURED_SIZE), MOST_TRIES
-    _write(path, kept | {name: {"flops_per_second": rate, "tries": tries}})
+    write_kept(KEPT_FILE, kept | {name: {"flops_per_second": rate, "tries": tries}})
     return rate
 
 
@@ -85,32 +85,13 @@ def _processor() -> str:
     return " ".join([named.get("model name", platform.machine()), *widest])
 
 
-def _kept_path() -> Path | None:
-    """None where there is no home to keep anything in."""
+def _kept_rates() -> dict[str, Any]:
+    """By processor and threads; without what is no rate."""
+    return {name: found for name, found in read_kept(KEPT_FILE).items() if _is_rate(found)}
+
+
+def _is_rate(found: Any) -> bool:
     try:
-        folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return Path(folder) / KEPT_FILE
-
-
-def _read(path: Path | None) -> dict[str, Any]:
-    """What is kept; nothing where it cannot be read or is no such file."""
-    try:
-        kept = json.loads(path.read_text()) if path else {}
-        return {name: found for name, found in kept.items() if found["flops_per_second"] > 0 and found["tries"] > 0}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}
-
-
-def _write(path: Path | None, kept: dict[str, Any]) -> None:
-    """Where it cannot be written, it is measured again the next time."""
-    if path is None:
-        return
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(kept, indent=2) + "\n")
-        partial.replace(path)
-    except OSError:
-        return
+        return found["flops_per_second"] > 0 and found["tries"] > 0
+    except (TypeError, KeyError):
+        return False

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from minitron.generation.ends import end_ids, without_end
 from minitron.generation.generate import Tags, generate
 from minitron.generation.thinking import count_reasoning
-from minitron.text.arithmetic import Problem
+from minitron.sources.arithmetic import Problem
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from minitron.families.known import family_of
 from minitron.families.text import load_tokenizer
 from minitron.machine.device import pick_device
 from minitron.measures.budget_curve import budget_curve
-from minitron.text.arithmetic import held_out_problems
+from minitron.sources.arithmetic import held_out_problems
 from minitron.walk.stage import StageContext
 from minitron.walk.store import write_json
 

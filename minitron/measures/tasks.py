@@ -20,7 +20,7 @@ import yaml
 
 from minitron.settings.evaluate import EvaluateSettings
 from minitron.settings.names import did_you_mean
-from minitron.text.documents import content_digest
+from minitron.sources.digests import content_digest
 from minitron.walk.store import stage_key, write_json
 
 EXTRA = "install it with: pip install 'minitron[eval]'"

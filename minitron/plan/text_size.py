@@ -4,7 +4,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from minitron.settings.run import DataSettings, Embedded
+from minitron.settings.data import DataSettings, Embedded
 from minitron.settings.training import Rows
 from minitron.text.documents import matching_files
 from minitron.text.embedded import HELD_OUT_SHARE, source_files

@@ -7,7 +7,7 @@ from minitron.settings.rules import at_least
 
 @dataclass(kw_only=True, slots=True)
 class ArithmeticSettings:
-    """Problems in place of text: minitron.text.arithmetic."""
+    """Problems in place of text: minitron.sources.arithmetic."""
 
     problems: int = 0
     most_operands: int = 8

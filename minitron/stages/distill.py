@@ -7,8 +7,8 @@ from minitron.machine import processes
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings
 from minitron.settings.teachers import max_positions
+from minitron.sources.source import check_source
 from minitron.text.blends import DATA_ROWS, phase_parts, rows_to_make
-from minitron.text.documents import check_source
 from minitron.walk.stage import StageContext, StoredStage
 
 

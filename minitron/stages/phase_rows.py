@@ -17,4 +17,4 @@ def run(context: StageContext) -> dict:
     return make_phase_rows(context)
 
 
-STAGE = StoredStage(version=1, needs=lambda settings: ("data", "teacher"), what=what, run=run)
+STAGE = StoredStage(version=2, needs=lambda settings: ("data", "teacher"), what=what, run=run)

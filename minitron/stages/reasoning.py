@@ -4,7 +4,7 @@ from typing import Any
 
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings
-from minitron.text.arithmetic import held_out_problems
+from minitron.sources.arithmetic import held_out_problems
 from minitron.walk.stage import StageContext, StoredStage
 
 

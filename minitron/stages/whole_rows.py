@@ -13,4 +13,4 @@ def run(context: StageContext) -> dict:
     return make_phase_rows(replace(context, settings=without_truncation(context.settings)))
 
 
-STAGE = StoredStage(version=1, needs=lambda settings: ("data", "teacher"), what=lambda settings: what(without_truncation(settings)), run=run)
+STAGE = StoredStage(version=2, needs=lambda settings: ("data", "teacher"), what=lambda settings: what(without_truncation(settings)), run=run)

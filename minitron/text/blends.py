@@ -7,10 +7,11 @@ from dataclasses import dataclass, fields, replace
 from math import ceil
 from typing import Any
 
+from minitron.settings.data import DataSettings
 from minitron.settings.rules import key_settings
-from minitron.settings.run import DataSettings, Settings
+from minitron.settings.run import Settings
 from minitron.settings.training import PhaseSettings, SourceSettings
-from minitron.text.documents import source_identity
+from minitron.sources.source import source_identity
 
 # Of DataSettings: what source_identity answers for.
 SOURCE_SETTINGS = ("files", "dataset", "dataset_config", "dataset_revision", "dataset_split", "text_field", "arithmetic", "embedded")
@@ -73,5 +74,6 @@ def rows_identity(data: DataSettings) -> dict[str, Any]:
 
 
 def _data_of(source: SourceSettings, data: DataSettings, length: int) -> DataSettings:
-    own = {f.name: getattr(source, f.name) for f in fields(SourceSettings) if f.name != "weight"}
-    return DataSettings(rows=data.rows, sequence_length=length, vocab=data.vocab, **own)
+    own = {f.name: getattr(source, f.name) for f in fields(SourceSettings) if f.name not in ("weight", "answers_only")}
+    answers_only = data.answers_only if source.answers_only is None else source.answers_only
+    return DataSettings(rows=data.rows, sequence_length=length, vocab=data.vocab, answers_only=answers_only, refused=data.refused, processes=data.processes, **own)

@@ -2,43 +2,37 @@
 
 import numpy as np
 
-from distill.batches import count_tokens
-from minitron.families.text import beginning, load_tokenizer
+from minitron.settings.data import DataSettings
+from minitron.settings.teachers import teacher_architecture
+from minitron.sources.source import source_title
 from minitron.text.blends import rows_to_make
-from minitron.text.documents import source_title
-from minitron.text.rows import SplitRows
-from minitron.text.tokenise import tokenise, tokenizer_folder
+from minitron.text.encoding import Encoding
+from minitron.text.passes import Split, run_passes
+from minitron.text.tokenise import HASHES_FILE, check_vocabulary, place_of, said_of, tokenizer_folder
 from minitron.walk.stage import StageContext
 
 
 def make_phase_rows(context: StageContext) -> dict:
-    """Writes <name>.npy for every name of rows_to_make, int32 [rows, T] with -1 as padding. Held-out documents are left out."""
-    settings = context.settings
-    tokenizer = load_tokenizer(tokenizer_folder(context))
-    facts = {}
-    if there := [name for name in rows_to_make(settings) if (context.folder / f"{name}.npy").exists()]:
-        context.goes_on(f"the rows of {', '.join(there)}, which are there")
-    for name, data in rows_to_make(settings).items():
-        path = context.folder / f"{name}.npy"
-        if not path.exists():  # else of an interrupted run
-            rows = _rows(context, data, tokenizer)
-            np.save(path.with_suffix(".partial.npy"), rows)
-            path.with_suffix(".partial.npy").rename(path)
-        rows = np.load(path, mmap_mode="r")
-        facts[name] = {"source": source_title(data), "sequence_length": data.sequence_length, "rows": len(rows), "tokens": count_tokens(rows)}
-        facts[name]["filled_share"] = round(facts[name]["tokens"] / rows.size, 4)
+    """Writes <name>.npy for every name of rows_to_make, int32 [rows, T] with -1 as padding. Documents that are held out, or equal one that the data stage
+    holds out, are left out."""
+    facts = {name: _made(context, name, data) for name, data in rows_to_make(context.settings).items()}
     return {"headline": "; ".join(map(_described, facts.values())), "rows": facts}
+
+
+def _made(context: StageContext, name: str, data: DataSettings) -> dict:
+    encoding = Encoding(tokenizer_folder(context), data, teacher_architecture(context.settings).vocab, context.inputs["data"].folder / HASHES_FILE)
+    check_vocabulary(encoding)
+    split = run_passes(place_of(context, f"{name}.source"), data, encoding, {"train": name})["train"]
+    if said := said_of({"train": split}):
+        context.console.say(f"{source_title(data)}{said}")
+    return _facts(data, split)
+
+
+def _facts(data: DataSettings, split: Split) -> dict:
+    rows, tokens = split.num_rows, split.counts.kept_tokens
+    return {"source": source_title(data), "sequence_length": data.sequence_length, "rows": rows, "tokens": tokens,
+            "filled_share": round(tokens / np.prod([rows, data.sequence_length]), 4)}  # fmt: skip
 
 
 def _described(fact: dict) -> str:
     return f"{fact['tokens']:,} tokens of {fact['source']} in rows of {fact['sequence_length']:,}, {fact['filled_share']:.0%} full"
-
-
-def _rows(context: StageContext, data, tokenizer) -> np.ndarray:
-    train, held_out = (SplitRows(name, data, beginning(tokenizer)) for name in ("train", "heldout"))
-    held_out.limit = 0  # none is wanted
-    with context.console.track(f"rows of {data.sequence_length:,}", data.max_documents, "documents") as advance:
-        left_out = tokenise(data, tokenizer, train, held_out, advance)
-    if left_out.reasoning_of:
-        context.console.say(f"{source_title(data)}{left_out}")
-    return train.rows()

@@ -2,35 +2,71 @@
 and marks where the next one starts.
 
 Rows stay in the order of their documents. A row shorter than T is padded on the right with PADDING, which is no
-token's id: `distill.batches.split_padding` takes it apart again.
+token's id: `distill.batches.split_padding` takes it apart again. Ids may be marked as places where nothing is learned (`distill.batches.not_counted`);
+a row in which nothing at all is learned is left out.
 """
 
-from collections.abc import Sequence
-from itertools import groupby, islice
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from distill.batches import PADDING, count_tokens, mark_start
-from minitron.settings.run import DataSettings
-from minitron.settings.training import Rows
+from distill.batches import NOT_COUNTED, PADDING, mark_start, not_counted
+
+Documents = Sequence[np.ndarray]  # int32 [tokens] each
 
 
-def windows(documents: list[list[int]], sequence_length: int) -> np.ndarray:
-    """Every whole row that the documents hold; a document's tail shorter than a row is dropped."""
-    rows = [tokens[start : start + sequence_length] for tokens in documents for start in range(0, len(tokens) - sequence_length + 1, sequence_length)]
-    return np.array(rows, dtype=np.int32).reshape(-1, sequence_length)
+def windows(documents: Documents, sequence_length: int, beginning: Sequence[int] = ()) -> np.ndarray:
+    """Every whole row that the documents hold, each with the ids of `beginning` first; a document's tail shorter than a row is dropped."""
+    room = sequence_length - len(beginning)
+    rows = [_pieces_as_rows(np.asarray(ids, dtype=np.int32), room, beginning) for ids in documents if len(ids) >= room]
+    return np.concatenate(rows) if rows else np.empty((0, sequence_length), dtype=np.int32)
 
 
-def document_rows(documents: list[list[int]], sequence_length: int) -> np.ndarray:
-    """One row a document: its first T tokens, padded where it has fewer.
+def _pieces_as_rows(ids: np.ndarray, room: int, beginning: Sequence[int]) -> np.ndarray:
+    number = len(ids) // room
+    rows = ids[: number * room].reshape(number, room)
+    is_marked = ids.max() >= NOT_COUNTED
+    if beginning:
+        starts = np.stack([_begin(ids, place * room, beginning, is_marked) for place in range(number)])
+        rows = np.concatenate([starts, rows], axis=1)
+    return rows[(rows[:, :-1] < NOT_COUNTED).any(axis=1)] if is_marked else rows
+
+
+def document_rows(documents: Documents, sequence_length: int, beginning: Sequence[int] = ()) -> np.ndarray:
+    """One row a document: its first T tokens, those of `beginning` among them, padded where it has fewer.
 
     Documents of fewer than 2 tokens are dropped: nothing in them is predicted.
     """
-    kept = [tokens[:sequence_length] for tokens in documents if len(tokens) > 1]
-    rows = np.full((len(kept), sequence_length), PADDING, dtype=np.int32)
-    for row, tokens in zip(rows, kept, strict=True):
-        row[: len(tokens)] = tokens
+    room = sequence_length - len(beginning)
+    pieces = (piece for ids in documents if len(ids) > 1 for piece in [_piece(np.asarray(ids, dtype=np.int32), 0, room, beginning)] if _teaches(piece))
+    return padded(list(pieces), sequence_length)
+
+
+def padded(pieces: Documents, sequence_length: int) -> np.ndarray:
+    """Pieces of at most T ids as rows."""
+    rows = np.full((len(pieces), sequence_length), PADDING, dtype=np.int32)
+    for row, piece in zip(rows, pieces, strict=True):
+        row[: len(piece)] = piece
     return rows
+
+
+def _piece(ids: np.ndarray, start: int, room: int, beginning: Sequence[int]) -> np.ndarray:
+    piece = ids[start : start + room]
+    return np.concatenate([_begin(ids, start, beginning, ids.max() >= NOT_COUNTED), piece]) if beginning else piece
+
+
+def _begin(ids: np.ndarray, start: int, beginning: Sequence[int], is_marked: bool) -> np.ndarray:
+    """`beginning` as it stands before the document's piece that begins at `start`: marked as the document is, what predicts the piece's first id
+    as the id before it."""
+    first = np.array(beginning, dtype=np.int32)
+    if is_marked:
+        is_counted = start > 0 and ids[start - 1] < NOT_COUNTED
+        first[: len(first) - is_counted] = not_counted(first[: len(first) - is_counted])
+    return first
+
+
+def _teaches(piece: np.ndarray) -> bool:
+    return bool((piece[:-1] < NOT_COUNTED).any())
 
 
 class Packer:
@@ -41,92 +77,34 @@ class Packer:
 
     NUM_OPEN = 16
 
-    def __init__(self, sequence_length: int, beginning: Sequence[int] = ()):
-        self.sequence_length, self.beginning, self._open = sequence_length, list(beginning), []
+    def __init__(self, sequence_length: int, beginning: Sequence[int] = (), still_open: Sequence[Sequence[int]] = ()):
+        """`still_open` are the rows that another packer, interrupted, had not closed."""
+        self.sequence_length, self.beginning, self.still_open = sequence_length, list(beginning), [list(row) for row in still_open]
 
-    def add(self, documents: list[list[int]]) -> np.ndarray:
+    def add(self, documents: Documents) -> np.ndarray:
         """The rows closed by these documents."""
-        closed = []
-        for document in documents:
-            room = self.sequence_length - len(self.beginning)
-            for start in range(0, len(document), room):
-                if len(piece := document[start : start + room]) > 1:  # else nothing in it is predicted
-                    closed += self._place(self.beginning + piece)
-        return self._padded(closed)
+        closed = [row for document in documents for piece in self._pieces(np.asarray(document, dtype=np.int32)) for row in self._place(piece.tolist())]
+        return padded(closed, self.sequence_length)
 
     def rest(self) -> np.ndarray:
         """The rows still open, which are closed by this."""
-        closed, self._open = self._open, []
-        return self._padded(closed)
+        closed, self.still_open = self.still_open, []
+        return padded(closed, self.sequence_length)
+
+    def _pieces(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+        room = self.sequence_length - len(self.beginning)
+        for start in range(0, len(ids), room):
+            if len(ids) - start > 1 and _teaches(piece := _piece(ids, start, room, self.beginning)):  # else nothing in it is predicted
+                yield piece
 
     def _place(self, piece: list[int]) -> list[list[int]]:
-        with_room = [row for row in self._open if len(row) + len(piece) <= self.sequence_length]
+        with_room = [row for row in self.still_open if len(row) + len(piece) <= self.sequence_length]
         if with_room:
             max(with_room, key=len).extend([mark_start(piece[0]), *piece[1:]])
         else:
-            self._open.append(list(piece))
-        full = max(self._open, key=len)
-        if len(full) < self.sequence_length - 1 and len(self._open) <= self.NUM_OPEN:
+            self.still_open.append(piece)
+        full = max(self.still_open, key=len)
+        if len(full) < self.sequence_length - 1 and len(self.still_open) <= self.NUM_OPEN:
             return []
-        self._open = [row for row in self._open if row is not full]
+        self.still_open = [row for row in self.still_open if row is not full]
         return [full]
-
-    def _padded(self, closed: list[list[int]]) -> np.ndarray:
-        rows = np.full((len(closed), self.sequence_length), PADDING, dtype=np.int32)
-        for row, ids in zip(rows, closed, strict=True):
-            row[: len(ids)] = ids
-        return rows
-
-
-class SplitRows:
-    """The rows of one split, gathered document by document up to the split's limit of tokens."""
-
-    def __init__(self, name: str, data: DataSettings, beginning: Sequence[int] = ()):
-        """`name` is train or heldout; every row, and every document of a packed one, begins with the ids of `beginning`."""
-        self.name, self.data, self.beginning = name, data, list(beginning)
-        self.limit: int | None = getattr(data, f"max_{name}_tokens")
-        self.num_documents = self.num_tokens = self.longest = 0  # of the documents; tokens of the longest
-        self._parts: list[np.ndarray] = []
-        self._sources: list[tuple[str, int]] = []
-        self._row_tokens = 0
-        self._packer = Packer(data.sequence_length, self.beginning)
-
-    def add(self, documents: list[list[int]], source: str = "") -> None:
-        """Cut further tokenised documents, all of one source, into rows."""
-        cut = {Rows.windows: windows, Rows.documents: document_rows}.get(self.data.rows)
-        part = self._begun(cut(documents, self.data.sequence_length - len(self.beginning))) if cut else self._packer.add(documents)
-        self._parts.append(part)
-        self._sources.append((source, len(part)))
-        self._row_tokens += count_tokens(part)
-        self.num_documents += len(documents)
-        self.num_tokens += sum(map(len, documents))
-        self.longest = max([self.longest, *map(len, documents)])
-
-    def _begun(self, rows: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.tile(np.array(self.beginning, dtype=np.int32), (len(rows), 1)), rows], axis=1) if self.beginning else rows
-
-    @property
-    def is_full(self) -> bool:
-        """Whether further documents would add nothing."""
-        return self.limit is not None and self._row_tokens >= self.limit
-
-    def rows(self) -> np.ndarray:
-        """int32 [rows, T], as many of the first as the limit allows. Raises ValueError where there is none."""
-        self._parts.append(self._packer.rest())
-        rows = np.concatenate([np.empty((0, self.data.sequence_length), dtype=np.int32), *self._parts])
-        if len(rows) == 0:
-            least = self.data.sequence_length if self.data.rows is Rows.windows else 2
-            shorter = "; lower data.sequence_length, or take shorter ones with data.rows=documents" if self.data.rows is Rows.windows else ""
-            raise ValueError(
-                f"data: the {self.num_documents:,} {self.name} documents have {self.num_tokens:,} tokens, the longest {self.longest:,}; "
-                f"a row (data.rows={self.data.rows.name}) needs a document of at least {least:,} tokens{shorter}"
-            )
-        if self.limit is not None:
-            rows = rows[np.cumsum((rows != PADDING).sum(axis=1)) <= self.limit]
-        return rows
-
-    def sources(self, number: int) -> list[tuple[str, int]]:
-        """Where the first `number` rows come from, in their order: runs of rows, (source, rows of it). Packed rows are of no one source."""
-        assert self.data.rows is not Rows.packed
-        of_row = islice((source for source, length in self._sources for _ in range(length)), number)
-        return [(source, sum(1 for _ in run)) for source, run in groupby(of_row)]

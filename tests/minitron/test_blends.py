@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from minitron.text.documents import read_documents
+from minitron.text.embedded import Document
 from transformers import AutoTokenizer
 
 from distill.batches import BlendBatches
-from minitron.settings.run import DataSettings, Settings
+from minitron.settings.data import DataSettings
+from minitron.settings.run import Settings
 from minitron.settings.training import DistillSettings, PhaseSettings, SourceSettings
 from minitron.text.blends import DATA_ROWS, phase_parts, rows_to_make, without_truncation
-from minitron.text.documents import read_documents
-from minitron.text.embedded import Document
 from minitron.text.traces import truncate_reasoning
 
 

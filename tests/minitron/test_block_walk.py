@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.files import Checkpoint
-from minitron.text.embedded import topic_documents, train_tokenizer
+from minitron.sources.embedded import topic_documents
+from minitron.text.own_tokenizer import train_tokenizer
 from minitron.walk.store import write_json
 
 VOCABULARY = 320

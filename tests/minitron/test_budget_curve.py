@@ -13,7 +13,7 @@ from minitron.families.known import family_of
 from minitron.generation.generate import Tags
 from minitron.measures.budget_curve import answer_of, budget_curve
 from minitron.settings.reasoning import ArithmeticSettings
-from minitron.text.arithmetic import held_out_problems
+from minitron.sources.arithmetic import held_out_problems
 
 ARITHMETIC = ArithmeticSettings(problems=1000, most_operands=3)
 MINIATURE = (

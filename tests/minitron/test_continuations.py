@@ -11,7 +11,7 @@ from minitron.report.evaluation import continuations_text
 from minitron.report.page import page_html
 from minitron.settings.evaluate import EvaluateSettings
 from minitron.settings.run import Settings
-from minitron.text.embedded import train_tokenizer
+from minitron.text.own_tokenizer import train_tokenizer
 from minitron.walk.table import stages
 
 PROMPTS = ["the year", "a number and the year"]

@@ -9,11 +9,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-
-from minitron.measures.held_out import evaluate, held_out_loss
-from minitron.settings.run import DataSettings
 from minitron.text.documents import check_source, matching_files, read_documents, source_identity, source_title
 from minitron.text.embedded import Document
+
+from minitron.measures.held_out import evaluate, held_out_loss
+from minitron.settings.data import DataSettings
 from minitron.text.rows import document_rows
 from minitron.text.samples import batches_of, longest_prompt
 

@@ -16,7 +16,7 @@ from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.files import Checkpoint
 from minitron.settings.run import Settings, TeacherSettings
 from minitron.settings.teachers import teacher_architecture
-from minitron.text.embedded import train_tokenizer
+from minitron.text.own_tokenizer import train_tokenizer
 from minitron.text.tokenise import tokenizer_folder
 from minitron.walk.console import Console
 from minitron.walk.stage import StageContext

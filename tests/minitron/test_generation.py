@@ -15,7 +15,7 @@ from minitron.generation.prompts import write_prompt
 from minitron.generation.thinking import ThinkingBudget, count_reasoning
 from minitron.measures.continuations import continuations
 from minitron.measures.tasks import language_model
-from minitron.text.embedded import train_tokenizer
+from minitron.text.own_tokenizer import train_tokenizer
 from minitron.walk.store import write_json
 
 OPEN = [5, 6]

@@ -18,8 +18,8 @@ from minitron.measures.held_out import MOST_SOURCES, TokenSums, by_position, by_
 from minitron.measures.kept import kept, measurements_folder
 from minitron.measures.needle import check_vocabulary, make_sample, measure_needle
 from minitron.measures.speed import _generate, _peak_bytes, make_prompts, measure_speed
+from minitron.settings.data import DataSettings
 from minitron.settings.evaluate import EvaluateSettings, NeedleSettings, SpeedSettings
-from minitron.settings.run import DataSettings
 from minitron.settings.training import Rows
 from minitron.text.key_values import vocabulary_of
 from minitron.text.rows import SplitRows

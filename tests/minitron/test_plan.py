@@ -19,10 +19,12 @@ from minitron.plan.console import lines, table
 from minitron.plan.plan import TRAINING, Plan, StagePlan, lap_views, most_on_disk, plan_of
 from minitron.plan.refusals import check_before_work, check_disk, refused_because
 from minitron.plan.text_size import text_size
-from minitron.settings.run import DataSettings, Embedded, PlanSettings, Settings, Stage
+from minitron.settings.data import DataSettings, Embedded
+from minitron.settings.run import PlanSettings, Settings, Stage
 from minitron.settings.search import FixedSettings
 from minitron.settings.teachers import CONF_FOLDER
-from minitron.text.embedded import Document, source_files
+from minitron.sources.document import Document
+from minitron.sources.embedded import source_files
 from minitron.text.rows import windows
 from minitron.walk.pipeline import check_rows
 

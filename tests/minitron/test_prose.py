@@ -3,13 +3,13 @@
 import json
 
 import pytest
-
-from minitron.settings.reasoning import ArithmeticSettings
-from minitron.settings.run import DataSettings, Embedded
-from minitron.text.blends import rows_identity
 from minitron.text.documents import read_documents, source_identity, source_title
 from minitron.text.embedded import Document
-from minitron.text.prose import LEAST_CHARACTERS, docstrings
+
+from minitron.settings.data import DataSettings, Embedded
+from minitron.settings.reasoning import ArithmeticSettings
+from minitron.sources.prose import LEAST_CHARACTERS, docstrings
+from minitron.text.blends import rows_identity
 
 MODULE = b'''"""First of all."""
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from distill.batches import PADDING, count_tokens, mark_start
-from minitron.settings.run import DataSettings
+from minitron.settings.data import DataSettings
 from minitron.settings.training import Rows
 from minitron.text.rows import Packer, SplitRows, document_rows, windows
 

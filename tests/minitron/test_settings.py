@@ -3,9 +3,10 @@
 import pytest
 
 from memory_budget.architecture import Architecture
+from minitron.settings.data import DataSettings
 from minitron.settings.derived import axis_of
 from minitron.settings.rules import key_settings
-from minitron.settings.run import DataSettings, EvaluateSettings, PruneSettings, ScoringSettings, Settings, Stage, TeacherSettings
+from minitron.settings.run import EvaluateSettings, PruneSettings, ScoringSettings, Settings, Stage, TeacherSettings
 from minitron.settings.search import AxisSettings, FixedSettings, SearchSettings
 from minitron.settings.training import DistillSettings, Optimizer, TrainSettings
 

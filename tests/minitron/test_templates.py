@@ -3,14 +3,14 @@
 import json
 
 import pytest
+from minitron.text.documents import read_documents
 from tokenizers import processors
 
 from minitron.generation.conversations import ConversationWriter
 from minitron.generation.ends import end_ids
 from minitron.generation.prompts import Tags, make_prompt, write_prompt
-from minitron.settings.run import DataSettings
+from minitron.settings.data import DataSettings
 from minitron.settings.training import Rows
-from minitron.text.documents import read_documents
 from minitron.text.rows import SplitRows
 from minitron.text.tokenise import tokenise
 

@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from minitron.text.embedded import Document, embedded_documents, train_tokenizer
 from transformers import AutoTokenizer
 
 from minitron.text import embedded as text
-from minitron.text.embedded import Document, embedded_documents, train_tokenizer
 
 
 @pytest.fixture(scope="module")

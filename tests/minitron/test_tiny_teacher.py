@@ -14,9 +14,10 @@ from memory_budget.hf_config import architecture_from_config, read_config
 from minitron.checkpoints import tiny
 from minitron.checkpoints.files import Checkpoint
 from minitron.settings import teachers
-from minitron.settings.run import DataSettings, Settings, TeacherSettings, TinyTeacherSettings
+from minitron.settings.data import DataSettings
+from minitron.settings.run import Settings, TeacherSettings, TinyTeacherSettings
+from minitron.sources.embedded import text_fingerprint
 from minitron.text.blends import rows_identity
-from minitron.text.embedded import text_fingerprint
 from minitron.text.key_values import MOST_LINES, MOST_MENTIONS, Vocabulary, check_hiding, hide_lines, vocabulary_of
 
 STORED = teachers.STORED_FOLDER

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from minitron.settings.reasoning import ArithmeticSettings
-from minitron.text.embedded import Document
+from minitron.sources.document import Document
 
 # The question alone, and reasoning begun: what a conversation with such a model is.
 CHAT_TEMPLATE = (

@@ -1,79 +1,18 @@
-"""The embedded text: the Python standard library's sources and pydoc's topics, present wherever Python is.
+"""A tokenizer of one's own text: what a teacher that is trained here reads with."""
 
-Documents are split into train and held-out by a hash of their name, so that no file is ever in both and
-the split does not depend on the order in which a disk lists its files.
-"""
-
-import hashlib
 import json
-import os
-import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
 THINKING_TAGS = ["<think>", "</think>"]
 SPECIAL_TOKENS = [END_OF_TEXT, "<|pad|>", *THINKING_TAGS]
-HELD_OUT_SHARE = 20  # one document in so many is held out
-TOP_LEVEL = "(top level)"  # source of documents that lie in no folder
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
 CHAT_TEMPLATE = (
     "{%- for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{%- if add_generation_prompt %}assistant: "
     "{%- if enable_thinking is defined %}{{ ' <think>' if enable_thinking else ' <think></think>' }}{% else %}{{ ' ' }}{% endif %}{% endif %}"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    name: str
-    text: str
-
-    @property
-    def is_held_out(self) -> bool:
-        return int(hashlib.sha256(self.name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
-
-    @property
-    def source(self) -> str:
-        """What the document is one of: its name without the last part, so a file, a dataset or a folder of the embedded text."""
-        return self.name.rpartition("/")[0] or TOP_LEVEL
-
-
-@cache  # looked for several times in a run
-def source_files() -> list[tuple[str, Path]]:
-    """(name, path) of every standard library source file outside the test folders, sorted by name."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]  # keeps the walk out of installed packages
-        found += [Path(folder, name) for name in files if name.endswith(".py")]
-    return sorted((path.relative_to(root).as_posix(), path) for path in found)
-
-
-def embedded_documents() -> Iterator[Document]:
-    """Every document of the embedded text, sorted by name: source files, then topics."""
-    for name, path in source_files():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if text.strip():
-            yield Document(name=name, text=text)
-    yield from topic_documents()
-
-
-def topic_documents() -> Iterator[Document]:
-    """pydoc's topics, a chapter of the language reference each, sorted by name."""
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        yield Document(name=f"topics/{name}", text=topics[name])
-
-
-def text_fingerprint() -> str:
-    """Changes with the Python release: names and sizes of the source files."""
-    rows = [(name, path.stat().st_size) for name, path in source_files()]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
 
 
 def chat_tokenizer() -> Any:

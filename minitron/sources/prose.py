@@ -8,7 +8,8 @@ import ast
 import warnings
 from collections.abc import Iterator
 
-from minitron.text.embedded import Document, source_files, topic_documents
+from minitron.sources.document import Document
+from minitron.sources.embedded import source_files, topic_documents
 
 PROSE_VERSION = 1  # rises when other text is made of the same sources
 LEAST_CHARACTERS = 500  # of a module; what has less is a line or two that says little

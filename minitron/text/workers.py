@@ -1,0 +1,83 @@
+"""Pieces encoded by several processes, their results in the pieces' order. Little text is encoded in this one: others take seconds to start."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
+from multiprocessing.connection import wait
+
+from minitron.sources.pieces import Piece
+from minitron.text.encoding import Encoded, Encoder, Encoding
+
+ALONE_BYTES = 2**23  # of text that this process encodes itself before it has others do so
+MOST_PROCESSES = 8  # where nothing is said: more than one process can feed and write for stand idle
+PIECES_AHEAD = 2  # of each process: what waits is in memory
+
+_encoder: Encoder | None = None  # a process's own
+
+
+class Workers(AbstractContextManager):
+    """Encodes pieces. `processes` None: as many as there are cores, at most MOST_PROCESSES, once there is text enough; 1: this process alone."""
+
+    def __init__(self, encoding: Encoding, processes: int | None):
+        self.encoding, self.encoder = encoding, Encoder(encoding)
+        self.processes = processes or min(MOST_PROCESSES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        self._alone_bytes = ALONE_BYTES if processes is None else 0
+        self._pool: ProcessPoolExecutor | None = None
+
+    def encode(self, pieces: Iterable[Piece], held_out: bool) -> Iterator[tuple[Piece, Encoded]]:
+        """Every piece and its documents of that split. Raises ValueError as an Encoder does, and where a process ends that should not."""
+        pieces = iter(pieces)
+        for piece in pieces:
+            self._alone_bytes -= piece.block.num_bytes
+            if self.processes > 1 and self._alone_bytes < 0:
+                yield from self._by_others(piece, pieces, held_out)
+                return
+            yield piece, self.encoder(piece, held_out)
+
+    def _by_others(self, first: Piece, pieces: Iterator[Piece], held_out: bool) -> Iterator[tuple[Piece, Encoded]]:
+        pool = self._started()
+        waiting: deque[tuple[Piece, Future]] = deque([(first, pool.submit(_encode, first, held_out))])
+        try:
+            while waiting:
+                while len(waiting) < PIECES_AHEAD * self.processes and (piece := next(pieces, None)) is not None:
+                    waiting.append((piece, pool.submit(_encode, piece, held_out)))
+                piece, future = waiting.popleft()
+                yield piece, future.result()
+        except BrokenProcessPool:
+            raise ValueError(f"data.processes: one of {self.processes} processes that tokenise was killed, for want of memory as a rule; what is done is kept, "
+                             f"go on with fewer (data.processes={max(1, self.processes // 2)})") from None  # fmt: skip
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")  # a fork of a process that has threads may hang
+            self._pool = ProcessPoolExecutor(self.processes, context, _begin, (self.encoding,))
+        return self._pool
+
+    def __exit__(self, *_raised: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _begin(encoding: Encoding) -> None:
+    """What a process does first."""
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it, and ends this one
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encoder = Encoder(encoding)
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed would wait for work for ever."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _encode(piece: Piece, held_out: bool) -> Encoded:
+    return _encoder(piece, held_out)
