@@ -5,15 +5,15 @@ import math
 from dataclasses import dataclass
 
 from minitron.settings.data import DataSettings, Embedded
-from minitron.settings.training import Rows
-from minitron.text.documents import matching_files
-from minitron.text.embedded import HELD_OUT_SHARE, source_files
+from minitron.settings.training import Form, Rows
+from minitron.sources.document import HELD_OUT_SHARE
+from minitron.sources.embedded import source_files
+from minitron.sources.files import matching_files, text_bytes
 
 TOPIC_BYTES = 465_000  # of pydoc's topics
 PROSE_SHARE = 0.188  # of the library's sources, that docstrings and topics are
 # UTF-8 bytes of a token: 3.14 with 2,048 tokens of vocabulary on code, 4.79 with 49,152 on prose (the embedded text of Python 3.11).
 BYTES_AT_2048, BYTES_PER_DOUBLING, MOST_BYTES = 3.14, 0.36, 4.8
-PARQUET_PACKING = 3.0  # times that text is larger than its Parquet file
 ALL_BYTES = 1.5  # times a file's bytes there are surely no more tokens: normalised letters, and what is put before and after a document
 
 
@@ -39,7 +39,7 @@ def text_size(data: DataSettings, vocab: int) -> TextSize:
         return _limited(data, TextSize(rows * data.sequence_length, (rows - held_out) * data.sequence_length, held_out * data.sequence_length, rows))
     read, num_bytes, at_most = _source_bytes(data)
     tokens = num_bytes / bytes_per_token(vocab)
-    if data.rows is Rows.windows and not data.messages_field and not data.key_value_share:  # which add to the text
+    if data.rows is Rows.windows and data.form in (Form.auto, Form.text) and not data.messages_field and not data.key_value_share:  # which add to the text
         most = math.ceil(at_most * ALL_BYTES / data.sequence_length) if at_most is not None else None  # a token is a byte at least
     else:
         most = None
@@ -54,9 +54,9 @@ def bytes_per_token(vocab: int) -> float:
 def _source_bytes(data: DataSettings) -> tuple[int, int, int | None]:
     """Bytes to read, of text, and of text at most, None where nobody knows."""
     if data.files:
-        sizes = [(path.suffix.lower(), path.stat().st_size) for path in matching_files(data.files)]
-        total = sum(size * (PARQUET_PACKING if suffix == ".parquet" else 1) for suffix, size in sizes)
-        return int(total), int(total), None if any(suffix == ".parquet" for suffix, _ in sizes) else int(total)
+        sizes = [text_bytes(path) for path in matching_files(data.files)]
+        stored, total = sum(size for size, _ in sizes), sum(size for _, size in sizes)
+        return max(stored, total), total, total if stored == total else None
     code = _code_bytes()
     return code, int(PROSE_SHARE * code) if data.embedded is Embedded.prose else code, code
 

@@ -1,4 +1,4 @@
-"""The settings of the text: where documents come from, what a record of them is, and the rows that they are cut into. What each means stands in conf/run.yaml."""
+"""The settings of the text: where documents come from, what a record is, and the rows they are cut into. What each means stands in conf/run.yaml."""
 
 from dataclasses import dataclass, field
 
@@ -88,7 +88,7 @@ class DataSettings:
         if self.answers_only and self.form is Form.text:
             raise ValueError("data.answers_only is true, but data.form is text, in which nobody answers; one of them must be another")
         if self.answers_only and self.key_value_share:
-            raise ValueError(f"data.answers_only is true and data.key_value_share {self.key_value_share}; lines can be hidden in plain text alone, it must be 0")
+            raise ValueError(f"data.answers_only is true and data.key_value_share {self.key_value_share}; it must be 0, lines are hidden in plain text alone")
 
     def check_rows(self, name: str, train: TrainSettings, rows: int, told: str) -> None:
         """Refuse batches of more rows than the data has; `told` is "only", or "at most" where that is not known. Raises ValueError."""

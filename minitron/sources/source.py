@@ -14,9 +14,10 @@ from minitron.sources.blocks import Block
 from minitron.sources.digests import content_digest
 from minitron.sources.document import Document
 from minitron.sources.embedded import embedded_documents, text_fingerprint
-from minitron.sources.files import all_files_of, blocks_of, cut_of, matching_files, stem_of, text_bytes
+from minitron.sources.files import blocks_of, cut_of, files_behind, matching_files, text_bytes
 from minitron.sources.forms import Reading
 from minitron.sources.hub import HubSource
+from minitron.sources.kinds import stem_of
 from minitron.sources.pieces import Names, Piece, Source, fields_of, reading_of
 from minitron.sources.prose import PROSE_VERSION, prose_documents
 
@@ -104,7 +105,7 @@ def source_title(data: DataSettings) -> str:
 def source_identity(data: DataSettings) -> dict[str, Any]:
     """What a key says of the source: the files' names and contents, not where they lie; a dataset's name and revision."""
     if data.files:
-        digests = [[path.name, content_digest(path)] for given in matching_files(data.files) for path in all_files_of(given)]
+        digests = [[path.name, content_digest(path)] for given in matching_files(data.files) for path in files_behind(given)]
         return {"files": digests, "text_field": data.text_field}
     if data.dataset:
         names = ("dataset", "dataset_config", "dataset_revision", "dataset_split", "text_field")

@@ -76,4 +76,5 @@ def rows_identity(data: DataSettings) -> dict[str, Any]:
 def _data_of(source: SourceSettings, data: DataSettings, length: int) -> DataSettings:
     own = {f.name: getattr(source, f.name) for f in fields(SourceSettings) if f.name not in ("weight", "answers_only")}
     answers_only = data.answers_only if source.answers_only is None else source.answers_only
-    return DataSettings(rows=data.rows, sequence_length=length, vocab=data.vocab, answers_only=answers_only, refused=data.refused, processes=data.processes, **own)
+    return DataSettings(rows=data.rows, sequence_length=length, vocab=data.vocab, answers_only=answers_only, refused=data.refused, processes=data.processes,
+                        **own)  # fmt: skip

@@ -17,7 +17,7 @@ from minitron.generation.answers import token_mask
 from minitron.generation.conversations import ConversationWriter, Written
 from minitron.settings.data import DataSettings
 from minitron.sources.blocks import records
-from minitron.sources.document import source_of
+from minitron.sources.document import Document, source_of
 from minitron.sources.forms import Conversation, Refused
 from minitron.sources.pieces import Piece
 from minitron.text.key_values import check_hiding, hide_lines, vocabulary_of
@@ -114,13 +114,13 @@ class Encoder:
                 found.sources.append((source, 1))
         return found
 
-    def texts(self, piece: Piece, held_out: bool) -> Iterator[str]:
-        """The texts of the piece's documents of that split, as they would be tokenised."""
+    def texts(self, piece: Piece) -> Iterator[Document]:
+        """The piece's documents that are not left out, as they would be tokenised; of both splits, whatever equals what."""
         found = Encoded(np.empty(0, np.int32), np.empty(0, np.int32), [], np.empty(0, np.uint64))
-        for place, record in records(piece.block, piece.of_split(held_out)):
-            text = self._read(piece, place, record, found, held_out, [])
+        for place, record in records(piece.block, range(len(piece.names))):
+            text = self._read(piece, place, record, found, True, [])
             if text is not None:
-                yield text.text
+                yield Document(name=text.name, text=text.text)
 
     def _read(self, piece: Piece, place: int, record: Any, found: Encoded, held_out: bool, hashes: list[int]) -> _Text | None:
         """One record as text; None where it is left out, which `found` counts. `hashes` gets what it holds."""

@@ -78,10 +78,16 @@ def run_passes(place: Place, data: DataSettings, encoding: Encoding, wanted: Map
     Raises ValueError naming file and document for what cannot be read, for a split without a row, and where the disk is full.
     """
     source, title = open_source(data, place.scratch), source_title(data)
-    with Workers(encoding, data.processes) as workers, _room_for(place.folder):
+    with Workers(encoding, data.processes, source.num_bytes) as workers, _room_for(place.folder):
         found = {split: _Pass(place, data, encoding, split, file).run(source, workers, title) for split, file in wanted.items()}
     shutil.rmtree(place.scratch, ignore_errors=True)
     return found
+
+
+def forget_passes(folder: Path) -> None:
+    """Delete what only an interrupted pass needs: all are done."""
+    for path in (*folder.glob("*.state.json"), *folder.glob("*_hashes.bin")):
+        path.unlink()
 
 
 class _Pass:
@@ -190,8 +196,8 @@ class _Pass:
         if self.tally.seen:
             raise ValueError(f"data: {title} has {number:,} documents and none with text for {self._described} (left out: {why})")
         none = "to hold out" if self.split == "heldout" else "for training: all are held out"
-        raise ValueError(f"data: {title} has {number:,} document{'s' if number > 1 else ''} and none {none}; about 1 in {HELD_OUT_SHARE} is held out, by a hash of "
-                         f"its name: {5 * HELD_OUT_SHARE} documents are nearly always enough (data.cut_kib cuts text files into documents)")  # fmt: skip
+        raise ValueError(f"data: {title} has {number:,} document{'s' if number > 1 else ''} and none {none}; about 1 in {HELD_OUT_SHARE} is held out, by a hash "
+                         f"of its name: {5 * HELD_OUT_SHARE} documents are nearly always enough (data.cut_kib cuts text files into documents)")  # fmt: skip
 
 
 @contextmanager
@@ -202,4 +208,4 @@ def _room_for(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise ValueError(f"data: there is no room left on the disk of {folder} ({error.strerror}); what is done is kept: make room and run the same again") from None
+        raise ValueError(f"data: there is no room left on the disk of {folder} ({error.strerror}); what is done is kept: make room and run it again") from None

@@ -7,7 +7,7 @@ from minitron.settings.teachers import teacher_architecture
 from minitron.sources.source import source_title
 from minitron.text.blends import rows_to_make
 from minitron.text.encoding import Encoding
-from minitron.text.passes import Split, run_passes
+from minitron.text.passes import Split, forget_passes, run_passes
 from minitron.text.tokenise import HASHES_FILE, check_vocabulary, place_of, said_of, tokenizer_folder
 from minitron.walk.stage import StageContext
 
@@ -16,6 +16,7 @@ def make_phase_rows(context: StageContext) -> dict:
     """Writes <name>.npy for every name of rows_to_make, int32 [rows, T] with -1 as padding. Documents that are held out, or equal one that the data stage
     holds out, are left out."""
     facts = {name: _made(context, name, data) for name, data in rows_to_make(context.settings).items()}
+    forget_passes(context.folder)
     return {"headline": "; ".join(map(_described, facts.values())), "rows": facts}
 
 

@@ -14,7 +14,7 @@ from minitron.sources.source import open_source, source_title
 from minitron.text import own_tokenizer
 from minitron.text.card import data_card
 from minitron.text.encoding import Encoder, Encoding
-from minitron.text.passes import Place, Split, run_passes
+from minitron.text.passes import Place, Split, forget_passes, run_passes
 from minitron.walk.stage import StageContext
 from minitron.walk.store import write_json
 
@@ -36,7 +36,9 @@ def make_rows(context: StageContext) -> dict:
     check_vocabulary(encoding)
     splits = run_passes(place, data, encoding, SPLITS)
     write_json(context.folder / "heldout_sources.json", splits["heldout"].counts.runs)
-    return {"headline": _headline(data, vocabulary, splits), **_facts(data, vocabulary, splits), "card": data_card(context.folder, encoding, splits)}
+    card = data_card(context.folder, encoding, splits)
+    forget_passes(context.folder)
+    return {"headline": _headline(data, vocabulary, splits), **_facts(data, vocabulary, splits), "card": card}
 
 
 def place_of(context: StageContext, scratch: str) -> Place:
@@ -97,6 +99,6 @@ def _train_tokenizer(data: DataSettings, folder: Path, scratch: Path) -> None:
     def texts() -> Iterator[str]:
         encoder = Encoder(Encoding(folder, data, 0, folder / HASHES_FILE), own_tokenizer.chat_tokenizer())  # there is no other yet, and none is held out
         for piece in open_source(data, scratch).pieces():
-            yield from encoder.texts(piece, held_out=False)
+            yield from (document.text for document in encoder.texts(piece) if not document.is_held_out)
 
     own_tokenizer.train_tokenizer(texts(), data.vocab, folder, chat_template=template)

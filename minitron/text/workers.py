@@ -14,7 +14,7 @@ from multiprocessing.connection import wait
 from minitron.sources.pieces import Piece
 from minitron.text.encoding import Encoded, Encoder, Encoding
 
-ALONE_BYTES = 2**23  # of text that this process encodes itself before it has others do so
+ALONE_BYTES = 2**25  # of text that this process encodes itself before it has others do so
 MOST_PROCESSES = 8  # where nothing is said: more than one process can feed and write for stand idle
 PIECES_AHEAD = 2  # of each process: what waits is in memory
 
@@ -22,12 +22,13 @@ _encoder: Encoder | None = None  # a process's own
 
 
 class Workers(AbstractContextManager):
-    """Encodes pieces. `processes` None: as many as there are cores, at most MOST_PROCESSES, once there is text enough; 1: this process alone."""
+    """Encodes pieces. `processes` None: as many as there are cores, at most MOST_PROCESSES, once there is text enough; 1: this process alone.
+    `num_bytes` of text are to come, None where nobody knows."""
 
-    def __init__(self, encoding: Encoding, processes: int | None):
+    def __init__(self, encoding: Encoding, processes: int | None, num_bytes: int | None):
         self.encoding, self.encoder = encoding, Encoder(encoding)
         self.processes = processes or min(MOST_PROCESSES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-        self._alone_bytes = ALONE_BYTES if processes is None else 0
+        self._alone_bytes = ALONE_BYTES if processes is None and (num_bytes is None or num_bytes < ALONE_BYTES) else 0
         self._pool: ProcessPoolExecutor | None = None
 
     def encode(self, pieces: Iterable[Piece], held_out: bool) -> Iterator[tuple[Piece, Encoded]]:
@@ -41,7 +42,7 @@ class Workers(AbstractContextManager):
             yield piece, self.encoder(piece, held_out)
 
     def _by_others(self, first: Piece, pieces: Iterator[Piece], held_out: bool) -> Iterator[tuple[Piece, Encoded]]:
-        pool = self._started()
+        pool = self._started_pool()
         waiting: deque[tuple[Piece, Future]] = deque([(first, pool.submit(_encode, first, held_out))])
         try:
             while waiting:
@@ -53,9 +54,10 @@ class Workers(AbstractContextManager):
             raise ValueError(f"data.processes: one of {self.processes} processes that tokenise was killed, for want of memory as a rule; what is done is kept, "
                              f"go on with fewer (data.processes={max(1, self.processes // 2)})") from None  # fmt: skip
 
-    def _started(self) -> ProcessPoolExecutor:
+    def _started_pool(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            context = multiprocessing.get_context("spawn")  # a fork of a process that has threads may hang
+            context = multiprocessing.get_context("forkserver")  # one process imports what all need; a fork of this one, which has threads, may hang
+            context.set_forkserver_preload([__name__])
             self._pool = ProcessPoolExecutor(self.processes, context, _begin, (self.encoding,))
         return self._pool
 
