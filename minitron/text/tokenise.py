@@ -6,10 +6,13 @@ Everything keeps the order of the source, and the split goes by the documents' n
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from minitron.families.text import load_tokenizer
 from minitron.settings.data import DataSettings
 from minitron.settings.teachers import is_trained, teacher_architecture
 from minitron.sources import arithmetic
+from minitron.sources.document import Document
 from minitron.sources.source import open_source, source_title
 from minitron.text import own_tokenizer
 from minitron.text.card import data_card
@@ -95,10 +98,13 @@ def tokenizer_folder(context: StageContext) -> Path:
 def _train_tokenizer(data: DataSettings, folder: Path, scratch: Path) -> None:
     """The tokenizer of the train documents, written to `folder`."""
     template = arithmetic.CHAT_TEMPLATE if data.arithmetic.problems else own_tokenizer.CHAT_TEMPLATE
+    texts = (document.text for document in read_documents(data, scratch) if not document.is_held_out)
+    own_tokenizer.train_tokenizer(texts, data.vocab, folder, chat_template=template)
 
-    def texts() -> Iterator[str]:
-        encoder = Encoder(Encoding(folder, data, 0, folder / HASHES_FILE), own_tokenizer.chat_tokenizer())  # there is no other yet, and none is held out
-        for piece in open_source(data, scratch).pieces():
-            yield from (document.text for document in encoder.texts(piece) if not document.is_held_out)
 
-    own_tokenizer.train_tokenizer(texts(), data.vocab, folder, chat_template=template)
+def read_documents(data: DataSettings, scratch: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Document]:
+    """Every document of the source that is not left out, of both splits, as it would be tokenised: conversations in the tokenizer's template, or, without one,
+    in that of own_tokenizer. Raises ValueError as an Encoder does."""
+    encoder = Encoder(Encoding(scratch, data, 0, scratch / HASHES_FILE), tokenizer or own_tokenizer.chat_tokenizer())
+    for piece in open_source(data, scratch).pieces():
+        yield from encoder.texts(piece)
