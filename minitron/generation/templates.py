@@ -2,17 +2,21 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # names that data sets give an assistant's reasoning beside its content
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # characters that no text means anything by
 # What a template does wrong with a message that it was not written for, beside raising an error of its own.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # transformers' own block around what an assistant wrote
 Message = dict[str, Any]
 
 
@@ -67,8 +71,25 @@ def _shown(value: Any) -> str:
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = False, **variables: Any) -> str:
     """Plain messages in the tokenizer's chat template. Raises ValueError with the template's own sentence where it refuses them or fails."""
+    return _told(lambda: tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **variables))
+
+
+def marked_ranges(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: list | None = None) -> tuple[str, list[tuple[int, int]]]:
+    """The same text, and the half-open ranges of its characters in the template's own {% generation %} blocks; none where it has no such block.
+
+    A block inside a macro gets a wrong range: transformers counts from what is written before the macro. Raises ValueError as `render`.
+    """
+    template = tokenizer.get_chat_template(tools=tools)
+    if not GENERATION.search(template):
+        return "", []
+    variables = {**tokenizer.special_tokens_map, "tools": tools, "chat_template": template, "return_assistant_tokens_mask": True}
+    (text,), (ranges,) = _told(lambda: render_jinja_template(conversations=[list(messages)], **variables))
+    return text, [(start, end) for start, end in ranges if start < end]
+
+
+def _told(write: Callable[[], Any]) -> Any:
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **variables)
+        return write()
     except TEMPLATE_ERRORS as error:
         said = " ".join(str(error).split())[:300] or "it gives no reason"
         own = type(error) is jinja2.TemplateError  # what raise_exception of a template raises
@@ -102,3 +123,9 @@ class StandIns:
         for character, own in self._texts.items():
             text = text.replace(character, own)
         return text
+
+    def shown_at(self, text: str, places: Iterable[int]) -> list[int]:
+        """Where places between characters of `text` are in what `show` makes of it."""
+        found = [match.start() for match in re.finditer(f"[{''.join(self._texts)}]", text)] if self._texts else []
+        grown = [0, *accumulate(len(self._texts[text[place]]) - 1 for place in found)]
+        return [place + grown[bisect_left(found, place)] for place in places]

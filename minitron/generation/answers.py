@@ -1,0 +1,198 @@
+"""Which characters of a written conversation are the assistant's: from behind the prompt that the template gives it through the end of its turn.
+
+A template that marks them itself ({% generation %}) is taken at its word. In any other the conversation up to a message is written with a prompt for an
+answer, and up to the message's end without: what the second has more is the message. Templates do write a message otherwise where more follow (earlier
+reasoning left out, tools before the last question), so that these are no beginnings of the whole; then what they end in is looked for around the
+characters that stand for the message's thought and answer.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from minitron.generation.templates import GENERATION, Message, marked_ranges, render
+
+PROBE = [{"role": "user", "content": "?"}]
+# Blocks that are written somewhere else than where they stand: places within them are none of the whole.
+ELSEWHERE = re.compile(r"\{%[-+]?\s*(macro|call|filter|set)\b.*?\{%[-+]?\s*end\1\b", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """`text` in place of the characters [start, end) that the template wrote before an answer; `opened` of its characters stand in the prompt already."""
+
+    start: int
+    end: int
+    text: str
+    opened: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Messages as a template was given them, what it wrote, what is put in there (in order), and whether the reasoning is lost all the same."""
+
+    messages: Sequence[Message]
+    rendered: str
+    edits: tuple[Edit, ...] = ()
+    is_lost: bool = False
+
+    @property
+    def text(self) -> str:
+        parts, end = [], 0
+        for edit in self.edits:
+            parts += [self.rendered[end : edit.start], edit.text]
+            end = edit.end
+        return "".join([*parts, self.rendered[end:]])
+
+    def moved(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Ranges of `rendered` as ranges of `text`, those that touch made one."""
+        joined: list[tuple[int, int]] = []
+        for start, end in sorted((self._place(start, is_start=True), self._place(end, is_start=False)) for start, end in ranges):
+            if joined and start <= joined[-1][1]:
+                joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+            elif start < end:
+                joined.append((start, end))
+        return joined
+
+    def _place(self, place: int, *, is_start: bool) -> int:
+        grown = 0
+        for edit in self.edits:
+            if place < edit.start or (place == edit.start and not is_start):
+                break
+            if place <= edit.end:
+                return edit.start + grown + (edit.opened if is_start else len(edit.text))
+            grown += len(edit.text) - (edit.end - edit.start)
+        return place + grown
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Finds the assistant's characters in a draft.
+
+    `own`: of each assistant's message, by its place, the characters that stand for its parts ("": it has none). `tags`: what prompts may end in, with
+    reasoning on and off; `at_end` matches such tags at the end of a text.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    tools: list | None
+    draft: Draft
+    own: Mapping[int, str]
+    tags: Sequence[str]
+    at_end: re.Pattern
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Half-open ranges of `draft.text`, in order. Raises ValueError where they cannot be told."""
+        marked = self._marked()
+        return self.draft.moved(self._by_prefixes() if marked is None else marked)
+
+    def _marked(self) -> list[tuple[int, int]] | None:
+        """The ranges that the template marks itself; None where it marks none, or not where they are."""
+        template = self.tokenizer.get_chat_template(tools=self.tools)
+        if not GENERATION.search(template) or any(GENERATION.search(block[0]) for block in ELSEWHERE.finditer(template)):
+            return None
+        text, ranges = marked_ranges(self.tokenizer, self.draft.messages, self.tools)
+        own = set("".join(self.own.values()))
+        holds = any(own & set(text[start:end]) for start, end in ranges)
+        return ranges if text == self.draft.rendered and (holds or not ranges) else None
+
+    def _by_prefixes(self) -> list[tuple[int, int]]:
+        text, ends = self.draft.rendered, self._ends()
+        ranges, floor = [], 0
+        for place, own in self.own.items():
+            places = [text.find(character) for character in own if character in text]
+            if own and not places:
+                continue  # the template leaves this message out
+            if any(text.count(character) > 1 for character in own) and not self.draft.messages[place].get("tool_calls"):
+                raise ValueError(f"the chat template writes message {place + 1}, the assistant's, more than once: its answers cannot be told from the rest")
+            start = self._start(place, floor, min(places) if places else None)
+            end = self._end(place, start, max(places) if places else None, ends)
+            ranges.append((start, end))
+            floor = end
+        return ranges
+
+    def _start(self, place: int, floor: int, first: int | None) -> int:
+        """Where a message begins: behind its prompt, and before `first`, the first of its characters (None: it has none)."""
+        text, prompt = self.draft.rendered, self._prompt(place)
+        limit = len(text) if first is None else first
+        for given in self._endings(prompt or ""):
+            if prompt is not None and floor <= len(given) <= limit and text.startswith(given):
+                return len(given)
+        opening = self._opening(place, prompt)
+        if place == 0 and not opening:
+            begin = self.tokenizer.bos_token or ""
+            return len(begin) if text.startswith(begin) else 0
+        for given in self._endings(opening) if opening and first is not None else ():
+            found = text.rfind(given, 0, limit)
+            if given and found >= 0 and found + len(given) >= floor:
+                return found + len(given)
+        raise ValueError(f"the chat template's text does not tell where message {place + 1}, the assistant's, begins")
+
+    def _endings(self, prompt: str) -> list[str]:
+        """A prompt as the template writes it, then with the other tags that it may end in, then without."""
+        bare = prompt[: self.at_end.search(prompt).start()]
+        return [prompt, *(bare + tags for tags in self.tags), prompt.rstrip(), bare]
+
+    def _prompt(self, place: int) -> str | None:
+        """The conversation before a message, with the prompt for it; None where the template refuses it, as it may refuse no message at all."""
+        try:
+            return render(self.tokenizer, self.draft.messages[:place], add_generation_prompt=True, tools=self.tools)
+        except ValueError:
+            return None
+
+    def _opening(self, place: int, prompt: str | None) -> str:
+        """What a prompt ends in, from the message before on; as a template writes it for a question where there is no prompt."""
+        if prompt is not None and place:
+            said = self.draft.messages[place - 1]["content"].strip()
+            if said and said in prompt:
+                return prompt[prompt.rindex(said) :]
+            before = render(self.tokenizer, self.draft.messages[:place], tools=self.tools)
+        else:
+            prompt, before = (render(self.tokenizer, PROBE, add_generation_prompt=is_asked) for is_asked in (True, False))
+        return prompt[len(before) :] if prompt.startswith(before) else ""
+
+    def _end(self, place: int, start: int, last: int | None, ends: Sequence[str]) -> int:
+        """Where a message ends: behind the end of its turn, or whatever else the template writes after `last`, the last of its characters."""
+        text, is_final = self.draft.rendered, place == len(self.draft.messages) - 1
+        whole = text if is_final else render(self.tokenizer, self.draft.messages[: place + 1], tools=self.tools)
+        if last is None:
+            behind, tail = start, whole[start:] if whole.startswith(text[:start]) else None
+        else:
+            behind, (_, found, tail) = last + 1, whole.partition(text[last])
+            tail = tail if found else None
+        written = None if tail is None else _written_of(tail, text[behind:], ends)
+        if written is None:
+            raise ValueError(f"the chat template's text does not tell where message {place + 1}, the assistant's, ends")
+        return behind + written
+
+    def _ends(self) -> list[str]:
+        """Tokens that may end a turn, the longest first: a token can be the end of another."""
+        return sorted({*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
+
+
+def _written_of(tail: str, text: str, ends: Sequence[str]) -> int | None:
+    """How much of a `text` is the `tail` of a turn, without the space behind the token that ends it; without a token of `ends` that only the last turn has."""
+    while True:
+        bare = tail.rstrip()
+        token = next((end for end in ends if bare.endswith(end)), None)
+        for kept in (tail, bare) if token is None else (bare,):
+            if text.startswith(kept):
+                return len(kept)
+        if token is None:
+            return None
+        tail = bare.removesuffix(token)
+
+
+def token_mask(offsets: np.ndarray | Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]]) -> np.ndarray:
+    """bool [T]: whether any character of a token is the assistant's.
+
+    `offsets` [T, 2]: half-open ranges of the tokens' characters, as a fast tokenizer's return_offsets_mapping gives them; one without a character is
+    nobody's. `answers`: half-open ranges in order, none in another, as `Written.answers` has them.
+    """
+    begins, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    answer_begins, answer_ends = np.asarray(answers, dtype=np.int64).reshape(-1, 2).T
+    first = np.searchsorted(answer_ends, begins, side="right")  # the first answer that is not over where the token begins
+    after_all = np.iinfo(np.int64).max
+    return (begins < ends) & (np.append(answer_begins, after_all)[first] < ends)
