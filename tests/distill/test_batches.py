@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from distill.batches import RowBatches, count_tokens, split_padding
+from distill.batches import (
+    NOT_COUNTED,
+    PADDING,
+    RowBatches,
+    count_counted,
+    count_tokens,
+    counted_positions,
+    document_numbers,
+    mark_start,
+    not_counted,
+    plain_ids,
+    split_padding,
+)
 
 
 @pytest.fixture
@@ -66,8 +78,31 @@ def test_padding_is_split_from_ids_and_id_zero_is_a_token():
     assert mask.sum(1).tolist() == [4, 2, 3] and mask[1].tolist() == [True, True, False, False]
 
 
-def test_padding_is_not_counted_as_tokens(rows):
+def test_padding_is_not_counted_as_tokens(rows, monkeypatch):
     assert count_tokens(PADDED) == 9 and count_tokens(rows) == 96 and count_tokens(PADDED[:0]) == 0
+    monkeypatch.setattr("distill.batches.COUNTED_AT_ONCE", 9)  # two rows
+    assert count_tokens(PADDED) == 9 and count_tokens(rows) == 96
+
+
+# Two documents of three tokens, the second's first marked as a start; at two positions of each nothing is learned.
+MARKED = np.array([[not_counted(0), 7, not_counted(NOT_COUNTED - 1), mark_start(not_counted(0)), not_counted(6), 9, PADDING]], dtype=np.int32)
+
+
+def test_marked_rows_are_read_back():
+    rows = torch.from_numpy(MARKED).long()
+    ids, mask = split_padding(rows)
+    assert ids.tolist() == [[0, 7, NOT_COUNTED - 1, 0, 6, 9, 0]] and mask.tolist() == [[True] * 6 + [False]]
+    assert plain_ids(MARKED).tolist() == [[0, 7, NOT_COUNTED - 1, 0, 6, 9, PADDING]] and plain_ids(MARKED).dtype == np.int32
+    assert counted_positions(rows).tolist() == counted_positions(MARKED).tolist() == [[False, True, False, False, False, True, False]]
+    assert document_numbers(rows).tolist() == [[0, 0, 0, 1, 1, 1, 1]]
+    assert count_counted(rows) == count_counted(MARKED) == 2 and count_tokens(MARKED) == 6
+
+
+def test_without_marks_what_counts_is_what_is_real():
+    rows = torch.from_numpy(PADDED).long()
+    rows[0, 2] = mark_start(rows[0, 2])
+    assert torch.equal(counted_positions(rows), split_padding(rows)[1]) and count_counted(PADDED) == count_tokens(PADDED)
+    assert not torch.equal(counted_positions(not_counted(rows)), split_padding(rows)[1])
 
 
 def test_a_step_of_padded_rows_has_the_tokens_of_the_mean_batch():

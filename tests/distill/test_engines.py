@@ -154,6 +154,24 @@ def test_a_mean_per_process_would_leave_the_curve(alone, worker, tmp_path):
     assert [record.loss for record in records] != pytest.approx([record.loss for record in alone[1]], rel=1e-5)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_on_answers_alone_two_processes_walk_the_curve_of_one(engine, alone, worker, launch, tmp_path):
+    """Micro-batches of one row with all, few or none of their positions counted; in some steps a process has none. The control is the curve of all tokens."""
+    shares = [[count_counted(rows) for rows in micro_batches(worker.RowBatches(worker.marked_rows(), 2, seed=1).at(step), 1, 0, 1)] for step in range(12)]
+    assert any(0 in share and max(share) > 0 for share in shares)
+    one, two, records = tmp_path / "one", tmp_path / "two", []
+    one.mkdir(), two.mkdir()
+    worker.run(one, {"batch": 2}, marked=True, on_step=records.append)
+    codes, printed = launch(engine, two, plan={"batch": 2, "micro_batch": 1}, marked=True, seed=2)
+    assert codes == [0, 0], printed
+    steps = launched_steps(two)
+    assert [step["loss"] for step in steps] == pytest.approx([record.loss for record in records], rel=1e-5)
+    assert [step["norm"] for step in steps] == pytest.approx([record.gradient_norm for record in records], rel=1e-5)
+    unmarked = []
+    worker.run(tmp_path / "unmarked", {"batch": 2}, on_step=unmarked.append)
+    assert [step["loss"] for step in steps[:4]] != pytest.approx([record.loss for record in unmarked[:4]], rel=1e-2)
+
+
 def test_two_processes_killed_and_launched_again_end_in_the_same_bits(launch, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):

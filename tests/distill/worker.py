@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
-from distill.batches import PADDING, RowBatches
+from distill.batches import PADDING, RowBatches, not_counted
 from distill.engines.launch import Launch, read_launch
 from distill.plan import Phase, StepRecord, TrainPlan
 from distill.trainer import distillation_loss, train_phases
@@ -64,13 +64,20 @@ def padded_rows() -> np.ndarray:
     return rows
 
 
+def marked_rows() -> np.ndarray:
+    """The same, but nothing is learned at most positions: of the rows of a batch some have all of them counted, and some none."""
+    rows, counted = padded_rows(), np.zeros((12, 16), dtype=bool)
+    counted[::4], counted[1::4, 2:3], counted[2::4, 3:9] = True, True, True
+    return np.where(counted | (rows == PADDING), rows, not_counted(rows))
+
+
 def run(folder: Path, plan: dict, *, seed: int = 2, launch: Launch | None = None, on_step: Callable[[StepRecord], None] = lambda record: None,
-        poison_at: int | None = None, llama: str = "") -> StepRecord:  # fmt: skip
-    """Distils build_model(seed), or a "tied" or "untied" Llama, from a fixed teacher in `folder`, as part of a launch or alone. In the last process
-    the loss of the `poison_at`-th of its batches is nan."""
+        poison_at: int | None = None, llama: str = "", marked: bool = False) -> StepRecord:  # fmt: skip
+    """Distils build_model(seed), or a "tied" or "untied" Llama, from a fixed teacher in `folder`, as part of a launch or alone, on marked_rows where those
+    are wanted. In the last process the loss of the `poison_at`-th of its batches is nan."""
     launch, calls = launch or Launch(), []
     plan = dict(plan)
-    phases = [Phase(RowBatches(padded_rows(), plan.pop("batch", 4), seed=1), TrainPlan(**PLAN | plan))]
+    phases = [Phase(RowBatches(marked_rows() if marked else padded_rows(), plan.pop("batch", 4), seed=1), TrainPlan(**PLAN | plan))]
     clean = distillation_loss(build_teacher(), launch=launch)
 
     def loss(model, rows_BT):
@@ -98,7 +105,7 @@ def kill_later(folder: Path, states: int, seconds: float) -> None:
 
 
 def main(folder: str, plan: dict, stop_at: int | None = None, kill_at: int | None = None, kill_after: tuple[int, float] | None = None,
-         full_at: int | None = None, poison_at: int | None = None, seed: int = 7, llama: str = "") -> None:  # fmt: skip
+         full_at: int | None = None, poison_at: int | None = None, seed: int = 7, llama: str = "", marked: bool = False) -> None:  # fmt: skip
     """Every record goes to folder/steps.jsonl. A SIGTERM comes to the first process in step `stop_at`, a SIGKILL in step `kill_at`, or
     `kill_after` so many states and seconds; from step `full_at` on no file may grow beyond 20,000 bytes, as on a disk that is nearly full.
     `seed` is another than alone, so that weights must come from a state, unless a run of its own is wanted.
@@ -120,7 +127,7 @@ def main(folder: str, plan: dict, stop_at: int | None = None, kill_at: int | Non
             os.kill(os.getpid(), signal.SIGKILL)
 
     try:
-        run(Path(folder), plan, seed=seed, launch=read_launch(), on_step=on_step, poison_at=poison_at, llama=llama)
+        run(Path(folder), plan, seed=seed, launch=read_launch(), on_step=on_step, poison_at=poison_at, llama=llama, marked=marked)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         os._exit(130)
