@@ -67,6 +67,7 @@ class HubSource:
                 some = list(islice(records, RECORDS_AT_ONCE))
             while some:
                 lines = [json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n" for record in some]
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("ab") as file:
                     file.writelines(lines)
                     end = file.tell()

@@ -89,7 +89,7 @@ class SplitRows:
         self.name, self.data, self.beginning, self.limit = name, data, list(beginning), limit
         self.keeps_sources = name == "heldout" and data.rows is not Rows.packed  # a packed row is of no one source
         self.counts = SplitCounts(**state["counts"]) if state else SplitCounts()
-        self._rows = GrowingRows(path, data.sequence_length, state["rows"] if state else 0)
+        self.path, self._rows = path, GrowingRows(path, data.sequence_length, state["rows"] if state else 0)
         self._packer = Packer(data.sequence_length, self.beginning, state["still_open"] if state else ())
 
     def add(self, documents: Documents, source: str = "") -> None:

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from minitron.text.documents import read_documents
+from minitron.text.tokenise import read_documents
 
 from minitron.settings.data import DataSettings
 from minitron.settings.reasoning import ArithmeticSettings, ReasoningSettings
@@ -34,9 +34,9 @@ def test_no_held_out_problem_is_among_those_for_training():
     assert len(set(held_out)) == len(held_out) and len(trained) < 2700  # some come twice, always in the same split
 
 
-def test_a_cut_trace_is_closed_after_a_whole_step_and_keeps_its_answer():
+def test_a_cut_trace_is_closed_after_a_whole_step_and_keeps_its_answer(tmp_path):
     data = DataSettings(arithmetic=SOME, truncated_share=1.0)
-    for problem, document in zip(problems(SOME), read_documents(data), strict=True):
+    for problem, document in zip(problems(SOME), read_documents(data, tmp_path), strict=True):
         question, _, rest = document.text.partition("<think>")
         reasoning, closed, answer = rest.partition("</think>")
         steps = [int(step) for step in reasoning.split()]

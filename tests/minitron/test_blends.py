@@ -2,12 +2,9 @@
 
 import json
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
-from minitron.text.documents import read_documents
-from minitron.text.embedded import Document
 from transformers import AutoTokenizer
 
 from distill.batches import BlendBatches
@@ -15,7 +12,8 @@ from minitron.settings.data import DataSettings
 from minitron.settings.run import Settings
 from minitron.settings.training import DistillSettings, PhaseSettings, SourceSettings
 from minitron.text.blends import DATA_ROWS, phase_parts, rows_to_make, without_truncation
-from minitron.text.traces import truncate_reasoning
+from minitron.text.tokenise import read_documents
+from minitron.text.traces import truncated
 
 
 def source(number: int, rows: int) -> np.ndarray:
@@ -52,21 +50,23 @@ def test_a_step_of_a_blend_asked_for_directly_is_the_one_walked_to():
     assert blend(seed=4).at(0).tolist() != batches[0]
 
 
-TRACE = Document(name="chat/1", text="user: hi\n<think>one two three four five six</think>The answer.")
+TRACE = "user: hi\n<think>one two three four five six</think>The answer."
+ANSWERS = ((9, 62), (9, 20), (51, 62), (0, 0))  # the assistant's words, and some others
+PARTS = [TRACE[start:end] for start, end in ANSWERS]
 
 
 def test_truncated_reasoning_is_closed_and_the_answer_stays():
-    short = truncate_reasoning(TRACE, 1.0)
-    begin, _, rest = short.text.partition("<think>")
+    short, answers = truncated(TRACE, ANSWERS, "chat/1", 1.0)
+    begin, _, rest = short.partition("<think>")
     thought, _, answer = rest.partition("</think>")
     assert (begin, answer) == ("user: hi\n", "The answer.") and "one two three four five six".startswith(thought) and len(thought) < 27
-    assert truncate_reasoning(TRACE, 0.0) is TRACE and truncate_reasoning(TRACE, 1.0) == short
+    assert [short[start:end] for start, end in answers] == [short[9:], f"<think>{thought[:4]}", PARTS[2], ""]
+    assert truncated(TRACE, ANSWERS, "chat/1", 0.0) == (TRACE, ANSWERS) and truncated(TRACE, ANSWERS, "chat/1", 1.0) == (short, answers)
 
 
 def test_the_share_of_documents_is_cut_and_always_the_same_ones():
-    documents = [replace(TRACE, name=f"chat/{number}") for number in range(2000)]
-    cut = [document.name for document in documents if truncate_reasoning(document, 0.05) is not document]
-    assert 70 < len(cut) < 130 and cut == [document.name for document in documents if truncate_reasoning(document, 0.05) is not document]
+    cut = [number for number in range(2000) if truncated(TRACE, (), f"chat/{number}", 0.05)[0] != TRACE]
+    assert 70 < len(cut) < 130 and cut == [number for number in range(2000) if truncated(TRACE, (), f"chat/{number}", 0.05)[0] != TRACE]
 
 
 def test_conversations_are_written_out_by_the_chat_template(tmp_path):

@@ -9,13 +9,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from minitron.text.documents import check_source, matching_files, read_documents, source_identity, source_title
-from minitron.text.embedded import Document
 
 from minitron.measures.held_out import evaluate, held_out_loss
 from minitron.settings.data import DataSettings
+from minitron.sources.document import Document
+from minitron.sources.files import matching_files
+from minitron.sources.source import check_source, source_identity, source_title
 from minitron.text.rows import document_rows
 from minitron.text.samples import batches_of, longest_prompt
+from minitron.text.tokenise import read_documents
 
 TEXTS = [f"Document {index} ends in {index * 7919 % 1000}, «ünï»\n\tand\r two lines. " + "word " * (index % 13) for index in range(90)]
 
@@ -50,7 +52,7 @@ def settings_of(*files: Path, **more) -> DataSettings:
 
 
 def documents_in(*files: Path, **more) -> list[Document]:
-    return list(read_documents(settings_of(*files, **more)))
+    return list(read_documents(settings_of(*files, **more), files[0].parent))
 
 
 # Reading.
@@ -68,8 +70,8 @@ def test_a_text_file_is_one_document(tmp_path):
 
 
 def test_text_may_be_in_another_field_and_null(tmp_path):
-    (tmp_path / "corpus.jsonl").write_text('{"body": "one", "text": "no"}\n{"body": null, "text": "no"}\n{"text": "no"}\n')
-    assert [document.text for document in documents_in(tmp_path / "corpus.jsonl", text_field="body")] == ["one", "", ""]
+    (tmp_path / "corpus.jsonl").write_text('{"body": "one", "text": "no"}\n{"body": null, "text": "no"}\n{"body": "two"}\n')
+    assert [(document.name, document.text) for document in documents_in(tmp_path / "corpus.jsonl", text_field="body")] == [("corpus/0", "one"), ("corpus/2", "two")]
 
 
 def test_no_more_documents_are_read_than_asked_for(tmp_path):
@@ -77,7 +79,7 @@ def test_no_more_documents_are_read_than_asked_for(tmp_path):
     files = tmp_path / "a.jsonl", tmp_path / "b.parquet"
     assert [document.text for document in documents_in(*files, max_documents=8)] == TEXTS[:8]
     assert len(documents_in(*files)) == 90
-    assert len(list(read_documents(DataSettings(max_documents=3)))) == 3
+    assert len(list(read_documents(DataSettings(max_documents=3), tmp_path))) == 3
 
 
 def test_names_that_look_like_patterns_are_files(tmp_path):
@@ -106,8 +108,8 @@ def test_a_dataset_is_read_by_name_split_and_field(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "owner" / "name" / "test.jsonl", TEXTS[9:12])
     monkeypatch.chdir(tmp_path)
     train = DataSettings(dataset="owner/name", max_documents=5)
-    assert list(read_documents(train)) == [Document(f"owner/name/{index}", text) for index, text in enumerate(TEXTS[:5])]
-    assert [document.text for document in read_documents(DataSettings(dataset="owner/name", dataset_split="test"))] == TEXTS[9:12]
+    assert list(read_documents(train, tmp_path)) == [Document(f"owner/name/{index}", text) for index, text in enumerate(TEXTS[:5])]
+    assert [document.text for document in read_documents(DataSettings(dataset="owner/name", dataset_split="test"), tmp_path / "other")] == TEXTS[9:12]
     with pytest.raises(ValueError, match="there is such a folder here"):
         check_source(train)
 
@@ -120,7 +122,7 @@ def test_the_split_and_the_key_stay_when_the_files_move(tmp_path):
     write_jsonl(tmp_path / "here" / "a.jsonl", TEXTS), write_txt(tmp_path / "here" / "b.txt", PLAIN[:1])
     shutil.copytree(tmp_path / "here", tmp_path / "far" / "away")
     here, away = (settings_of(folder / "*.*") for folder in (tmp_path / "here", tmp_path / "far" / "away"))
-    assert list(read_documents(here)) == list(read_documents(away))
+    assert list(read_documents(here, tmp_path)) == list(read_documents(away, tmp_path))
     assert source_identity(here) == source_identity(away)
 
 
@@ -217,7 +219,7 @@ def test_a_teacher_trained_on_padded_rows_learns_and_its_card_names_the_text(pad
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(losses).all() and losses[-1] < losses[0] - 1
     assert "tokens of text000.jsonl and 90 other files." in (folder / "checkpoint" / "README.md").read_text()
-    assert "; left out for want of text: 1" in finished.stdout
+    assert "; documents left out: 1 without text" in finished.stdout
 
 
 # Padding.

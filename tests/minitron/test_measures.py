@@ -22,8 +22,8 @@ from minitron.settings.data import DataSettings
 from minitron.settings.evaluate import EvaluateSettings, NeedleSettings, SpeedSettings
 from minitron.settings.training import Rows
 from minitron.text.key_values import vocabulary_of
-from minitron.text.rows import SplitRows
 from minitron.text.samples import batches_of
+from minitron.text.split_rows import SplitRows
 from minitron.walk.store import Result
 
 CPU = torch.device("cpu")
@@ -96,12 +96,13 @@ def test_small_sources_beyond_twenty_are_one():
 
 
 @pytest.mark.parametrize("limit", [None, 40])
-def test_every_row_knows_its_source(limit):
-    split = SplitRows("heldout", DataSettings(sequence_length=4, rows=Rows.documents, max_heldout_tokens=limit))
+def test_every_row_knows_its_source(limit, tmp_path):
+    split = SplitRows("heldout", DataSettings(sequence_length=4, rows=Rows.documents), tmp_path / "rows.npy", limit=limit)
     for source, lengths in ((1, [3, 1, 9]), (2, [2, 2]), (1, [5]), (3, [1]), (3, [4] * 9)):
         split.add([[source] * length for length in lengths], str(source))
-    rows = split.rows()
-    named = [int(source) for source, number in split.sources(len(rows)) for _ in range(number)]
+    split.finish()
+    rows = np.load(tmp_path / "rows.npy")
+    named = [int(source) for source, number in split.counts.runs for _ in range(number)]
     assert named == rows[:, 0].tolist() and len(named) == (14 if limit is None else 11)
     assert named[1:] + named[:1] != rows[:, 0].tolist()
 

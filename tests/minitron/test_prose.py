@@ -3,12 +3,13 @@
 import json
 
 import pytest
-from minitron.text.documents import read_documents, source_identity, source_title
-from minitron.text.embedded import Document
 
 from minitron.settings.data import DataSettings, Embedded
 from minitron.settings.reasoning import ArithmeticSettings
-from minitron.sources.prose import LEAST_CHARACTERS, docstrings
+from minitron.sources.document import Document
+from minitron.sources.embedded import embedded_documents
+from minitron.sources.prose import LEAST_CHARACTERS, docstrings, prose_documents
+from minitron.sources.source import source_identity, source_title
 from minitron.text.blends import rows_identity
 
 MODULE = b'''"""First of all."""
@@ -31,7 +32,7 @@ def late(): "Fourth."
 
 @pytest.fixture(scope="module")
 def documents() -> list[Document]:
-    return list(read_documents(DataSettings(embedded=Embedded.prose)))
+    return list(prose_documents())
 
 
 def test_docstrings_come_in_the_order_of_the_source_without_code():
@@ -51,20 +52,20 @@ def test_a_document_is_a_module_with_text_enough_or_a_topic(documents):
 
 def test_prose_is_no_code(documents):
     """The control: the same module as code has its imports."""
-    code = {document.name: document.text for document in read_documents(DataSettings())}["functools.py"]
+    code = {document.name: document.text for document in embedded_documents()}["functools.py"]
     prose = {document.name: document.text for document in documents}["functools.py"]
     assert "from collections import namedtuple" in code and "from collections import namedtuple" not in prose and len(prose) < len(code) / 2
 
 
 def test_prose_holds_out_the_modules_that_the_code_holds_out(documents):
-    code = {document.name: document.is_held_out for document in read_documents(DataSettings())}
+    code = {document.name: document.is_held_out for document in embedded_documents()}
     assert all(document.is_held_out == code[document.name] for document in documents)
     assert 0.02 < sum(document.is_held_out for document in documents) / len(documents) < 0.1
 
 
 def test_a_key_of_the_code_is_what_it_was_before_there_was_prose(monkeypatch):
     """Golden value: what the rows' key said of data.embedded=code when there was no such setting."""
-    monkeypatch.setattr("minitron.text.documents.text_fingerprint", lambda: "9a08a2d2b8df")
+    monkeypatch.setattr("minitron.sources.source.text_fingerprint", lambda: "9a08a2d2b8df")
     before = {"messages_field": None, "truncated_share": 0.0, "max_documents": None, "rows": "windows", "sequence_length": 256, "vocab": 2048,
               "max_train_tokens": None, "max_heldout_tokens": None, "source": {"text": "9a08a2d2b8df"}}  # fmt: skip
     assert json.dumps(rows_identity(DataSettings())) == json.dumps(before)
@@ -74,7 +75,7 @@ def test_prose_has_a_key_and_a_title_of_its_own(monkeypatch):
     code, prose = DataSettings(), DataSettings(embedded=Embedded.prose)
     assert source_identity(code) != source_identity(prose) and source_title(prose) == "the Python standard library's docstrings and topics"
     before = source_identity(prose)
-    monkeypatch.setattr("minitron.text.documents.text_fingerprint", lambda: "another")
+    monkeypatch.setattr("minitron.sources.source.text_fingerprint", lambda: "another")
     assert source_identity(prose) != before
 
 

@@ -1,12 +1,15 @@
 """Rows of tokens: cut from documents, never across two, padded on the right."""
 
+import json
+
 import numpy as np
 import pytest
 
 from distill.batches import PADDING, count_tokens, mark_start
 from minitron.settings.data import DataSettings
 from minitron.settings.training import Rows
-from minitron.text.rows import Packer, SplitRows, document_rows, windows
+from minitron.text.rows import Packer, document_rows, windows
+from minitron.text.split_rows import SplitRows
 
 
 def documents_of(row: np.ndarray) -> set[int]:
@@ -51,51 +54,66 @@ def test_packed_rows_hold_every_document_and_mark_where_the_next_begins():
 def test_packed_rows_of_documents_of_all_lengths_are_nearly_full():
     lengths = np.random.default_rng(0).geometric(1 / 60, 500).clip(2, 256)
     documents = [list(range(1, length + 1)) for length in lengths]
-    split, padded = (SplitRows("train", DataSettings(sequence_length=256, rows=rows)) for rows in (Rows.packed, Rows.documents))
-    split.add(documents), padded.add(documents)
-    assert count_tokens(split.rows()) == lengths.sum() == count_tokens(padded.rows())
-    assert count_tokens(split.rows()) / split.rows().size > 0.93 > 0.3 > count_tokens(padded.rows()) / padded.rows().size
+    packer = Packer(256)
+    packed, padded = np.concatenate([packer.add(documents), packer.rest()]), document_rows(documents, 256)
+    assert count_tokens(packed) == lengths.sum() == count_tokens(padded)
+    assert count_tokens(packed) / packed.size > 0.93 > 0.3 > count_tokens(padded) / padded.size
 
 
 @pytest.mark.parametrize("rows", Rows)
-def test_rows_do_not_depend_on_how_the_documents_are_handed_over(rows):
-    settings = DataSettings(sequence_length=4, rows=rows)
-    at_once, one_by_one = SplitRows("train", settings), SplitRows("train", settings)
-    at_once.add(TOKENISED)
+def test_rows_do_not_depend_on_how_the_documents_are_handed_over_nor_on_interruptions(rows, tmp_path):
+    data, names = DataSettings(sequence_length=4, rows=rows), ("at_once", "one_by_one", "interrupted")
+    splits = {name: SplitRows("train", data, tmp_path / f"{name}.npy") for name in names}
+    splits["at_once"].add(TOKENISED)
+    state = None
     for document in TOKENISED:
-        one_by_one.add([document])
-    assert np.array_equal(at_once.rows(), one_by_one.rows()) and len(at_once.rows()) == (6 if rows is Rows.packed else 4)
-    assert (at_once.num_documents, at_once.num_tokens, at_once.longest) == (4, 22, 9)
+        splits["one_by_one"].add([document])
+        killed = SplitRows("train", data, tmp_path / "interrupted.npy", state=state)
+        killed.add([document])
+        state = json.loads(json.dumps(killed.state()))
+        killed.add([[7] * 9])  # after the state was kept: lost with the process
+        killed._rows.flush()
+        killed.close()
+    splits["interrupted"] = SplitRows("train", data, tmp_path / "interrupted.npy", state=state)
+    made = {name: finished(split) for name, split in splits.items()}
+    assert len(made["at_once"]) == (6 if rows is Rows.packed else 4)
+    assert all(np.array_equal(made["at_once"], other) for other in made.values())
+    assert all((split.counts.documents, split.counts.tokens, split.counts.longest) == (4, 22, 9) for split in splits.values())
+
+
+def finished(split: SplitRows) -> np.ndarray:
+    split.finish()
+    return np.load(split.path, mmap_mode="r")
 
 
 @pytest.mark.parametrize(
     ("limit", "rows", "kept"),
     [(4, Rows.windows, 1), (11, Rows.windows, 2), (9, Rows.documents, 2), (10, Rows.documents, 3), (99, Rows.documents, 4)],
 )
-def test_a_splits_limit_counts_real_tokens_in_whole_rows(limit, rows, kept):
-    split = SplitRows("heldout", DataSettings(sequence_length=4, rows=rows, max_heldout_tokens=limit, max_train_tokens=4))
+def test_a_splits_limit_counts_real_tokens_in_whole_rows(limit, rows, kept, tmp_path):
+    split = SplitRows("heldout", DataSettings(sequence_length=4, rows=rows), tmp_path / "rows.npy", limit=limit)
     split.add(TOKENISED)
-    assert len(split.rows()) == kept and split.is_full == (limit < 14)
+    is_full, made = split.is_full, finished(split)
+    assert len(made) == kept and is_full == (limit < 14) and split.counts.kept_tokens == count_tokens(made) <= limit
 
 
-def test_a_split_without_a_row_says_what_it_had_and_what_is_needed():
-    split = SplitRows("train", DataSettings(sequence_length=10))
+def test_a_split_without_a_row_says_what_it_had_and_what_is_needed(tmp_path):
+    split = SplitRows("train", DataSettings(sequence_length=10), tmp_path / "rows.npy")
     split.add(TOKENISED)
     with pytest.raises(ValueError, match=r"the 4 train documents have 22 tokens, the longest 9; a row .*needs a document of at least 10 tokens"):
-        split.rows()
-    shorter = SplitRows("train", DataSettings(sequence_length=10, rows=Rows.documents))
-    shorter.add(TOKENISED)
-    assert shorter.rows().shape == (4, 10)
+        split.finish()
+    assert document_rows(TOKENISED, 10).shape == (4, 10)
 
 
 @pytest.mark.parametrize("rows", list(Rows))
-def test_every_row_begins_with_what_a_text_begins_with(rows):
+def test_every_row_begins_with_what_a_text_begins_with(rows, tmp_path):
     """And every document of a packed row; without it, the control, they begin with the documents' own first ids."""
     documents = [list(range(10, 10 + length)) for length in (9, 4, 23, 6)]
-    begun, plain = (SplitRows("train", DataSettings(sequence_length=8, rows=rows), beginning) for beginning in ([3], []))
+    data = DataSettings(sequence_length=8, rows=rows)
+    begun, plain = (SplitRows("train", data, tmp_path / f"{len(beginning)}.npy", beginning) for beginning in ([3], []))
     for split in (begun, plain):
         split.add(documents)
-    own, other = begun.rows(), plain.rows()
+    own, other = finished(begun), finished(plain)
     marked = own < PADDING
     assert set(own[:, 0]) | set(mark_start(own[marked]).tolist()) == {3} and (rows is not Rows.packed or marked.any())
     assert own.shape[1] == other.shape[1] == 8 and 3 not in other[:, 0]

@@ -3,10 +3,12 @@
 import json
 
 import pytest
-from minitron.text.embedded import Document, embedded_documents, train_tokenizer
 from transformers import AutoTokenizer
 
-from minitron.text import embedded as text
+from minitron.sources import embedded as text
+from minitron.sources.document import Document
+from minitron.sources.embedded import embedded_documents
+from minitron.text.own_tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_the_tokenizer_has_the_asked_size_and_short_codes_for_its_text(tokenizer
 
 def test_the_special_tokens_come_first(tokenizer_folder):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    assert tokenizer.convert_tokens_to_ids(text.SPECIAL_TOKENS) == [0, 1, 2, 3]
+    assert tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS) == [0, 1, 2, 3]
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|pad|>")
 
 
