@@ -19,6 +19,7 @@ def data_card(folder: Path, encoding: Encoding, splits: dict[str, Split]) -> dic
     return {
         "splits": {name: _counts(split) for name, split in splits.items()},
         "refused": [one for split in splits.values() for one in split.tally.refused],
+        "forms": sorted({(file, words) for split in splits.values() for words, file in split.tally.forms.items()}),
         "answers_only": encoding.data.answers_only,
         "examples": _examples(folder / "train.npy", encoding),
     }  # fmt: skip
