@@ -54,14 +54,13 @@ SIMPLE_TEXT = {
     "deepseek_r1": "<s>Be brief.<|User|>3+4?<|Assistant|><think>\nadd\n</think>\n\n7<|end_of_sentence|>",
 }  # fmt: skip
 
+COUNTED = "<think>\ncount\n</think>\n\n8"
 LATER = [said("user", "And 1 more?"), said("assistant", "8", reasoning="count")]
 TURNS = {
     "messages": {"messages": [QUESTION, ANSWER, *LATER]},
-    "sharegpt": {
-        "conversations": [shared("human", "3+4?"), shared("gpt", THOUGHT), shared("human", "And 1 more?"), shared("gpt", "<think>\ncount\n</think>\n\n8")]
-    },
-    "prompt_answer": {"input": [QUESTION, ANSWER, LATER[0]], "output": "<think>\ncount\n</think>\n\n8"},
-    "alpaca": {"instruction": "And 1 more?", "input": None, "output": "<think>\ncount\n</think>\n\n8", "history": [["3+4?", THOUGHT]]},
+    "sharegpt": {"conversations": [shared("human", "3+4?"), shared("gpt", THOUGHT), shared("human", "And 1 more?"), shared("gpt", COUNTED)]},
+    "prompt_answer": {"input": [QUESTION, ANSWER, LATER[0]], "output": COUNTED},
+    "alpaca": {"instruction": "And 1 more?", "input": None, "output": COUNTED, "history": [["3+4?", THOUGHT]]},
     "preference": {"chosen": [QUESTION, ANSWER, *LATER], "rejected": [QUESTION]},
 }
 TURNS_TEXT = {
@@ -69,9 +68,9 @@ TURNS_TEXT = {
                         "<SPECIAL_11>User\nAnd 1 more?\n<SPECIAL_11>Assistant\n<think>\ncount\n</think>\n\n8\n<SPECIAL_12>\n",
     "qwen3": "<|im_start|>user\n3+4?<|im_end|>\n<|im_start|>assistant\n<think>\nadd\n</think>\n\n7<|im_end|>\n"
              "<|im_start|>user\nAnd 1 more?<|im_end|>\n<|im_start|>assistant\n<think>\ncount\n</think>\n\n8<|im_end|>\n",
-    "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\n3+4?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n<think>\nadd\n</think>\n\n7<|eot_id|>"
-              "<|start_header_id|>user<|end_header_id|>\n\nAnd 1 more?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-              "<think>\ncount\n</think>\n\n8<|eot_id|>",
+    "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\n3+4?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+              "<think>\nadd\n</think>\n\n7<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nAnd 1 more?<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n<think>\ncount\n</think>\n\n8<|eot_id|>",
     "mistral": "<s>[INST] 3+4?[/INST] <think>\nadd\n</think>\n\n7</s>[INST] And 1 more?[/INST] <think>\ncount\n</think>\n\n8</s>",
     "deepseek_r1": "<s><|User|>3+4?<|Assistant|><think>\nadd\n</think>\n\n7<|end_of_sentence|>"
                    "<|User|>And 1 more?<|Assistant|><think>\ncount\n</think>\n\n8<|end_of_sentence|>",
@@ -164,9 +163,9 @@ def test_a_text_wins_over_everything(beside):
 
 
 def test_null_and_empty_is_no_text():
-    for record in ({"text": None}, {"text": ""}, {"messages": None}, {"messages": []}, {"messages": ""}, {"prompt": "a", "answer": None},
-                   {"prompt": None, "answer": "b"}, {"prompt": "a", "answer": "  "}, {"prompt": [], "answer": "b"}, {"instruction": "", "input": "", "output": "b"},
-                   {"prompt": "a", "chosen": None, "rejected": "c"}):  # fmt: skip
+    pairs = [{"prompt": "a", "answer": None}, {"prompt": None, "answer": "b"}, {"prompt": "a", "answer": "  "}, {"prompt": [], "answer": "b"}]
+    others = [{"instruction": "", "input": "", "output": "b"}, {"prompt": "a", "chosen": None, "rejected": "c"}]
+    for record in ({"text": None}, {"text": ""}, {"messages": None}, {"messages": []}, {"messages": ""}, *pairs, *others):
         assert read(record) == ""
     assert read({"chosen": " A text. ", "rejected": "b"}) == " A text. "
 
@@ -215,10 +214,8 @@ QUESTIONS = {"input": [said("user", "3+4?")], "output": THOUGHT}
 @pytest.mark.parametrize("name", ["input", "messages"])
 def test_questions_alone_are_refused_where_the_answers_stand_beside(name):
     record = {name: QUESTIONS["input"], "output": THOUGHT}
-    said_so = (
-        f"no turn there is the assistant's, and chat.jsonl has 'output' beside it: data.form=prompt_answer data.prompt_field={name} data.answer_field=output"
-    )
-    with pytest.raises(ValueError, match=f"data.messages_field is '{name}'; {said_so}"):
+    said_so = f"has 'output' beside it: data.form=prompt_answer data.prompt_field={name} data.answer_field=output reads both"
+    with pytest.raises(ValueError, match=f"data.messages_field is '{name}'; no turn there is the assistant's, and chat.jsonl {said_so}"):
         recognise([record], Fields(messages=name), source="chat.jsonl")
     assert read(record, form="prompt_answer", prompt=name, answer="output").messages == [said("user", "3+4?"), ANSWER]
     assert read({name: [QUESTION, ANSWER], "output": THOUGHT}, messages=name).messages == [QUESTION, ANSWER]  # there they do not
