@@ -14,10 +14,10 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from minitron.sources.blocks import Block, records
-from minitron.sources.files import blocks_of, cut_of, files_behind, matching_files, text_bytes
-from minitron.sources.kinds import stem_of
-from minitron.sources.streams import CHUNK_BYTES
+from minitron.formats.blocks import Block, records
+from minitron.formats.files import blocks_of, cut_of, files_behind, matching_files, text_bytes
+from minitron.formats.kinds import stem_of
+from minitron.formats.streams import CHUNK_BYTES
 
 RECORDS = [{"text": f'Document {n}, «ünï» 🙂\n\tand, "two" lines. ' + "word " * (n * 7 % 13), "id": str(n), "note": "" if n % 3 else "x"} for n in range(60)]
 JSON_LINE_KINDS = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst")

@@ -4,8 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from minitron.sources.kinds import KNOWN, KNOWN_SAID, TEXT, TOKENS, TOKENS_INDEX, extension
-from minitron.sources.streams import named_errors, wrong
+from minitron.formats.kinds import KNOWN, KNOWN_SAID, TEXT, TOKENS, TOKENS_INDEX, extension
+from minitron.formats.streams import named_errors, wrong
 
 STATE, SPLITS = "state.json", "dataset_dict.json"  # of a saved dataset, and of a folder of several
 ABOUT = ("readme", "license", "licence", "changelog", "contributing")  # texts about the data, where they lie beside data of another kind

@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minitron.sources.blocks import Block
-from minitron.sources.folders import DESCRIPTIONS, SPLITS, files_below, is_saved_dataset, saved_files
-from minitron.sources.json_values import json_values
-from minitron.sources.kinds import ARROW, JSON, JSON_LINES, KNOWN, KNOWN_SAID, PARQUET, SEPARATED, TEXT, TOKENS, TOKENS_INDEX, extension
-from minitron.sources.lines import json_lines, separated_values
-from minitron.sources.plain_text import texts
-from minitron.sources.streams import Given, check_beginning, named_errors, wrong
-from minitron.sources.tables import arrow_rows, parquet_rows
-from minitron.sources.token_corpora import TYPE_BYTES, check_pair, index_head, token_documents
+from minitron.formats.blocks import Block
+from minitron.formats.folders import DESCRIPTIONS, SPLITS, files_below, is_saved_dataset, saved_files
+from minitron.formats.json_values import json_values
+from minitron.formats.kinds import ARROW, JSON, JSON_LINES, KNOWN, KNOWN_SAID, PARQUET, SEPARATED, TEXT, TOKENS, TOKENS_INDEX, extension
+from minitron.formats.lines import json_lines, separated_values
+from minitron.formats.plain_text import texts
+from minitron.formats.streams import Given, check_beginning, named_errors, wrong
+from minitron.formats.tables import arrow_rows, parquet_rows
+from minitron.formats.token_corpora import TYPE_BYTES, check_pair, index_head, token_documents
 
 READERS = {
     **dict.fromkeys(JSON_LINES, json_lines),

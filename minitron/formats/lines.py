@@ -5,8 +5,8 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from minitron.sources.blocks import Block, document_name
-from minitron.sources.streams import Given, Stream, not_text, wrong
+from minitron.formats.blocks import Block, document_name
+from minitron.formats.streams import Given, Stream, not_text, wrong
 
 LONGEST_CELL = 2**31 - 1  # of a table; the csv module's own is 131,072 characters
 

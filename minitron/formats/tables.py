@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from minitron.sources.blocks import Block, document_name
-from minitron.sources.folders import saved_files
-from minitron.sources.streams import Given, check_beginning, wrong
+from minitron.formats.blocks import Block, document_name
+from minitron.formats.folders import saved_files
+from minitron.formats.streams import Given, check_beginning, wrong
 
 IDS = "input_ids"  # the column of ready-made tokens
 READ_AHEAD_BYTES = 2**20  # of a Parquet column; without it, a row group's column is read whole

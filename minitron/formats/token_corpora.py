@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.sources.blocks import Block, document_name
-from minitron.sources.kinds import TOKENS, TOKENS_INDEX
-from minitron.sources.streams import Given, wrong
+from minitron.formats.blocks import Block, document_name
+from minitron.formats.kinds import TOKENS, TOKENS_INDEX
+from minitron.formats.streams import Given, wrong
 
 MAGIC, OLD_MAGIC = b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00"
 HEAD = struct.Struct("<9sQBQQ")  # magic, version, code of the type, S, D

@@ -26,7 +26,7 @@ NO_TEXT = (
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A file to be read, what messages call it, and how far a block goes; the rest as in `minitron.sources.files.blocks_of`."""
+    """A file to be read, what messages call it, and how far a block goes; the rest as in `minitron.formats.files.blocks_of`."""
 
     path: Path
     name: str
