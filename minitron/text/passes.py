@@ -208,8 +208,9 @@ class _Pass:
         if self.tally.seen:
             raise ValueError(f"data: {title} has {number:,} documents and none with text for {self._described} (left out: {why})")
         none = "to hold out" if self.split == "heldout" else "for training: all are held out"
-        raise ValueError(f"data: {title} has {number:,} document{'s' if number > 1 else ''} and none {none}; about 1 in {HELD_OUT_SHARE} is held out, by a "
-                         f"hash of its name: {5 * HELD_OUT_SHARE} documents are nearly always enough (data.cut_kib cuts text files into documents)")  # fmt: skip
+        documents = f"{number:,} document{'s' if number > 1 else ''}"
+        raise ValueError(f"data: {title} has {documents} and none {none}; about 1 in {HELD_OUT_SHARE} is held out, by a hash of its name: "
+                         f"{5 * HELD_OUT_SHARE} documents are nearly always enough (data.cut_kib cuts text files into documents)")  # fmt: skip
 
 
 @contextmanager

@@ -73,11 +73,10 @@ def test_conversations_are_written_out_by_the_chat_template(tmp_path):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<think>a b</think>ho"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     data = DataSettings(files=[str(tmp_path / "chat.jsonl")], messages_field="messages")
-    read = list(read_documents(data, lambda messages: "|".join(f"{m['role']}={m['content']}" for m in messages)))
-    assert [document.text for document in read] == ["user=hi|assistant=<think>a b</think>ho"]
+    assert [document.text for document in read_documents(data, tmp_path)] == ["user: hi\nassistant: <think>a b</think>ho\n"]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": "hi"}) + "\n")
     with pytest.raises(ValueError, match="data.messages_field is 'messages'; it must hold a list of {role, content}"):
-        list(read_documents(data, str))
+        list(read_documents(data, tmp_path))
 
 
 def settings(*phases: PhaseSettings) -> Settings:

@@ -1,9 +1,10 @@
 """Chat templates as they are: five stand-ins with the logic of published ones, and the peculiarities of others in a line each."""
 
 import json
+import re
 
+import numpy as np
 import pytest
-from minitron.text.documents import read_documents
 from tokenizers import processors
 
 from minitron.generation.conversations import ConversationWriter
@@ -11,8 +12,11 @@ from minitron.generation.ends import end_ids
 from minitron.generation.prompts import Tags, make_prompt, write_prompt
 from minitron.settings.data import DataSettings
 from minitron.settings.training import Rows
-from minitron.text.rows import SplitRows
-from minitron.text.tokenise import tokenise
+from minitron.sources.source import open_source
+from minitron.text.encoding import Encoder, Encoding
+from minitron.text.passes import Place, run_passes
+from minitron.text.tokenise import read_documents, said_of
+from minitron.walk.console import Console
 
 THOUGHT = "<think>\nadd\n</think>\n\n"
 
@@ -275,10 +279,11 @@ def test_an_error_of_a_template_is_one_line_that_names_the_document(what, chat_t
     text, said = WRONG[what]
     rows = [{"messages": []}, {"messages": [user("a"), assistant("b")]}]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = DataSettings(files=[str(tmp_path / "chat.jsonl")], messages_field="messages")
-    with pytest.raises(ValueError, match=f"data.messages_field is 'messages'; document 2 of chat.jsonl cannot be written out: {said}") as caught:
-        list(read_documents(data, ConversationWriter(chat_tokenizer(text))))
-    assert "\n" not in str(caught.value)
+    data = DataSettings(files=[str(tmp_path / "chat.jsonl")])
+    encoder = Encoder(Encoding(tmp_path, data, 0, tmp_path / "none.npy"), chat_tokenizer(text))
+    (piece,) = open_source(data, tmp_path).pieces()
+    ((document, why),) = (one for held_out in (False, True) for one in encoder(piece, held_out).refused)
+    assert document == "document 2 of chat.jsonl" and re.search(said, why) and "\n" not in why
     for thinking in (None, True):
         with pytest.raises(ValueError, match=said):
             write_prompt(chat_tokenizer(text), "a", thinking)
@@ -300,9 +305,9 @@ def test_a_document_that_cannot_be_written_out_ends_stage_data_in_one_line(door,
     rows = [[user(f"Number {number}?"), assistant(f"It is {number}.")] for number in range(6)]
     rows += [[user([{"type": "image", "text": None}]), assistant("Six.")]]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    finished = door(tmp_path, "device=cpu", "stage=data", "data.files=[chat.jsonl]", "data.messages_field=messages", "teacher.train_anew=true")
-    said = "data.messages_field is 'messages'; document 7 of chat.jsonl cannot be written out: message 1 has a part of type image"
-    assert finished.returncode == 2 and len(finished.error_lines) == 1 and said in finished.stderr, finished
+    finished = door(tmp_path, "device=cpu", "stage=data", "data.files=[chat.jsonl]", "data.refused=stop", "teacher.train_anew=true")
+    said = "error: data: document 7 of chat.jsonl cannot be taken: message 1 has a part of type image"
+    assert finished.returncode == 2 and len(finished.error_lines) == 1 and finished.stderr.startswith(said), finished
 
 
 @pytest.mark.parametrize(("text", "lost"), [("mistral", 0), ("llama3", 0), ("{{ bos_token }}{{ messages[-1].content | upper }}{{ messages[-1].content }}", 20)])
@@ -310,11 +315,13 @@ def test_rows_begin_and_end_once_and_lost_reasoning_is_said(text, lost, chat_tok
     rows = [{"messages": [user("a"), assistant(THOUGHT + f"{number}")]} for number in range(20)]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataSettings(files=[str(tmp_path / "chat.jsonl")], messages_field="messages", rows=Rows.documents, sequence_length=128)
-    train, held_out = (SplitRows(name, data, [1]) for name in ("train", "heldout"))  # this tokenizer puts no <s> before a text; Llama's does
-    left_out = tokenise(data, with_beginning(chat_tokenizer(text)), train, held_out, lambda _: None)
-    (ids, *_) = train.rows().tolist()
+    with_beginning(chat_tokenizer(text)).save_pretrained(tmp_path / "tokenizer")  # this tokenizer puts no <s> before a text; Llama's does
+    place = Place(folder=tmp_path, scratch=tmp_path / "source", console=Console(quiet=True), goes_on=lambda _: None)
+    split = run_passes(place, data, Encoding(tmp_path / "tokenizer", data, 10**6, tmp_path / "none.npy"), {"train": "train"})["train"]
+    ids = np.load(tmp_path / "train.npy")[0].tolist()
     assert ids.count(1) == 1 and ids[0] == 1 and ids.count(2) == 1 and ids[ids.index(2) + 1] == -1
-    assert left_out.reasoning_of == lost and ("documents that lost their reasoning to the chat template: 20" in str(left_out)) == bool(lost)
+    assert split.num_rows == 20 and split.tally.without_reasoning == lost
+    assert ("documents that lost their reasoning to the chat template: 20" in said_of({"train": split})) == bool(lost)
 
 
 def with_beginning(tokenizer):
@@ -331,4 +338,4 @@ def test_a_tokenizer_without_a_template_writes_no_conversation(chat_tokenizer):
 def test_a_conversation_that_is_null_or_empty_is_no_text(chat_tokenizer, tmp_path):
     (tmp_path / "chat.jsonl").write_text('{"messages": null}\n{"messages": []}\n' + json.dumps({"messages": [user("a"), assistant("b")]}) + "\n")
     data = DataSettings(files=[str(tmp_path / "chat.jsonl")], messages_field="messages")
-    assert [document.text for document in read_documents(data, ConversationWriter(chat_tokenizer("mistral")))] == ["", "", "<s>[INST] a[/INST] b</s>"]
+    assert [(document.name, document.text) for document in read_documents(data, tmp_path, chat_tokenizer("mistral"))] == [("chat/2", "<s>[INST] a[/INST] b</s>")]
