@@ -129,7 +129,8 @@ def test_reading_goes_on_from_every_place_with_exactly_the_rest(kind, corpora):
     assert len(blocks) > 3 and [block.first for block in blocks] == list(np.cumsum([0] + [block.count for block in blocks])[:-1])
     for block in blocks:
         place = json.loads(json.dumps(block.place))
-        assert read(corpora[kind], place) == RECORDS[block.first + block.count :]
+        for block_bytes in (BLOCK_BYTES, 300, 10**6):
+            assert read(corpora[kind], place, block_bytes=block_bytes) == RECORDS[block.first + block.count :]
     assert sum(block.num_bytes for block in blocks) <= text_bytes(corpora[kind])[0]
 
 
