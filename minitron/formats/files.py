@@ -81,8 +81,8 @@ def blocks_of(
     cut_kib: int | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[Block]:
-    """The documents of one of `matching_files`, in order, in blocks of about `block_bytes`; from a block's `place` on where `start` is given,
-    which belongs to the same file, `cut_kib`, `columns` and `block_bytes`.
+    """The documents of one of `matching_files`, in order, in blocks of about `block_bytes`; from the place `start` on where it is given,
+    which is a block's `place` of the same file and `cut_kib`; `block_bytes` may differ.
 
     `columns` is asked with the fields of a columnar file (Parquet, Arrow, a saved dataset, .csv) and says which are wanted;
     others are not read. Where there is a column `input_ids` and it wants no other, the documents are ready-made tokens.

@@ -22,7 +22,7 @@ def parquet_rows(given: Given, start: dict[str, Any] | None) -> Iterator[Block]:
         wanted = _wanted(given, file.schema_arrow.names)
         sizes = [_group_bytes(file.metadata.row_group(group), wanted) for group in range(file.num_row_groups)]
         rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        disk = given.path.stat().st_size
+        disk, total = given.path.stat().st_size, sum(rows)
         document, first, skip = place["document"], place["group"], place["row"]
         while first < len(sizes):
             last = _run(sizes, first, given.block_bytes)
@@ -32,8 +32,10 @@ def parquet_rows(given: Given, start: dict[str, Any] | None) -> Iterator[Block]:
                 row += batch.num_rows
                 if row <= skip or not batch.num_rows:
                     continue
+                if passed := max(skip - (row - batch.num_rows), 0):  # only where the place is of blocks of another size
+                    batch = _own(batch.slice(passed))
                 end = {"group": first, "row": row} if row < num_rows else {"group": last, "row": 0}
-                num_bytes = _share(disk, before + row, sum(rows)) - _share(disk, before + row - batch.num_rows, sum(rows))
+                num_bytes = _share(disk, before + row, total) - _share(disk, before + row - batch.num_rows, total)
                 yield _block(given, document, batch, end, num_bytes)
                 document += batch.num_rows
             first, skip = last, 0

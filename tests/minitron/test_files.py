@@ -129,7 +129,8 @@ def test_reading_goes_on_from_every_place_with_exactly_the_rest(kind, corpora):
     assert len(blocks) > 3 and [block.first for block in blocks] == list(np.cumsum([0] + [block.count for block in blocks])[:-1])
     for block in blocks:
         place = json.loads(json.dumps(block.place))
-        assert read(corpora[kind], place) == RECORDS[block.first + block.count :]
+        for block_bytes in (BLOCK_BYTES, 300, 10**6):
+            assert read(corpora[kind], place, block_bytes=block_bytes) == RECORDS[block.first + block.count :]
     assert sum(block.num_bytes for block in blocks) <= text_bytes(corpora[kind])[0]
 
 
@@ -152,6 +153,24 @@ def test_a_block_goes_to_another_process_with_no_more_than_its_own_rows(kind, co
         sent = pickle.dumps(block)
         assert list(records(pickle.loads(sent))) == list(records(block))
         assert len(sent) < 4 * BLOCK_BYTES + 2000
+
+
+@pytest.mark.parametrize("kind", [".jsonl.gz", ".jsonl.zst"])
+def test_packed_files_one_behind_another_are_read_as_one(kind, tmp_path):
+    halves = [write(tmp_path / f"half{number}{kind}", rows).read_bytes() for number, rows in enumerate((RECORDS[:30], RECORDS[30:]))]
+    (tmp_path / f"both{kind}").write_bytes(b"".join(halves))
+    assert read(tmp_path / f"both{kind}") == RECORDS == read(tmp_path / f"both{kind}", block_bytes=10**6)
+
+
+def test_a_part_of_a_large_batch_is_sent_without_the_rest_of_it(tmp_path):
+    path = write_arrow(tmp_path / "large.arrow", pyarrow.Table.from_pylist(RECORDS * 40), rows=10_000)
+    sizes = [len(pickle.dumps(block)) for block in blocks_of(path, block_bytes=20_000)]
+    assert len(sizes) > 5 and max(sizes) < 25_000 < path.stat().st_size / 4
+
+
+def test_a_number_is_not_taken_for_whole_where_what_is_read_ends(tmp_path):
+    (tmp_path / "numbers.json").write_text(json.dumps([123456, 78, -1.5e10] * 9))
+    assert [value for block in blocks_of(tmp_path / "numbers.json", block_bytes=3) for value in block.payload] == [123456, 78, -1.5e10] * 9
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".held.json", ".csv", ".parquet", ".saved"])
@@ -285,6 +304,14 @@ def test_a_token_corpus_gives_its_documents_from_every_place_on(kind, modes, tmp
         assert same_tokens([ids for _, ids in records(pickle.loads(pickle.dumps(block)), [0])], TOKENS[block.first : block.first + 1])
 
 
+def test_sequences_are_taken_from_where_the_index_says_that_they_begin(tmp_path):
+    path = write_corpus(tmp_path / "corpus.bin", [np.array([1, 2]), np.array([3, 4]), np.array([5])], "int32")
+    begins = struct.pack("<3q", 0, 8, 16)
+    assert same_tokens(read(path), [np.array(ids, np.int32) for ids in ([1, 2], [3, 4], [5])])
+    path.with_suffix(".idx").write_bytes(path.with_suffix(".idx").read_bytes().replace(begins, struct.pack("<3q", 12, 4, 0)))
+    assert same_tokens(read(path, block_bytes=100), [np.array(ids, np.int32) for ids in ([4, 5], [2, 3], [1])])
+
+
 @pytest.mark.parametrize("suffix", [".saved", ".parquet"])
 def test_a_table_with_input_ids_gives_tokens_unless_another_column_is_wanted(suffix, tmp_path):
     table = pyarrow.table({"text": [str(n) for n in range(200)], "input_ids": [ids.tolist() for ids in TOKENS]})
@@ -390,6 +417,8 @@ def test_an_array_or_a_stream_that_ends_between_two_documents_is_cut_off_all_the
     ("a.jsonl", " \n\n", "a.jsonl is empty: it holds no document"),
     ("a.csv", "text,id\n", "a.csv is empty: it holds no document"),
     ("a.csv", "text,id\na,1\nb,2,3\n", "a.csv, document 2 has 3 cells, and the header line names 2 columns"),
+    ("a.csv", 'text,id\n"a,1\nb,2\n', "a.csv, document 1 is cut off: the file ends inside a cell in quotes"),
+    ("a.csv", 'text,id\na,1\n"b"c,2\n', "a.csv, document 2 is no row of a table (',' expected after '\"')"),
     ("a.csv", "text,text\na,1\n", "a.csv names the column 'text' twice"),
     ("a.csv", "text,id\na,1\nb", "a.csv, document 2 is cut off: it has 1 of 2 cells"),
     ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid", "a.jsonl is the pointer that Git LFS leaves"),
