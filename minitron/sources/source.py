@@ -22,6 +22,7 @@ from minitron.sources.pieces import Names, Piece, Source, fields_of, reading_of
 from minitron.sources.prose import PROSE_VERSION, prose_documents
 
 EMBEDDED_AT_ONCE = 64  # documents of a piece
+TOKEN_IDS = "input_ids"
 
 
 def open_source(data: DataSettings, scratch: Path) -> Source:
@@ -83,11 +84,16 @@ class FileSource:
 
     def _blocks(self, path: Path, inside: Mapping[str, Any] | None) -> Iterator[tuple[Block, Reading | None]]:
         cut = cut_of(path, len(self.paths) == 1) if self.data.cut_kib is None else self.data.cut_kib
-        first = next(blocks_of(path, cut_kib=cut, block_bytes=2**16), None)
+        first = next(blocks_of(path, columns=self._looked_at, cut_kib=cut, block_bytes=2**16), None)
         reading = None if first is None else reading_of(first, self.fields)
-        columns = None if reading is None else lambda names: [name for name in names if name in reading.columns]
+        columns = self._looked_at if reading is None else lambda names: [name for name in names if name in reading.columns]
         for block in blocks_of(path, inside, columns=columns, cut_kib=cut):
             yield block, reading
+
+    def _looked_at(self, names: list[str]) -> list[str]:
+        """Of a table's columns before it is known what they are: none where token ids are there and no text or conversation that is asked for."""
+        asked = [name for name in (self.fields.text, self.fields.messages, self.fields.prompt, self.fields.answer) if name is not None]
+        return [] if TOKEN_IDS in names and self.fields.form == "auto" and not set(asked) & set(names) else names
 
 
 def source_title(data: DataSettings) -> str:

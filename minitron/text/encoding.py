@@ -136,6 +136,7 @@ class Encoder:
                 text = self._written(name, content)
                 found.without_reasoning += self._writer.without_reasoning - before
             else:
+                content = _mended(content)
                 held, text = content.strip().encode(), self._plain(name, content)
         except Refused as error:
             found.refused += [(document, str(error))] if len(found.refused) < MOST_NAMED else []
@@ -181,6 +182,8 @@ class Encoder:
             written: Written = self._writer.write(conversation.messages, conversation.tools, mark_answers=self.data.answers_only)
         except ValueError as error:
             raise Refused(str(error)) from None
+        if not written.text.isascii() and _mended(written.text) != written.text:
+            raise Refused("it holds half of a character (a lone surrogate)")
         text, shift = written.text.removeprefix(self._start), len(written.text) - len(written.text.removeprefix(self._start))
         answers = tuple((max(0, start - shift), end - shift) for start, end in written.answers or ())
         text, answers = truncated(text, answers, name, self.data.truncated_share)
@@ -223,6 +226,15 @@ def _marked(ids: np.ndarray, answered: np.ndarray) -> np.ndarray:
     """Ids marked at every position whose next token is not the assistant's."""
     following = np.append(answered[1:], False)
     return np.where(following, ids, not_counted(ids)).astype(np.int32)
+
+
+def _mended(text: str) -> str:
+    """A text with the replacement character for halves of characters, which JSON may hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _hash(held: bytes) -> int:
