@@ -304,10 +304,10 @@ def test_a_system_message_goes_where_the_template_has_it(template, chat_tokenize
 
 def test_a_document_that_cannot_be_written_out_ends_stage_data_in_one_line(door, tmp_path):
     rows = [[user(f"Number {number}?"), assistant(f"It is {number}.")] for number in range(60)]
-    rows[6:7] = [[user([{"type": "image", "text": None}]), assistant("Six.")]]
+    rows[37:38] = [[user([{"type": "image", "text": None}]), assistant("It.")]]  # the one that is held out
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     finished = door(tmp_path, "device=cpu", "stage=data", "data.files=[chat.jsonl]", "data.refused=stop", "teacher.train_anew=true")
-    said = "error: data: document 7 of chat.jsonl cannot be taken: message 1 has a part of type image"
+    said = "error: data: document 38 of chat.jsonl cannot be taken: message 1 has a part of type image"
     assert finished.returncode == 2 and len(finished.error_lines) == 1 and finished.stderr.startswith(said), finished
 
 
