@@ -189,7 +189,8 @@ def _written_of(tails: Sequence[str], text: str, ends: Sequence[str], *, may_lac
         for kept in (tail, bare) if token is None else (bare,):
             if text.startswith(kept):
                 return len(kept)
-        if token and may_lack_end and (written := _written_of([bare.removesuffix(token)], text, ends, may_lack_end=True)) is not None:
+        without = bare.removesuffix(token or "") + tail[len(bare) :]
+        if token and may_lack_end and (written := _written_of([without], text, ends, may_lack_end=True)) is not None:
             return written
     return None
 
