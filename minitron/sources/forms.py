@@ -137,7 +137,7 @@ class Reading:
 def recognise(records: Sequence[Record], fields: Fields, *, source: str = "the source") -> Reading:
     """How the first records are to be read, and with them all of the source.
 
-    Raises ValueError, which `source` begins or is named in, where that is not plain or another than `fields` say, and MissingField as `Reading.content`.
+    Raises ValueError, which names `source`, where that is not plain or another than `fields` say, and MissingField as `Reading.content`, naming the document.
     """
     if fields.form not in FORMS:
         raise ValueError(f"data.form is {fields.form!r}; it must be one of {', '.join(FORMS)}")
@@ -146,11 +146,13 @@ def recognise(records: Sequence[Record], fields: Fields, *, source: str = "the s
     reading = first.plain() if form is None else first.reading(form)
     if reading.form in ("messages", "sharegpt"):
         first.check_answers(reading)
-    for record in records:
+    for number, record in enumerate(records, 1):
         try:
             reading.content(record)
         except Refused:
             continue
+        except MissingField as error:
+            raise MissingField(f"data: document {number} of {source}: {error}") from None
     return reading
 
 
@@ -163,7 +165,7 @@ def _given_form(first: "_First") -> str | None:
         return "messages"
     if fields.prompt is not None or fields.answer is not None:
         return "prompt_answer"
-    return "text" if fields.text != TEXT or not first.records or first.fits(TEXT, _is_text) else None
+    return "text" if fields.text != TEXT or not first.records or first.holds_text else None
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -208,6 +210,11 @@ class _First:
     def fits(self, name: str, is_such: Callable[[Any], bool]) -> bool:
         """Whether there is a field of that name, and whatever it holds is such, but for nulls and what is empty."""
         return name in self.names and all(is_such(value) for value in self._values(name))
+
+    @property
+    def holds_text(self) -> bool:
+        """Whether "text" is what its name says, if not in every record: one in which it is something else is told of when it is read."""
+        return TEXT in self.names and (self.fits(TEXT, _is_text) or any(map(_is_text, self._values(TEXT))))
 
     def _values(self, name: str) -> list[Any]:
         values = [record[name] for record in self.records if name in record]

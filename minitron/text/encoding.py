@@ -16,6 +16,7 @@ from minitron.families.text import beginning, load_tokenizer
 from minitron.formats.blocks import records
 from minitron.generation.answers import token_mask
 from minitron.generation.conversations import ConversationWriter, Written
+from minitron.generation.ends import end_ids
 from minitron.settings.data import DataSettings
 from minitron.sources.document import Document, source_of
 from minitron.sources.pieces import Piece
@@ -81,7 +82,7 @@ class Encoder:
         self.beginning = beginning(self.tokenizer)
         self._start = self.tokenizer.decode(self.beginning)  # rows begin with it whatever a template writes
         self._end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        self._special = set(self.tokenizer.all_special_ids)
+        self._turn_ends = set(end_ids(None, self.tokenizer))
         self._writer = ConversationWriter(self.tokenizer)
         if self.data.answers_only and not self.tokenizer.is_fast:
             raise ValueError("data.answers_only is true, but the teacher's tokenizer has no tokenizer.json, and no other says which characters a token is of")
@@ -217,7 +218,7 @@ class Encoder:
             return ids
         if text.answers is None or not len(ids):
             return np.append(ids, np.int32(self._end[0]))
-        ends_answer = text.answers and text.answers[-1][1] >= len(text.text) and int(ids[-1]) - not_counted(0) not in self._special
+        ends_answer = text.answers and text.answers[-1][1] >= len(text.text) and int(ids[-1]) - not_counted(0) not in self._turn_ends
         last = ids[-1] - not_counted(0) if ends_answer else ids[-1]
         return np.append(ids[:-1], [last, not_counted(self._end[0])]).astype(np.int32)
 
