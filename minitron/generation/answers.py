@@ -108,7 +108,7 @@ class Answers:
             if any(text.count(character) > 1 for character in own) and not self.draft.messages[place].get("tool_calls"):
                 raise ValueError(f"the chat template writes message {place + 1}, the assistant's, more than once: its answers cannot be told from the rest")
             start = self._start(place, floor, min(places) if places else None)
-            end = self._end(place, start, max(places) if places else None)
+            end = self._end(place, start, (min(places), max(places)) if places else None)
             ranges.append((start, end))
             floor = end
         return ranges
@@ -131,9 +131,12 @@ class Answers:
         raise ValueError(f"the chat template's text does not tell where message {place + 1}, the assistant's, begins")
 
     def _endings(self, prompt: str) -> list[str]:
-        """A prompt as the template writes it, then with the other tags that it may end in, then without."""
-        bare = prompt[: self.at_end.search(prompt).start()]
-        return [prompt, *(bare + tags for tags in self.tags), prompt.rstrip(), bare]
+        """A prompt as the template writes it, then with the other tags that it may end in, then without. One that opens reasoning comes after the same with
+        the reasoning closed: where the text has that, it is what the model was to go on from."""
+        bare = self._bare(prompt)
+        others = [bare + tags for tags in self.tags]
+        closed = [other for other in others if len(other) > len(prompt) > len(bare) and other.startswith(prompt)]
+        return [*closed, prompt, *others, prompt.rstrip(), bare]
 
     def _prompt(self, place: int) -> str | None:
         """The conversation before a message, with the prompt for it; None where the template refuses it, as it may refuse no message at all."""
@@ -157,11 +160,14 @@ class Answers:
     def _text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         return render(self.tokenizer, messages, add_generation_prompt=add_generation_prompt, tools=self.tools)
 
-    def _end(self, place: int, start: int, last: int | None) -> int:
-        """Where a message ends: behind the end of its turn, or whatever else the template writes after `last`, the last of its characters."""
+    def _end(self, place: int, start: int, own: tuple[int, int] | None) -> int:
+        """Where a message ends: behind the end of its turn, or whatever else the template writes after `own`, its first and last character."""
         text, is_final = self.draft.rendered, place == len(self.draft.messages) - 1
-        behind = start if last is None else last + 1
-        tails = self._tails(text if is_final else self._text(self.draft.messages[: place + 1]), start, last)
+        last, behind = (None, start) if own is None else (own[1], own[1] + 1)
+        whole = text if is_final else self._text(self.draft.messages[: place + 1])
+        if own and not self._is_whole(whole, start, *own):
+            raise ValueError(f"the chat template writes what follows message {place + 1}, the assistant's, within it: the two cannot be told apart")
+        tails = self._tails(whole, start, last)
         written = _written_of(tails, text[behind:], self.ends)
         if written is None and not is_final:  # a template may end its last turn in another way
             tails += self._tails((self._prompt(place + 1) or "").removesuffix(self._asked), start, last)
@@ -169,6 +175,16 @@ class Answers:
         if written is None:
             raise ValueError(f"the chat template's text does not tell where message {place + 1}, the assistant's, ends")
         return behind + written
+
+    def _is_whole(self, whole: str, start: int, first: int, last: int) -> bool:
+        """Whether a message's beginning through its last character is in the text what it is in `whole`, which ends with it, but for tags before the first."""
+        text, begins = self.draft.rendered, self._bare(self.draft.rendered[start:first]).rstrip()
+        places = whole.find(text[first]), whole.find(text[last])
+        return -1 in places or (whole[slice(*places)] == text[first:last] and (not begins or self._bare(whole[: places[0]]).rstrip().endswith(begins)))
+
+    def _bare(self, text: str) -> str:
+        """A text without the tags it ends in."""
+        return text[: self.at_end.search(text).start()]
 
     def _tails(self, whole: str, start: int, last: int | None) -> list[str]:
         """What `whole`, a conversation that ends with a message, has after the message's last character (or its beginning); none where it lacks that."""

@@ -191,6 +191,10 @@ NO_PROMPT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 BETWEEN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' and loop.last }}\n{% endfor %}" + (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+OPENED = "<assistant>{{ '<think>' if enable_thinking is not defined or enable_thinking else '<think></think>' }}"
+TAGGED = "{% for m in messages %}<{{ m.role }}>{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}{{ eos_token if m.role == 'assistant' }}" + (
+    f"{{% endfor %}}{{% if add_generation_prompt %}}{OPENED}{{% endif %}}"
+)
 OTHER = "{{ '<|eot_id|>' if loop.last and not add_generation_prompt and m.role == 'assistant' else '<|im_end|>' }}"
 OTHER_END = NO_PROMPT.replace("{% endfor", OTHER + "{% endfor") + "{% if add_generation_prompt %}<assistant>{% endif %}"
 LATE_SYSTEM = ("{% for m in messages %}{% if m.role == 'user' %}[{{ 'S ' if m == messages[-2] }}{{ m.content }}]{% else %} {{ m.content }}</s>{% endif %}"
@@ -208,6 +212,7 @@ OTHERS = {
     "no prompt for an answer": (NO_PROMPT, TWICE, "<user>a⟦<assistant>7⟧<user>b⟦<assistant>8⟧"),
     "a token at the very end alone": (BETWEEN, TWICE, "user: a\nassistant: ⟦7\n⟧user: b\nassistant: ⟦8</s>⟧\n"),
     "another token at the very end": (OTHER_END, TWICE, "<user>a<|im_end|><assistant>⟦7<|im_end|>⟧<user>b<|im_end|><assistant>⟦8<|eot_id|>⟧"),
+    "space of its own behind tags": (TAGGED, [user("a"), assistant(" 7\n")], "<user>a<assistant><think></think>⟦ 7\n</s>⟧"),
     "prompts that are no beginnings": (LATE_SYSTEM, TWICE, "[a]⟦ 7</s>⟧[S b]⟦ 8</s>⟧"),
 }
 
@@ -216,6 +221,19 @@ OTHERS = {
 def test_templates_of_other_kinds_are_marked_as_by_hand(kind, chat_tokenizer):
     text, messages, marked = OTHERS[kind]
     check(messages, marked, chat_tokenizer(text))
+
+
+WITHIN = ("{% for m in messages %}{% if m.role == 'assistant' %}<a>{{ m.tool_calls[0].function.name if m.tool_calls }}{% if m.tool_calls and not loop.last %}"
+          "({{ messages[loop.index0 + 1].content }}){% endif %}{{ m.content }}</s>{% elif m.role == 'user' %}<u>{{ m.content }}{% endif %}{% endfor %}"
+          "{% if add_generation_prompt %}<a>{% endif %}")  # fmt: skip
+
+
+def test_an_answer_with_a_tools_result_within_it_is_refused(chat_tokenizer):
+    """As a published template has it. The control: the same where no result follows."""
+    tokenizer, calls = chat_tokenizer(WITHIN), [assistant("Let me see.", tool_calls=[CALL])]
+    with pytest.raises(ValueError, match="the chat template writes what follows message 2, the assistant's, within it"):
+        ConversationWriter(tokenizer).write([user("w?"), *calls, tool("12 C"), assistant("12.")], mark_answers=True)
+    check([user("w?"), *calls], "<u>w?<a>⟦weatherLet me see.</s>⟧", tokenizer)
 
 
 def test_answers_that_cannot_be_told_are_refused(chat_tokenizer):

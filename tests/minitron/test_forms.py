@@ -241,6 +241,13 @@ def test_what_is_not_plain_is_refused_with_the_settings_that_say_it(record, word
     assert "\n" not in str(caught.value)
 
 
+def test_a_form_or_a_field_that_is_given_comes_before_a_text():
+    record = {"text": "A text.", "messages": CHAT, "chat": [shared("human", "c"), shared("gpt", None)], "prompt": "d", "answer": "e"}
+    assert read(record) == "A text." and read(record, form="messages").messages == CHAT
+    assert read(record, messages="chat").messages == [said("user", "c"), said("assistant", None)]
+    assert read(record, answer="answer").messages == read(record, form="prompt_answer").messages == [said("user", "d"), said("assistant", "e")]
+
+
 def test_settings_make_it_plain():
     record = {"problem": "a", "solution": "b", "answer": "7", "note": "n", "persona": "p"}
     assert read(record, answer="answer").messages == [said("user", "a"), said("assistant", "7")]
