@@ -70,6 +70,7 @@ class _Text:
     text: str = ""
     answers: tuple[tuple[int, int], ...] | None = None
     ids: np.ndarray | None = None
+    is_ended: bool = False  # by the template, if with space behind
 
 
 class Encoder:
@@ -188,7 +189,8 @@ class Encoder:
         text, shift = written.text.removeprefix(self._start), len(written.text) - len(written.text.removeprefix(self._start))
         answers = tuple((max(0, start - shift), end - shift) for start, end in written.answers or ())
         text, answers = truncated(text, answers, name, self.data.truncated_share)
-        return _Text(name, text, answers if self.data.answers_only else None)
+        is_ended = bool(self._end) and text.rstrip().endswith(self.tokenizer.eos_token)
+        return _Text(name, text, answers if self.data.answers_only else None, is_ended=is_ended)
 
     def _ids(self, texts: list[_Text], piece: Piece) -> list[np.ndarray]:
         """Every document's ids, marked where only its answers count."""
@@ -214,7 +216,7 @@ class Encoder:
 
     def _ended(self, ids: np.ndarray, text: _Text) -> np.ndarray:
         """Ids with the end of text after them, which a chat template, or who tokenised, may have written already. It counts where it is what ends an answer."""
-        if not self._end or (len(ids) and ids[-1] in (self._end[0], not_counted(self._end[0]))):
+        if not self._end or (len(ids) and ids[-1] in (self._end[0], not_counted(self._end[0]))) or text.is_ended:
             return ids
         if text.answers is None or not len(ids):
             return np.append(ids, np.int32(self._end[0]))
