@@ -91,10 +91,9 @@ class Watched:
 
     def __init__(self, script: str, *arguments: object):
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
-        self.file = tempfile.NamedTemporaryFile("w", suffix=".py", delete=False)
-        self.file.write(script)
-        self.file.close()
-        command = [sys.executable, self.file.name, *map(str, arguments)]
+        self.script = Path(tempfile.mkdtemp()) / "side.py"  # a file: the processes that it starts look for it
+        self.script.write_text(script)
+        command = [sys.executable, str(self.script), *map(str, arguments)]
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
         self.peak_gib = 0.0
         threading.Thread(target=self._watch, daemon=True).start()
@@ -118,9 +117,9 @@ class Watched:
 
     def result(self) -> dict:
         out, _ = self.process.communicate()
-        os.unlink(self.file.name)
+        shutil.rmtree(self.script.parent)
         if self.process.returncode != 0:
-            sys.exit(f"error: {self.file.name} ended with {self.process.returncode}")
+            sys.exit(f"error: {self.script} ended with {self.process.returncode}")
         return json.loads(out.splitlines()[-1]) | {"peak_rss_gib": self.peak_gib}
 
 
@@ -131,13 +130,12 @@ def digests(folder: Path) -> dict[str, str]:
 def compared(corpus: Path, tokenizer: Path, folder: Path, repeats: int) -> tuple[float, float, list[float]]:
     """Tokens a second of both sides, medians, and our peaks; one after the other, in turns."""
     rates: dict[str, list[float]] = {"ours": [], "theirs": []}
-    peaks = []
+    peaks, tokens = [], 0
     for number in range(repeats):
         for name, script in (("ours", OURS), ("theirs", THEIRS)):
             place = folder / f"{name}-{number}"
             found = Watched(script, corpus, tokenizer, place).result()
-            tokens = found["tokens"] if name == "ours" else tokens_of_both
-            tokens_of_both = tokens
+            tokens = found["tokens"] if name == "ours" else tokens  # of the same documents
             rates[name].append(tokens / found["seconds"])
             peaks += [found["peak_rss_gib"]] if name == "ours" else []
             print(f"{name:<8} {rates[name][-1]:12,.0f} tokens/s  {found['seconds']:7.1f} s  peak {found['peak_rss_gib']:.2f} GiB", flush=True)

@@ -73,7 +73,7 @@ class Answers:
     """Finds the assistant's characters in a draft.
 
     `own`: of each assistant's message, by its place, the characters that stand for its parts ("": it has none). `tags`: what prompts may end in, with
-    reasoning on and off; `at_end` matches such tags at the end of a text.
+    reasoning on and off; `at_end` matches such tags at the end of a text. `ends`: tokens that may end a turn, none behind one that it is the end of.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -82,6 +82,7 @@ class Answers:
     own: Mapping[int, str]
     tags: Sequence[str]
     at_end: re.Pattern
+    ends: Sequence[str]
 
     def ranges(self) -> list[tuple[int, int]]:
         """Half-open ranges of `draft.text`, in order. Raises ValueError where they cannot be told."""
@@ -99,8 +100,7 @@ class Answers:
         return ranges if text == self.draft.rendered and (holds or not ranges) else None
 
     def _by_prefixes(self) -> list[tuple[int, int]]:
-        text, ends = self.draft.rendered, self._ends()
-        ranges, floor = [], 0
+        text, ranges, floor = self.draft.rendered, [], 0
         for place, own in self.own.items():
             places = [text.find(character) for character in own if character in text]
             if own and not places:
@@ -108,7 +108,7 @@ class Answers:
             if any(text.count(character) > 1 for character in own) and not self.draft.messages[place].get("tool_calls"):
                 raise ValueError(f"the chat template writes message {place + 1}, the assistant's, more than once: its answers cannot be told from the rest")
             start = self._start(place, floor, min(places) if places else None)
-            end = self._end(place, start, max(places) if places else None, ends)
+            end = self._end(place, start, max(places) if places else None)
             ranges.append((start, end))
             floor = end
         return ranges
@@ -138,51 +138,69 @@ class Answers:
     def _prompt(self, place: int) -> str | None:
         """The conversation before a message, with the prompt for it; None where the template refuses it, as it may refuse no message at all."""
         try:
-            return render(self.tokenizer, self.draft.messages[:place], add_generation_prompt=True, tools=self.tools)
+            return self._text(self.draft.messages[:place], add_generation_prompt=True)
         except ValueError:
             return None
 
     def _opening(self, place: int, prompt: str | None) -> str:
         """What a prompt ends in, from the message before on; as a template writes it for a question where there is no prompt."""
-        if prompt is not None and place:
-            said = self.draft.messages[place - 1]["content"].strip()
-            if said and said in prompt:
-                return prompt[prompt.rindex(said) :]
-            before = render(self.tokenizer, self.draft.messages[:place], tools=self.tools)
-        else:
-            prompt, before = (render(self.tokenizer, PROBE, add_generation_prompt=is_asked) for is_asked in (True, False))
-        return prompt[len(before) :] if prompt.startswith(before) else ""
+        if prompt is None or not place:
+            return self._asked
+        said = self.draft.messages[place - 1]["content"].strip()
+        return prompt[prompt.rindex(said) :] if said and said in prompt else _more_of(prompt, self._text(self.draft.messages[:place]), self.ends)
 
-    def _end(self, place: int, start: int, last: int | None, ends: Sequence[str]) -> int:
+    @property
+    def _asked(self) -> str:
+        """What the template writes to ask for an answer."""
+        return _more_of(*(self._text(PROBE, add_generation_prompt=is_asked) for is_asked in (True, False)), self.ends)
+
+    def _text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        return render(self.tokenizer, messages, add_generation_prompt=add_generation_prompt, tools=self.tools)
+
+    def _end(self, place: int, start: int, last: int | None) -> int:
         """Where a message ends: behind the end of its turn, or whatever else the template writes after `last`, the last of its characters."""
         text, is_final = self.draft.rendered, place == len(self.draft.messages) - 1
-        whole = text if is_final else render(self.tokenizer, self.draft.messages[: place + 1], tools=self.tools)
-        if last is None:
-            behind, tail = start, whole[start:] if whole.startswith(text[:start]) else None
-        else:
-            behind, (_, found, tail) = last + 1, whole.partition(text[last])
-            tail = tail if found else None
-        written = None if tail is None else _written_of(tail, text[behind:], ends)
+        behind = start if last is None else last + 1
+        tails = self._tails(text if is_final else self._text(self.draft.messages[: place + 1]), start, last)
+        written = _written_of(tails, text[behind:], self.ends)
+        if written is None and not is_final:  # a template may end its last turn in another way
+            tails += self._tails((self._prompt(place + 1) or "").removesuffix(self._asked), start, last)
+            written = _written_of(tails[1:], text[behind:], self.ends) or _written_of(tails, text[behind:], self.ends, may_lack_end=True)
         if written is None:
             raise ValueError(f"the chat template's text does not tell where message {place + 1}, the assistant's, ends")
         return behind + written
 
-    def _ends(self) -> list[str]:
-        """Tokens that may end a turn, the longest first: a token can be the end of another."""
-        return sorted({*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
+    def _tails(self, whole: str, start: int, last: int | None) -> list[str]:
+        """What `whole`, a conversation that ends with a message, has after the message's last character (or its beginning); none where it lacks that."""
+        text = self.draft.rendered
+        if last is None:
+            return [whole[start:]] if whole.startswith(text[:start]) else []
+        return [whole.partition(text[last])[2]] if text[last] in whole else []
 
 
-def _written_of(tail: str, text: str, ends: Sequence[str]) -> int | None:
-    """How much of a `text` is the `tail` of a turn, without the space behind the token that ends it; without a token of `ends` that only the last turn has."""
-    while True:
+def _written_of(tails: Sequence[str], text: str, ends: Sequence[str], *, may_lack_end: bool = False) -> int | None:
+    """How much of a `text` is the tail of a turn, the first that it begins with, without the space behind the token that ends it; None where it is none.
+
+    `may_lack_end`: the text may be without the tokens of `ends` that a tail ends in.
+    """
+    for tail in tails:
         bare = tail.rstrip()
         token = next((end for end in ends if bare.endswith(end)), None)
         for kept in (tail, bare) if token is None else (bare,):
             if text.startswith(kept):
                 return len(kept)
-        if token is None:
-            return None
-        tail = bare.removesuffix(token)
+        if token and may_lack_end and (written := _written_of([bare.removesuffix(token)], text, ends, may_lack_end=True)) is not None:
+            return written
+    return None
+
+
+def _more_of(text: str, other: str, ends: Sequence[str]) -> str:
+    """What a text has behind another, less the tokens of `ends` that the other may end in; "" where it does not begin with that."""
+    while not text.startswith(other):
+        if (token := next((end for end in ends if other.endswith(end)), None)) is None:
+            return ""
+        other = other.removesuffix(token)
+    return text[len(other) :]
 
 
 def token_mask(offsets: np.ndarray | Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -105,17 +105,17 @@ class ConversationWriter:
         if not mark_answers:
             return Written(text, None)
         draft, own = self._with_own(draft, hidden, turns, stand_ins, tools)
-        ranges = Answers(self._tokenizer, tools, draft, own, self._prompt_tags, self._at_end).ranges()
+        ranges = Answers(self._tokenizer, tools, draft, own, self._prompt_tags, self._at_end, self._ends).ranges()
         places = stand_ins.shown_at(draft.text, [place for both in ranges for place in both])
         return Written(text, tuple(zip(places[::2], places[1::2], strict=True)))
 
     def _with_own(
         self, draft: Draft, messages: Sequence[Message], turns: Mapping[int, _Turn], stand_ins: StandIns, tools: list | None
     ) -> tuple[Draft, dict[int, str]]:
-        """The draft with a character in every assistant's message, and these: one without thought and answer gets one for the first tool it calls, or for
-        nothing; none if the text were another then."""
+        """The draft with a character in every assistant's message, and these: one of which the template writes neither thought nor answer gets one for the
+        first tool it calls, or for nothing; none if the text were another then."""
         own = {place: turn.characters(draft.rendered) for place, turn in turns.items()}
-        bare = {place: turns[place] for place in own if not own[place]}
+        bare = {place: turns[place] for place in own if not set(own[place]) & set(draft.rendered) and (not own[place] or messages[place].get("tool_calls"))}
         text = stand_ins.show(draft.text)
         for stands_for in ("as given", "nothing") if bare else ():
             marks, changed, others = {}, list(messages), dict(turns)
@@ -210,6 +210,11 @@ class ConversationWriter:
             return tuple(make_prompt(self._tokenizer, PROBE, thinking, self._tags).text for thinking in (True, False))
         except ValueError:
             return (render(self._tokenizer, PROBE, add_generation_prompt=True),) * 2
+
+    @cached_property
+    def _ends(self) -> list[str]:
+        """Tokens that may end a turn, the longest first."""
+        return sorted({*self._tokenizer.get_added_vocab(), *self._tokenizer.all_special_tokens}, key=len, reverse=True)
 
     @property
     def _prompt_tags(self) -> list[str]:

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from minitron.formats.files import matching_files
 from minitron.plan.downloads import download_bytes
 from minitron.settings.run import Settings
 from minitron.settings.teachers import is_converted, is_tiny
-from minitron.sources.files import matching_files
 from minitron.walk.laps import depth_lap
 from minitron.walk.pipeline import finished_laps
 from minitron.walk.table import order_of, stage_of, stored_stages

@@ -4,11 +4,11 @@ import functools
 import math
 from dataclasses import dataclass
 
+from minitron.formats.files import matching_files, text_bytes
 from minitron.settings.data import DataSettings, Embedded
 from minitron.settings.training import Form, Rows
 from minitron.sources.document import HELD_OUT_SHARE
 from minitron.sources.embedded import source_files
-from minitron.sources.files import matching_files, text_bytes
 
 TOPIC_BYTES = 465_000  # of pydoc's topics
 PROSE_SHARE = 0.188  # of the library's sources, that docstrings and topics are

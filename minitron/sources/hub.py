@@ -9,10 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from minitron.formats.blocks import Block
+from minitron.formats.files import blocks_of
 from minitron.settings.data import DataSettings
 from minitron.settings.hub import said_while_waiting
-from minitron.sources.blocks import Block
-from minitron.sources.files import blocks_of
 from minitron.sources.pieces import Names, Piece, fields_of, reading_of
 
 KEPT_FILE = "hub.jsonl"

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from minitron.formats.blocks import Block, records
 from minitron.settings.data import DataSettings
-from minitron.sources.blocks import Block, records
 from minitron.sources.document import is_held_out
 from minitron.sources.forms import Fields, Reading, recognise
 
@@ -70,7 +70,4 @@ def reading_of(block: Block, fields: Fields) -> Reading | None:
     if block.kind in ("texts", "tokens"):
         return None
     first = [record for _, record in records(block, range(min(block.count, RECOGNISED_BY)))]
-    try:
-        return recognise(first, fields)
-    except ValueError as error:
-        raise ValueError(f"data: {block.file}: {error}") from None
+    return recognise(first, fields, source=block.file)

@@ -6,18 +6,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from minitron.formats.blocks import Block
+from minitron.formats.files import blocks_of, cut_of, files_behind, matching_files, text_bytes
+from minitron.formats.kinds import stem_of
 from minitron.settings.data import DataSettings, Embedded
 from minitron.settings.hub import HUB_ID
 from minitron.settings.rules import key_settings
 from minitron.sources.arithmetic import ARITHMETIC_VERSION, problem_documents
-from minitron.sources.blocks import Block
 from minitron.sources.digests import content_digest
 from minitron.sources.document import Document
 from minitron.sources.embedded import embedded_documents, text_fingerprint
-from minitron.sources.files import blocks_of, cut_of, files_behind, matching_files, text_bytes
 from minitron.sources.forms import Reading
 from minitron.sources.hub import HubSource
-from minitron.sources.kinds import stem_of
 from minitron.sources.pieces import Names, Piece, Source, fields_of, reading_of
 from minitron.sources.prose import PROSE_VERSION, prose_documents
 

@@ -1,3 +1,3 @@
-"""Text and what becomes of it: where documents come from, reasoning and generated problems, rows of tokens, which rows a phase of training or a
+"""Text and what becomes of it: tokens, rows of them on disk, a tokenizer of one's own text, what is hidden or cut short, which rows a phase of training or a
 measurement takes. Tokenising happens here alone.
 """

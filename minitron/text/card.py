@@ -26,6 +26,7 @@ def data_card(folder: Path, encoding: Encoding, splits: dict[str, Split]) -> dic
         "rows": data.rows.name,
         "splits": {name: _counts(split, getattr(data, f"max_{name}_tokens")) for name, split in splits.items()},
         "refused": [one for split in splits.values() for one in split.tally.refused],
+        "forms": sorted({(file, words) for split in splits.values() for words, file in split.tally.forms.items()}),
         "answers_only": data.answers_only,
         **counted,
         "examples": _examples(rows_RT, encoding),

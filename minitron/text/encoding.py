@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.batches import not_counted
 from minitron.families.text import beginning, load_tokenizer
+from minitron.formats.blocks import records
 from minitron.generation.answers import token_mask
 from minitron.generation.conversations import ConversationWriter, Written
 from minitron.settings.data import DataSettings
-from minitron.sources.blocks import records
 from minitron.sources.document import Document, source_of
-from minitron.sources.forms import Conversation, Refused
 from minitron.sources.pieces import Piece
+from minitron.sources.turns import Conversation, Refused
 from minitron.text.key_values import check_hiding, hide_lines, vocabulary_of
 from minitron.text.traces import truncated
 

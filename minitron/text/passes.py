@@ -19,6 +19,7 @@ import numpy as np
 from minitron.settings.data import DataSettings
 from minitron.settings.data import Refused as WhenRefused
 from minitron.sources.document import HELD_OUT_SHARE
+from minitron.sources.pieces import Piece
 from minitron.sources.source import open_source, source_title
 from minitron.text.encoding import REFUSED, Encoded, Encoding
 from minitron.text.split_rows import SplitCounts, SplitRows
@@ -35,17 +36,18 @@ MB = 1e6
 
 @dataclass(slots=True)
 class Tally:
-    """Of a pass: documents read, those of its split, those of them in no row by reason, some that were refused (document, why), and conversations that lost
-    their reasoning. Plain values."""
+    """Of a pass: documents read, those of its split, those of them in no row by reason, some that were refused (document, why), conversations that lost their
+    reasoning, and what records were taken for (with the first file of each). Plain values."""
 
     read: int = 0
     seen: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     refused: list[list[str]] = field(default_factory=list)
     without_reasoning: int = 0
+    forms: dict[str, str] = field(default_factory=dict)
 
-    def add(self, read: int, encoded: Encoded) -> None:
-        self.read, self.seen = self.read + read, self.seen + encoded.seen
+    def add(self, piece: Piece, encoded: Encoded) -> None:
+        self.read, self.seen = self.read + len(piece.names), self.seen + encoded.seen
         self.without_reasoning += encoded.without_reasoning
         self.left_out = dict(Counter(self.left_out) + encoded.left_out)
         self.refused += [list(one) for one in encoded.refused[: MOST_NAMED - len(self.refused)]]
@@ -77,9 +79,9 @@ def run_passes(place: Place, data: DataSettings, encoding: Encoding, wanted: Map
 
     Raises ValueError naming file and document for what cannot be read, for a split without a row, and where the disk is full.
     """
-    source, title = open_source(data, place.scratch), source_title(data)
+    source, title, said = open_source(data, place.scratch), source_title(data), set()
     with Workers(encoding, data.processes, source.num_bytes) as workers, _room_for(place.folder):
-        found = {split: _Pass(place, data, encoding, split, file).run(source, workers, title) for split, file in wanted.items()}
+        found = {split: _Pass(place, data, encoding, split, file, said).run(source, workers, title) for split, file in wanted.items()}
     shutil.rmtree(place.scratch, ignore_errors=True)
     return found
 
@@ -91,10 +93,10 @@ def forget_passes(folder: Path) -> None:
 
 
 class _Pass:
-    """One pass; <file>.state.json says how far it is."""
+    """One pass; <file>.state.json says how far it is. `said` are the ways of reading records that the terminal knows of."""
 
-    def __init__(self, place: Place, data: DataSettings, encoding: Encoding, split: str, file: str):
-        self.place, self.data, self.encoding, self.split = place, data, encoding, split
+    def __init__(self, place: Place, data: DataSettings, encoding: Encoding, split: str, file: str, said: set[str]):
+        self.place, self.data, self.encoding, self.split, self.said = place, data, encoding, split, said
         self.path, self.state_path = place.folder / f"{file}.npy", place.folder / f"{file}.state.json"
         self.hashes_path = encoding.hashes.with_suffix(".bin") if split == "heldout" else None
         self.state = json.loads(self.state_path.read_text()) if self.state_path.exists() else {}
@@ -132,7 +134,8 @@ class _Pass:
                     for name, documents in encoded.documents():
                         rows.add(documents, name)
                     add_hashes(encoded.hashes)
-                    self.tally.add(len(piece.names), encoded)
+                    self._say_form(piece)
+                    self.tally.add(piece, encoded)
                     place, done = piece.place, done + piece.block.num_bytes
                     speed = (rows.counts.tokens - before) / max(time.monotonic() - started, 1e-9)
                     advance(piece.block.num_bytes / MB, f"{self.tally.read:,} documents, {speed:,.0f} tokens/s")
@@ -174,6 +177,15 @@ class _Pass:
         write_json(self.state_path, self.state)
         self.saved = time.monotonic()
 
+    def _say_form(self, piece: Piece) -> None:
+        """What records are taken for, where they are no plain text in the field that is asked for; each way once."""
+        if piece.reading is None:
+            return
+        self.tally.forms.setdefault(piece.reading.described, piece.block.file)
+        if piece.reading.columns != (self.data.text_field,) and piece.reading.described not in self.said:
+            self.said.add(piece.reading.described)
+            self.place.console.say(f"     data  {piece.block.file}: {piece.reading.described}")
+
     def _refuse(self, encoded: Encoded) -> None:
         if encoded.refused and self.data.refused is WhenRefused.stop:
             document, why = encoded.refused[0]
@@ -196,8 +208,8 @@ class _Pass:
         if self.tally.seen:
             raise ValueError(f"data: {title} has {number:,} documents and none with text for {self._described} (left out: {why})")
         none = "to hold out" if self.split == "heldout" else "for training: all are held out"
-        raise ValueError(f"data: {title} has {number:,} document{'s' if number > 1 else ''} and none {none}; about 1 in {HELD_OUT_SHARE} is held out, by a hash "
-                         f"of its name: {5 * HELD_OUT_SHARE} documents are nearly always enough (data.cut_kib cuts text files into documents)")  # fmt: skip
+        raise ValueError(f"data: {title} has {number:,} document{'s' if number > 1 else ''} and none {none}; about 1 in {HELD_OUT_SHARE} is held out, by a "
+                         f"hash of its name: {5 * HELD_OUT_SHARE} documents are nearly always enough (data.cut_kib cuts text files into documents)")  # fmt: skip
 
 
 @contextmanager

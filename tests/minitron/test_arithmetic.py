@@ -3,12 +3,12 @@
 import re
 
 import pytest
-from minitron.text.tokenise import read_documents
 
 from minitron.settings.data import DataSettings
 from minitron.settings.reasoning import ArithmeticSettings, ReasoningSettings
 from minitron.settings.training import DistillSettings, PhaseSettings, SourceSettings
 from minitron.sources.arithmetic import Problem, held_out_problems, problem_documents, problems
+from minitron.text.tokenise import read_documents
 
 SOME = ArithmeticSettings(problems=3000, most_operands=4)
 

@@ -10,10 +10,10 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from minitron.formats.files import matching_files
 from minitron.measures.held_out import evaluate, held_out_loss
 from minitron.settings.data import DataSettings
 from minitron.sources.document import Document
-from minitron.sources.files import matching_files
 from minitron.sources.source import check_source, source_identity, source_title
 from minitron.text.rows import document_rows
 from minitron.text.samples import batches_of, longest_prompt
@@ -71,7 +71,7 @@ def test_a_text_file_is_one_document(tmp_path):
 
 def test_text_may_be_in_another_field_and_null(tmp_path):
     (tmp_path / "corpus.jsonl").write_text('{"body": "one", "text": "no"}\n{"body": null, "text": "no"}\n{"body": "two"}\n')
-    assert [(document.name, document.text) for document in documents_in(tmp_path / "corpus.jsonl", text_field="body")] == [("corpus/0", "one"), ("corpus/2", "two")]
+    assert documents_in(tmp_path / "corpus.jsonl", text_field="body") == [Document("corpus/0", "one"), Document("corpus/2", "two")]
 
 
 def test_no_more_documents_are_read_than_asked_for(tmp_path):

@@ -14,9 +14,10 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from minitron.sources.blocks import Block, records
-from minitron.sources.files import blocks_of, cut_of, files_behind, matching_files, text_bytes
-from minitron.sources.kinds import stem_of
+from minitron.formats.blocks import Block, records
+from minitron.formats.files import blocks_of, cut_of, files_behind, matching_files, text_bytes
+from minitron.formats.kinds import stem_of
+from minitron.formats.streams import CHUNK_BYTES
 
 RECORDS = [{"text": f'Document {n}, «ünï» 🙂\n\tand, "two" lines. ' + "word " * (n * 7 % 13), "id": str(n), "note": "" if n % 3 else "x"} for n in range(60)]
 JSON_LINE_KINDS = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst")
@@ -221,6 +222,16 @@ def test_plain_text_is_cut_at_blank_lines_and_nothing_is_lost(suffix, tmp_path):
         assert read(path, block.place, cut_kib=4) == pieces[block.first + block.count :]
 
 
+def test_a_text_larger_than_what_is_read_at_once_is_cut_alike_from_every_place_on(tmp_path):
+    text = PARAGRAPHS * (3 * CHUNK_BYTES // len(PARAGRAPHS))
+    path = packed(tmp_path / "wiki.txt.zst", text.encode())
+    blocks = list(blocks_of(path, cut_kib=64, block_bytes=500_000))
+    pieces = [piece for block in blocks for piece in block.payload]
+    assert "".join(pieces) == text.replace("\r\n", "\n") and len(blocks) > 4
+    for block in blocks:
+        assert read(path, block.place, cut_kib=64) == pieces[block.first + block.count :]
+
+
 @pytest.mark.parametrize(("text", "end", "least"), [("word ü\n" * 9000, "\n", 8192), ("wörd " * 9000, " ", 16384), ("字" * 30000, "字", 32700)])
 def test_text_without_paragraphs_is_cut_at_line_ends_then_spaces_then_anywhere(text, end, least, tmp_path):
     (tmp_path / "one.txt").write_text(text, encoding="utf-8", newline="")
@@ -336,12 +347,14 @@ def test_names_that_cannot_be_meant_are_refused(name, reason, tmp_path):
     with pytest.raises(ValueError) as error:
         matching_files([str(tmp_path / name)])
     assert str(error.value).startswith("data.files names ") and reason in str(error.value)
+    assert matching_files([str(tmp_path / "splits" / "*")]) == matching_files([str(tmp_path / "splits" / "**")])
+    assert matching_files([str(tmp_path / "splits" / "*")]) == [tmp_path / "splits" / "train"]
     assert matching_files([str(tmp_path / "splits" / "train")]) == [tmp_path / "splits" / "train"]
 
 
 CUT_OFF = {
     ".jsonl": "corpus.jsonl, document 60 is not whole", ".jsonl.gz": "corpus.jsonl.gz is cut off", ".jsonl.zst": "corpus.jsonl.zst is cut off",
-    ".json": "corpus.json is cut off: it ends in the middle of document 60", ".objects.json": "corpus.objects.json is cut off: it ends in the middle of document 60",
+    ".json": "corpus.json is cut off: it ends in the middle of document 60", ".objects.json": "corpus.objects.json is cut off: it ends in the",
     ".held.json": "corpus.held.json is cut off: it ends in the middle of document 1", ".json.zst": "corpus.json.zst is cut off",
     ".csv": "corpus.csv, document 60 is cut off", ".tsv.zst": "corpus.tsv.zst is cut off", ".parquet": "corpus.parquet cannot be read",
     ".arrow": "corpus.arrow cannot be read", ".stream.arrow": "corpus.stream.arrow cannot be read", ".feather": "corpus.feather cannot be read",
@@ -426,8 +439,17 @@ def test_what_is_not_utf_8_is_refused_with_its_byte(name, data, reason, tmp_path
 
 def test_bytes_in_a_table_that_are_no_utf_8_are_named_with_their_document(tmp_path):
     column = pyarrow.array([b"a", b"b", b"\xf6"]).cast(pyarrow.binary()).view(pyarrow.string())
-    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
-    assert refusal(tmp_path / "a.parquet") == "data.files: a.parquet, document 3 is not UTF-8 in 'text' (byte 0xf6 at 0)"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet"), write_arrow(tmp_path / "a.arrow", pyarrow.table({"text": column}))
+    for name in ("a.parquet", "a.arrow"):
+        assert refusal(tmp_path / name) == f"data.files: {name}, document 3 is not UTF-8 in 'text' (byte 0xf6 at 0)"
+
+
+def test_offsets_of_an_arrow_file_that_lie_outside_of_it_are_refused(tmp_path):
+    path = write_arrow(tmp_path / "a.arrow", pyarrow.table({"text": ["one", "two", "three"]}))
+    offsets = struct.pack("<4i", 0, 3, 6, 11)
+    assert path.read_bytes().count(offsets) == 1 and len(read(path)) == 3
+    path.write_bytes(path.read_bytes().replace(offsets, struct.pack("<4i", 0, 10**9, 6, 11)))
+    assert refusal(path).startswith("data.files: a.arrow cannot be read (ArrowInvalid")
 
 
 def damaged(path: Path, **changes) -> Path:
@@ -460,10 +482,18 @@ def test_a_corpus_whose_tokens_are_cut_off_or_not_there_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     assert refusal(path).startswith("data.files: corpus.bin is cut off: it has")
     path.unlink()
-    assert refusal(path) == "data.files: corpus.idx has no corpus.bin beside it, which holds its tokens"
-    assert refusal(write_corpus(tmp_path / "wide.bin", [np.array([2**31])], "int64")).startswith(
-        "data.files: wide.bin, document 1 or one soon after has a token id"
-    )
+    for name in ("corpus.idx", "corpus", "corpus*", ""):
+        with pytest.raises(ValueError, match="^data.files: corpus.idx has no corpus.bin beside it, which holds its tokens$"):
+            matching_files([str(tmp_path / name)])
+    wide = write_corpus(tmp_path / "wide.bin", [np.array([2**31])], "int64")
+    assert refusal(wide) == "data.files: wide.bin, document 1 or one soon after has a token id that does not fit in 32 bits"
+
+
+def test_a_bin_without_an_index_is_refused_by_name_and_passed_over_in_a_folder(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"xxxx"), (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match="^data.files: model.bin has no model.idx beside it"):
+        matching_files([str(tmp_path / "model.bin")])
+    assert matching_files([str(tmp_path)]) == [tmp_path / "a.txt"]
 
 
 def test_blocks_are_values():

@@ -1,4 +1,4 @@
-"""Passes over a source: interrupted anywhere and gone on with by other processes, they end in the same rows; what a held-out document equals is in no train row."""
+"""Passes over a source: interrupted anywhere and gone on with by others, they end in the same rows; what a held-out document equals is in no train row."""
 
 import json
 import os
@@ -170,7 +170,7 @@ def test_rows_of_a_phase_leave_out_what_the_data_stage_holds_out(tokenizer, tmp_
 
 
 @pytest.mark.parametrize(("texts", "says"), [
-    (["one", "two", "three"], "data: text.jsonl has 3 documents and none to hold out; about 1 in 20 is held out, by a hash of its name: 100 documents are nearly"),
+    (["one", "two", "three"], "data: text.jsonl has 3 documents and none to hold out; about 1 in 20 is held out, by a hash of its name: 100 documents are"),
     ([" "] * 100, r"data: text.jsonl has 100 documents and none with text for held-out text \(left out: \d+ without text\)"),
 ])  # fmt: skip
 def test_a_split_without_a_document_is_refused(texts, says, tokenizer, tmp_path):

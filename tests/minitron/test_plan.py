@@ -59,7 +59,7 @@ def machine(tmp_path, monkeypatch):
     def known(flops_per_second: float, threads: int = 2) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
-        path = tmp_path / "cache" / rate.KEPT_FILE
+        path = tmp_path / "cache" / "minitron" / rate.KEPT_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = {f"{rate._processor()}, {threads} threads": {"flops_per_second": flops_per_second, "tries": rate.MOST_TRIES}}
         path.write_text(json.dumps(kept))
@@ -180,7 +180,7 @@ def test_devices_that_are_none_are_refused(given, said):
 def test_the_rate_is_measured_once_and_kept_whatever_lies_there(machine, tmp_path, monkeypatch):
     machine(1.0)
     monkeypatch.setattr(rate, "MEASURED_SECONDS", 0.02)
-    path = tmp_path / "cache" / rate.KEPT_FILE
+    path = tmp_path / "cache" / "minitron" / rate.KEPT_FILE
     for damaged in ("", "[]", "{}", '{"x": 1}', path.read_text()[:-5]):
         path.write_text(damaged)
         measured = rate.product_rate()

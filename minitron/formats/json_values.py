@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from minitron.sources.blocks import Block, document_name
-from minitron.sources.streams import CHUNK_BYTES, Given, Stream, not_text, wrong
+from minitron.formats.blocks import Block, document_name
+from minitron.formats.streams import CHUNK_BYTES, Given, Stream, not_text, wrong
 
 LONGEST_VALUE = 2**29  # characters of one value, which is held in memory, and of an object that holds the list of all documents
 NEAR_THE_END = 16  # characters before the end of what is read, within which an error may only mean that more must be read

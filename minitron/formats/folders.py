@@ -4,12 +4,12 @@ import json
 import os
 from pathlib import Path
 
-from minitron.sources.kinds import KNOWN, KNOWN_SAID, TEXT, TOKENS, TOKENS_INDEX, extension
-from minitron.sources.streams import named_errors, wrong
+from minitron.formats.kinds import KNOWN, KNOWN_SAID, TEXT, TOKENS, TOKENS_INDEX, extension
+from minitron.formats.streams import named_errors, wrong
 
 STATE, SPLITS = "state.json", "dataset_dict.json"  # of a saved dataset, and of a folder of several
 ABOUT = ("readme", "license", "licence", "changelog", "contributing")  # texts about the data, where they lie beside data of another kind
-DESCRIPTIONS = (STATE, SPLITS, "dataset_info.json", "dataset_infos.json")
+DESCRIPTIONS = (SPLITS, "dataset_info.json", "dataset_infos.json")  # of the datasets library: no documents
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -58,6 +58,6 @@ def _walk(root: Path) -> list[Path]:
         found += [Path(folder, name) for name in saved]
         subfolders[:] = [name for name in subfolders if name not in saved]
         paths = [Path(folder, name) for name in names if not name.startswith(".") and name.lower() not in DESCRIPTIONS]
-        # A .bin is many things, tokens only with its index; an index without its .bin is refused where it is opened.
+        # A .bin is many things, tokens only with its index; an index without its .bin is refused.
         found += [path for path in paths if extension(path) in KNOWN and not (extension(path) == TOKENS and not path.with_suffix(TOKENS_INDEX).is_file())]
     return found

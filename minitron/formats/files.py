@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minitron.sources.blocks import Block
-from minitron.sources.folders import SPLITS, files_below, is_saved_dataset, saved_files
-from minitron.sources.json_values import json_values
-from minitron.sources.kinds import ARROW, JSON, JSON_LINES, KNOWN, KNOWN_SAID, PARQUET, SEPARATED, TEXT, TOKENS, TOKENS_INDEX, extension
-from minitron.sources.lines import json_lines, separated_values
-from minitron.sources.plain_text import texts
-from minitron.sources.streams import Given, check_beginning, named_errors, wrong
-from minitron.sources.tables import arrow_rows, parquet_rows
-from minitron.sources.token_corpora import TYPE_BYTES, index_head, token_documents
+from minitron.formats.blocks import Block
+from minitron.formats.folders import DESCRIPTIONS, SPLITS, files_below, is_saved_dataset, saved_files
+from minitron.formats.json_values import json_values
+from minitron.formats.kinds import ARROW, JSON, JSON_LINES, KNOWN, KNOWN_SAID, PARQUET, SEPARATED, TEXT, TOKENS, TOKENS_INDEX, extension
+from minitron.formats.lines import json_lines, separated_values
+from minitron.formats.plain_text import texts
+from minitron.formats.streams import Given, check_beginning, named_errors, wrong
+from minitron.formats.tables import arrow_rows, parquet_rows
+from minitron.formats.token_corpora import TYPE_BYTES, check_pair, index_head, token_documents
 
 READERS = {
     **dict.fromkeys(JSON_LINES, json_lines),
@@ -36,16 +36,17 @@ def matching_files(patterns: list[str]) -> list[Path]:
 
     A folder that the datasets library saved is one of them, of another folder all known files below it; a pair of .bin and
     .idx is its .bin, also where the name without both is given. Raises ValueError for what is missing, a glob without a
-    match, an unknown extension, a folder without a known file.
+    match, an unknown extension, a folder without a known file, a .bin or .idx without the other.
     """
     found: dict[Path, Path] = {}
     for pattern in patterns:
         for match in _matches(pattern):
-            if not match.is_dir():
-                if extension(match) not in KNOWN:
-                    raise ValueError(f"data.files names {str(match)!r}; the extension must be one of {KNOWN_SAID}")
-                if extension(match) == TOKENS_INDEX:
-                    match = match.with_suffix(TOKENS)
+            kind = None if match.is_dir() else extension(match)
+            if kind is not None and kind not in KNOWN:
+                raise ValueError(f"data.files names {str(match)!r}; the extension must be one of {KNOWN_SAID}")
+            if kind in (TOKENS, TOKENS_INDEX):
+                match = match.with_suffix(TOKENS)
+                check_pair(match)
             found.setdefault(match.resolve(), match)
     return list(found.values())
 
@@ -59,7 +60,7 @@ def _matches(pattern: str) -> list[Path]:
     names = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
     matches = [name for name in names if name.is_file() or is_saved_dataset(name)]
     inside = {name for name in matches if name.is_dir()}  # whose own files a ** matches too
-    matches = [name for name in matches if inside.isdisjoint(name.parents)]
+    matches = [name for name in matches if inside.isdisjoint(name.parents) and name.name not in DESCRIPTIONS]
     pair = [Path(pattern + suffix) for suffix in (TOKENS, TOKENS_INDEX)]
     if not matches and any(name.is_file() for name in pair):
         return pair[:1]
@@ -80,7 +81,8 @@ def blocks_of(
     cut_kib: int | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[Block]:
-    """The documents of one of `matching_files`, in order, in blocks of about `block_bytes`; from a block's `place` on where `start` is given.
+    """The documents of one of `matching_files`, in order, in blocks of about `block_bytes`; from a block's `place` on where `start` is given,
+    which belongs to the same file, `cut_kib`, `columns` and `block_bytes`.
 
     `columns` is asked with the fields of a columnar file (Parquet, Arrow, a saved dataset, .csv) and says which are wanted;
     others are not read. Where there is a column `input_ids` and it wants no other, the documents are ready-made tokens.
@@ -116,7 +118,7 @@ def text_bytes(path: Path) -> tuple[int, int]:
         return (size := sum(file.stat().st_size for file in saved_files(path, path.name))), size
     kind = extension(path)
     if kind == TOKENS:
-        head = index_head(path, path.name)
+        head = index_head(path)
         size = path.stat().st_size
         return size, size // TYPE_BYTES[head.type] * TOKEN_TEXT_BYTES
     size = path.stat().st_size

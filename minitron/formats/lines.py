@@ -1,11 +1,12 @@
 """Files of lines: JSON lines, which are not parsed here, and comma- or tab-separated tables."""
 
 import csv
+import io
 from collections.abc import Iterator
 from typing import Any
 
-from minitron.sources.blocks import Block, document_name
-from minitron.sources.streams import Given, Stream, not_text, wrong
+from minitron.formats.blocks import Block, document_name
+from minitron.formats.streams import Given, Stream, not_text, wrong
 
 LONGEST_CELL = 2**31 - 1  # of a table; the csv module's own is 131,072 characters
 
@@ -100,16 +101,10 @@ class _Table:
 
     def _lines(self) -> Iterator[str]:
         for data in whole_lines(self._stream, self._given.block_bytes):
-            for line in data.splitlines(keepends=True) if b"\r" not in data else _split(data):
+            for line in io.BytesIO(data):  # ends lines at \n alone: a \r belongs to its cell, or to the line end
                 try:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
                     raise not_text(document_name(self._given.name, self.document + 1), line, error.start, self.position) from None
                 self._last_line, self.position = line, self.position + len(line)
                 yield text
-
-
-def _split(data: bytes) -> list[bytes]:
-    """Lines that end in \\n alone: a \\r belongs to its cell, or to the line end."""
-    lines = data.split(b"\n")
-    return [line + b"\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])

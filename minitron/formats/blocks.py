@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from minitron.sources.streams import wrong
+from minitron.formats.streams import wrong
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minitron.sources.streams import PACKED
+from minitron.formats.streams import PACKED
 
 JSON_LINES = (".jsonl", ".ndjson")
 JSON = ".json"

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from minitron.sources.blocks import Block, document_name
-from minitron.sources.folders import saved_files
-from minitron.sources.streams import Given, check_beginning, wrong
+from minitron.formats.blocks import Block, document_name
+from minitron.formats.folders import saved_files
+from minitron.formats.streams import Given, check_beginning, wrong
 
 IDS = "input_ids"  # the column of ready-made tokens
 READ_AHEAD_BYTES = 2**20  # of a Parquet column; without it, a row group's column is read whole
@@ -75,7 +75,7 @@ def _batches(given: Given, first: int) -> Iterator[tuple[int, Any, tuple[int, in
             with pyarrow.ipc.open_file(source, options=_of_wanted(given, pyarrow.ipc.open_file(source).schema)) as reader:
                 for index in range(first, reader.num_record_batches):
                     share = [_share(source.size(), number, reader.num_record_batches) for number in (index, index + 1)]
-                    yield index, reader.get_batch(index), tuple(share)
+                    yield index, _checked(reader.get_batch(index)), tuple(share)
             return
         options = _of_wanted(given, pyarrow.ipc.open_stream(source).schema)
         source.seek(0)
@@ -83,11 +83,24 @@ def _batches(given: Given, first: int) -> Iterator[tuple[int, Any, tuple[int, in
         with pyarrow.ipc.open_stream(source, options=options) as reader:
             for batch in reader:
                 if index >= first:
-                    yield index, batch, (begins, source.tell())
+                    yield index, _checked(batch), (begins, source.tell())
                 index, begins = index + 1, source.tell()
         source.seek(max(source.size() - 4, 0))
         if any(source.read(4)):  # a stream without its end mark is valid, but what writes whole ones writes the mark
             raise wrong(given.name, f"is cut off: it ends after its batch {index:,}, and Arrow's end mark is missing")
+
+
+def _checked(batch: Any) -> Any:
+    """The batch as it is. Offsets that lie outside of it, which would end the process without a word, raise pyarrow's ArrowInvalid."""
+    import pyarrow
+
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            if "UTF8" not in str(error):  # said with its document's number by whoever takes the text out
+                raise
+    return batch
 
 
 def _of_wanted(given: Given, schema: Any) -> Any:

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from minitron.sources.blocks import Block
-from minitron.sources.streams import CHUNK_BYTES, Given, Stream, not_text
+from minitron.formats.blocks import Block
+from minitron.formats.streams import CHUNK_BYTES, Given, Stream, not_text
 
 BLANK_LINES = re.compile(rb"\n\s*\n")
 LINE_END = re.compile(rb"\n")

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.sources.blocks import Block, document_name
-from minitron.sources.kinds import TOKENS, TOKENS_INDEX
-from minitron.sources.streams import Given, wrong
+from minitron.formats.blocks import Block, document_name
+from minitron.formats.kinds import TOKENS, TOKENS_INDEX
+from minitron.formats.streams import Given, wrong
 
 MAGIC, OLD_MAGIC = b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00"
 HEAD = struct.Struct("<9sQBQQ")  # magic, version, code of the type, S, D
@@ -32,13 +32,19 @@ class Head:
     num_boundaries: int
 
 
-def index_head(path: Path, name: str) -> Head:
-    """The head of the .idx that belongs to a .bin. Raises ValueError where there is none, or another form's, or it is cut off."""
+def check_pair(path: Path) -> Path:
+    """The .idx that belongs to a .bin. Raises ValueError where one of the two is not there."""
     index = path.with_suffix(TOKENS_INDEX)
     if not index.is_file():
-        raise wrong(name, f"has no {index.name} beside it; a {TOKENS} is read as Megatron-LM writes it, with its {TOKENS_INDEX}")
+        raise wrong(path.name, f"has no {index.name} beside it; a {TOKENS} is read as Megatron-LM writes it, with its {TOKENS_INDEX}")
     if not path.is_file():
         raise wrong(index.name, f"has no {path.name} beside it, which holds its tokens")
+    return index
+
+
+def index_head(path: Path) -> Head:
+    """The head of the .idx that belongs to a .bin. Raises ValueError where there is none, or another form's, or it is cut off."""
+    index = check_pair(path)
     with index.open("rb") as file:
         data = file.read(HEAD.size)
     if data.startswith(OLD_MAGIC):
@@ -74,7 +80,7 @@ class _Corpus:
         import numpy as np
 
         self._given, self._index_name = given, given.path.with_suffix(TOKENS_INDEX).name
-        head = index_head(given.path, given.name)
+        head = index_head(given.path)
         index = np.memmap(given.path.with_suffix(TOKENS_INDEX), mode="r")
         ends = np.cumsum([HEAD.size, 4 * head.num_sequences, 8 * head.num_sequences, 8 * head.num_boundaries])
         parts = [index[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]

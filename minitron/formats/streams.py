@@ -2,8 +2,9 @@
 
 import csv
 import gzip
+import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,12 @@ NO_TEXT = (
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A file to be read, what messages call it, and how far a block goes; the rest as in `minitron.sources.files.blocks_of`."""
+    """A file to be read, what messages call it, and how far a block goes; the rest as in `minitron.formats.files.blocks_of`."""
 
     path: Path
     name: str
     block_bytes: int
-    columns: Any = None
+    columns: Callable[[list[str]], list[str]] | None = None
     cut_kib: int = 0
 
 
@@ -41,11 +42,11 @@ def wrong(name: str, what: str) -> ValueError:
 
 @contextmanager
 def named_errors(name: str) -> Iterator[None]:
-    """Turns what the disk and the libraries say of a file into `wrong`. A plain ValueError is the project's own and goes on as it is."""
+    """Turns what the disk and the libraries say of a file into `wrong`; a plain ValueError is the project's own and goes on as it is."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, csv.Error, ValueError, LookupError, NotImplementedError) as error:
-        if type(error) is ValueError:
+    except Exception as error:  # pyarrow's are of many kinds: KeyError, NotImplementedError, its own
+        if not isinstance(error, OSError | EOFError | zlib.error | csv.Error | UnicodeError | json.JSONDecodeError) and type(error).__module__ != "pyarrow.lib":
             raise
         said = str(error)
         if isinstance(error, EOFError) or "Truncated" in said:  # gzip's word, pyarrow's for zstd
