@@ -27,7 +27,7 @@ def data_blocks(summary: Summary, image: Callable[[str, str], str]) -> list[str]
     return [
         splits_table(card),
         ROWS[card["rows"]].format(length=f"{card['sequence_length']:,}"),
-        forms_table(card),
+        forms_text(card),
         sources_table(card),
         left_out_text(card),
         image("lengths.png", "how long documents are, in tokens, and how long a row is"),
@@ -45,18 +45,19 @@ def splits_table(card: Mapping[str, Any]) -> str:
     return table(head, rows)
 
 
-def forms_table(card: Mapping[str, Any]) -> str:
-    """What every file's records were taken for."""
-    return table(("file", "read as"), [tuple(map(quoted, form)) for form in card["forms"]]) if card.get("forms") else ""
+def forms_text(card: Mapping[str, Any]) -> str:
+    """What the records were taken for, each with the first file of its kind."""
+    named = [f"- {quoted(words)} ({quoted(file)})" for file, words in card.get("forms", ())]
+    return "\n".join(["What records were read as, with the first file of each kind:", "", *named]) if named else ""
 
 
 def sources_table(card: Mapping[str, Any]) -> str:
-    """Where train documents come from, most tokens first, and how many of the held-out ones; nothing where all are of one source."""
-    (_, train), *others = _splits(card)
-    if len(train["sources"]) < 2:
+    """Where train documents come from, most tokens first; nothing where all are of one source."""
+    sources = card["splits"]["train"]["sources"]
+    if len(sources) < 2:
         return ""
-    total = sum(one["tokens"] for one in train["sources"])
-    rows = [(quoted(one["source"]), f"{one['documents']:,}", f"{one['tokens']:,}", _percent(one["tokens"], total)) for one in train["sources"]]
+    total = sum(one["tokens"] for one in sources)
+    rows = [(quoted(one["source"]), f"{one['documents']:,}", f"{one['tokens']:,}", _percent(one["tokens"], total)) for one in sources]
     return table(("source of train documents", "documents", "tokens", "share of tokens"), rows)
 
 
@@ -156,7 +157,7 @@ def more_rows_blocks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _splits(card: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """Train first."""
-    return [(shown, card["splits"][name]) for name, shown in SPLITS.items() if name in card["splits"]]
+    return [(shown, card["splits"][name]) for name, shown in SPLITS.items()]
 
 
 def _number(number: int, of: str) -> str:

@@ -59,7 +59,8 @@ def _fingerprint(summary: Summary) -> str:
     plotted = [summary[name] for name in ("budget", "throughput", "base", "models", "candidates", "removed_layers", "importance", "curves", "reasoning")]
     plotted += [summary["depth_lap"].get(name) for name in ("candidates", "curves")]
     plotted += [summary["data"].get("sequence_length"), {name: split["lengths"] for name, split in summary["data"].get("splits", {}).items()}]
-    drawing = b"".join(Path(file).read_bytes() for file in (__file__, *(module.__file__ for module in (plot_style, plots_data, plots_search, plots_evaluation))))
+    modules = (plot_style, plots_data, plots_search, plots_evaluation)
+    drawing = b"".join(Path(file).read_bytes() for file in (__file__, *(module.__file__ for module in modules)))
     return hashlib.sha256(drawing + json.dumps(plotted).encode()).hexdigest()
 
 

@@ -12,13 +12,12 @@ from minitron.text.passes import Split
 
 EXAMPLES, EXAMPLE_TOKENS = 3, 320  # rows that are shown, and how much of each
 MOST_SOURCES = 12  # the rest of them are one
-SAMPLED_ROWS = 4096  # of what may be a file larger than the memory
+SAMPLED_TOKENS = 2**22  # of rows that may be a file larger than the memory
 
 
 def data_card(folder: Path, encoding: Encoding, splits: dict[str, Split]) -> dict:
     """Of train.npy in `folder` and what the passes counted: documents, lengths (how many have up to so many tokens, powers of two), sources, what was left
-    out and why, and rows as text in parts (text, whether it counts for the loss). With answers only, the share of train tokens that count, of up to
-    SAMPLED_ROWS rows."""
+    out and why, and rows as text in parts (text, whether it counts for the loss). With answers only, also the share of train tokens that count."""
     data, rows_RT = encoding.data, np.load(folder / "train.npy", mmap_mode="r")
     counted = {"counted_share": _counted_share(rows_RT)} if data.answers_only else {}
     return {
@@ -54,8 +53,9 @@ def _sources(by_source: dict[str, list[int]]) -> list[dict]:
 
 
 def _counted_share(rows_RT: np.ndarray) -> float:
-    """Positions at which something is learned, of all real tokens; of rows spread evenly where there are many."""
-    places = np.unique(np.linspace(0, len(rows_RT) - 1, min(len(rows_RT), SAMPLED_ROWS)).astype(np.int64))
+    """Positions at which something is learned, of all real tokens; where they are many, of SAMPLED_TOKENS in rows spread evenly."""
+    number = min(len(rows_RT), max(1, SAMPLED_TOKENS // rows_RT.shape[1]))
+    places = np.linspace(0, len(rows_RT) - 1, number).astype(np.int64)
     sampled_RT = rows_RT[places]
     return round(count_counted(sampled_RT) / count_tokens(sampled_RT), 4)
 
