@@ -83,10 +83,6 @@ def _example(row_T: np.ndarray, tokenizer) -> dict[str, Any]:
 
 
 def _texts(ids_T: np.ndarray, ends: list[int], tokenizer) -> list[str]:
-    """The text of the tokens up to each end. Each part is what it adds to the text before: by itself a part may lose a space at its beginning, or hold half a
-    character, which then goes to the next."""
-    wholes = [""]
-    for end in ends:
-        text = tokenizer.decode(ids_T[:end].tolist(), clean_up_tokenization_spaces=False)
-        wholes.append(text if end == len(ids_T) else text.rstrip("\ufffd"))
+    """The text of the tokens up to each end. Each part is what it adds to the text before: by itself it may lose a space at its beginning."""
+    wholes = ["", *(tokenizer.decode(ids_T[:end].tolist(), clean_up_tokenization_spaces=False) for end in ends)]
     return [whole[len(before) :] for before, whole in zip(wholes, wholes[1:], strict=False)]

@@ -4,6 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from minitron.settings.data import DataSettings
 from minitron.settings.run import Settings, TeacherSettings
@@ -29,10 +35,10 @@ def chat(number: int, *, asked: str = "What is it, Grüße 🎉?") -> dict:
     return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": f"It is 世 {number}."}, {"role": "user", "content": "Thanks"}]}
 
 
-def card_of(folder: Path, **settings) -> dict:
-    """The card of the rows that the tiny teacher's tokenizer makes."""
+def card_of(folder: Path, tokenizer: Path = TINY_TEACHER, **settings) -> dict:
+    """The card of the rows that a tokenizer makes."""
     data = DataSettings(**{"sequence_length": 64, "rows": Rows.documents, "processes": 1, **settings})
-    encoding = Encoding(TINY_TEACHER, data, 2048, folder / "heldout_hashes.npy")
+    encoding = Encoding(tokenizer, data, 2048, folder / "heldout_hashes.npy")
     place = Place(folder=folder, scratch=folder / "source", console=Console(quiet=True), goes_on=lambda _: None)
     return json.loads(json.dumps(data_card(folder, encoding, run_passes(place, data, encoding, SPLITS))))
 
@@ -46,6 +52,20 @@ def test_the_parts_of_a_row_are_its_text_and_only_answers_count(answers_only, tm
         parts = [[asked, False], [answer, True], ["user: Thanks\n<|endoftext|>", False]]
         assert one["parts"] == (parts if answers_only else [["".join(text for text, _ in parts), True]])
     assert ("counted_share" in card) == answers_only
+
+
+def test_a_space_at_the_beginning_of_a_part_is_kept(tmp_path):
+    """Of a tokenizer that writes spaces as SentencePiece does: what it makes of the answer's tokens alone has none, the control."""
+    inner = Tokenizer(BPE(unk_token="<unk>"))
+    inner.pre_tokenizer, inner.decoder = Metaspace(), MetaspaceDecoder()
+    inner.train_from_iterator(["user: Why? assistant: It is 0 1 2 3 4 5 6 7 8 9."] * 9, BpeTrainer(special_tokens=["<unk>", "</s>"], show_progress=False))
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+    made.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    made.save_pretrained(tmp_path / "tokenizer")
+    records = [{"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": f"It is {number}."}]} for number in range(100)]
+    card = card_of(tmp_path, tmp_path / "tokenizer", files=[written(tmp_path / "chat.jsonl", records)], answers_only=True)
+    (answer,) = [text for text, is_learned in card["examples"][0]["parts"] if is_learned]
+    assert answer.startswith(" It is") and not made.decode(made(answer)["input_ids"]).startswith(" ")
 
 
 @pytest.mark.parametrize(("length", "counted"), [(4, (0.25, 0.6)), (40, (0.0, 0.15))])

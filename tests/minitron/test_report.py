@@ -363,7 +363,7 @@ def test_no_document_breaks_the_page(summary):
     tags = re.compile(r"<(\w+)[^>]*>")
     before = tags.findall(html_of(summary))
     data = summary["data"]
-    data["examples"][0]["parts"] = [[HOSTILE, True]]
+    data["examples"][0]["parts"] = [[HOSTILE + "````", True]]
     data["refused"], data["forms"] = [[HOSTILE, HOSTILE]], [[HOSTILE, HOSTILE]]
     data["splits"]["train"]["sources"][1]["source"] = data["source"] = HOSTILE
     data["splits"]["train"]["left_out"] = {HOSTILE: 3}
