@@ -7,6 +7,7 @@ from typing import Any
 
 from memory_budget.architecture import BLOCK
 from memory_budget.units import format_gib
+from minitron.report.data import data_blocks, more_rows_blocks
 from minitron.report.evaluation import evaluation_blocks
 from minitron.report.plan import plan_blocks
 from minitron.report.search import architecture_table, candidates_table, choice_sentences, pattern_lines, screens_table, table_notes
@@ -119,6 +120,18 @@ def _stage_facts(stage: Mapping[str, Any]) -> str:
     return f"*{when[:1].upper()}{when[1:]} {duration(stage['seconds'])} · process memory up to {format_gib(stage['peak_rss_bytes'])} · key `{stage['key']}`*"
 
 
+def _data_blocks(part: Part) -> list[str]:
+    return [] if part.which is Which.widths else data_blocks(part.summary, part.plot)
+
+
+def _phase_rows_blocks(part: Part) -> list[str]:
+    return more_rows_blocks(part.lap["more_rows"]["phase_rows"])
+
+
+def _whole_rows_blocks(part: Part) -> list[str]:
+    return more_rows_blocks(part.lap["more_rows"]["whole_rows"])
+
+
 def _teacher_blocks(part: Part) -> list[str]:
     return [part.plot("teacher_training.png", "loss of the teacher while it was trained")]
 
@@ -174,6 +187,9 @@ def _reasoning_blocks(part: Part) -> list[str]:
 
 
 STAGE_BLOCKS: Mapping[str, Callable[[Part], list[str]]] = {
+    "data": _data_blocks,
+    "phase_rows": _phase_rows_blocks,
+    "whole_rows": _whole_rows_blocks,
     "teacher": _teacher_blocks,
     "score": _score_blocks,
     "shortlist": _shortlist_blocks,

@@ -8,7 +8,7 @@ from typing import Any
 
 from memory_budget.architecture import BLOCK
 from memory_budget.units import format_gib, to_gib
-from minitron.report import plot_style, plots_evaluation, plots_search
+from minitron.report import plot_style, plots_data, plots_evaluation, plots_search
 from minitron.report.plot_style import GREY, MODELS, RED, draw_curve, new_axes, new_figure, viridis, viridis_map
 from minitron.report.plots_search import candidates, depths, pareto
 from minitron.report.summary import KIND_NAMES, REASONERS, chosen_candidate, kinds_of, removed_layers, sequences_text
@@ -58,7 +58,9 @@ def _fingerprint(summary: Summary) -> str:
     """Changes with what is plotted and with how: the text of the drawing modules goes in."""
     plotted = [summary[name] for name in ("budget", "throughput", "base", "models", "candidates", "removed_layers", "importance", "curves", "reasoning")]
     plotted += [summary["depth_lap"].get(name) for name in ("candidates", "curves")]
-    drawing = b"".join(Path(file).read_bytes() for file in (__file__, plot_style.__file__, plots_search.__file__, plots_evaluation.__file__))
+    plotted += [summary["data"].get("sequence_length"), {name: split["lengths"] for name, split in summary["data"].get("splits", {}).items()}]
+    modules = (plot_style, plots_data, plots_search, plots_evaluation)
+    drawing = b"".join(Path(file).read_bytes() for file in (__file__, *(module.__file__ for module in modules)))
     return hashlib.sha256(drawing + json.dumps(plotted).encode()).hexdigest()
 
 
@@ -201,6 +203,7 @@ def _thinking_budget(summary: Summary):
 
 PLOTS: Mapping[str, Callable[[Summary], Any]] = {
     "memory.png": _memory,
+    "lengths.png": plots_data.lengths,
     "layer_importance.png": _layer_importance,
     "width_importance.png": _width_importance,
     "depth_lap.png": depths,

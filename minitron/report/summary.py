@@ -26,6 +26,8 @@ MODEL_STAGES = {"teacher": "teacher", "pruned": "prune", "student": "distill"}
 LAYERS_FILE, METRICS_FILE = "layers.json", "metrics.jsonl"
 SEARCH_FILES = ("candidates.csv", "candidates.jsonl", "export_config.json")
 MOST_CURVE_POINTS = 200
+DATA_FACTS = ("source", "vocab", *(f"{split}_{what}" for split in ("train", "heldout") for what in ("documents", "tokens", "rows")))
+MORE_ROWS = ("phase_rows", "whole_rows")  # stages that make rows beside the data stage's
 SLICE_FACTS = ("models", "tokens", "learning_rate")  # of summary["against_slice"]: the plain slice as cut and as distilled
 REASONERS = {"teacher": "teacher", "student": "student", "student_whole": "student of whole traces alone"}  # of summary["reasoning"]
 RUNGS = ("short_distill_loss", "zero_shot_loss")  # the highest first
@@ -55,6 +57,7 @@ def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:
         },
         "throughput": asdict(settings.throughput),
         "base": _given_base(laps[0].settings),
+        "data": _data(laps),
         "models": _models(settings, results, budget.bytes),
         "recovery": {name: results["evaluate"].facts[name] for name in ("lost_nats_per_token", "recovered_share")} if "evaluate" in results else {},
         "reasoning": {name: results["reasoning"].facts[name] for name in ("problems", "curves")} if "reasoning" in results else {},
@@ -81,7 +84,14 @@ def _lap(lap: Lap) -> dict[str, Any]:
         "distillation": {name: distill.facts[name] for name in ("tokens", "steps", "seconds", "final_kl_nats_per_token")} if distill else {},
         "importance": _importance(results["score"], _teacher(lap.settings, results)[1]) if "score" in results else {},
         "curves": _curves(results),
+        "more_rows": {name: list(results[name].facts.get("rows", {}).values()) for name in MORE_ROWS if name in results},
     }
+
+
+def _data(laps: Sequence[Lap]) -> dict[str, Any]:
+    """The data stage's headline numbers and its card, which both laps share; without a card where an earlier version has made the rows."""
+    facts = next((lap.results["data"].facts for lap in reversed(laps) if "data" in lap.results), {})
+    return {name: facts[name] for name in DATA_FACTS if name in facts} | facts.get("card", {})
 
 
 def _unchosen(results: Mapping[str, Result]) -> list[dict[str, Any]]:

@@ -1,10 +1,14 @@
 """How the report writes numbers, names, tables and images, in Markdown."""
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Summary = Mapping[str, Any]
+
+JOINERS = "\u200c\u200d"  # within words of some scripts, and within emoji
+UNSEEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # Unicode's categories of characters that show nothing, or change how others show
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -50,6 +54,26 @@ def duration(seconds: float) -> str:
 def escaped(text: str) -> str:
     """Text whose characters are no Markdown."""
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", text)
+
+
+def seen(text: str) -> str:
+    """Text with its control characters, and others that nobody would see, as signs: ␛, <U+202E>. Newlines and tabs stay."""
+    return "".join(map(_seen, text))
+
+
+def _seen(character: str) -> str:
+    if character in "\n\t" or character in JOINERS or unicodedata.category(character) not in UNSEEN:
+        return character
+    if character < " ":
+        return chr(0x2400 + ord(character))
+    return "␡" if character == "\x7f" else f"<U+{ord(character):04X}>"
+
+
+def quoted(text: str, most: int = 160) -> str:
+    """Text from elsewhere within a line of the page or a cell of a table, whatever Markdown, HTML or formula it would be; shortened to `most` characters."""
+    shown = " ".join(seen(text.replace("\n", " ⏎ ")).split())
+    shown = shown if len(shown) <= most else shown[: most - 1].rstrip() + "…"
+    return re.sub(r"([&$@])", r"\\\1", escaped(shown))
 
 
 def sentence(text: str) -> str:

@@ -32,7 +32,8 @@ def _made(context: StageContext, name: str, data: DataSettings) -> dict:
 def _facts(data: DataSettings, split: Split) -> dict:
     rows, tokens = split.num_rows, split.counts.kept_tokens
     return {"source": source_title(data), "sequence_length": data.sequence_length, "rows": rows, "tokens": tokens,
-            "filled_share": round(tokens / np.prod([rows, data.sequence_length]), 4)}  # fmt: skip
+            "filled_share": round(tokens / np.prod([rows, data.sequence_length]), 4), "documents": split.counts.documents,
+            "left_out": split.tally.left_out, "refused": split.tally.refused}  # fmt: skip
 
 
 def _described(fact: dict) -> str:

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from memory_budget.calculator import memory_report
 from memory_budget.parameters import count_total_parameters
 from memory_budget.workload import Workload
 from minitron.report import files as report
+from minitron.report.data import row_lines
 from minitron.report.evaluation import speed_note, speed_table
 from minitron.report.page import page_html, page_markdown
 from minitron.report.plots import PLOTS, draw_plots
@@ -32,7 +33,20 @@ from minitron.walk.store import Result, finish
 
 STAGES = ("data", "teacher", "score", "shortlist", "teacher_cache", "screen L8-F32", "screen L8-F24", "search", "prune", "distill", "evaluate")
 SECTIONS = ("data", "teacher", "score", "shortlist", "teacher_cache", "screen", "search", "prune", "distill", "evaluate")
-ONE_LAP_PLOTS = ("memory.png", "layer_importance.png", "width_importance.png", "candidates.png", "pareto.png", "distillation.png", "teacher_training.png")
+ONE_LAP_PLOTS = ("memory.png", "lengths.png", "layer_importance.png", "width_importance.png", "candidates.png", "pareto.png", "distillation.png",
+                 "teacher_training.png")  # fmt: skip
+CARD = {
+    "sequence_length": 256, "rows": "windows", "answers_only": False, "refused": [["document 7 of a.jsonl", "it holds an image"]],
+    "forms": [["a.jsonl", 'conversations in "messages"']],
+    "splits": {
+        "heldout": {"documents": 2, "tokens": 900, "longest_tokens": 600, "rows": 3, "row_tokens": 768, "lengths": {"512": 1, "1024": 1},
+                    "sources": [{"source": "a", "documents": 2, "tokens": 900}], "left_out": {}, "without_reasoning": 0},
+        "train": {"documents": 40, "tokens": 20_000, "longest_tokens": 3_000, "rows": 70, "row_tokens": 17_920, "lengths": {"256": 10, "1024": 29, "4096": 1},
+                  "sources": [{"source": "a", "documents": 30, "tokens": 15_000}, {"source": "b", "documents": 10, "tokens": 5_000}],
+                  "left_out": {"without text": 3, "refused": 7}, "without_reasoning": 0},
+    },
+    "examples": [{"row": 35, "tokens": 256, "first_token": 0, "shown_tokens": 256, "parts": [["Once upon\na time", True]]}],
+}  # fmt: skip
 KEPT = (0, 1, 2, 3, 4, 5, 6, 8)  # of M-M*-M-*-
 FIRST_SCORES = {0: 0.2, 1: 0.01, 2: 0.03, 4: 0.02, 5: 0.04, 6: 0.005, 8: 0.006}  # attention is at its floor
 CONTRACT = {"run_name", "command", "versions", "seed", "budget", "stages", "models", "candidates", "removed_layers", "distillation"}
@@ -102,7 +116,8 @@ def lap_of(settings: Settings, results: dict[str, Result], cached: bool = False)
 
 
 def _before_search() -> dict[str, dict]:
-    return {"data": {}, "teacher": {"path": "checkpoint", "headline": "small | teacher, pattern M-M*-M-*-"}, "score": {}}
+    data = {"source": "a.jsonl and 1 other file", "train_documents": 40, "train_tokens": 17_920, "card": CARD}
+    return {"data": data, "teacher": {"path": "checkpoint", "headline": "small | teacher, pattern M-M*-M-*-"}, "score": {}}
 
 
 def _search(settings: Settings, shortlist: list[dict], key: str) -> dict[str, Result]:
@@ -257,7 +272,7 @@ def test_a_shorter_run_of_the_same_name_leaves_nothing_of_the_longer_one(make_re
     make_report()
     folder, _, _ = make_report("data", "teacher")
     names = {path.name for path in folder.iterdir()}
-    assert names == {"summary.json", "report.md", "report.html", "memory.png", "teacher_training.png", "teacher"}
+    assert names == {"summary.json", "report.md", "report.html", "memory.png", "lengths.png", "teacher_training.png", "teacher"}
 
 
 def test_links_lead_to_the_checkpoints_wherever_the_runs_folder_is_moved(settings, summary, tmp_path):
@@ -295,6 +310,120 @@ def test_metrics_are_the_distillations_own(results, tmp_path):
 def test_layers_at_their_floor_have_no_importance(summary):
     assert summary["importance"]["first_round_scores"] == [FIRST_SCORES.get(layer) for layer in range(9)]
     assert summary["importance"]["removal_order"] == [7] and summary["importance"]["removal_scores"] == [0.005]
+
+
+def data_section(summary: dict, plots: Sequence[str] = ()) -> str:
+    page = page_markdown(summary, plots)
+    return page[page.index("## data") : page.index("## teacher")]
+
+
+def test_the_section_on_data_shows_what_the_card_says(summary):
+    section = data_section(summary, ["lengths.png"])
+    assert "| train | 40 | 20,000 | 3,000 | 70 | 17,920 | 100.0 % |" in section and "| held-out | 2 | 900 | 600 | 3 | 768 | 100.0 % |" in section
+    assert "| b | 10 | 5,000 | 25.0 % |" in section and "](lengths.png)" in section
+    assert "Of 50 train documents 10 (20.0 %) were left out: 3 without text, 7 refused." in section and "- document 7 of a.jsonl: it holds an image" in section
+    assert '- conversations in "messages" (a.jsonl)' in section
+    assert summary["data"]["source"] == "a.jsonl and 1 other file" and summary["data"]["train_tokens"] == 17_920
+
+
+def test_what_the_card_does_not_have_is_not_shown(summary):
+    for split in summary["data"]["splits"].values():
+        split.update(left_out={}, sources=split["sources"][:1])
+    summary["data"].update(refused=[], forms=[], examples=[])
+    section = data_section(summary)
+    assert "No document was left out." in section and "| train | 40 |" in section
+    assert not [words for words in ("refused", "share of tokens", "read as", "```", "lengths.png") if words in section]
+
+
+def test_data_made_by_an_earlier_version_has_a_headline_and_no_more(settings, results, tmp_path):
+    del results["data"].facts["card"]
+    summary = build_summary([lap_of(settings, results)])
+    assert data_section(summary, list(PLOTS)).splitlines()[2] == "Data is done." and "|" not in data_section(summary, list(PLOTS))
+    assert summary["data"] == {"source": "a.jsonl and 1 other file", "train_documents": 40, "train_tokens": 17_920}
+    assert PLOTS["lengths.png"](summary) is None
+
+
+def test_only_documents_without_a_row_of_their_own_are_said_to_have_none(summary):
+    summary["data"].update(rows="documents")
+    summary["data"]["splits"]["train"]["documents"], summary["data"]["splits"]["heldout"]["documents"] = 72, 3
+    assert "2 train documents have nothing to learn from" in data_section(summary)
+    summary["data"]["splits"]["train"]["limit_tokens"] = 17_920  # whether they had one is not known then
+    assert "nothing to learn from" not in data_section(summary) and "stopped at 17,920 tokens" in data_section(summary)
+
+
+HOSTILE = "a | b\n````\n# A heading\n<script>alert(1)</script>\n![x](y) $x$ &amp;\n- item\x1b[31m\u202e\ud800\r\n"
+
+
+def html_of(summary: dict) -> str:
+    return page_html(page_markdown(summary, []), "")
+
+
+def test_no_document_breaks_the_page(summary):
+    """What is compared is the page's skeleton: its tags, with and without the hostile text. The control has it between simple fences."""
+    tags = re.compile(r"<(\w+)[^>]*>")
+    before = tags.findall(html_of(summary))
+    data = summary["data"]
+    data["examples"][0]["parts"] = [[HOSTILE + "````", True]]
+    data["refused"], data["forms"] = [[HOSTILE, HOSTILE]], [[HOSTILE, HOSTILE]]
+    data["splits"]["train"]["sources"][1]["source"] = data["source"] = HOSTILE
+    data["splits"]["train"]["left_out"] = {HOSTILE: 3}
+    page = html_of(summary)
+    assert tags.findall(page) == before
+    assert "&lt;script&gt;" in page and "# A heading⏎" in page and "␛[31m&lt;U+202E&gt;&lt;U+D800&gt;␍⏎" in page and not set("\x1b\u202e\ud800") & set(page)
+    assert {"h1", "img", "li"} <= set(tags.findall(page_html(f"```\n{HOSTILE}```\n", "")))
+
+
+def test_what_counts_for_the_loss_is_marked_where_not_all_of_it_does(summary):
+    parts = [["user: hi\nassistant:", False], [" Hello!\n+ 1", True], ["\nuser", False]]
+    example = {"row": 0, "tokens": 90, "first_token": 5, "shown_tokens": 40, "parts": parts}
+    assert row_lines(example) == ["…", "  user: hi⏎", "  assistant:", "+  Hello!⏎", "+ + 1", "  ⏎", "  user", "…"]
+    whole = example | {"parts": [["".join(text for text, _ in parts), True]]}
+    assert not [line for line in row_lines(whole) if line.startswith("+")] and "  user: hi⏎" in row_lines(whole)
+    summary["data"].update(answers_only=True, counted_share=0.25, examples=[example])
+    assert "Only answers count for the loss, 25.0 % of all tokens" in data_section(summary) and "```diff\n…\n  user: hi⏎" in data_section(summary)
+    summary["data"].update(answers_only=False)
+    assert "Every token counts" in data_section(summary) and "```text" in data_section(summary)
+
+
+def test_a_row_is_shown_letter_by_letter_until_it_is_long():
+    text = "  two  spaces " * 40 + "\n\n" + "x" * 300 + "\tend"
+    example = {"row": 0, "tokens": 90, "first_token": 0, "shown_tokens": 90, "parts": [[text, True]]}
+    lines = row_lines(example)
+    assert "".join(line[2:] for line in lines).replace("⏎", "\n") == text and max(map(len, lines)) <= 112
+    long = row_lines(example | {"parts": [["line\n" * 500, True]]})
+    assert len(long) == 16 and long[12] == "… 485 lines"
+    assert len(row_lines(example | {"parts": [["a\n", False], ["b\n", True]] * 500})) == 49
+
+
+def test_rows_made_for_distillation_are_told_with_what_they_left_out(settings, results):
+    made = {"source": "b|c.jsonl", "sequence_length": 128, "rows": 10, "tokens": 640, "filled_share": 0.5}
+    more = made | {"documents": 9, "left_out": {"without text": 1}, "refused": [["document 1 of b", "why"]]}
+    earlier = made | {"source": "old.jsonl"}  # an earlier version did not count what it left out
+    results["phase_rows"] = _finished(settings, "phase_rows", {"rows": {"0123": more, "4567": earlier}})
+    summary = build_summary([lap_of(settings, results)])
+    page = page_markdown(summary, [])
+    section = page[page.index("## phase_rows") :]
+    assert summary["more_rows"] == {"phase_rows": [more, earlier]}
+    assert "| b\\|c.jsonl | 128 | 10 | 640 | 50.0 % |" in section and "| old.jsonl | 128 |" in section
+    assert "b\\|c.jsonl: Of 10 train documents 1 (10.0 %) were left out: 1 without text." in section and "- document 1 of b: why" in section
+    assert section.count("were left out") == 1
+
+
+def test_the_plot_of_lengths_is_drawn_again_when_the_lengths_change(summary, tmp_path, monkeypatch):
+    monkeypatch.setattr("minitron.report.plots.PLOTS", {"lengths.png": PLOTS["lengths.png"]})
+    drawn = []
+    for change in ({}, {"refused": []}, {"sequence_length": 512}):
+        summary["data"].update(change)
+        draw_plots(summary, tmp_path)
+        drawn.append((tmp_path / "lengths.png").read_bytes())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_plot_of_lengths_has_a_bar_for_each_power_and_the_rows_length(summary):
+    axes = PLOTS["lengths.png"](summary).axes[0]
+    assert [[bar.get_height() for bar in bars] for bars in axes.containers] == [[25.0, 0.0, 72.5, 2.5], [0.0, 50.0, 50.0, 0.0]]
+    assert [int(bar.get_x()) for bar in axes.containers[0]] == [7, 8, 9, 11]  # from 129, 257, 513 and 2,049 tokens on
+    assert axes.lines[0].get_xdata()[0] == 8 and "256 tokens" in axes.lines[0].get_label()
 
 
 def test_the_table_has_the_lowest_loss_of_the_highest_rung_first(summary):
@@ -358,6 +487,11 @@ def test_every_plot_of_two_laps_says_of_which_it_is(two_laps):
     assert set(captions) == set(PLOTS) - {"thinking_budget.png"}  # of a stage that these laps have not
     assert all(captions[name].startswith("First lap: ") for name in first) and all(captions[name].startswith("Second lap: ") for name in second)
     assert not captions["memory.png"].startswith(("First", "Second"))
+
+
+def test_the_data_of_two_laps_is_told_once(two_laps):
+    page = page_markdown(two_laps, list(PLOTS))
+    assert page.count("Once upon") == 1 == page.count("](lengths.png)") and page.index("Once upon") < page.index("## First lap")
 
 
 def test_layers_removed_in_the_first_lap_are_the_teachers_while_the_second_is_under_way(two_laps):
@@ -461,7 +595,7 @@ def test_names_and_headlines_are_text_and_no_markup(summary):
 
 def test_the_html_page_has_tables_and_images_beside_it(whole):
     page = (whole[0] / "report.html").read_text()
-    assert page.count("<table>") == 6 and all(f'<img src="{name}"' in page for name in ONE_LAP_PLOTS)
+    assert page.count("<table>") == 8 and all(f'<img src="{name}"' in page for name in ONE_LAP_PLOTS)
 
 
 def test_a_plot_is_drawn_again_only_when_its_data_changed(summary, tmp_path):
