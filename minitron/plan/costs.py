@@ -27,6 +27,7 @@ START = Work(serial=4.0)  # torch and transformers loaded, by the first stage th
 REPETITIONS = 3  # of a measured speed, and one before to warm up
 WATCHED = 10  # times as many calls, in that one, since every tensor is counted
 TOKENISED_BYTES_PER_SECOND = 3.0e6  # text read, tokenised and cut into rows, of a processor's core and a half
+TOKENISED_BY_EACH, TOKENISING_BYTES = 2.3e6, 300 * 2**20  # by each of several processes, and what one holds
 CONVERTED_NUMBERS_PER_SECOND = 8.0e6  # a GGUF's, unpacked, written, read back and held against what was written
 
 
@@ -68,7 +69,10 @@ def _data(view: LapView) -> Cost:
 def _rows(view: LapView, size: TextSize) -> Cost:
     tokens = (size.train_tokens or 0) + (size.held_out_tokens or 0)
     read = size.read_bytes or tokens * BYTES_A_TOKEN
-    return Cost(work=Work(serial=0.5 + read / TOKENISED_BYTES_PER_SECOND), held=view.process_bytes + 3 * ROW_BYTES * tokens, kept=ROW_BYTES * tokens)
+    processes = view.settings.data.num_processes(read)
+    speed = TOKENISED_BYTES_PER_SECOND if processes == 1 else TOKENISED_BY_EACH * processes
+    held = view.process_bytes + (TOKENISING_BYTES * processes if processes > 1 else 0)
+    return Cost(work=Work(serial=0.5 + read / speed), held=held, kept=ROW_BYTES * tokens)
 
 
 def _phase_rows(view: LapView) -> Cost:

@@ -1,5 +1,6 @@
 """The settings of the text: where documents come from, what a record is, and the rows they are cut into. What each means stands in conf/run.yaml."""
 
+import os
 from dataclasses import dataclass, field
 
 from minitron.settings.reasoning import ArithmeticSettings
@@ -17,6 +18,8 @@ class Refused(Choice):
     stop = "stop"
 
 
+ALONE_BYTES = 2**25  # of text that one process tokenises by itself, as others take seconds to start
+MOST_PROCESSES = 8  # where nothing is said: more than one process can feed and write for stand idle
 # Fields that only some forms have.
 FIELDS_OF = {
     "messages_field": (Form.messages, Form.sharegpt),
@@ -89,6 +92,13 @@ class DataSettings:
             raise ValueError("data.answers_only is true, but data.form is text, in which nobody answers; one of them must be another")
         if self.answers_only and self.key_value_share:
             raise ValueError(f"data.answers_only is true and data.key_value_share {self.key_value_share}; it must be 0, lines are hidden in plain text alone")
+
+    def num_processes(self, num_bytes: int) -> int:
+        """How many processes tokenise so much text on this machine."""
+        if self.processes is not None:
+            return self.processes
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return 1 if num_bytes < ALONE_BYTES else min(MOST_PROCESSES, cores)
 
     def check_rows(self, name: str, train: TrainSettings, rows: int, told: str) -> None:
         """Refuse batches of more rows than the data has; `told` is "only", or "at most" where that is not known. Raises ValueError."""

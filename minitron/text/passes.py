@@ -80,7 +80,7 @@ def run_passes(place: Place, data: DataSettings, encoding: Encoding, wanted: Map
     Raises ValueError naming file and document for what cannot be read, for a split without a row, and where the disk is full.
     """
     source, title, said = open_source(data, place.scratch), source_title(data), set()
-    with Workers(encoding, data.processes, source.num_bytes) as workers, _room_for(place.folder):
+    with Workers(encoding, source.num_bytes) as workers, _room_for(place.folder):
         found = {split: _Pass(place, data, encoding, split, file, said).run(source, workers, title) for split, file in wanted.items()}
     shutil.rmtree(place.scratch, ignore_errors=True)
     return found

@@ -11,24 +11,22 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from multiprocessing.connection import wait
 
+from minitron.settings.data import ALONE_BYTES
 from minitron.sources.pieces import Piece
 from minitron.text.encoding import Encoded, Encoder, Encoding
 
-ALONE_BYTES = 2**25  # of text that this process encodes itself before it has others do so
-MOST_PROCESSES = 8  # where nothing is said: more than one process can feed and write for stand idle
 PIECES_AHEAD = 2  # of each process: what waits is in memory
 
 _encoder: Encoder | None = None  # a process's own
 
 
 class Workers(AbstractContextManager):
-    """Encodes pieces. `processes` None: as many as there are cores, at most MOST_PROCESSES, once there is text enough; 1: this process alone.
-    `num_bytes` of text are to come, None where nobody knows."""
+    """Encodes pieces; `num_bytes` of text are to come, None where nobody knows: then others join in once this process has done its part."""
 
-    def __init__(self, encoding: Encoding, processes: int | None, num_bytes: int | None):
+    def __init__(self, encoding: Encoding, num_bytes: int | None):
         self.encoding, self.encoder = encoding, Encoder(encoding)
-        self.processes = processes or min(MOST_PROCESSES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-        self._alone_bytes = ALONE_BYTES if processes is None and (num_bytes is None or num_bytes < ALONE_BYTES) else 0
+        self.processes = encoding.data.num_processes(ALONE_BYTES if num_bytes is None else num_bytes)
+        self._alone_bytes = ALONE_BYTES if num_bytes is None and encoding.data.processes is None else 0
         self._pool: ProcessPoolExecutor | None = None
 
     def encode(self, pieces: Iterable[Piece], held_out: bool) -> Iterator[tuple[Piece, Encoded]]:
