@@ -137,7 +137,7 @@ class Reading:
 def recognise(records: Sequence[Record], fields: Fields, *, source: str = "the source") -> Reading:
     """How the first records are to be read, and with them all of the source.
 
-    Raises ValueError, which `source` begins or is named in, where that is not plain or another than `fields` say, and MissingField as `Reading.content`.
+    Raises ValueError where that is not plain, or `fields` name what is not there; it calls the source `source`. MissingField as `Reading.content` does.
     """
     if fields.form not in FORMS:
         raise ValueError(f"data.form is {fields.form!r}; it must be one of {', '.join(FORMS)}")
