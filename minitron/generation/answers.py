@@ -69,6 +69,23 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
+class _Around:
+    """What stands around a message's characters: `before` the first, from the message before on, `inner` characters of it the message's own; `within`,
+    between the first and the last; `behind` the last, all of it the message's."""
+
+    before: str
+    inner: int
+    within: str
+    behind: str
+
+    def found(self, text: str, first: int, last: int) -> tuple[int, int] | None:
+        """The range of another message that all this stands around, too."""
+        begins, same = first - len(self.before), text[first + 1 : last] == self.within
+        found = begins >= 0 and same and text.startswith(self.before, begins) and text.startswith(self.behind, last + 1)
+        return (first - self.inner, last + 1 + len(self.behind)) if found else None
+
+
+@dataclass(frozen=True, slots=True)
 class Answers:
     """Finds the assistant's characters in a draft.
 
@@ -101,17 +118,40 @@ class Answers:
 
     def _by_prefixes(self) -> list[tuple[int, int]]:
         text, ranges, floor = self.draft.rendered, [], 0
+        known: dict[tuple, _Around] = {}  # of one message of each kind, so that not every message of a long conversation needs its beginning written anew
         for place, own in self.own.items():
             places = [text.find(character) for character in own if character in text]
             if own and not places:
                 continue  # the template leaves this message out
             if any(text.count(character) > 1 for character in own) and not self.draft.messages[place].get("tool_calls"):
                 raise ValueError(f"the chat template writes message {place + 1}, the assistant's, more than once: its answers cannot be told from the rest")
-            start = self._start(place, floor, min(places) if places else None)
-            end = self._end(place, start, (min(places), max(places)) if places else None)
-            ranges.append((start, end))
-            floor = end
+            ends = (min(places), max(places)) if places else None
+            kind = self._kind(place)
+            around = known.get(kind)
+            found = around.found(text, *ends) if around and ends else None
+            if found is None or found[0] < floor:
+                start = self._start(place, floor, ends and ends[0])
+                found = start, self._end(place, start, ends)
+                if ends and (around := self._around(place, *found, *ends)):
+                    known[kind] = around
+            ranges.append(found)
+            floor = found[1]
         return ranges
+
+    def _kind(self, place: int) -> tuple:
+        """What a template may tell messages of the assistant by, beside what they say."""
+        messages = self.draft.messages
+        before = messages[place - 1]["role"] if place else None
+        return before, place == len(messages) - 1, sum(character in self.draft.rendered for character in self.own[place]), frozenset(messages[place])
+
+    def _around(self, place: int, start: int, end: int, first: int, last: int) -> _Around | None:
+        """What stands around a message; None where it calls tools, or does not begin behind what the message before says."""
+        messages, text = self.draft.messages, self.draft.rendered
+        said = messages[place - 1]["content"].strip() if place else ""
+        begins = text.rfind(said, 0, start)
+        if not said or begins < 0 or messages[place].get("tool_calls"):
+            return None
+        return _Around(text[begins + len(said) : first], first - start, text[first + 1 : last], text[last + 1 : end])
 
     def _start(self, place: int, floor: int, first: int | None) -> int:
         """Where a message begins: behind its prompt, and before `first`, the first of its characters (None: it has none)."""

@@ -10,12 +10,12 @@ from typing import Any
 from minitron.settings.data import DataSettings
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings
-from minitron.settings.training import PhaseSettings, SourceSettings
+from minitron.settings.training import Form, PhaseSettings, SourceSettings
 from minitron.sources.source import source_identity
 
 # Of DataSettings: what source_identity answers for.
 SOURCE_SETTINGS = ("files", "dataset", "dataset_config", "dataset_revision", "dataset_split", "text_field", "arithmetic", "embedded")
-CONVERSATIONS_VERSION = 2  # counts up when minitron.generation.conversations writes them out otherwise
+CONVERSATIONS_VERSION = 3  # counts up when minitron.generation.conversations writes them out otherwise
 DATA_ROWS = "train"  # the data stage's own
 
 
@@ -68,7 +68,8 @@ def _part(data: DataSettings, phase: PhaseSettings, share: float) -> Part:
 def rows_identity(data: DataSettings) -> dict[str, Any]:
     """What a key says of the rows made from a source: how they are cut, and the source's contents instead of where it lies."""
     absent = () if data.key_value_share else ("key_value_share",)  # which keys of earlier versions do not have
-    written = {"conversations": CONVERSATIONS_VERSION} if data.messages_field else {}
+    may_be_conversations = (data.files or data.dataset) and data.form is not Form.text
+    written = {"conversations": CONVERSATIONS_VERSION} if may_be_conversations else {}
     own = {name: value for name, value in key_settings(data).items() if name not in (*SOURCE_SETTINGS, *absent)}
     return own | written | {"source": source_identity(data)}
 

@@ -123,6 +123,17 @@ def test_answers_of_nothing_end_their_turn(template, chat_tokenizer):
     check(ODD, ODD_MARKED[template], chat_tokenizer(template))
 
 
+def test_a_long_conversation_is_marked_turn_by_turn(template, chat_tokenizer):
+    """Of many turns alike, one of them with a call; the control: as many marks as turns, none of them of the same text as another's."""
+    turns = [turn for number in range(30) for turn in (user(f"question {number}"), assistant(f"{THOUGHT if number % 3 else ''}answer {number}."))]
+    turns[21] |= {"tool_calls": [CALL]}
+    written = ConversationWriter(chat_tokenizer(template)).write(turns, mark_answers=True)
+    marked = [written.text[begin:end] for begin, end in written.answers]
+    assert len(set(marked)) == 30 and not any("question" in text for text in marked)
+    for number, text in enumerate(marked):
+        assert f"answer {number}." in text and ("add" in text) == bool(number % 3) and ("Bern" in text) == (number == 10) and len(text) < 180
+
+
 @pytest.mark.parametrize("calls", [[], [CALL]])
 def test_reasoning_that_a_prompt_opens_is_closed_where_nothing_follows(calls, chat_tokenizer):
     """The control: what the template writes by itself leaves the tag open."""
@@ -195,6 +206,7 @@ OPENED = "<assistant>{{ '<think>' if enable_thinking is not defined or enable_th
 TAGGED = "{% for m in messages %}<{{ m.role }}>{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}{{ eos_token if m.role == 'assistant' }}" + (
     f"{{% endfor %}}{{% if add_generation_prompt %}}{OPENED}{{% endif %}}"
 )
+MIDDLE = "{% for m in messages %}{{ m.content }}{{ ' ' if m.role == 'user' else '<|eot_id|>' if loop.index == 4 else '<|im_end|>' }}{% endfor %}"
 OTHER = "{{ '<|eot_id|>' if loop.last and not add_generation_prompt and m.role == 'assistant' else '<|im_end|>' }}"
 OTHER_END = NO_PROMPT.replace("{% endfor", OTHER + "{% endfor") + "{% if add_generation_prompt %}<assistant>{% endif %}"
 LATE_SYSTEM = ("{% for m in messages %}{% if m.role == 'user' %}[{{ 'S ' if m == messages[-2] }}{{ m.content }}]{% else %} {{ m.content }}</s>{% endif %}"
@@ -213,6 +225,7 @@ OTHERS = {
     "a token at the very end alone": (BETWEEN, TWICE, "user: a\nassistant: ⟦7\n⟧user: b\nassistant: ⟦8</s>⟧\n"),
     "another token at the very end": (OTHER_END, TWICE, "<user>a<|im_end|><assistant>⟦7<|im_end|>⟧<user>b<|im_end|><assistant>⟦8<|eot_id|>⟧"),
     "space of its own behind tags": (TAGGED, [user("a"), assistant(" 7\n")], "<user>a<assistant><think></think>⟦ 7\n</s>⟧"),
+    "a turn in the middle that ends in another way": (MIDDLE, [*TWICE, *TWICE], "a ⟦7<|im_end|>⟧b ⟦8<|eot_id|>⟧a ⟦7<|im_end|>⟧b ⟦8<|im_end|>⟧"),
     "prompts that are no beginnings": (LATE_SYSTEM, TWICE, "[a]⟦ 7</s>⟧[S b]⟦ 8</s>⟧"),
 }
 
