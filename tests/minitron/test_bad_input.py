@@ -190,14 +190,14 @@ def test_a_corpus_that_is_right_is_taken(door, tmp_path, small_settings):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("corpus.csv", b"text", "data.files names 'corpus.csv'; the extension must be one of .jsonl, .json, .parquet, .txt"),
-        ("corpus.jsonl", b"not json\n", "data.files: corpus.jsonl cannot be read"),
-        ("corpus.jsonl", b'{"text": 3}\n', "data.text_field is 'text'; it must hold text, but in corpus.jsonl it holds int: 3"),
+        ("corpus.pdf", b"text", "data.files names 'corpus.pdf'; the extension must be one of .jsonl, .ndjson, .json, .csv, .tsv, .txt"),
+        ("corpus.jsonl", b"not json\n", "data.files: corpus.jsonl, document 1 is no JSON (Expecting value at character 1): not json"),
+        ("corpus.jsonl", b'{"text": 3}\n', "corpus.jsonl has the fields 'text', and 'text' there holds int: 3; data.text_field=… must name a text"),
         ("corpus.parquet", b"PAR1 and no more", "data.files: corpus.parquet cannot be read"),
-        ("corpus.txt", b"\xff\xfe\x00", "data.files: corpus.txt cannot be read (UnicodeDecodeError"),
-        ("corpus.txt", b" \n", "data: corpus.txt has no document with text (1 without); at least one for training and one held out are needed"),
-        ("corpus.jsonl", b"", "data: corpus.jsonl has no document with text (0 without)"),
-        ("corpus.txt", b"one long document " * 99, "data: corpus.txt has 1 document ("),
+        ("corpus.txt", b"\xff\xfe\x00", "data.files: corpus.txt is not UTF-8 (byte 0xff at 0); it begins like UTF-16"),
+        ("corpus.jsonl", b'{"text": " "}\n' * 99, "data: corpus.jsonl has 99 documents and none with text for held-out text (left out: "),
+        ("corpus.jsonl", b"", "data.files: corpus.jsonl is empty"),
+        ("corpus.txt", b"one long document " * 99, "data: corpus.txt has 1 document and none to hold out"),
     ],
 )
 def test_a_file_that_is_no_corpus_is_named(name, content, said, refused, tmp_path):
@@ -205,27 +205,29 @@ def test_a_file_that_is_no_corpus_is_named(name, content, said, refused, tmp_pat
     assert said in refused("stage=data", f"data.files=[{name}]")
 
 
-def test_a_folder_is_no_corpus(refused, tmp_path):
+def test_an_empty_folder_is_no_corpus(refused, tmp_path):
     (tmp_path / "texts").mkdir()
-    assert "data.files names 'texts', a folder; it must name files, e.g. 'texts/*.jsonl'" in refused("data.files=[texts]")
+    assert "data.files names 'texts', a folder without a file that can be read: .jsonl, " in refused("data.files=[texts]")
 
 
 def test_a_missing_text_field_is_named_with_those_there_are(refused, tmp_path):
     write_corpus(tmp_path / "corpus.jsonl", TEXTS, field="body")
     said = refused("stage=data", "data.files=[corpus.jsonl]")
-    assert said == "data.text_field is 'text'; corpus.jsonl has no such field, it must be one of 'id', 'body'"
+    assert said.startswith("corpus.jsonl has the fields 'id', 'body', and none of them is plainly a text or a conversation; data.text_field=… must name a text")
+    said = refused("stage=data", "data.files=[corpus.jsonl]", "data.text_field=story")
+    assert said == "data.text_field is 'story'; corpus.jsonl has no such field, it must be one of 'id', 'body'"
 
 
 def test_too_few_documents_to_hold_one_out_are_counted(refused, tmp_path):
     write_corpus(tmp_path / "corpus.jsonl", TEXTS[:3])
     said = refused("stage=data", "data.files=[corpus.jsonl]")
-    assert "corpus.jsonl has 3 documents (" in said and "tokens) and none to hold out; about 1 in 20 is held out" in said
+    assert "corpus.jsonl has 3 documents and none to hold out; about 1 in 20 is held out" in said
 
 
 def test_documents_that_are_too_short_are_counted_with_their_tokens(refused, tmp_path):
     write_corpus(tmp_path / "corpus.jsonl", ["short"] * 80)
     said = refused("stage=data", "data.files=[corpus.jsonl]")
-    assert "train documents have" in said and "the longest" in said and "needs a document of at least 64 tokens" in said
+    assert "heldout documents have" in said and "the longest" in said and "needs a document of at least 64 tokens" in said
 
 
 def test_a_dataset_that_cannot_be_reached_is_named(refused):

@@ -456,7 +456,7 @@ def test_a_table_without_a_row_is_empty(kind, tmp_path):
     ("a.json", '[{"text": "ö"}]'.encode("latin-1"), "a.json is not UTF-8 (byte 0xf6 at 11)"),
     ("a.csv", "text\nx\nö\n".encode("latin-1"), "a.csv, document 2 is not UTF-8 (byte 0xf6 at 7)"),
     ("a.jsonl", b'{"text": "x"}\n{"text": "\xf6"}\n', "a.jsonl, document 2 is not UTF-8 (byte 0xf6 at 10 of its line)"),
-    ("a.jsonl", gzip.compress(b'{"text": "x"}'), "a.jsonl is not UTF-8 (byte 0x8b at 1); it begins like a file packed by gzip"),
+    ("a.jsonl", gzip.compress(b'{"text": "x"}', mtime=0), "a.jsonl is not UTF-8 (byte 0x8b at 1); it begins like a file packed by gzip"),
     ("a.jsonl.gz", b'{"text": "x"}', "a.jsonl.gz cannot be read (BadGzipFile"),
     ("a.jsonl.zst", b'{"text": "x"}', "a.jsonl.zst cannot be read (OSError"),
     ("a.txt", "Wort ö".encode()[:-1], "a.txt is not UTF-8 (byte 0xc3 at 5)"),
