@@ -257,7 +257,7 @@ def _one(name: str, kind: Any, value: str) -> str:
     if get_origin(kind) is not list:
         return write.get(kind, str)(value)
     (of,) = get_args(kind)
-    if value == "null" or value.startswith("${") or of is Any:
+    if value == "null" or of is Any or (value.startswith("${") and _is_filled_in(value[2:])):
         return value
     listed = value.startswith("[") and value.endswith("]")
     if of not in write:
@@ -275,13 +275,18 @@ def _text(text: str, *, fills_in: bool) -> str:
         return text
 
     def dollar(found: re.Match) -> str:
-        if fills_in and not found[1] and (found[2] in setting_types() or found[2].startswith(("oc.", "hydra:"))):
+        if fills_in and not found[1] and _is_filled_in(found[2]):
             return found[0]
         return found[1] * 2 + "\\" + found[0][len(found[1]) :]
 
     text = re.sub(r"(\\*)\$\{([^}]*)", dollar, text)
     text = re.sub(r"\\+(?='|$)", lambda some: some[0] * 2, text)  # of backslashes, only those before a quote count
     return "'" + text.replace("'", "\\'") + "'"
+
+
+def _is_filled_in(inside: str) -> bool:
+    """Whether ${…} is more than text."""
+    return inside.rstrip("}") in setting_types() or inside.startswith(("oc.", "hydra:"))
 
 
 def _unquoted(text: str) -> str:

@@ -41,7 +41,7 @@ def test_the_page_counts_blocks_and_shows_what_was_cut(run):
     page = (run[1] / "report.md").read_text()
     (gone,) = summary_of(run[1])["removed_layers"]
     assert f"1 of 4 layers removed: {gone}. B is a block of attention and FFN." in page
-    picture = dict(line.split("  ", 1) for line in page.split("```\n")[1].splitlines()[1:4])
+    picture = dict(line.split("  ", 1) for line in re.search(r"^teacher  .*\n.*\n.*", page, re.MULTILINE)[0].splitlines())
     assert picture == {"teacher": "BBBB", "removed": " " * gone + "^", "student": ("B" * gone + " " + "BBB"[gone:]).rstrip()}
     rows = dict(re.findall(r"^\| ([^|]+) \| (\d[\d,]* \| \d[\d,]*) \|", page, re.MULTILINE))
     assert rows["layers (attention + FFN)"] == "4 | 3" and rows["KV heads"] == "2 | 1" and rows["query heads"] == "4 | 2"
