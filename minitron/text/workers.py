@@ -28,21 +28,22 @@ class Workers(AbstractContextManager):
         self.processes = encoding.data.num_processes(ALONE_BYTES if num_bytes is None else num_bytes)
         self._alone_bytes = ALONE_BYTES if num_bytes is None and encoding.data.processes is None else 0
         self._pool: ProcessPoolExecutor | None = None
+        self._first_tasks: list[Future] = []
 
     def encode(self, pieces: Iterable[Piece], held_out: bool) -> Iterator[tuple[Piece, Encoded]]:
         """Every piece and its documents of that split. Raises ValueError as an Encoder does, and where a process ends that should not."""
         pieces = iter(pieces)
         for piece in pieces:
             self._alone_bytes -= piece.block.num_bytes
-            if self.processes > 1 and self._alone_bytes < 0:
+            if self.processes > 1 and self._alone_bytes < 0 and self._others_are_there:
                 yield from self._by_others(piece, pieces, held_out)
                 return
             yield piece, self.encoder(piece, held_out)
 
     def _by_others(self, first: Piece, pieces: Iterator[Piece], held_out: bool) -> Iterator[tuple[Piece, Encoded]]:
-        pool = self._started_pool()
-        waiting: deque[tuple[Piece, Future]] = deque([(first, pool.submit(_encode, first, held_out))])
+        pool, waiting = self._pool, deque()
         try:
+            waiting.append((first, pool.submit(_encode, first, held_out)))
             while waiting:
                 while len(waiting) < PIECES_AHEAD * self.processes and (piece := next(pieces, None)) is not None:
                     waiting.append((piece, pool.submit(_encode, piece, held_out)))
@@ -52,12 +53,15 @@ class Workers(AbstractContextManager):
             raise ValueError(f"data.processes: one of {self.processes} processes that tokenise was killed, for want of memory as a rule; what is done is kept, "
                              f"go on with fewer (data.processes={max(1, self.processes // 2)})") from None  # fmt: skip
 
-    def _started_pool(self) -> ProcessPoolExecutor:
+    @property
+    def _others_are_there(self) -> bool:
+        """Whether the other processes are ready; asked for the first time, starts them. Until then this one works."""
         if self._pool is None:
             context = multiprocessing.get_context("forkserver")  # one process imports what all need; a fork of this one, which has threads, may hang
             context.set_forkserver_preload([__name__])
             self._pool = ProcessPoolExecutor(self.processes, context, _begin, (self.encoding,))
-        return self._pool
+            self._first_tasks = [self._pool.submit(int) for _ in range(self.processes)]
+        return any(task.done() for task in self._first_tasks)
 
     def __exit__(self, *_raised: object) -> None:
         if self._pool:

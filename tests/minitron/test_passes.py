@@ -25,17 +25,23 @@ from minitron.walk.console import Console
 
 BOTH = {"heldout": "heldout", "train": "train"}
 SCRIPT = """
-import json, sys
+import sys, time
+from contextlib import contextmanager
 from pathlib import Path
 from minitron.settings.data import DataSettings
 from minitron.text.encoding import Encoding
 from minitron.text.passes import Place, run_passes
 from minitron.walk.console import Console
 
+class Slow(Console):
+    @contextmanager
+    def track(self, description, *arguments):
+        yield lambda *_: time.sleep(0.3 if description == "text" and sys.argv[3] != "1" else 0)
+
 if __name__ == "__main__":
     folder, tokenizer, processes, *files = sys.argv[1:]
     data = DataSettings(files=files, sequence_length=32, processes=int(processes))
-    place = Place(folder=Path(folder), scratch=Path(folder) / "source", console=Console(), goes_on=print)
+    place = Place(folder=Path(folder), scratch=Path(folder) / "source", console=Slow(), goes_on=print)
     try:
         run_passes(place, data, Encoding(Path(tokenizer), data, 10**6, Path(folder) / "heldout_hashes.npy"), {"heldout": "heldout", "train": "train"})
     except ValueError as error:
@@ -110,8 +116,10 @@ def test_killed_with_two_processes_and_gone_on_with_by_one(corpus, tokenizer, en
     """The processes that tokenise end with the one that is killed; what it left is gone on with."""
     killed = running(tmp_path / "killed", tokenizer, 2, corpus, environment)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "killed" / "train.partial.npy").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    begun = tmp_path / "killed" / "train.partial.npy"
+    while (len(_of_session(killed.pid)) < 5 or not begun.exists()) and time.monotonic() < deadline:  # 5: with what starts the two and minds their semaphores
+        time.sleep(0.05)
+    assert begun.exists()
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
     while _of_session(killed.pid) and time.monotonic() < deadline:
