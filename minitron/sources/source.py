@@ -8,7 +8,7 @@ from typing import Any
 
 from minitron.formats.blocks import Block
 from minitron.formats.files import blocks_of, cut_of, files_behind, matching_files, text_bytes
-from minitron.formats.kinds import stem_of
+from minitron.formats.kinds import TEXT, extension, stem_of
 from minitron.settings.data import DataSettings, Embedded
 from minitron.settings.hub import HUB_ID
 from minitron.settings.rules import key_settings
@@ -84,7 +84,8 @@ class FileSource:
 
     def _blocks(self, path: Path, inside: Mapping[str, Any] | None) -> Iterator[tuple[Block, Reading | None]]:
         cut = cut_of(path, len(self.paths) == 1) if self.data.cut_kib is None else self.data.cut_kib
-        first = next(blocks_of(path, columns=self._looked_at, cut_kib=cut, block_bytes=2**16), None)
+        is_text = path.is_file() and extension(path) in TEXT
+        first = None if is_text else next(blocks_of(path, columns=self._looked_at, cut_kib=cut, block_bytes=2**16), None)
         reading = None if first is None else reading_of(first, self.fields)
         columns = self._looked_at if reading is None else lambda names: [name for name in names if name in reading.columns]
         for block in blocks_of(path, inside, columns=columns, cut_kib=cut):

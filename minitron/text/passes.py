@@ -101,7 +101,7 @@ class _Pass:
         self.hashes_path = encoding.hashes.with_suffix(".bin") if split == "heldout" else None
         self.state = json.loads(self.state_path.read_text()) if self.state_path.exists() else {}
         self.tally = Tally(**self.state.get("tally", {}))
-        self.saved = time.monotonic()
+        self.saved, self.keep_again = time.monotonic(), 0.0
 
     def run(self, source, workers: Workers, title: str) -> Split:
         if self.state.get("is_done"):
@@ -115,7 +115,7 @@ class _Pass:
                 self._go_through(source, workers, rows, add_hashes)
             self._check(rows, title)
             rows.finish()
-            self._save(rows, self.state.get("place"), is_done=True)
+            self._done(rows)
         finally:
             with suppress(OSError):  # of a full disk, which has been told
                 rows.close()
@@ -136,17 +136,17 @@ class _Pass:
                     add_hashes(encoded.hashes)
                     self._say_form(piece)
                     self.tally.add(piece, encoded)
-                    place, done = piece.place, done + piece.block.num_bytes
+                    done += piece.block.num_bytes
+                    self._keep(rows, piece.place, done)
                     speed = (rows.counts.tokens - before) / max(time.monotonic() - started, 1e-9)
                     advance(piece.block.num_bytes / MB, f"{self.tally.read:,} documents, {speed:,.0f} tokens/s")
                     self._check_refused(rows, ALL_REFUSED)
                     if time.monotonic() - self.saved > SAVE_SECONDS:
-                        self._save(rows, place, done)
+                        self._save(rows)
                     if rows.is_full:
                         break
             finally:
-                if self.tally.read > self.state.get("tally", {}).get("read", 0):
-                    self._save(rows, place, done)
+                self._save(rows)
 
     @property
     def _described(self) -> str:
@@ -167,15 +167,33 @@ class _Pass:
         np.save(partial := self.encoding.hashes.with_suffix(".partial.npy"), found)
         partial.rename(self.encoding.hashes)
 
-    def _save(self, rows: SplitRows, place: Mapping | None, done: int = 0, *, is_done: bool = False) -> None:
-        """What an interrupted pass goes on from; what it counts is on disk before it says so."""
-        state = {"rows": rows.state() if not is_done else {"rows": rows.num_rows, "counts": asdict(rows.counts)}, "tally": asdict(self.tally), "place": place}
-        if self.hashes_path and not is_done:
-            self.hashes.flush()
-            state["hashes"] = self.hashes.tell()
-        self.state = state | {"bytes": done, "is_done": is_done}
-        write_json(self.state_path, self.state)
+    def _keep(self, rows: SplitRows, place: Mapping, done: int) -> None:
+        """Remember how far it is: between pieces, so that what interrupts in the middle of one leaves a state that was whole. It takes a twentieth of the
+        time at most: pieces may be many and small."""
+        began = time.monotonic()
+        if began < self.keep_again:
+            return
+        hashes = {"hashes": self.hashes.tell()} if self.hashes_path else {}
+        self.state = {"rows": rows.state(), "tally": asdict(self.tally), "place": place, "bytes": done, "is_done": False} | hashes
+        self.keep_again = time.monotonic() + 20 * (time.monotonic() - began)
+
+    def _save(self, rows: SplitRows) -> None:
+        """What is remembered to disk, behind all that it counts."""
         self.saved = time.monotonic()
+        if not self.state:
+            return
+        try:
+            rows.flush()
+            if self.hashes_path:
+                self.hashes.flush()
+        finally:  # of a full disk what has room still counts
+            if rows.has(self.state["rows"]) and (not self.hashes_path or self.hashes_path.stat().st_size >= self.state["hashes"]):
+                write_json(self.state_path, self.state)
+
+    def _done(self, rows: SplitRows) -> None:
+        """Say that the pass is over."""
+        counts = {"rows": rows.num_rows, "counts": asdict(rows.counts)}
+        write_json(self.state_path, {"rows": counts, "tally": asdict(self.tally), "is_done": True})
 
     def _say_form(self, piece: Piece) -> None:
         """What records are taken for, where they are no plain text in the field that is asked for; each way once."""

@@ -1,8 +1,9 @@
 """The rows of one split on their way to the disk: a .npy file that grows, so that no more of it is in memory than was just made."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ class GrowingRows:
     def __init__(self, path: Path, sequence_length: int, num_rows: int = 0):
         """Raises ValueError where an interrupted run has left fewer rows than it says."""
         self.path, self.partial, self.sequence_length, self.num_rows = path, path.with_suffix(".partial.npy"), sequence_length, num_rows
+        if num_rows and not self.partial.exists() and path.exists():  # interrupted between its end and the word that it is done
+            path.rename(self.partial)
         self.file = self.partial.open("r+b" if num_rows else "w+b")
         if not num_rows:
             self._write_header()
@@ -39,7 +42,13 @@ class GrowingRows:
         self.num_rows += len(rows_RT)
 
     def flush(self) -> None:
+        """Everything to the disk. Raises OSError where it is full."""
         self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def has(self, num_rows: int) -> bool:
+        """Whether so many rows are on disk."""
+        return self.partial.stat().st_size >= self.start + num_rows * self.sequence_length * ROW_DTYPE.itemsize
 
     def finish(self) -> None:
         """Say in the header how many rows there are, and take the file's own name."""
@@ -133,10 +142,16 @@ class SplitRows:
         return self.limit is not None and self.counts.row_tokens >= self.limit
 
     def state(self) -> dict:
-        """What a later process goes on from: plain values. The rows counted in it are on disk."""
+        """What a later process goes on from, once the rows counted in it are on disk: plain values."""
+        return {"rows": self.num_rows, "counts": asdict(self.counts), "still_open": [list(row) for row in self._packer.still_open]}
+
+    def flush(self) -> None:
+        """All rows to the disk. Raises OSError where it is full."""
         self._rows.flush()
-        counts = {name: getattr(self.counts, name) for name in SplitCounts.__slots__}
-        return {"rows": self.num_rows, "counts": counts, "still_open": self._packer.still_open}
+
+    def has(self, state: dict) -> bool:
+        """Whether the rows that a state counts are on disk."""
+        return self._rows.has(state["rows"])
 
     def finish(self) -> None:
         """Write the rows still open, and give the file its name. Raises ValueError where there is no row."""

@@ -18,6 +18,8 @@ import pytest
 from minitron.settings.data import DataSettings
 from minitron.settings.training import Rows
 from minitron.sources.document import is_held_out
+from minitron.text import passes as passes_module
+from minitron.text import split_rows
 from minitron.text.encoding import Encoding
 from minitron.text.own_tokenizer import train_tokenizer
 from minitron.text.passes import Place, Split, run_passes
@@ -103,6 +105,33 @@ def test_a_pass_interrupted_anywhere_ends_in_the_same_rows_and_counts(rows, corp
     assert passes(tmp_path / "interrupted", tokenizer, data) == whole
     assert rows_in(tmp_path / "interrupted") == rows_in(tmp_path / "whole") and len(rows_in(tmp_path / "whole")) == 3
     assert whole["train"].tally.read == 1200 and 0.02 < whole["heldout"].num_rows / whole["train"].num_rows < 0.1
+
+
+@pytest.mark.parametrize("place", ["SplitRows._append", "SplitRows.finish", "_Pass._save", "_Pass._keep", "GrowingRows.finish"])
+def test_an_interrupt_in_the_middle_of_a_piece_or_of_the_end_loses_nothing(place, corpus, tokenizer, tmp_path, monkeypatch):
+    """Right behind every third call of it (of an end, the first of each split), until nothing interrupts any more."""
+    data = DataSettings(files=corpus, sequence_length=32, rows=Rows.windows, processes=1)
+    whole = passes(tmp_path / "whole", tokenizer, data)
+    holder = getattr(passes_module if place.startswith("_") else split_rows, place.split(".")[0])
+    own, calls = getattr(holder, place.split(".")[1]), [1, 1] if "finish" in place else []
+
+    def interrupted(*arguments, **named):
+        result = own(*arguments, **named)
+        calls.append(1)
+        if len(calls) % 3 == 0 and len(calls) < 40:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(holder, place.split(".")[1], interrupted)
+    monkeypatch.setattr(passes_module, "SAVE_SECONDS", 0.0)
+    interrupts, split = 0, None
+    while split is None:
+        try:
+            split = passes(tmp_path / "interrupted", tokenizer, data)
+        except KeyboardInterrupt:
+            interrupts += 1
+        calls += [1] if "finish" in place else []  # which are few
+    assert split == whole and rows_in(tmp_path / "interrupted") == rows_in(tmp_path / "whole") and interrupts > 0
 
 
 def running(folder: Path, tokenizer: Path, processes: int, files: list[str], environment: dict[str, str], **more) -> subprocess.Popen:
