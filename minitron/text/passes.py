@@ -130,11 +130,11 @@ class _Pass:
                 return
             try:
                 for piece, encoded in workers.encode(source.pieces(place), self.split == "heldout"):
+                    self._say_form(piece)
                     self._refuse(encoded)
                     for name, documents in encoded.documents():
                         rows.add(documents, name)
                     add_hashes(encoded.hashes)
-                    self._say_form(piece)
                     self.tally.add(piece, encoded)
                     done += piece.block.num_bytes
                     self._keep(rows, piece.place, done)
@@ -196,11 +196,11 @@ class _Pass:
         write_json(self.state_path, {"rows": counts, "tally": asdict(self.tally), "is_done": True})
 
     def _say_form(self, piece: Piece) -> None:
-        """What records are taken for, where they are no plain text in the field that is asked for; each way once."""
+        """What records are taken for; each way once."""
         if piece.reading is None:
             return
         self.tally.forms.setdefault(piece.reading.described, piece.block.file)
-        if piece.reading.columns != (self.data.text_field,) and piece.reading.described not in self.said:
+        if piece.reading.described not in self.said:
             self.said.add(piece.reading.described)
             self.place.console.say(f"     data  {piece.block.file}: {piece.reading.described}")
 
