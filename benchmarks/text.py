@@ -127,6 +127,14 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in sorted(folder.glob("*.npy"))}
 
 
+def read_so_far(folder: Path) -> int:
+    """Bytes that the second pass has read, as its saved state says."""
+    try:
+        return json.loads((folder / "train.state.json").read_text()).get("bytes", 0)
+    except (OSError, ValueError):
+        return 0
+
+
 def compared(corpus: Path, tokenizer: Path, folder: Path, repeats: int) -> tuple[float, float, list[float]]:
     """Tokens a second of both sides, medians, and our peaks; one after the other, in turns."""
     rates: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -151,11 +159,13 @@ def killed_and_whole(corpus: Path, tokenizer: Path, folder: Path, kills: int) ->
     if not kills:
         return found["peak_rss_gib"], True
     numbers = random.Random(1)
-    for number in range(kills):
+    for share in sorted(numbers.random() for _ in range(kills)):
         run = Watched(OURS, corpus, tokenizer, folder / "killed")
-        time.sleep(5 + numbers.random() * 1.2 * found["seconds"] / kills)
+        while read_so_far(folder / "killed") < share * corpus.stat().st_size:
+            time.sleep(0.05)
+        time.sleep(numbers.random() * 4)  # somewhere between two states that are saved
         run.kill()
-        print(f"killed   {number + 1} of {kills}", flush=True)
+        print(f"killed   at {share:.0%} and a little", flush=True)
     Watched(OURS, corpus, tokenizer, folder / "killed").result()
     return found["peak_rss_gib"], digests(folder / "whole") == digests(folder / "killed")
 
