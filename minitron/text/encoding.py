@@ -128,6 +128,8 @@ class Encoder:
         """One record as text; None where it is left out, which `found` counts. `hashes` gets what it holds."""
         name, document = piece.names[place], f"document {piece.block.first + place + 1} of {piece.block.file}"
         if isinstance(record, np.ndarray):
+            if self.data.answers_only:
+                raise ValueError(f"data: {document}: it comes as token ids, which do not say who answers; data.answers_only must be false")
             return self._checked(found, held_out, hashes, record.tobytes(), _Text(name, ids=record)) if len(record) else self._leave_out(found, NO_TEXT)
         try:
             content = record if piece.reading is None else piece.reading.content(record)

@@ -1,6 +1,7 @@
 """Rows of which only answers count, from records of every form; and corpora that come as token ids."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,8 @@ def test_token_ids_are_taken_as_they_are_and_must_be_the_teachers(folders, tmp_p
     assert made.tolist() == [[5, 6, 7, 8, 9, 2, -1, -1], [10, 11, 12, 2, -1, -1, -1, -1]]  # the end of text where it is not there
     for path in tmp_path.glob("train.*"):
         path.unlink()
+    with pytest.raises(ValueError, match="document 1 of ids.parquet: it comes as token ids, which do not say who answers; data.answers_only must be false"):
+        train_rows(tmp_path, folders["qwen3"], replace(data, answers_only=True), vocabulary=13)
     with pytest.raises(ValueError, match="data: document 2 of ids.parquet has the token id 12; the teacher's vocabulary holds 12, ids must be from 0 to 11"):
         train_rows(tmp_path, folders["qwen3"], data, vocabulary=12)
 
