@@ -20,12 +20,13 @@ RECORDS_AT_ONCE = 256
 
 
 class HubSource:
-    """`scratch` holds hub.jsonl, a record a line, until `forget` is called."""
+    """`scratch` gets hub.jsonl, a record a line; whoever is done with the source deletes it."""
 
     num_bytes = None
 
     def __init__(self, data: DataSettings, scratch: Path, title: str):
         self.data, self.path, self.title, self.fields = data, scratch / KEPT_FILE, title, fields_of(data)
+        self.complete = self.path.with_suffix(".complete")  # there once the Hub has no more than what is kept
         self._reading = None
 
     def pieces(self, start: Mapping[str, Any] | None = None) -> Iterator[Piece]:
@@ -45,12 +46,12 @@ class HubSource:
         if self.path.exists() and self.path.stat().st_size > 0:
             if inside is not None and self._reading is None:
                 self._reading = reading_of(next(blocks_of(self.path)), self.fields)
-            if inside is None or inside["offset"] < self.path.stat().st_size:
-                for block in blocks_of(self.path, inside):
-                    yield replace(block, file=self.data.dataset)
+            for block in blocks_of(self.path, inside):
+                yield replace(block, file=self.data.dataset)
             with self.path.open("rb") as file:
                 number = sum(1 for _ in file)
-        yield from self._streamed(number)
+        if not self.complete.exists():
+            yield from self._streamed(number)
 
     def _cut_short(self) -> None:
         """Take off the line that an interrupted run left half written."""
@@ -61,24 +62,21 @@ class HubSource:
             file.truncate(whole)
 
     def _streamed(self, number: int) -> Iterator[Block]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with _named_errors(f"data.dataset: {self.title}"):
             with said_while_waiting(self.title):
                 records = iter(_dataset(self.data).skip(number))
                 some = list(islice(records, RECORDS_AT_ONCE))
             while some:
-                lines = [json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n" for record in some]
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                lines = [json.dumps(record, default=str).encode() + b"\n" for record in some]
                 with self.path.open("ab") as file:
                     file.writelines(lines)
                     end = file.tell()
                 yield Block(file=self.data.dataset, first=number, count=len(lines), kind="lines", payload=lines, num_bytes=sum(map(len, lines)),
-                            place={"offset": end, "document": number + len(lines)})  # fmt: skip
+                            place={"document": number + len(lines), "byte": end})  # fmt: skip
                 number += len(lines)
                 some = list(islice(records, RECORDS_AT_ONCE))
-
-    def forget(self) -> None:
-        """Delete what was kept."""
-        self.path.unlink(missing_ok=True)
+        self.complete.touch()
 
 
 def _dataset(data: DataSettings) -> Any:

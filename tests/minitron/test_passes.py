@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 
 from minitron.settings.data import DataSettings
 from minitron.settings.training import Rows
+from minitron.sources import hub
 from minitron.sources.document import is_held_out
 from minitron.text import passes as passes_module
 from minitron.text import split_rows
@@ -29,6 +31,7 @@ BOTH = {"heldout": "heldout", "train": "train"}
 SCRIPT = """
 import sys, time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from minitron.settings.data import DataSettings
 from minitron.text.encoding import Encoding
@@ -105,6 +108,28 @@ def test_a_pass_interrupted_anywhere_ends_in_the_same_rows_and_counts(rows, corp
     assert passes(tmp_path / "interrupted", tokenizer, data) == whole
     assert rows_in(tmp_path / "interrupted") == rows_in(tmp_path / "whole") and len(rows_in(tmp_path / "whole")) == 3
     assert whole["train"].tally.read == 1200 and 0.02 < whole["heldout"].num_rows / whole["train"].num_rows < 0.1
+
+
+def test_a_dataset_of_the_hub_is_streamed_once_and_gone_on_with(corpus, tokenizer, tmp_path, monkeypatch):
+    """The library takes a folder of that name for the Hub's. What was read is kept until the passes are over, so that an interrupted one asks for the rest."""
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    texts = [line for path in sorted(Path(corpus[0]).parent.glob("*.jsonl")) for line in path.read_text().splitlines(keepends=True)]
+    (tmp_path / "owner" / "name" / "train.jsonl").write_text("".join(texts))
+    monkeypatch.chdir(tmp_path)
+    asked, own = [], hub._dataset
+    monkeypatch.setattr(hub, "_dataset", lambda data: asked.append(1) or own(data))
+    data = DataSettings(dataset="owner/name", sequence_length=32, processes=1)
+    whole = passes(tmp_path / "whole", tokenizer, data)
+    assert whole["train"].tally.read == 1200 and not (tmp_path / "whole" / "source").exists() and len(asked) == 1
+    some = passes(tmp_path / "some", tokenizer, replace(data, max_documents=1100))
+    assert some["train"].tally.read == 1100 and len(asked) == 2
+    for after in (1, 0, 2):
+        with pytest.raises(KeyboardInterrupt):
+            passes(tmp_path / "interrupted", tokenizer, data, Interrupting(after))
+    with (tmp_path / "interrupted" / "source" / "hub.jsonl").open("ab") as file:
+        file.write(b'{"text": "half a li')  # as a process that is killed leaves it
+    assert passes(tmp_path / "interrupted", tokenizer, data) == whole
+    assert rows_in(tmp_path / "interrupted") == rows_in(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("place", ["SplitRows._append", "SplitRows.finish", "_Pass._save", "_Pass._keep", "GrowingRows.finish"])
