@@ -175,7 +175,7 @@ def rows_of(folder: Path) -> dict[str, bytes]:
     return {split: np.load(folder / f"{split}.npy").tobytes() for split in ("train", "heldout")}
 
 
-@pytest.mark.parametrize("extension", [".parquet", ".txt"])
+@pytest.mark.parametrize("extension", [".txt"])
 def test_the_same_text_gives_the_same_rows_in_every_format(extension, stage, jsonl_stage):
     assert rows_of(stage(extension, PLAIN)[0]) == rows_of(jsonl_stage[0])
 
