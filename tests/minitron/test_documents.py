@@ -171,19 +171,6 @@ def jsonl_stage(stage):
     return stage(".jsonl", PLAIN)
 
 
-def rows_of(folder: Path) -> dict[str, bytes]:
-    return {split: np.load(folder / f"{split}.npy").tobytes() for split in ("train", "heldout")}
-
-
-@pytest.mark.parametrize("extension", [".txt"])
-def test_the_same_text_gives_the_same_rows_in_every_format(extension, stage, jsonl_stage):
-    assert rows_of(stage(extension, PLAIN)[0]) == rows_of(jsonl_stage[0])
-
-
-def test_another_text_gives_other_rows(stage, jsonl_stage):
-    assert rows_of(stage(".txt", [PLAIN[0].replace("Document", "Parchment"), *PLAIN[1:]])[0]) != rows_of(jsonl_stage[0])
-
-
 def numbers_in(folder: Path, split: str) -> set[int]:
     """Which of TEXTS begin a row of a split."""
     from transformers import AutoTokenizer
