@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 
 from minitron.formats.files import matching_files, text_bytes
+from minitron.formats.kinds import TEXT, extension
 from minitron.settings.data import DataSettings, Embedded
 from minitron.settings.training import Form, Rows
 from minitron.sources.document import HELD_OUT_SHARE
@@ -14,6 +15,7 @@ TOPIC_BYTES = 465_000  # of pydoc's topics
 PROSE_SHARE = 0.188  # of the library's sources, that docstrings and topics are
 # UTF-8 bytes of a token: 3.14 with 2,048 tokens of vocabulary on code, 4.79 with 49,152 on prose (the embedded text of Python 3.11).
 BYTES_AT_2048, BYTES_PER_DOUBLING, MOST_BYTES = 3.14, 0.36, 4.8
+WRITTEN_OUT = 4.0  # times a file's bytes, where its records may be conversations, which a template adds to
 ALL_BYTES = 1.5  # times a file's bytes there are surely no more tokens: normalised letters, and what is put before and after a document
 
 
@@ -40,7 +42,9 @@ def text_size(data: DataSettings, vocab: int) -> TextSize:
     read, num_bytes, at_most = _source_bytes(data)
     tokens = num_bytes / bytes_per_token(vocab)
     if data.rows is Rows.windows and data.form in (Form.auto, Form.text) and not data.messages_field and not data.key_value_share:  # which add to the text
-        most = math.ceil(at_most * ALL_BYTES / data.sequence_length) if at_most is not None else None  # a token is a byte at least
+        may_be_written_out = data.files and data.form is Form.auto and not all(extension(path) in TEXT for path in matching_files(data.files))
+        times = WRITTEN_OUT if may_be_written_out else ALL_BYTES
+        most = math.ceil(at_most * times / data.sequence_length) if at_most is not None else None  # a token is a byte at least
     else:
         most = None
     return _limited(data, TextSize(read, int(tokens * (1 - 1 / HELD_OUT_SHARE)), int(tokens / HELD_OUT_SHARE), most))

@@ -211,6 +211,8 @@ def test_limits_and_unknown_lengths_bound_what_is_foretold(tmp_path):
     files = [str(tmp_path / "some.txt")]
     assert text_size(DataSettings(files=files, sequence_length=100), 2048).most_rows == 150
     assert text_size(DataSettings(files=files, sequence_length=100, max_train_tokens=1000), 2048).most_rows == 10
+    (tmp_path / "some.jsonl").write_text("word " * 2000)  # perhaps conversations
+    assert text_size(DataSettings(files=[str(tmp_path / "some.jsonl")], sequence_length=100), 2048).most_rows == 400
     assert text_size(DataSettings(files=files, messages_field="messages"), 2048).most_rows is None  # a template adds to it
     assert text_size(DataSettings(dataset="a/b"), 2048).train_tokens is None
 
