@@ -185,9 +185,15 @@ def test_killed_with_two_processes_and_gone_on_with_by_one(corpus, tokenizer, en
 
 
 def _of_session(number: int) -> list[str]:
-    """Processes of a session."""
-    found = subprocess.run(["ps", "-s", str(number), "-o", "pid=,stat="], capture_output=True, text=True).stdout.splitlines()
-    return [line for line in found if "Z" not in line]
+    """Processes of a session that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session, *_ = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        found += [path.parent.name] if int(session) == number and state not in "ZX" else []
+    return found
 
 
 def test_a_full_disk_is_one_line_and_what_is_done_survives(corpus, tokenizer, environment, tmp_path):
