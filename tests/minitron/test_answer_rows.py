@@ -125,6 +125,12 @@ def test_what_is_not_as_the_settings_say_is_one_line_that_names_the_document(rec
     assert "\n" not in str(caught.value)
 
 
+def test_answers_alone_want_text_in_which_somebody_answers():
+    with pytest.raises(ValueError, match="data.answers_only is true, but neither data.files nor data.dataset is given"):
+        DataSettings(answers_only=True)
+    DataSettings(answers_only=True, dataset="owner/name")
+
+
 def test_token_ids_are_taken_as_they_are_and_must_be_the_teachers(folders, tmp_path):
     ids = [[5, 6, 7, 8, 9], [10, 11, 12, 2]]
     pyarrow.parquet.write_table(pyarrow.table({"input_ids": ids}), tmp_path / "ids.parquet")
