@@ -91,7 +91,7 @@ class DataSettings:
         if self.answers_only and self.form is Form.text:
             raise ValueError("data.answers_only is true, but data.form is text, in which nobody answers; one of them must be another")
         if self.answers_only and not self.files and not self.dataset:
-            raise ValueError("data.answers_only is true, but neither data.files nor data.dataset is given; one of them must be, in the embedded text nobody answers")
+            raise ValueError("data.answers_only is true, but neither data.files nor data.dataset is given; one must be, nobody answers in the embedded text")
         if self.answers_only and self.key_value_share:
             raise ValueError(f"data.answers_only is true and data.key_value_share {self.key_value_share}; it must be 0, lines are hidden in plain text alone")
 
