@@ -1,24 +1,32 @@
 """Architecture: the sizes and the pattern of a model, without weights.
 
-Legend of pattern letters: M Mamba-2 · * attention · - FFN · E mixture of experts (MoE) FFN.
+Legend of pattern letters: M Mamba-2 · * attention · W attention within a window · - FFN · E mixture of experts (MoE) FFN.
 A letter is a sublayer: a norm and a mixer whose output is added to the residual stream. A layer, what config.json's
-num_hidden_layers counts, is one sublayer in NemotronH and Mamba-2, and two, `*-`, in a transformer block of Llama's kind.
+num_hidden_layers counts, is one sublayer in NemotronH and Mamba-2, and two, `*-` or `W-`, in a transformer block of Llama's kind.
+W is the same mixer as *, with the same tensors, but for what it looks at.
 
 Sizes may be numpy arrays instead of int where the search evaluates many architectures of one pattern
 at once: the formulas of this package are plain arithmetic and pass them through.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
-LAYER_KINDS = {"M": "mamba", "*": "attention", "-": "ffn", "E": "moe"}
-BLOCK = "*-"
-BLOCK_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers are such blocks
+LAYER_KINDS = {"M": "mamba", "*": "attention", "-": "ffn", "E": "moe"}  # mixers, by their letters
+WINDOWED = "W"  # attention that sees the last `window` tokens alone
+BLOCK, WINDOWED_BLOCK = "*-", "W-"
+BLOCKS = (BLOCK, WINDOWED_BLOCK)
+BLOCK_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")  # model types whose layers are such blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """Sizes of one model; the pattern has a letter for every sublayer, everything else derivable is a property."""
+    """Sizes of one model; the pattern has a letter for every sublayer, everything else derivable is a property.
+
+    window: tokens that a query of a W layer sees, its own among them; 0 in a model without such layers.
+    post_norms: whether a second norm follows every mixer, before its output is added.
+    """
 
     model_type: str
     pattern: str
@@ -36,6 +44,8 @@ class Architecture:
     attention_input_bias: bool = False
     attention_output_bias: bool = False
     attention_qk_norm: bool = False
+    window: int = 0
+    post_norms: bool = False
 
     mamba_num_heads: int = 0
     mamba_head_dim: int = 0
@@ -52,8 +62,13 @@ class Architecture:
     moe_latent: int = 0
 
     def num_layers_of(self, kind: str) -> int:
-        """Number of sublayers of one kind, by its letter."""
-        return self.pattern.count(kind)
+        """Number of sublayers of one kind, by its letter; * is all attention, W that of it which is within a window."""
+        return self.pattern.count(kind) if kind == WINDOWED else self.mixers.count(kind)
+
+    @property
+    def mixers(self) -> str:
+        """The pattern by mixers alone: attention is *, whatever it looks at."""
+        return self.pattern.replace(WINDOWED, "*")
 
     @property
     def num_sublayers(self) -> int:
@@ -95,11 +110,24 @@ class Architecture:
         return self.mamba_inner + 2 * self.mamba_num_groups * self.mamba_state_size
 
 
+def as_dict(architecture: Architecture) -> dict[str, Any]:
+    """The fields by name, to be kept: of those that came later, at the end of LATER, only what is not as it was before them."""
+    return {field.name: value for field in fields(architecture)
+            if (value := getattr(architecture, field.name)) != field.default or field.name not in LATER or field.default is MISSING}  # fmt: skip
+
+
+LATER = ("window", "post_norms")  # so that what was stored of an architecture without them stays what it was
+
+
 def describe_layers(architecture: Architecture) -> str:
     """What the layers are, for a person: their pattern, or how many blocks."""
-    if set(architecture.layer_kinds) == {BLOCK}:
-        return f"{architecture.num_layers} blocks of attention and FFN"
-    return f"pattern {architecture.pattern}"
+    if not set(architecture.layer_kinds) <= set(BLOCKS):
+        return f"pattern {architecture.pattern}"
+    windowed, said = architecture.num_layers_of(WINDOWED), f"{architecture.num_layers} blocks of attention and FFN"
+    if not windowed:
+        return said
+    which = "all" if windowed == architecture.num_layers else f"{windowed}"
+    return f"{said}, {which} of them within a window of {architecture.window:,} tokens"
 
 
 def check_architecture(architecture: Architecture) -> None:
@@ -107,21 +135,21 @@ def check_architecture(architecture: Architecture) -> None:
 
     Raises ValueError naming the setting, the value and the rule.
     """
-    unknown = sorted(set(architecture.pattern) - set(LAYER_KINDS))
+    unknown = sorted(set(architecture.pattern) - {*LAYER_KINDS, WINDOWED})
     if unknown or not architecture.pattern:
         raise ValueError(
-            f"pattern {architecture.pattern!r} must be a string of layer letters M (Mamba-2), * (attention), - (FFN), E (MoE)"
+            f"pattern {architecture.pattern!r} must be a string of layer letters M (Mamba-2), * (attention), W (attention within a window), - (FFN), E (MoE)"
             + (f"; unknown: {' '.join(unknown)}" if unknown else "; it is empty")
         )
-    if architecture.model_type in BLOCK_TYPES and set(architecture.layer_kinds) != {BLOCK}:
-        raise ValueError(f"pattern {architecture.pattern!r} must be blocks of attention and FFN, {BLOCK}, for {architecture.model_type}")
+    if architecture.model_type in BLOCK_TYPES and not set(architecture.layer_kinds) <= set(BLOCKS):
+        raise ValueError(f"pattern {architecture.pattern!r} must be blocks of attention and FFN, {' or '.join(BLOCKS)}, for {architecture.model_type}")
     needed = {"hidden": True, "vocab": True, "ffn": "-" in architecture.pattern, **_needed_by_kind(architecture)}
     for name, is_needed in needed.items():
         if is_needed and getattr(architecture, name) < 1:
             raise ValueError(f"{name} is {getattr(architecture, name)}; it must be at least 1 for pattern {architecture.pattern}")
     if "M" in architecture.pattern:
         _check_divides("mamba heads", architecture.mamba_num_heads, "groups", architecture.mamba_num_groups)
-    if "*" in architecture.pattern:
+    if "*" in architecture.mixers:
         _check_divides("attention heads", architecture.num_attention_heads, "key-value heads", architecture.num_key_value_heads)
     if "E" in architecture.pattern and architecture.moe_experts_per_token > architecture.moe_num_experts:
         raise ValueError(
@@ -133,7 +161,8 @@ def _needed_by_kind(architecture: Architecture) -> dict[str, bool]:
     mamba = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_size", "mamba_conv_kernel")
     attention = ("num_attention_heads", "num_key_value_heads", "attention_head_dim")
     moe = ("moe_num_experts", "moe_experts_per_token", "moe_ffn")
-    return {name: letter in architecture.pattern for letter, names in (("M", mamba), ("*", attention), ("E", moe)) for name in names}
+    kinds = (("M", mamba), ("*", attention), ("E", moe), (WINDOWED, ("window",)))
+    return {name: letter in architecture.pattern or letter in architecture.mixers for letter, names in kinds for name in names}
 
 
 def _check_divides(what: str, number: int, of: str, divisor: int) -> None:

@@ -1,4 +1,4 @@
-"""Architecture of a Hugging Face config.json: nemotron_h, mamba2, llama, mistral, qwen2, qwen3.
+"""Architecture of a Hugging Face config.json: nemotron_h, mamba2, llama, mistral, qwen2, qwen3, gemma3_text.
 
 A missing key means what transformers' (5.23) config class of that model_type means by it. What transformers builds
 decides: NemotronH's attention has no biases and its embeddings are never tied, whatever the config says. One thing
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from memory_budget.architecture import LAYER_KINDS, Architecture, check_architecture
+from memory_budget.architecture import BLOCK, LAYER_KINDS, WINDOWED_BLOCK, Architecture, check_architecture
 
 Config = dict[str, Any]
 
@@ -21,6 +21,7 @@ BLOCK_TYPE_LETTERS = {
     "mlp": "-",
     "moe": "E",
 }
+ATTENTION_TYPES = ("full_attention", "sliding_attention")
 
 
 def read_config(path: str | Path) -> Config:
@@ -62,26 +63,11 @@ def architecture_from_config(config: Config) -> Architecture:
 def unmodelled_settings(config: Config) -> list[str]:
     """What the config asks for that the calculator leaves out, a sentence each, for the reader of a report."""
     notes = []
-    window = _window(config)
-    if window is not None:
-        notes.append(f"sliding_window ({window} tokens) is not modelled: the KV cache is counted for the whole context")
     if config.get("model_type") == "nemotron_h" and config.get("num_nextn_predict_layers"):
         notes.append("multi-token prediction layers are not counted, as in transformers")
     if "quantization_config" in config:
         notes.append("quantization_config is not read: choose the weights' number format with --weights")
     return notes
-
-
-def _window(config: Config) -> int | None:
-    """Tokens that attention looks back in some layer, where that is not the whole context: in all of Mistral's, in Qwen's from max_window_layers on."""
-    model_type = config.get("model_type")
-    if model_type == "llama":  # has no such setting
-        return None
-    if model_type not in ("qwen2", "qwen3"):
-        return config.get("sliding_window", 4096 if model_type == "mistral" else None)
-    types = config.get("layer_types")
-    has_windows = (config.get("max_window_layers", 28) or 0) < config.get("num_hidden_layers", 32) if types is None else "sliding_attention" in types
-    return config.get("sliding_window", 4096) if config.get("use_sliding_window", False) and has_windows else None
 
 
 def _nemotron_h(config: Config) -> Architecture:
@@ -186,22 +172,70 @@ def _llama(config: Config) -> Architecture:
 
 
 def _mistral(config: Config) -> Architecture:
-    return _transformer(config, vocab=32000, ffn=14336, key_value_heads=8)
+    """One window for all layers, or none."""
+    window = _window(config, default=4096)
+    return _transformer(config, vocab=32000, ffn=14336, key_value_heads=8, windowed=[window > 0] * _num_blocks(config, default=32), window=window)
 
 
 def _qwen2(config: Config) -> Architecture:
-    return _transformer(config, vocab=151936, ffn=22016, key_value_heads=32, input_bias=True)
+    return _transformer(config, vocab=151936, ffn=22016, key_value_heads=32, input_bias=True, **_qwen_windows(config))
 
 
 def _qwen3(config: Config) -> Architecture:
     has_bias = _boolean(config, "attention_bias", default=False)
     return _transformer(config, vocab=151936, ffn=22016, key_value_heads=32, head_dim=128, input_bias=has_bias, output_bias=has_bias,
-                        qk_norm=True)
+                        qk_norm=True, **_qwen_windows(config))
+
+
+def _qwen_windows(config: Config) -> dict[str, Any]:
+    """By layer_types, else in the layers from max_window_layers on; none at all unless use_sliding_window says so."""
+    window = _window(config, default=4096) if _boolean(config, "use_sliding_window", default=False) else 0
+    first, num_blocks = _integer(config, "max_window_layers", default=28), _num_blocks(config, default=32)
+    return {"windowed": _windowed(config, num_blocks, [window > 0 and block >= first for block in range(num_blocks)]), "window": window}
+
+
+def _gemma3_text(config: Config) -> Architecture:
+    """Windows in five layers of six, or as layer_types says; a norm before and one behind every mixer."""
+    has_bias, num_blocks = _boolean(config, "attention_bias", default=False), _num_blocks(config, default=26)
+    period = _integer(config, "sliding_window_pattern", default=6)
+    if period < 1:
+        raise ValueError(f"sliding_window_pattern ({period}) must be at least 1")
+    windowed = _windowed(config, num_blocks, [(block + 1) % period > 0 for block in range(num_blocks)])
+    return _transformer(config, hidden=2304, num_heads=8, num_blocks=26, vocab=262208, ffn=9216, key_value_heads=4, head_dim=256, tied=True,
+                        input_bias=has_bias, output_bias=has_bias, qk_norm=True, windowed=windowed, window=_window(config, default=4096), post_norms=True)
+
+
+def _num_blocks(config: Config, *, default: int) -> int:
+    return _integer(config, "num_hidden_layers", default=default)
+
+
+def _window(config: Config, *, default: int) -> int:
+    """Tokens that a query sees in a layer with a window; 0 for none. Raises ValueError for a window of none."""
+    window = _integer(config, "sliding_window", default=default, null=0)
+    if window == 0 and config.get("sliding_window", default) is not None:
+        raise ValueError("sliding_window (0) must be at least 1 token, or null for no window")
+    return window
+
+
+def _windowed(config: Config, num_blocks: int, otherwise: list[bool]) -> list[bool]:
+    """Of every block, whether its attention is within the window: as layer_types says. Raises ValueError where that does not fit the layers."""
+    types = config.get("layer_types")
+    if types is None:
+        return otherwise
+    if not isinstance(types, list) or len(types) != num_blocks:
+        entries = f"{len(types)} entries" if isinstance(types, list) else json.dumps(types)
+        raise ValueError(f"layer_types ({entries}) must have an entry for each of the {num_blocks} layers that num_hidden_layers says")
+    if unknown := [one for one in types if one not in ATTENTION_TYPES]:
+        raise ValueError(f"layer_types holds {json.dumps(unknown[0])}; kinds of attention are {' and '.join(ATTENTION_TYPES)}")
+    return [one == "sliding_attention" for one in types]
 
 
 def _transformer(
     config: Config,
     *,
+    hidden: int = 4096,
+    num_heads: int = 32,
+    num_blocks: int = 32,
     vocab: int,
     ffn: int,
     key_value_heads: int | None,
@@ -210,19 +244,28 @@ def _transformer(
     output_bias: bool = False,
     ffn_bias: bool = False,
     qk_norm: bool = False,
+    tied: bool = False,
+    windowed: list[bool] | None = None,
+    window: int = 0,
+    post_norms: bool = False,
 ) -> Architecture:
-    """Llama's kind: attention and gated FFN in turn. The numbers are the family's defaults; None means derived as below."""
-    hidden = _integer(config, "hidden_size", default=4096)
-    num_heads = _integer(config, "num_attention_heads", default=32)
+    """Llama's kind: attention and gated FFN in turn. The numbers are the family's defaults; None means derived as below.
+
+    `windowed` says of every block whether its attention is within the window; None: none is.
+    """
+    hidden = _integer(config, "hidden_size", default=hidden)
+    num_heads = _integer(config, "num_attention_heads", default=num_heads)
     if num_heads < 1:
         raise ValueError(f"num_attention_heads ({num_heads}) must be at least 1")
-    per_head = hidden // num_heads
+    per_head, windowed = hidden // num_heads, windowed or [False] * _num_blocks(config, default=num_blocks)
+    if any(windowed) and not window:
+        raise ValueError("layer_types holds sliding_attention, but there is no window: sliding_window, and with Qwen use_sliding_window, must say one")
     return Architecture(
         model_type=config["model_type"],
-        pattern="*-" * _integer(config, "num_hidden_layers", default=32),
+        pattern="".join(WINDOWED_BLOCK if one else BLOCK for one in windowed),
         hidden=hidden,
         vocab=_integer(config, "vocab_size", default=vocab),
-        tied_embeddings=_boolean(config, "tie_word_embeddings", default=False),
+        tied_embeddings=_boolean(config, "tie_word_embeddings", default=tied),
         ffn=_integer(config, "intermediate_size", default=ffn),
         ffn_gated=True,
         ffn_bias=ffn_bias,
@@ -232,6 +275,8 @@ def _transformer(
         attention_input_bias=input_bias,
         attention_output_bias=output_bias,
         attention_qk_norm=qk_norm,
+        window=window if any(windowed) else 0,
+        post_norms=post_norms,
     )
 
 
@@ -252,4 +297,6 @@ def _boolean(config: Config, key: str, *, default: bool) -> bool:
     return value
 
 
-FAMILIES = {"nemotron_h": _nemotron_h, "mamba2": _mamba2, "llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3}
+FAMILIES = {
+    "nemotron_h": _nemotron_h, "mamba2": _mamba2, "llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3, "gemma3_text": _gemma3_text,
+}  # fmt: skip

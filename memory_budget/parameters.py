@@ -33,7 +33,8 @@ class LayerParameters:
 def count_parameters(architecture: Architecture, *, active_only: bool = False) -> dict[str, int]:
     """Parameters by kind: embedding, head, mamba, attention, ffn, moe, norm.
 
-    norm holds the norm in front of every sublayer and the final one, (sublayers + 1)·D. Norms inside a mixer (Mamba's gated
+    norm holds the norm in front of every sublayer, the one behind it where there are such, and the final one: (sublayers + 1)·D or
+    (2·sublayers + 1)·D. Norms inside a mixer (Mamba's gated
     norm, attention's q and k norms) count with their mixer. A tied head counts 0. With active_only, of the routed
     experts only those that one token passes through count.
     """
@@ -44,7 +45,7 @@ def count_parameters(architecture: Architecture, *, active_only: bool = False) -
     for letter, kind in LAYER_KINDS.items():
         layer = layer_parameters(architecture, letter, active_only=active_only)
         counts[kind] = architecture.num_layers_of(letter) * layer.total
-    counts["norm"] = (architecture.num_sublayers + 1) * architecture.hidden
+    counts["norm"] = ((1 + architecture.post_norms) * architecture.num_sublayers + 1) * architecture.hidden
     return counts
 
 
@@ -59,7 +60,7 @@ def count_active_parameters(architecture: Architecture) -> int:
 
 
 def layer_parameters(architecture: Architecture, letter: str, *, active_only: bool = False) -> LayerParameters:
-    """Parameters of one layer of the kind that the pattern's letter names (M, *, - or E)."""
+    """Parameters of one layer of the kind that a mixer's letter names (M, *, - or E)."""
     if letter == "M":
         return _mamba_layer(architecture)
     if letter == "*":
