@@ -67,6 +67,7 @@ def layer_parameters(architecture: Architecture, letter: str, *, active_only: bo
         return _attention_layer(architecture)
     if letter == "-":
         return _ffn_layer(architecture)
+    assert letter == "E", f"{letter} is no mixer's letter"
     return _moe_layer(architecture, active_only=active_only)
 
 
