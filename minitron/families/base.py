@@ -25,14 +25,14 @@ Dimension = tuple[Segment, ...]
 # Axes that a plan may cut. Every other axis (vocabulary, groups, state, …) is kept whole.
 HIDDEN, FFN, MAMBA_HEAD, MAMBA_CHANNEL = "hidden", "ffn", "mamba_head", "mamba_channel"
 ATTENTION_HEAD, KEY_VALUE_HEAD = "attention_head", "key_value_head"
-CUT_AXES = (HIDDEN, FFN, MAMBA_HEAD, MAMBA_CHANNEL, ATTENTION_HEAD, KEY_VALUE_HEAD)
+POST_NORM = "post_norm.weight"  # of a norm between a mixer and the residual stream
 
 
 @dataclass(frozen=True, slots=True)
 class TensorAxes:
     """One row of a family's table: tensors whose canonical name ends so, and the axes of their dimensions.
 
-    `suffix` is the name without the sublayer's prefix ("mixer.in_proj.weight"); `kind` is the letter it
+    `suffix` is the name without the sublayer's prefix ("mixer.in_proj.weight"); `kind` is the letter of the mixer (Architecture.mixers) it
     belongs to, or "" for a tensor outside the sublayers and "any" for one that every sublayer has. `only_if` names
     the field of Architecture that says whether the model has it; "" for a tensor that it always has.
     """
@@ -91,13 +91,16 @@ class ModelParts:
 class Family:
     """The duties of one family. `axis_sizes` gives the length of every axis named in the table.
 
-    `build_layer` and `build_outside` give one module alone (a sublayer; "embed", "norm" or "head"), for models
-    that are never whole in memory; `outside_names` gives those modules' prefixes of canonical tensor names. `rms_epsilon`
+    `build_layer` and `build_outside` give one module alone (a sublayer; "norm" or "head"), for models
+    that are never whole in memory; `outside_names` gives the prefixes of canonical tensor names of those and of the embeddings ("embed"). `rms_epsilon`
     gives, from config.json, the epsilon of the norms that sublayers and head read the residual stream through; None where they are no RMSNorm.
     `handed_over` gives a config.json with which the model is the same one in programs that load it without `load`.
     `couplings` are equations between sizes that transformers' configuration class insists on; `refused` gives, from config.json, what of the
     model a cut could not honour (quantised weights, say), None where it can. `computing` gives, from all that transformers' configuration object says,
     the keys that the forward pass depends on: two checkpoints that differ in another one compute alike.
+
+    `norm_offset` is what is added to the stored weight of a norm of the residual stream before it multiplies: 0, or 1 where such weights are stored around
+    0. `embed_scale` gives what the model multiplies rows of its table of embeddings by, where that follows from its sizes.
     """
 
     model_type: str
@@ -118,3 +121,5 @@ class Family:
     computing: Callable[[Mapping], frozenset[str]]
     couplings: tuple[Multiple, ...] = ()
     refused: Callable[[dict], str | None] = lambda _config: None
+    norm_offset: float = 0.0
+    embed_scale: Callable[[Architecture], float] = lambda _architecture: 1.0

@@ -5,11 +5,14 @@ from typing import Any
 
 from memory_budget.hf_config import FAMILIES as COUNTED
 from minitron.families.base import Family
+from minitron.families.gemma3_text import FAMILY as GEMMA3_TEXT
 from minitron.families.llama import FAMILY as LLAMA
+from minitron.families.mistral import FAMILY as MISTRAL
 from minitron.families.nemotron_h import FAMILY as NEMOTRON_H
+from minitron.families.qwen2 import FAMILY as QWEN2
 from minitron.families.qwen3 import FAMILY as QWEN3
 
-FAMILIES = {family.model_type: family for family in (NEMOTRON_H, LLAMA, QWEN3)}
+FAMILIES = {family.model_type: family for family in (NEMOTRON_H, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3_TEXT)}
 
 
 def family_of(config: dict) -> Family:

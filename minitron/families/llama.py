@@ -6,7 +6,7 @@ format. A student whose hidden size is no multiple of its query heads is refused
 
 from memory_budget.architecture import Architecture
 from minitron.families.base import Multiple
-from minitron.families.blocks import block_family
+from minitron.families.blocks import Blocks, block_family
 
 
 def config(_teacher: dict, _architecture: Architecture) -> dict:
@@ -14,4 +14,4 @@ def config(_teacher: dict, _architecture: Architecture) -> dict:
     return {"architectures": ["LlamaForCausalLM"], "pretraining_tp": 1}
 
 
-FAMILY = block_family("llama", classes="Llama", config=config, couplings=(Multiple("hidden", "num_attention_heads"),))
+FAMILY = block_family("llama", Blocks("llama", "Llama"), config=config, couplings=(Multiple("hidden", "num_attention_heads"),))

@@ -25,7 +25,7 @@ def row_lengths(family: Family, architecture: Architecture) -> Mapping[str, int]
     """Lengths of the rows of a model's matrices, by what config.json calls them; of the kinds of layers that it has."""
     sizes, lengths = family.axis_sizes(architecture), {}
     for row in family.table:
-        if len(row.dimensions) == 2 and row.kind in ("", "any", *architecture.pattern):
+        if len(row.dimensions) == 2 and row.kind in ("", "any", *architecture.mixers):
             (segment,) = row.dimensions[1]
             lengths[ROW_NAMES.get(segment[0], segment[0])] = prod(sizes[axis] for axis in segment)
     return lengths

@@ -1,6 +1,7 @@
 """A model's tensors by canonical names, each once: those that a tied model has under two names, under the one that is stored."""
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ def in_dtype(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[str,
 
 
 def _make_buffers(model: nn.Module) -> None:
-    """Tables that a checkpoint does not store, those of rotary positions, follow from the configuration alone."""
+    """What a checkpoint does not store, tables of rotary positions and the factor of Gemma's embeddings, follows from the configuration alone."""
     device = next(model.parameters()).device
     for _, parent, name, module in _unstored(model):
         setattr(parent, name, _made_anew(module).to(device))
@@ -64,4 +65,8 @@ def _unstored(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
 
 def _made_anew(module: nn.Module) -> nn.Module:
     with torch.device("cpu"):
-        return type(module)(module.config)
+        if not (scale := getattr(module, "scalar_embed_scale", None)):
+            return type(module)(module.config)
+        anew = copy(module)  # with the same weight
+        anew._buffers = {"embed_scale": torch.tensor(scale)}
+        return anew

@@ -26,7 +26,7 @@ def row_of(family: Family, architecture: Architecture, name: str) -> TensorAxes:
     layer, suffix = split_layer(name)
     if layer is not None and layer >= architecture.num_sublayers:
         raise ValueError(f"tensor {name} belongs to layer {layer}; the pattern has {architecture.num_sublayers} layers")
-    kinds = ("",) if layer is None else (architecture.pattern[layer], "any")
+    kinds = ("",) if layer is None else (architecture.mixers[layer], "any")
     rows = [row for row in family.table if row.suffix == suffix and row.kind in kinds]
     if len(rows) != 1:
         raise ValueError(f"tensor {name} is matched by {len(rows)} rows of the {family.model_type} axis table; it must be exactly 1")
@@ -87,7 +87,7 @@ def required_names(family: Family, architecture: Architecture) -> Iterator[str]:
     """Every tensor the pattern and the architecture's bias flags call for."""
     rows = [row for row in family.table if _has(architecture, row)]
     yield from (row.suffix for row in rows if row.kind == "")
-    for layer, kind in enumerate(architecture.pattern):  # a letter a sublayer
+    for layer, kind in enumerate(architecture.mixers):  # a letter a sublayer
         yield from (f"layers.{layer}.{row.suffix}" for row in rows if row.kind in (kind, "any"))
 
 
