@@ -74,7 +74,7 @@ def test_activations_are_estimated_within_a_third(pattern, own_scan, tiny, build
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model.base_model(token_ids(4, LENGTH), use_cache=False).last_hidden_state
-    estimate = activation_bytes_per_token(replace(tiny, pattern=pattern), TrainSettings()) * 4 * LENGTH
+    estimate = activation_bytes_per_token(replace(tiny, pattern=pattern), TrainSettings(), LENGTH) * 4 * LENGTH
     assert output.requires_grad and 2 / 3 < sum(held.values()) / estimate < 3 / 2
 
 
