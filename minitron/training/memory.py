@@ -25,8 +25,9 @@ SPARE_SHARE = 0.1  # of a device's memory: left to the allocator's rounding and 
 @dataclass(frozen=True, slots=True)
 class TrainingMemory:
     """Bytes in each process. `gathered` is what a sharded engine holds whole for a while: what is outside the layers, and the
-    largest layer twice, since the next one is fetched while one runs. `mask` is attention's own on a GPU, of packed rows without flash attention, and of windows.
-    `activations`, `loss` and `layer`, on a GPU the one at work, are those of the moment of a micro-step that has most of them.
+    largest layer twice, since the next one is fetched while one runs. `mask` is attention's own on a GPU: of windows, and of
+    packed rows without flash attention. `activations`, `loss` and `layer`, on a GPU the one at work, are those of the moment of
+    a micro-step that has most of them.
     """
 
     weights: int

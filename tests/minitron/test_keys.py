@@ -195,9 +195,12 @@ def test_that_a_lap_goes_before_is_in_no_key():
     assert changed(settings(depth_lap=run.DepthLapSettings(tokens=9)), settings()) == set()
 
 
-OLD_FIELDS = """model_type pattern hidden vocab tied_embeddings ffn ffn_gated ffn_bias num_attention_heads num_key_value_heads attention_head_dim
-    attention_input_bias attention_output_bias attention_qk_norm mamba_num_heads mamba_head_dim mamba_num_groups mamba_state_size mamba_conv_kernel
-    mamba_conv_bias mamba_projection_bias moe_num_experts moe_experts_per_token moe_ffn moe_shared_ffn moe_latent""".split()
+OLD_FIELDS = [
+    "model_type", "pattern", "hidden", "vocab", "tied_embeddings", "ffn", "ffn_gated", "ffn_bias", "num_attention_heads", "num_key_value_heads",
+    "attention_head_dim", "attention_input_bias", "attention_output_bias", "attention_qk_norm", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups",
+    "mamba_state_size", "mamba_conv_kernel", "mamba_conv_bias", "mamba_projection_bias", "moe_num_experts", "moe_experts_per_token", "moe_ffn",
+    "moe_shared_ffn", "moe_latent",
+]  # fmt: skip
 
 
 def test_an_architecture_is_stored_as_it_was_before_there_were_windows():
