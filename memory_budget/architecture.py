@@ -67,7 +67,7 @@ class Architecture:
 
     def num_layers_of(self, kind: str) -> int:
         """Number of sublayers of one kind, by its letter; * is all attention, W that of it which is within a window."""
-        return self.pattern.count(kind) if kind == WINDOWED else self.mixers.count(kind)
+        return self.pattern.count(kind) + (self.pattern.count(WINDOWED) if kind == "*" else 0)
 
     @property
     def mixers(self) -> str:

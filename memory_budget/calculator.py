@@ -79,14 +79,10 @@ def kv_cache_bytes(architecture: Architecture, context_tokens: int, kv_dtype: st
     A layer keeps all tokens, or within a window the last window − 1, which with the next one are those that it sees. So do the tensors of transformers'
     (5.23) DynamicCache; there they are views, of one token more once a token was decoded, and of the whole prompt from its prefill until then.
     """
-    full, windowed, most = _attention_layers(architecture)
-    return (full * context_tokens + windowed * min(context_tokens, most)) * attention_bytes_per_token(architecture, kv_dtype)
-
-
-def _attention_layers(architecture: Architecture) -> tuple[int, int, int]:
-    """Layers that keep all tokens, layers within a window, and the most tokens that one of these keeps."""
-    windowed = architecture.num_layers_of(WINDOWED)
-    return architecture.num_layers_of("*") - windowed, windowed, architecture.window - 1
+    tokens = architecture.num_layers_of("*") * context_tokens
+    if architecture.window:
+        tokens -= architecture.num_layers_of(WINDOWED) * max(0, context_tokens - (architecture.window - 1))
+    return tokens * attention_bytes_per_token(architecture, kv_dtype)
 
 
 def attention_bytes_per_token(architecture: Architecture, kv_dtype: str) -> int:
@@ -165,16 +161,16 @@ def max_context_tokens(architecture: Architecture, workload: Workload, budget_by
     number does; and if all attention is within a window, so it is once the windows are full. Number by number for arrays, given a
     pattern with attention; no limit is NO_LIMIT there.
     """
-    report, (full, windowed, most) = memory_report(architecture, workload), _attention_layers(architecture)
+    report, layers, windowed = memory_report(architecture, workload), architecture.num_layers_of("*"), architecture.num_layers_of(WINDOWED)
     free_bytes = budget_bytes - (report.total - report.kv_cache)
-    if not full + windowed:
+    if not layers:
         return None if free_bytes >= 0 else 0
     tokens = free_bytes // (workload.batch * attention_bytes_per_token(architecture, workload.kv_dtype))  # that fit, of all layers together
-    # A context c keeps the lesser of (full + windowed)·c and full·c + windowed·most tokens, so the longer of what either leaves room for.
-    longest = _larger(0, tokens // (full + windowed))
-    if full:
-        return _larger(longest, (tokens - windowed * most) // full)
-    is_free = tokens >= windowed * most
+    # Of a context c are kept layers·c tokens or (layers − windowed)·c + in_windows, whichever is less, so it is the longer of what either leaves room for.
+    longest, in_windows = _larger(0, tokens // layers), windowed * (architecture.window - 1)
+    if layers > windowed:
+        return _larger(longest, (tokens - in_windows) // (layers - windowed))
+    is_free = tokens >= in_windows
     if isinstance(is_free, bool):
         return None if is_free else longest
     return longest + is_free * (NO_LIMIT - longest)
