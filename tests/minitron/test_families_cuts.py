@@ -96,9 +96,9 @@ def test_heads_across_groups_and_kv_heads_without_their_query_heads_move_the_log
 @torch.no_grad()
 def test_units_reordered_in_one_tensor_alone_move_the_logits(one, keep_all, token_ids, logits_of):
     """In every tensor of the first layer of each kind and outside of the layers, for every axis that it has."""
-    model, ids = deepcopy(one.model), token_ids(rows=1)
-    tensors, wanted, firsts = model_tensors(one.family, model), logits_of(one.model, ids), {one.architecture.pattern.index(kind) for kind in one.architecture.pattern}
-    moved = 0
+    model, ids, moved = deepcopy(one.model), token_ids(rows=1), 0
+    tensors, wanted = model_tensors(one.family, model), logits_of(one.model, ids)
+    firsts = {one.architecture.pattern.index(kind) for kind in one.architecture.pattern}
     for axis, orders in orders_of(one.architecture).items():
         plan = keep_all(one.architecture, **in_every_sublayer(one.architecture, orders))
         for name, tensor in tensors.items():
@@ -157,6 +157,12 @@ def test_a_walk_over_the_folder_gives_the_same_bits(one, hard_plan, sliced, writ
         hidden_BTD = sublayer(hidden_BTD)
     with streamed.open_head() as head:
         assert torch.equal(head.logits(hidden_BTD), logits_of(sliced))
+
+
+def test_a_family_loads_the_stored_dtype_unless_told_otherwise(one, sliced, hard_plan, tmp_path, write_checkpoint):
+    write_checkpoint(tmp_path, sliced, one.family.hf_config(one.config, hard_plan.student), dtype=torch.bfloat16)
+    for dtype, asked in ((torch.bfloat16, {}), (torch.float32, {"dtype": torch.float32})):
+        assert {parameter.dtype for parameter in one.family.load(tmp_path, **asked).parameters()} == {dtype}
 
 
 def test_its_config_json_is_read_back_as_the_same_architecture(one, hard_plan, written):

@@ -181,3 +181,48 @@ def test_every_key_that_the_modules_read_is_one_that_computes_or_is_known_not_to
     computing, never_tied = one.family.computing(full), {"tie_word_embeddings"} if one.config["model_type"] == "nemotron_h" else set()
     assert (read & set(full)) - computing - IDLE - never_tied == set() and not computing & IDLE
     assert {"hidden_size", "vocab_size"} <= read & computing
+
+
+@pytest.mark.parametrize(("rope", "computes"), [("default", False), ("llama3", False), ("yarn", True), ("dynamic", True)])
+def test_the_longest_text_computes_where_frequencies_follow_from_it(rope, computes):
+    assert ("max_position_embeddings" in FAMILIES["llama"].computing({"rope_parameters": {"rope_type": rope}})) == computes
+
+
+# What of a config.json is kept, and what is refused.
+
+
+def test_a_students_config_names_no_code_no_place_and_no_other_form_of_the_weights(one):
+    foreign = {
+        "auto_map": {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}, "custom_pipelines": {"text-generation": {"impl": "x.X"}},
+        "_name_or_path": "/home/me/own", "transformers_weights": "other.safetensors", "quantization_config": None, "num_nextn_predict_layers": 1,
+    }  # fmt: skip
+    kept = {"torch_dtype": "bfloat16", "eos_token_id": [2, 11], "pad_token_id": 0, "of_their_own": 3}
+    config = one.family.hf_config(one.config | foreign | kept | {"dtype": None}, one.architecture)
+    assert not set(foreign) & set(config) and kept.items() <= config.items() and config["dtype"] == "bfloat16"
+
+
+GEMMA = {"model_type": "gemma3_text"}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "gpt2"}, r"'gpt2' cannot be pruned; supported: nemotron_h, llama, mistral, qwen2, qwen3, gemma3_text"),
+        ({}, r"None cannot be pruned; supported: nemotron_h, llama, "),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, r"quantization_config is there \(gptq\)"),
+        ({"model_type": "llama", "quantization_config": None}, None),
+        ({"model_type": "nemotron_h", "hybrid_override_pattern": "ME*"}, "pattern has MoE layers"),
+        ({"model_type": "nemotron_h", "layers_block_type": ["linear_attention", "moe"]}, "pattern has MoE layers"),
+        ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-*"}, None),
+        (GEMMA | {"final_logit_softcapping": 30.0}, r"final_logit_softcapping is 30\.0; logits that are capped cannot be distilled or cut here yet"),
+        (GEMMA | {"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping is 50\.0"),
+        (GEMMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
+        (GEMMA | {"final_logit_softcapping": None, "use_bidirectional_attention": False}, None),
+    ],
+)
+def test_a_config_that_a_cut_could_not_honour_is_refused(config, said):
+    if said is None:
+        assert family_of(config).model_type == config["model_type"]
+        return
+    with pytest.raises(ValueError, match=said):
+        family_of(config)
