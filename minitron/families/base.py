@@ -15,6 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from memory_budget.architecture import Architecture
+from nas.couplings import Coupling
 
 if TYPE_CHECKING:  # so that settings can ask for a family's rules without torch
     from torch import nn
@@ -63,21 +64,6 @@ class Tap:
 
 
 @dataclass(frozen=True, slots=True)
-class Multiple:
-    """A coupling: what `field` of Architecture has must be a multiple of what `of` has, or no loader takes the model."""
-
-    field: str
-    of: str
-
-    def holds(self, architecture: Architecture) -> bool:
-        """Number by number where sizes are arrays."""
-        return getattr(architecture, self.field) % getattr(architecture, self.of) == 0
-
-    def __str__(self) -> str:
-        return f"{self.field} % {self.of} == 0"
-
-
-@dataclass(frozen=True, slots=True)
 class ModelParts:
     """A model taken apart for walking it sublayer by sublayer: ids → embed → layers → norm → head → logits."""
 
@@ -119,7 +105,7 @@ class Family:
     rms_epsilon: Callable[[dict], float] | None
     handed_over: Callable[[dict], dict]
     computing: Callable[[Mapping], frozenset[str]]
-    couplings: tuple[Multiple, ...] = ()
+    couplings: tuple[Coupling, ...] = ()
     refused: Callable[[dict], str | None] = lambda _config: None
     norm_offset: float = 0.0
     embed_scale: Callable[[Architecture], float] = lambda _architecture: 1.0
