@@ -26,6 +26,7 @@ from minitron.pruning.cut import build_pruned
 from minitron.pruning.plan import PruningPlan, make_plan
 from minitron.training.tiny_teacher import TINY_CONFIG
 from minitron.walk.store import write_json
+from nas.couplings import completed, following
 from nas.depth import spelled
 
 torch.set_num_threads(1)  # matrices this small only lose by more, and threads of several processes block each other
@@ -51,6 +52,9 @@ MODELS = {
                    "sliding_window": None, "max_window_layers": 4, "layer_types": [_FULL] * 4},
     "gemma3_text": {"model_type": "gemma3_text", **_SIZES, "num_key_value_heads": 3, "head_dim": 10, "query_pre_attn_scalar": 12, "sliding_window": 9,
                     "layer_types": [_SLIDING, _SLIDING, _SLIDING, _FULL]},
+    "mamba2 tied": {"model_type": "mamba2", "hidden_size": 32, "num_hidden_layers": 4, "expand": 3, "num_heads": 12, "head_dim": 8, "n_groups": 3,
+                    "state_size": 6, "conv_kernel": 4, "vocab_size": TINY.vocab, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "bos_token_id": 0,
+                    "eos_token_id": 0, "pad_token_id": 0, "chunk_size": 32, "dtype": "float32"},
 }  # fmt: skip
 
 
@@ -166,13 +170,13 @@ def measured(one, calibration):
 
 @pytest.fixture(scope="session")
 def hard_plan(one, measured) -> PruningPlan:
-    """The third layer goes, and a quarter of every other axis; of KV heads one, with its query heads."""
-    teacher = one.architecture
+    """The third layer goes, and a quarter of every other axis; of KV heads one. Sizes that follow from others by an equation do so."""
+    teacher, couplings, keys = one.architecture, one.family.couplings, one.architecture.num_key_value_heads
     kept = tuple(layer for layer in range(teacher.num_layers) if layer != 2)
-    sizes = {name: getattr(teacher, name) * 3 // 4 for name in ("hidden", "ffn", "mamba_num_heads", "mamba_head_dim")}
-    if keys := teacher.num_key_value_heads:
-        sizes |= {"num_key_value_heads": keys - 1, "num_attention_heads": teacher.num_attention_heads // keys * (keys - 1)}
-    return make_plan(teacher, replace(teacher, pattern=spelled(teacher, kept), **sizes), kept, aggregate(measured))
+    widths = {"hidden", "ffn"} | {"mamba_num_heads", "mamba_head_dim"} - {field for coupling in couplings for field in coupling.fields}
+    sizes = {name: getattr(teacher, name) * 3 // 4 for name in widths} | ({"num_key_value_heads": keys - 1} if keys else {})
+    student = completed(replace(teacher, pattern=spelled(teacher, kept), **sizes), teacher, following(couplings, sizes))
+    return make_plan(teacher, student, kept, aggregate(measured))
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from minitron.pruning.plan import make_plan, recipe_of
 from minitron.pruning.rotated import rotate_model
 from minitron.pruning.views import SortedTeacher
 from minitron.settings.run import PruneSettings
+from nas.couplings import completed, following
 
 
 def whole(one) -> WholeModel:
@@ -50,22 +51,17 @@ def test_a_streamed_teacher_scores_bit_for_bit_as_a_whole_one(streamed, measured
 
 
 def students_of(one, hard_plan) -> dict[str, tuple]:
-    """Students and their layers: of every axis alone that may be cut so, and of all together."""
-    teacher, smaller, every_layer = one.architecture, hard_plan.student, tuple(range(one.architecture.num_layers))
+    """Students and their layers: of every axis alone, with what follows from it by an equation, and of all together."""
+    teacher, smaller, couplings, every_layer = one.architecture, hard_plan.student, one.family.couplings, tuple(range(one.architecture.num_layers))
     queries = teacher.num_key_value_heads * (teacher.num_attention_heads // max(teacher.num_key_value_heads, 1) - 1)
-    sizes = {
-        "nothing": {},
-        "hidden": {"hidden": smaller.hidden},
-        "ffn": {"ffn": smaller.ffn},
-        "query heads": {"num_attention_heads": queries},
-        "one KV head less": {"num_key_value_heads": smaller.num_key_value_heads, "num_attention_heads": smaller.num_attention_heads},
-        "Mamba heads": {"mamba_num_heads": smaller.mamba_num_heads},
-    }
-    students = {name: (replace(teacher, **of_it), every_layer) for name, of_it in sizes.items()}
+    widths = {"hidden": smaller.hidden, "ffn": smaller.ffn, "num_attention_heads": queries, "num_key_value_heads": smaller.num_key_value_heads,
+              "mamba_num_heads": smaller.mamba_num_heads}  # fmt: skip
+    students = {name: (completed(replace(teacher, **{name: size}), teacher, following(couplings, {name})), every_layer) for name, size in widths.items()}
     students["layers"] = replace(teacher, pattern=smaller.pattern), hard_plan.kept_layers
     students["everything"] = replace(smaller, mamba_head_dim=teacher.mamba_head_dim), hard_plan.kept_layers
-    different = {student: name for name, (student, _) in reversed(students.items())}  # an axis that the model has not, cut, is nothing
-    return {name: students[name] for student, name in different.items() if all(coupling.holds(student) for coupling in one.family.couplings)}
+    students["nothing"] = teacher, every_layer
+    different = {student: name for name, (student, _) in students.items()}  # of an axis that the model has not, or that follows, no second one
+    return {name: students[name] for student, name in different.items() if all(coupling.holds(student, teacher) for coupling in couplings)}
 
 
 @torch.no_grad()
@@ -141,12 +137,13 @@ def test_a_model_read_from_disk_layer_by_layer_is_cut_to_the_same_bits(one, hard
     found = made(streamed, one, hard_plan, calibration)
     assert found.keys() == compensated.keys() and all(torch.equal(tensor, compensated[name]) for name, tensor in found.items())
     assert ("lm_head.weight" in found) == (not one.architecture.tied_embeddings)
-    assert sum(not torch.equal(tensor, found[name]) for name, tensor in model_tensors(one.family, sliced).items()) > 15, "the control: the slice"
+    assert sum(not torch.equal(tensor, found[name]) for name, tensor in model_tensors(one.family, sliced).items()) > 10, "the control: the slice"
 
 
 def test_norms_of_the_student_multiply_by_as_much_as_the_bases(one, hard_plan, compensated):
     """Whatever is stored for it: a number for all channels, the root mean square of the base's."""
     base = model_tensors(one.family, one.model)
     for position, layer in enumerate(hard_plan.kept_sublayers):
-        factors_D, factors_K = (tensors[f"layers.{number}.norm.weight"] + one.family.norm_offset for tensors, number in ((base, layer), (compensated, position)))
+        stored = base[f"layers.{layer}.norm.weight"], compensated[f"layers.{position}.norm.weight"]
+        factors_D, factors_K = (weight + one.family.norm_offset for weight in stored)
         assert torch.allclose(factors_K, factors_D.square().mean().sqrt().expand(hard_plan.student.hidden), rtol=1e-5)

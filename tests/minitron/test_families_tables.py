@@ -76,7 +76,8 @@ def rows_used(configs: list[dict]) -> set[tuple[str, str]]:
 
 def test_the_tables_are_used_up_by_what_configs_can_ask_for(configs):
     """Every family's row has a tensor in some model of the families that share its table; of all biases a config can ask for, one with them."""
-    configs = [*configs.values(), configs["nemotron_h"] | {"use_bias": True, "mlp_bias": True}]
+    biased = {"use_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
+    configs = [*configs.values(), configs["nemotron_h"] | biased, configs["mamba2 tied"] | biased]
     for table in {family.table for family in FAMILIES.values()}:
         sharing = [config for config in configs if family_of(config).table == table]
         rows = {(row.suffix, row.kind) for row in table}
@@ -167,6 +168,7 @@ IDLE = {
     "is_encoder_decoder", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "max_position_embeddings", "use_cache",
     "time_step_min",  # transformers clamps by it; a stage's model, and one that is handed over, does not
     "chunk_size", "use_mamba_kernels",  # the same sums in another order
+    "time_step_rank",  # Mamba2 reads it, and uses it for nothing
 }  # fmt: skip
 
 
