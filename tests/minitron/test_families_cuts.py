@@ -143,7 +143,7 @@ def test_a_written_student_has_the_planned_parameters(one, hard_plan, written):
 
 def test_transformers_own_class_loads_it_and_gives_the_logits_of_the_cut_in_memory(one, sliced, written, logits_of):
     loaded, wanted = AutoModelForCausalLM.from_pretrained(written, local_files_only=True).eval(), logits_of(sliced)
-    assert torch.equal(logits_of(loaded), wanted) and torch.equal(logits_of(one.family.load(written)), wanted)
+    assert difference(logits_of(loaded), wanted) <= 1e-6 and torch.equal(logits_of(one.family.load(written)), wanted)
     assert [type(loaded).__name__] == read_config(written)["architectures"] and type(loaded) is type(one.model)
     tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert tied == one.architecture.tied_embeddings and not torch.equal(wanted, logits_of(one.model))
