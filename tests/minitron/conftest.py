@@ -157,9 +157,11 @@ def one(request, build_tiny) -> TinyModel:
 
 
 @pytest.fixture(scope="session")
-def calibration(padded_batches) -> list[torch.Tensor]:
-    """Rows by which each of them is scored and refitted."""
-    return padded_batches(seed=31)
+def calibration(token_ids) -> list[torch.Tensor]:
+    """Two batches [5, 40] by which each of them is scored and refitted, a row of the first one padded."""
+    padded = token_ids(rows=5, seed=31)
+    padded[3, 25:] = -1
+    return [padded, token_ids(rows=5, seed=32)]
 
 
 @pytest.fixture(scope="session")
