@@ -143,9 +143,9 @@ class PhaseMemory:
 
     def of(self, train: TrainSettings) -> TrainingMemory:
         """The plan of one process."""
+        masked = self.packed and self.on_gpu and "*" in self.student.mixers and not has_flash_attention(train.precision)
         return training_memory(self.student, self.teacher, train, self.launch, sequence_length=self.sequence_length,
-                               teacher_bytes_per_number=self.teacher_bytes_per_number, on_gpu=self.on_gpu,
-                               masked=self.packed and self.on_gpu and not has_flash_attention(train.precision))  # fmt: skip
+                               teacher_bytes_per_number=self.teacher_bytes_per_number, on_gpu=self.on_gpu, masked=masked)  # fmt: skip
 
     def with_checkpointing(self, train: TrainSettings, available_bytes: int) -> TrainSettings:
         """`gradient_checkpointing: auto` as what computes least again and fits with something to spare, else what takes least memory."""

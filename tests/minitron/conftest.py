@@ -38,11 +38,18 @@ BLOCKS = {
     "qwen3 tied": {"model_type": "qwen3", **_SIZES, "num_key_value_heads": 3, "head_dim": 10, "tie_word_embeddings": True, "use_sliding_window": False,
                    "sliding_window": None, "max_window_layers": 4, "layer_types": None},
 }  # fmt: skip
+# Of Mamba-2 layers alone: the inner width is twice the hidden size or as large, the head one matrix with the embeddings or not, with biases or without.
+_MAMBA2 = {"model_type": "mamba2", "hidden_size": 32, "expand": 2, "num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 6, "num_hidden_layers": 4,
+           "chunk_size": 16, "vocab_size": TINY.vocab, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "dtype": "float32"}  # fmt: skip
+MAMBAS = {
+    "mamba2 tied": {**_MAMBA2, "tie_word_embeddings": True},
+    "mamba2 untied": {**_MAMBA2, "expand": 1, "head_dim": 4, "n_groups": 4, "use_bias": True, "use_conv_bias": False},
+}
 
 
 @dataclass(frozen=True, slots=True)
 class BlockModel:
-    """A random model of blocks: not to be changed where it is shared."""
+    """A random model that is no NemotronH: not to be changed where it is shared."""
 
     family: Family
     config: dict
@@ -110,10 +117,10 @@ def teacher(build_model) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def build_blocks() -> Callable[..., BlockModel]:
-    """A new random model of blocks in eval mode: build_blocks("llama tied", seed=1, num_hidden_layers=2)."""
+    """A new random model of blocks, or of MAMBAS, in eval mode: build_blocks("llama tied", seed=1, num_hidden_layers=2)."""
 
     def build(name: str, seed: int = 0, **changes) -> BlockModel:
-        config = BLOCKS[name] | changes
+        config = (BLOCKS | MAMBAS)[name] | changes
         if "layer_types" in config:
             config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
         family, architecture = family_of(config), architecture_from_config(config)
