@@ -16,7 +16,7 @@ from minitron.checkpoints.given import given_checkpoint
 from minitron.checkpoints.shards import save_model_weights, write_weights
 from minitron.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE, check_plain_weights, weight_files
 from minitron.families.known import family_of
-from minitron.families.text import load_tokenizer
+from minitron.generation.tokenizers import load_tokenizer
 from minitron.settings.hand_over import MergeSettings
 from minitron.settings.run import BaseSettings, Settings, Stage, TeacherSettings
 from minitron.settings.teachers import STORED_FOLDER, teacher_config, teacher_name
