@@ -41,10 +41,10 @@ class Expansion:
 
     fields: tuple[str, ...] = ("hidden", "mamba_num_heads", "mamba_head_dim")
 
-    def holds(self, student: Architecture, _teacher: Architecture) -> Any:
-        """Number by number where sizes are arrays."""
-        inner = student.mamba_inner
-        return (inner > 0) & (student.hidden > 0) & (inner % np.maximum(student.hidden, 1) == 0)
+    def holds(self, student: Architecture, teacher: Architecture) -> Any:
+        """Number by number where sizes are arrays; not where one that follows is larger than the teacher's."""
+        inner, within = student.mamba_inner, (student.hidden <= teacher.hidden) & (student.mamba_num_heads <= teacher.mamba_num_heads)
+        return within & (inner > 0) & (student.hidden > 0) & (inner % np.maximum(student.hidden, 1) == 0)
 
     def follower(self, given: Collection[str]) -> str | None:
         if "hidden" in given:
