@@ -48,11 +48,11 @@ class SearchSpace:
         return {name: (getattr(teacher, name),) if options is None else options for name, options in given.items()}
 
     def sizes(self, teacher: Architecture) -> dict[str, tuple[int, ...]]:
-        """The same, with all sizes that what follows may have; none where no option of the others leads to one."""
+        """The same, with all sizes that what follows may have; none where no option of the others leads to one that can be cut."""
         widths = self.widths(teacher)
         for field, coupling in self.follows.items():
             found = getattr(combined(teacher, {name: widths[name] for name in coupling.fields}, {field: coupling}), field)
-            widths[field] = tuple(size for size in np.unique(found).tolist() if size)
+            widths[field] = tuple(size for size in np.unique(found).tolist() if 0 < size <= getattr(teacher, field))
         return widths
 
 

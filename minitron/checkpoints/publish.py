@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distill.states import TENSORS_FILE
-from memory_budget.architecture import BLOCK, Architecture, describe_layers
+from memory_budget.architecture import Architecture, describe_layers
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import format_gib
@@ -155,7 +155,7 @@ def model_card(title: str, *, lines: list[str], architecture: Architecture, base
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [minitron, pruning, distillation]"]
     head += [f"base_model: {base}"] if base and "/" in base and not base.startswith("/") else []
     head += [f"{name}: {json.dumps(value)}" for name, value in metadata.items()]  # a JSON string is a YAML one
-    parameters, of_blocks = count_total_parameters(architecture), BLOCK in architecture.layer_kinds
+    parameters, of_blocks = count_total_parameters(architecture), architecture.sublayers_per_layer > 1
     sizes = [
         ("parameters", f"{parameters:,}"),
         ("weights in bf16", format_gib(2 * parameters)),
@@ -163,10 +163,11 @@ def model_card(title: str, *, lines: list[str], architecture: Architecture, base
         ("hidden", str(architecture.hidden)),
         ("FFN", str(architecture.ffn)),
         ("attention", f"{architecture.num_attention_heads} query heads, {architecture.num_key_value_heads} KV heads × {architecture.attention_head_dim}"),
-        *([("Mamba-2", f"{architecture.mamba_num_heads} heads × {architecture.mamba_head_dim}, {architecture.mamba_num_groups} groups, "
-                       f"state {architecture.mamba_state_size}")] if "M" in architecture.pattern else []),
+        ("Mamba-2", f"{architecture.mamba_num_heads} heads × {architecture.mamba_head_dim}, {architecture.mamba_num_groups} groups, "
+                    f"state {architecture.mamba_state_size}"),
         ("vocabulary", f"{architecture.vocab:,}" + ("; embeddings and output head are one matrix (tied)" if architecture.tied_embeddings else "")),
     ]  # fmt: skip
-    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in sizes)]
+    absent = {name for name, letter in (("FFN", "-"), ("attention", "*"), ("Mamba-2", "M")) if letter not in architecture.mixers}
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in sizes if name not in absent)]
     letters = [] if of_blocks else ["", "Pattern letters: M Mamba-2, `*` attention, - FFN."]
     return "\n".join([*head, "---", "", f"# {title}", "", *lines, "", *table, *letters, ""])

@@ -31,6 +31,7 @@ COMPUTING = frozenset({
     "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_dim", "expand", "n_groups", "state_size", "conv_kernel",
     "use_conv_bias", "use_bias", "hidden_act", "layer_norm_epsilon", "residual_in_fp32", "time_step_limit", "tie_word_embeddings",
 })  # fmt: skip
+LEFT_OUT = ("time_step_rank", "intermediate_size", "d_inner", "mamba_d_ssm")  # of a teacher's config.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +41,10 @@ class Expansion:
 
     fields: tuple[str, ...] = ("hidden", "mamba_num_heads", "mamba_head_dim")
 
-    def holds(self, student: Architecture, _teacher: Architecture) -> Any:
-        """Number by number where sizes are arrays."""
-        inner = student.mamba_inner
-        return (inner > 0) & (student.hidden > 0) & (inner % np.maximum(student.hidden, 1) == 0)
+    def holds(self, student: Architecture, teacher: Architecture) -> Any:
+        """Number by number where sizes are arrays; not where one that follows is larger than the teacher's."""
+        inner, within = student.mamba_inner, (student.hidden <= teacher.hidden) & (student.mamba_num_heads <= teacher.mamba_num_heads)
+        return within & (inner > 0) & (student.hidden > 0) & (inner % np.maximum(student.hidden, 1) == 0)
 
     def follower(self, given: Collection[str]) -> str | None:
         if "hidden" in given:
@@ -77,9 +78,10 @@ def _expand(architecture: Architecture) -> int:
 def hf_config(teacher_config: dict, architecture: Architecture) -> dict:
     """The teacher's config.json with another architecture's sizes; what it says beyond sizes is kept.
 
-    time_step_rank is a number of the hidden size's, which nothing reads: left out, transformers takes its own.
+    Left out are other names of the inner width, which some programs read in expand's stead, and time_step_rank, a number of the teacher's hidden size that
+    nothing reads: without it transformers takes the student's own.
     """
-    config = kept_config(teacher_config) | {
+    return {key: value for key, value in kept_config(teacher_config).items() if key not in LEFT_OUT} | {
         "architectures": ["Mamba2ForCausalLM"],
         "model_type": "mamba2",
         "num_hidden_layers": architecture.num_layers,
@@ -95,10 +97,6 @@ def hf_config(teacher_config: dict, architecture: Architecture) -> dict:
         "use_bias": architecture.mamba_projection_bias,
         "use_conv_bias": architecture.mamba_conv_bias,
     }
-    config.pop("time_step_rank", None)
-    if "intermediate_size" in config:  # which vLLM and llama.cpp read in expand's stead
-        config["intermediate_size"] = architecture.mamba_inner
-    return config
 
 
 def build_layer(config: dict, layer: int) -> nn.Module:

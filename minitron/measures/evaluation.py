@@ -22,7 +22,7 @@ from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.files import stored_bytes
 from minitron.checkpoints.forward_memory import forward_memory
 from minitron.families.known import can_decode, family_of
-from minitron.families.text import load_tokenizer
+from minitron.generation.tokenizers import load_tokenizer
 from minitron.machine.alone import measured_alone
 from minitron.machine.device import check_on_gpu, let_go, pick_device
 from minitron.measures.continuations import check_prompts, continuations

@@ -40,7 +40,7 @@ def students_of(settings: Settings, base: Architecture) -> Students:
         return _fixed(settings, base)
     space, later = space_of(settings, base), settings.search.later_widths.given()
     points = [_at(settings, base, space, step / STEPS) for step in range(STEPS, -1, -1)]
-    points = [point for point in points if all(getattr(point, field) for field in space.follows)] or [base]
+    points = [point for point in points if all(0 < getattr(point, field) <= getattr(base, field) for field in space.follows)] or [base]
     smallest = points[-1]
     points = [point for point in points if all(coupling.holds(point, base) for coupling in space.couplings)] or [smallest]
     limit, workload = budget_of(settings).bytes, workload_of(settings)

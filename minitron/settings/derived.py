@@ -72,7 +72,9 @@ def _ranks_compensated(settings: Settings, base: Architecture | None, *widths: s
     if settings.prune.method is not PruneMethod.compensated or settings.search.layer_order or settings.search.fixed.given():
         return False
     base = base or base_architecture(settings)
-    return any(axis_of(settings, WIDTHS[width], base)[0] < getattr(base, width) for width in widths)
+    narrowest = replace(base, **{field: axis_of(settings, name, base)[0] for field, name in WIDTHS.items()})
+    narrowest = completed(narrowest, base, following(couplings_of(base), given_widths(settings)))
+    return any(getattr(narrowest, width) < getattr(base, width) for width in widths)
 
 
 def asked_candidate_samples(settings: Settings) -> int | None:

@@ -16,7 +16,7 @@ from minitron.checkpoints.given import given_checkpoint
 from minitron.checkpoints.shards import save_model_weights, write_weights
 from minitron.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE, check_plain_weights, weight_files
 from minitron.families.known import family_of
-from minitron.families.text import load_tokenizer
+from minitron.generation.tokenizers import load_tokenizer
 from minitron.settings.hand_over import MergeSettings
 from minitron.settings.run import BaseSettings, Settings, Stage, TeacherSettings
 from minitron.settings.teachers import STORED_FOLDER, teacher_config, teacher_name
@@ -268,7 +268,7 @@ def test_layers_beyond_the_configs_number_are_left_out_as_transformers_does(name
 
 
 @pytest.mark.parametrize(("name", "change", "said"), [
-    ("qwen3 tied", {"num_hidden_layers": 3}, "`num_hidden_layers` (3) must be equal to the number of `layer_types` (4)"),
+    ("qwen3 tied", {"num_hidden_layers": 3}, "layer_types (4 entries) must have an entry for each of the 3 layers"),
     ("llama tied", {"rms_norm_eps": "small"}, "expected float, got str"),
     ("llama tied", {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 8}, "is not a multiple of the number of attention heads (5)"),
 ])  # fmt: skip

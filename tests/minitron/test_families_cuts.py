@@ -176,14 +176,21 @@ def test_its_config_json_is_read_back_as_the_same_architecture(one, hard_plan, w
         assert config["layer_types"] == kept == AutoModelForCausalLM.from_pretrained(written).config.layer_types != types[: len(kept)]
 
 
-def test_a_size_that_is_left_out_would_make_it_another_model(one, hard_plan, written):
-    """Why head_dim, and Mamba2's expand, are always written: a loader takes hidden size over heads, or a number of its own."""
-    config = read_config(written)
-    for key in {"head_dim", "expand"} & set(config):
-        try:
-            assert architecture_from_config({name: value for name, value in config.items() if name != key}) != hard_plan.student
-        except ValueError as error:
-            assert key in str(error) or "attention heads" in str(error)
+def test_without_head_dim_it_would_be_another_model(hard_plan, written):
+    """Why it is always written: a loader takes hidden size over heads, or a number of its own."""
+    config = {name: value for name, value in read_config(written).items() if name != "head_dim"}
+    try:
+        assert architecture_from_config(config) != hard_plan.student
+    except ValueError as error:
+        assert "head_dim" in str(error) or "attention heads" in str(error)
+
+
+def test_without_expand_a_mamba2_would_be_refused(build_tiny):
+    one = build_tiny("mamba2 untied")
+    config = one.family.hf_config(one.config, one.architecture)
+    assert architecture_from_config(config) == one.architecture
+    with pytest.raises(ValueError, match=r"expand \(2\) times hidden_size \(32\) must equal num_heads times head_dim \(32\)"):
+        architecture_from_config({name: value for name, value in config.items() if name != "expand"})
 
 
 @torch.no_grad()
