@@ -197,7 +197,7 @@ def _qwen_windows(config: Config) -> dict[str, Any]:
 def _gemma3_text(config: Config) -> Architecture:
     """Windows in five layers of six, or as layer_types says; a norm before and one behind every mixer."""
     has_bias, num_blocks = _boolean(config, "attention_bias", default=False), _num_blocks(config, default=26)
-    period = _integer(config, "sliding_window_pattern", default=6)
+    period = _integer(config, "sliding_window_pattern", default=6, null=6 if config.get("layer_types") is None else 1)
     if period < 1:
         raise ValueError(f"sliding_window_pattern ({period}) must be at least 1")
     windowed = _windowed(config, num_blocks, [(block + 1) % period > 0 for block in range(num_blocks)])

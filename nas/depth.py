@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from memory_budget.architecture import Architecture, check_architecture
+from memory_budget.architecture import WINDOWED, Architecture, check_architecture
 from nas.axes import WIDTHS, Coupling
 from nas.space import Floors
 
@@ -20,10 +20,11 @@ def check_layer_order(order: Sequence[int], num_layers: int) -> None:
 def kept_layers(kinds: Sequence[str], removal_order: Sequence[int], num_layers: int, floors: Floors) -> tuple[int, ...]:
     """The layers that stay when layers go in `removal_order` (least important first) until `num_layers` are left.
 
-    `kinds` has every layer's letters (Architecture.layer_kinds). A removal that would leave fewer than `floors[kind]` layers of a kind is passed over.
+    `kinds` has every layer's letters (Architecture.layer_kinds). A removal that would leave fewer than `floors[kind]` layers of a kind is passed over, and
+    one that would leave windows alone where there was a layer that sees all tokens.
     Raises ValueError where the order is too short for that depth.
     """
-    kept = list(range(len(kinds)))
+    kept, floors = list(range(len(kinds))), with_sight(kinds, floors)
     for layer in removal_order:
         if len(kept) == num_layers:
             break
@@ -33,6 +34,12 @@ def kept_layers(kinds: Sequence[str], removal_order: Sequence[int], num_layers: 
     if len(kept) > num_layers:
         raise ValueError(f"search.layers has the option {num_layers}, but the layer order and the floors reach only {len(kept)} layers")
     return tuple(kept)
+
+
+def with_sight(kinds: Sequence[str], floors: Floors) -> Floors:
+    """The floors, and of layers that see all tokens, beside others with a window, at least one: without it no layer would see farther than the window."""
+    seeing = {kind for kind in kinds if "*" in kind} if any(WINDOWED in kind for kind in kinds) else set()
+    return {**floors, **{kind: max(1, floors.get(kind, 0)) for kind in seeing}}
 
 
 def spelled(teacher: Architecture, layers: Sequence[int]) -> str:
@@ -47,6 +54,9 @@ def check_is_cut(teacher: Architecture, student: Architecture, kept_layers: tupl
     pattern = spelled(teacher, kept_layers)
     if pattern != student.pattern:
         raise ValueError(f"kept layers give the pattern {pattern}, the student's is {student.pattern}")
+    if WINDOWED in student.pattern and "*" in teacher.pattern and "*" not in student.pattern:
+        raise ValueError(f"the kept layers {', '.join(map(str, kept_layers))} all have a window of {teacher.window:,} tokens, and no other layer would see farther; "
+                         "at least one layer of full attention must stay")  # fmt: skip
     for name in WIDTHS:
         if getattr(student, name) > getattr(teacher, name):
             raise ValueError(f"{name} of the student ({getattr(student, name)}) must be at most the teacher's ({getattr(teacher, name)})")

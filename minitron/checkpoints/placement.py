@@ -48,10 +48,11 @@ class Head:
         return logits_of(normed.flatten(0, -2), self.projection.weight).unflatten(0, normed.shape[:-1])
 
 
-def look_up(ids_BT: torch.Tensor, first: int, rows_VD: torch.Tensor, into_BTD: torch.Tensor) -> None:
-    """Embeds the ids that some rows of a table, from `first` on, have."""
+def look_up(ids_BT: torch.Tensor, first: int, rows_VD: torch.Tensor, into_BTD: torch.Tensor, scale: float = 1.0) -> None:
+    """Embeds the ids that some rows of a table, from `first` on, have, times a number, in the dtype of what they are written to."""
     here_BT = (ids_BT >= first) & (ids_BT < first + len(rows_VD))
-    into_BTD[here_BT] = rows_VD[ids_BT[here_BT] - first].to(into_BTD.dtype)
+    looked_up = rows_VD[ids_BT[here_BT] - first].to(into_BTD.dtype)
+    into_BTD[here_BT] = looked_up if scale == 1 else looked_up * torch.tensor(scale, dtype=into_BTD.dtype, device=into_BTD.device)
 
 
 class PlacedModel(Protocol):
@@ -115,7 +116,7 @@ class StreamedModel:
         residuals = [torch.empty(*ids_BT.shape, self.architecture.hidden, dtype=self.dtype, device=self.device) for ids_BT in batches]
         for first, rows_VD in self.stored_rows(f"{self.family.outside_names['embed']}weight"):
             for ids_BT, residual_BTD in zip(batches, residuals, strict=True):
-                look_up(ids_BT, first, rows_VD, residual_BTD)
+                look_up(ids_BT, first, rows_VD, residual_BTD, self.family.embed_scale(self.architecture))
         return residuals
 
     def stored_rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:

@@ -137,15 +137,16 @@ class Blocks:
         return Attention(**attention, make_rotary=make_rotary, by_type=self.rope_by_type), FeedForward(**ffn)
 
 
-def block_family(model_type: str, blocks: Blocks, *, config: Callable[[dict, Architecture], dict], computing_too: Collection[str] = (),
-                 handed_over: Callable[[dict], dict] = with_both_spellings, **more: Any) -> Family:  # fmt: skip
+def block_family(model_type: str, blocks: Blocks, *, config: Callable[[dict, Architecture], dict], dropped: Collection[str] = (),
+                 computing_too: Collection[str] = (), handed_over: Callable[[dict], dict] = with_both_spellings, **more: Any) -> Family:  # fmt: skip
     """A family of blocks. `config` gives, from the teacher's config.json and an architecture, what beside the sizes common to all the student's must
-    hold; `computing_too` the keys beside COMPUTING that a forward pass depends on; `more` are other fields of Family."""
+    hold, and `dropped` what it must not; `computing_too` the keys beside COMPUTING that a forward pass depends on; `more` are other fields of Family."""
     return Family(
         model_type=model_type,
         table=TABLE,
         axis_sizes=axis_sizes,
-        hf_config=lambda teacher, architecture: _sizes(teacher, architecture) | config(teacher, architecture),
+        hf_config=lambda teacher, architecture: {key: value for key, value in _sizes(teacher, architecture).items() if key not in dropped}
+        | config(teacher, architecture),
         canonical_name=blocks.canonical_name,
         file_name=blocks.file_name,
         parts=blocks.parts,

@@ -24,14 +24,21 @@ THETAS = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}  # of tr
 OLD_THETAS = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}  # as versions before 5 call them
 
 
+DEFAULTS = {"query_pre_attn_scalar": 256, "hidden_activation": "gelu_pytorch_tanh"}  # of transformers' class: written, since others have defaults of their own
+
+
 def config(teacher: dict, architecture: Architecture) -> dict:
+    types = attention_types(architecture)
     window = {"sliding_window": architecture.window} if architecture.window else {}
-    return {"architectures": ["Gemma3ForCausalLM"], "layer_types": attention_types(architecture), **window, "query_pre_attn_scalar": _scalar(teacher)}
+    own = {key: teacher.get(key, default) for key, default in DEFAULTS.items()}
+    return {"architectures": ["Gemma3ForCausalLM"], "layer_types": types, "sliding_window_pattern": _period(types), **window, **own}
 
 
-def _scalar(teacher: dict) -> float:
-    """Of the queries, always written: 256 where config.json has none, which is not the head dim of every model."""
-    return teacher.get("query_pre_attn_scalar", 256)
+def _period(types: list[str]) -> int | None:
+    """The number P that says which layers see all tokens, every P-th, to programs that know no `layer_types`; None where none does, with which they stop
+    instead of computing another model."""
+    kinds = [kind == "full_attention" for kind in types]
+    return next((period for period in range(1, len(kinds) + 2) if kinds == [(layer + 1) % period == 0 for layer in range(len(kinds))]), None)
 
 
 def refused(config: dict) -> str | None:
@@ -61,6 +68,7 @@ FAMILY = block_family(
     "gemma3_text",
     Blocks("gemma3", "Gemma3", HALVES_OF_FOUR_NORMS, rope_by_type=True),
     config=config,
+    dropped=("_sliding_window_pattern",),
     computing_too=("hidden_activation", "query_pre_attn_scalar", "sliding_window", "final_logit_softcapping", "attn_logit_softcapping",
                    "use_bidirectional_attention"),
     handed_over=handed_over,

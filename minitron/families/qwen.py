@@ -1,7 +1,8 @@
 """What Qwen2 and Qwen3 say of windows: none, or one for some of the layers.
 
 transformers takes the kind of every layer from `layer_types`; older versions, and other programs, know only the number of the first layer with a window,
-`max_window_layers`. Both are written, and where kept layers are such that the number cannot say it, it says that no layer has one.
+`max_window_layers`. Both are written. Of layers whose windows come and go the number says the first one too: it must not be the number of layers, which vLLM
+takes for no window at all.
 """
 
 from memory_budget.architecture import WINDOWED, Architecture
@@ -16,7 +17,4 @@ def windows(teacher: dict, architecture: Architecture) -> dict:
     if WINDOWED not in architecture.pattern:
         listed = {"layer_types": types} if "layer_types" in teacher else {}
         return {"use_sliding_window": False, "max_window_layers": architecture.num_layers, **listed}
-    first = types.index("sliding_attention")
-    from_there_on = "full_attention" not in types[first:]
-    return {"use_sliding_window": True, "sliding_window": architecture.window, "max_window_layers": first if from_there_on else architecture.num_layers,
-            "layer_types": types}  # fmt: skip
+    return {"use_sliding_window": True, "sliding_window": architecture.window, "max_window_layers": types.index("sliding_attention"), "layer_types": types}

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 from minitron.settings.derived import KIND_LETTERS, floors
 from minitron.settings.run import Settings
+from nas.depth import with_sight
 
 Kinds = Sequence[str]  # of every layer its letter, or of a block its letters (Architecture.layer_kinds)
 Ask = Callable[[Sequence[int], Sequence[int]], Mapping[int, float]]
@@ -19,10 +20,10 @@ class LayerRules:
     protected: tuple[int, ...] = ()
 
 
-def layer_rules(settings: Settings) -> LayerRules:
-    """What may go when layers are removed."""
+def layer_rules(settings: Settings, kinds: Kinds) -> LayerRules:
+    """What may go when layers of these kinds are removed."""
     ceilings = {KIND_LETTERS[kind]: number for kind, number in settings.scoring.ceilings.items() if number is not None}
-    return LayerRules(floors(settings), ceilings, tuple(settings.scoring.protect))
+    return LayerRules(with_sight(kinds, floors(settings)), ceilings, tuple(settings.scoring.protect))
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,7 @@ def _reduced(total: WidthSums | None, model: PlacedModel) -> WidthSums:
 def _depth(context: StageContext, model: PlacedModel, rows: np.ndarray, width: WidthSums, block_tokens: int) -> list[Removal]:
     """The order of removal by the criterion of the settings; finished rounds of an interrupted run are read back."""
     scoring, kinds = context.settings.scoring, model.architecture.layer_kinds
-    target, rules = fewest_layers(context.settings), layer_rules(context.settings)
+    target, rules = fewest_layers(context.settings), layer_rules(context.settings, kinds)
     if scoring.criterion is Criterion.block_influence:
         return rank_once(kinds, target, rules, dict(enumerate((width.block_influence / width.num_tokens).tolist())))
     blocks = [Block(batches) for batches in _blocks(context, model, rows, block_tokens).values()]

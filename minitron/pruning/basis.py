@@ -29,6 +29,11 @@ class Basis:
     matrix_DK: torch.Tensor
     factors: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    @property
+    def is_of_channels(self) -> bool:
+        """Whether it keeps channels of the stream as they are."""
+        return self.factors is None and bool(((self.matrix_DK == 0) | (self.matrix_DK == 1)).all())
+
     def project(self, rows_VD: torch.Tensor, weight_D: torch.Tensor | None = None) -> torch.Tensor:
         """rows · diag(weight) · Q_K, float32: rows [..., D] of the stream, or of a matrix that reads it behind a norm of that weight, to [..., K]."""
         rows_VD = rows_VD.float()

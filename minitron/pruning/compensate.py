@@ -13,7 +13,7 @@ y of the student, which should be Q_Kᵀx. Three parts, each of which can be lef
   logits are closest (tied_head.py).
 - Writing. The layer's last matrix is solved anew, from the student's own activations before it to what is missing in y to be
   Q_Kᵀx after the layer, and after those removed behind it. So it answers for cut neurons and heads, for removed layers and for what
-  the layers before left wrong.
+  the layers before left wrong. Where a norm stands behind the writer nothing is rotated, and the two are fitted together (refit.fit_behind_norm).
 
 Both refits are drawn by the ridge towards the cut without one. Matrices are rounded to the dtype they are stored in before
 the walk goes on, so that rounding is corrected too.
@@ -29,22 +29,22 @@ from torch import nn
 
 from minitron.checkpoints.placement import PlacedModel, ids_and_mask, look_up
 from minitron.checkpoints.stored_linear import load_to_compute
-from minitron.families.base import HIDDEN
+from minitron.families.base import HIDDEN, POST_NORM
 from minitron.families.state import load_tensors
 from minitron.families.table import expected_shape, required_names, row_of
 from minitron.pruning.basis import Basis
 from minitron.pruning.cut import plan_cuts
 from minitron.pruning.directions import stream_basis
 from minitron.pruning.plan import PruningPlan, Recipe
-from minitron.pruning.refit import NormalEquations
-from minitron.pruning.rotation import NORM, WRITE, check_rms, in_basis, normalised, real_tokens, stream_role
+from minitron.pruning.refit import NormalEquations, fit_behind_norm
+from minitron.pruning.rotation import BEHIND, NORM, WRITE, check_rms, check_turns, factors, in_basis, normalised, real_tokens, stream_role
 from minitron.pruning.tied_head import TiedHead
 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """How the student reads the stream at one norm: the norm's weight, a number or one for each direction, and what takes rows [V, D] of a matrix that
-    reads there to [V, K]."""
+    """How the student reads the stream at one norm: what the norm multiplies by, a number or one for each direction, and what takes rows [V, D] of a matrix
+    that reads there to [V, K]."""
 
     scale: float | torch.Tensor
     rows: Callable[[torch.Tensor], torch.Tensor]
@@ -52,12 +52,14 @@ class _Reading:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """A layer of the student that is final but for its writer, as it computes (in float32) and as it is stored."""
+    """A layer of the student that is final but for its writer and a norm behind it, as it computes (in float32) and as it is stored; `unfinished` says
+    that one of those is not stored yet."""
 
     block: nn.Module
     layer: int
     position: int
     tensors: dict[str, torch.Tensor]
+    unfinished: bool
 
 
 def build_compensated(base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.Tensor], recipe: Recipe, *, config: dict,
@@ -86,8 +88,11 @@ class CompensatedCut:
                  on_layer: Callable[[], None] = lambda: None):  # fmt: skip
         self.base, self.family, self.plan, self.basis, self.recipe, self.dtypes, self.stored = base, base.family, plan, basis, recipe, dtypes, stored
         self.epsilon = check_rms(self.family, config)
+        if not basis.is_of_channels:
+            check_turns(plan.teacher)
         self.on_layer = on_layer
         self.student_config = self.family.hf_config(config, plan.student)
+        self.scales = self.family.embed_scale(plan.teacher), self.family.embed_scale(plan.student)
         inner = replace(plan, units={axis: kept for axis, kept in plan.units.items() if axis != HIDDEN})
         rows = {name: row_of(self.family, plan.teacher, name) for name in required_names(self.family, plan.teacher)}
         shapes = {name: expected_shape(self.family, plan.teacher, row) for name, row in rows.items()}
@@ -133,13 +138,13 @@ class CompensatedCut:
 
     def _tied_reading(self, weight_D: torch.Tensor, table: str) -> _Reading:
         """Of the last norm before a head that is the table of embeddings."""
-        fit = TiedHead(weight_D.float(), self.basis)
+        fit = TiedHead(factors(self.family, weight_D), self.basis)
         for wanted_ND, own_NK in self._normalised():
             fit.add(wanted_ND, own_NK)
         for first, rows_VD in self.base.stored_rows(table):
             fit.add_rows(rows_VD.float(), sum(torch.bincount(ids[(ids >= first) & (ids < first + len(rows_VD))] - first, minlength=len(rows_VD))
                                               for ids in self._real_ids()))  # fmt: skip
-        return _Reading(fit.solve(self.recipe.ridge), lambda rows_VD: rows_VD)
+        return _Reading(fit.solve(self.recipe.ridge) * (self.scales[1] / self.scales[0]), lambda rows_VD: rows_VD)  # the student's table is larger by as much
 
     def _real_ids(self) -> Iterator[torch.Tensor]:
         return (ids if mask is None else ids[mask] for ids, mask in zip(self.ids, self.masks, strict=True))
@@ -152,56 +157,76 @@ class CompensatedCut:
         for first, rows_VD in self.base.stored_rows(name):
             made_VK = self._made(name, rows_VD, None) if stored is None else stored[first : first + len(rows_VD)].to(self.base.device)
             for ids_BT, base_BTD, student_BTK in zip(self.ids, self.base_residuals, self.student_residuals, strict=True):
-                look_up(ids_BT, first, rows_VD, base_BTD)
-                look_up(ids_BT, first, made_VK, student_BTK)
+                look_up(ids_BT, first, rows_VD, base_BTD, self.scales[0])
+                look_up(ids_BT, first, made_VK, student_BTK, self.scales[1])
             yield made_VK
 
     def _begin(self, base_block: nn.Module, layer: int, position: int) -> _Begun:
-        """The student's layer with its readers refitted."""
+        """The student's layer with its readers refitted. What is fitted in _finish is as the base has it, unless all of it is stored."""
         state = {f"layers.{layer}.{name}": tensor for name, tensor in base_block.state_dict().items()}
-        made = {target: self.stored[target]().to(self.base.device) for name in state if (target := self.cuts[name].target) in self.stored}
+        targets = {name: self.cuts[name].target for name in state}
+        unfinished = [name for name in self._fitted_last(state) if targets[name] not in self.stored]
+        known = {name for name in state if targets[name] in self.stored} - set(self._fitted_last(state) if unfinished else ())
+        made = {targets[name]: self.stored[targets[name]]().to(self.base.device) for name in known}
         if len(made) < len(state):
             (norm,) = [name for name in state if self.roles[name] == NORM]
             reading = self._reading(state[norm], self.dtypes.get(norm, torch.float32), f"layer {layer}")
-            made |= {self.cuts[name].target: self._made(name, tensor, reading) for name, tensor in state.items() if self.cuts[name].target not in made}
+            made |= {targets[name]: self._made(name, tensor, reading) for name, tensor in state.items() if name not in known}
         tensors = {name.removeprefix(f"layers.{position}."): tensor for name, tensor in made.items()}
         with torch.device("meta"):
             block = self.family.build_layer(self.student_config, position)
-        return _Begun(load_to_compute(block, tensors, torch.float32), layer, position, tensors)
+        return _Begun(load_to_compute(block, tensors, torch.float32), layer, position, tensors, bool(unfinished))
+
+    def _fitted_last(self, state: Iterable[str]) -> list[str]:
+        """A layer's writer, and the norm behind it where there is one."""
+        return [name for name in state if self.roles[name] in (WRITE, BEHIND)]
 
     def _finish(self, begun: _Begun) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
         """Refits the layer's writer, moves the student's residuals behind the layer and gives the layer's tensors."""
         block = begun.block
-        (name,) = [name for name in block.state_dict() if self.roles[f"layers.{begun.layer}.{name}"] == WRITE]
-        if self.recipe.refit_writing and f"layers.{begun.position}.{name}" not in self.stored:
-            writer = block.get_submodule(name.removesuffix(".weight"))
-            writer.weight.data = begun.tensors[name] = self._writing(block, writer, f"layer {begun.layer}").to(begun.tensors[name].dtype)
+        if self.recipe.refit_writing and begun.unfinished:
+            (name,) = [name for name in block.state_dict() if self.roles[f"layers.{begun.layer}.{name}"] == WRITE]
+            writer, place = block.get_submodule(name.removesuffix(".weight")), f"layer {begun.layer}"
+            fitted = self._behind_norm(block, writer, name, place) if self.plan.student.post_norms else {name: self._writing(block, writer, place)}
+            for name, tensor in fitted.items():
+                begun.tensors[name] = tensor.to(begun.tensors[name].dtype)
+                block.get_parameter(name).data = begun.tensors[name].to(block.get_parameter(name).dtype)
         self.student_residuals = [block(residual_BTK) for residual_BTK in self.student_residuals]
         named = ((f"layers.{begun.position}.{name}", tensor) for name, tensor in begun.tensors.items())
         yield from ((name, [tensor]) for name, tensor in named if name not in self.stored)
 
     def _writing(self, block: nn.Module, writer: nn.Linear, place: str) -> torch.Tensor:
         """The writer's matrix [K, I] by least squares."""
-        equations, inner = NormalEquations(writer.in_features, writer.out_features, self.base.device), []
-        handle = writer.register_forward_pre_hook(lambda _module, args: inner.append(args[0]))
-        for base_BTD, student_BTK, mask in zip(self.base_residuals, self.student_residuals, self.masks, strict=True):
-            block(student_BTK)
-            missing_BTK = self.basis.project(base_BTD) - student_BTK
-            if writer.bias is not None:
-                missing_BTK = missing_BTK - writer.bias
-            equations.add(real_tokens(inner.pop(), mask), real_tokens(missing_BTK, mask))
-        handle.remove()
+        equations = NormalEquations(writer.in_features, writer.out_features, self.base.device)
+        for inner_NI, missing_NK in self._missing(block, writer):
+            equations.add(inner_NI, missing_NK if writer.bias is None else missing_NK - writer.bias)
         return equations.solve(writer.weight, self.recipe.ridge, place=place)
+
+    def _behind_norm(self, block: nn.Module, writer: nn.Linear, name: str, place: str) -> dict[str, torch.Tensor]:
+        """The writer's matrix [K, I] and the weight [K] of the norm behind it, by name."""
+        weight_KI, factor_K = fit_behind_norm(writer, factors(self.family, block.post_norm.weight), lambda: self._missing(block, writer), self.epsilon,
+                                              self.recipe.ridge, place=place)  # fmt: skip
+        return {name: weight_KI, POST_NORM: factor_K - self.family.norm_offset}
+
+    def _missing(self, block: nn.Module, writer: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Of every batch what the writer is given, [N, I], and what is missing in the student's stream, [N, K]."""
+        inner: list[torch.Tensor] = []
+        for base_BTD, student_BTK, mask in zip(self.base_residuals, self.student_residuals, self.masks, strict=True):
+            handle = writer.register_forward_pre_hook(lambda _module, args: inner.append(args[0]))
+            block(student_BTK)
+            handle.remove()
+            missing_BTK = self.basis.project(base_BTD) - student_BTK
+            yield real_tokens(inner.pop(), mask), real_tokens(missing_BTK, mask)
 
     def _reading(self, weight_D: torch.Tensor, stored: torch.dtype, place: str) -> _Reading:
         """At a norm of this weight, to be stored so: the student's, then the matrix by least squares from n(y) to n(x)."""
-        weight_D, basis_DK = weight_D.float(), self.basis.matrix_DK
+        weight_D, basis_DK, offset = factors(self.family, weight_D), self.basis.matrix_DK, self.family.norm_offset
         alike = square = 0.0
         for wanted_ND, own_NK in self._normalised():
             alike += (self.basis.project(wanted_ND) * own_NK).sum(dtype=torch.float64)
             square += own_NK.square().sum(dtype=torch.float64)
         fitted = float(alike / square)
-        scale = float(torch.as_tensor(weight_D.square().mean().sqrt() if self.recipe.balanced else fitted).to(stored))
+        scale = offset + float((torch.as_tensor(weight_D.square().mean().sqrt() if self.recipe.balanced else fitted) - offset).to(stored))
         share = fitted / scale
         if not self.recipe.refit_reading:
             return _Reading(scale, lambda rows_VD: self.basis.project(rows_VD, weight_D).mul_(share))
@@ -220,5 +245,6 @@ class CompensatedCut:
         """A tensor of the base, or rows of it, as the student has it: cut, folded, in its basis and in the dtype it is stored in."""
         cut, role, dtype = self.cuts[name], self.roles[name], self.dtypes.get(name, torch.float32)
         if role == NORM:
-            return torch.as_tensor(reading.scale, dtype=dtype, device=tensor.device).expand(self.plan.student.hidden).contiguous()
+            stored = reading.scale - self.family.norm_offset
+            return torch.as_tensor(stored, dtype=dtype, device=tensor.device).expand(self.plan.student.hidden).contiguous()
         return in_basis(cut.apply(tensor), role, self.basis, reading and reading.rows, dtype).contiguous()

@@ -19,16 +19,19 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True, slots=True)
 class TensorCut:
-    """One tensor of the student: which teacher tensor it comes from and which indices of each dimension stay (None: all)."""
+    """One tensor of the student: which teacher tensor it comes from, which indices of each dimension stay (None: all), and what becomes of the numbers:
+    `factor` · number + `shift`."""
 
     source: str
     target: str
     shape: tuple[int, ...]
     keep: tuple[torch.Tensor | None, ...]
+    factor: float = 1.0
+    shift: float = 0.0
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What stays of the source: a view where every dimension keeps a run of neighbours, else a copy."""
-        return _select(tensor, self.keep)
+        """What stays of the source: a view where every dimension keeps a run of neighbours and numbers stay as they are, else a copy."""
+        return self._changed(_select(tensor, self.keep))
 
     def apply_rows(self, rows: torch.Tensor, first: int) -> torch.Tensor:
         """What stays of a piece of the source, its rows from `first` on. Kept rows must be in ascending order, as in every plan that is made."""
@@ -37,7 +40,10 @@ class TensorCut:
             assert bool((kept[1:] > kept[:-1]).all()), f"kept rows of {self.source} are not in ascending order"
             begin, end = torch.searchsorted(kept, torch.tensor([first, first + len(rows)])).tolist()
             kept = kept[begin:end] - first
-        return _select(rows, (kept, *others))
+        return self._changed(_select(rows, (kept, *others)))
+
+    def _changed(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if (self.factor, self.shift) == (1.0, 0.0) else (tensor.float() * self.factor + self.shift).to(tensor.dtype)
 
 
 def _select(tensor: torch.Tensor, keep: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
@@ -82,8 +88,20 @@ def plan_cuts(family: Family, plan: PruningPlan, shapes: Mapping[str, tuple[int,
         keep = kept_indices(family, plan, name)
         new_shape = tuple(size if indices is None else len(indices) for size, indices in zip(shape, keep, strict=True))
         target = name if layer is None else f"layers.{new_position[layer]}.{suffix}"
-        cuts.append(TensorCut(source=name, target=target, shape=new_shape, keep=keep))
+        factor, shift = _rescaled(family, plan, name)
+        cuts.append(TensorCut(name, target, new_shape, keep, factor, shift))
     return cuts
+
+
+def _rescaled(family: Family, plan: PruningPlan, name: str) -> tuple[float, float]:
+    """Factor and shift of a tensor's numbers. A model that multiplies its embeddings by a number of its sizes would give a student smaller ones: the table is
+    made larger by as much, and the last norm's factor smaller where the table is the head too."""
+    ratio = family.embed_scale(plan.teacher) / family.embed_scale(plan.student)
+    if name.startswith(family.outside_names["embed"]):
+        return ratio, 0.0
+    if name.startswith(family.outside_names["norm"]) and plan.student.tied_embeddings:
+        return 1 / ratio, family.norm_offset / ratio - family.norm_offset
+    return 1.0, 0.0
 
 
 def kept_indices(family: Family, plan: PruningPlan, name: str) -> tuple[torch.Tensor | None, ...]:

@@ -26,7 +26,7 @@ from minitron.checkpoints.placement import PlacedModel
 from minitron.families.base import HIDDEN
 from minitron.pruning.basis import Basis, basis_without
 from minitron.pruning.plan import Indices, PruningPlan
-from minitron.pruning.rotation import check_rms, norm_inputs, normalised
+from minitron.pruning.rotation import check_rms, check_turns, factors, norm_inputs, normalised
 from minitron.pruning.stream_moments import Moments, stream_moments
 from minitron.pruning.tied_head import aligned
 from minitron.text.samples import batches_of, spread_rows
@@ -45,6 +45,7 @@ def stream_basis(base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.T
     hidden, kept = plan.teacher.hidden, plan.student.hidden
     if directions is None or kept == hidden:
         return Basis(channel_basis(plan.kept(HIDDEN, -1), hidden, base.device))
+    check_turns(plan.teacher)
     epsilon = check_rms(base.family, config)
     if directions == "variance":
         left_out_Dr = principal_basis(stream_covariance(base, batches, epsilon, on_layer))[:, kept:]
@@ -55,7 +56,7 @@ def stream_basis(base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.T
     if not plan.student.tied_embeddings:
         return basis_without(left_out_Dr)
     ((_, weight_D),) = base.stored_rows(f"{base.family.outside_names['norm']}weight")
-    return aligned(basis_without(left_out_Dr), weight_D)
+    return aligned(basis_without(left_out_Dr), factors(base.family, weight_D))
 
 
 def stream_covariance(base: PlacedModel, batches: Sequence[torch.Tensor], epsilon: float, on_layer: Callable[[], None] = lambda: None) -> torch.Tensor:

@@ -14,11 +14,12 @@ from minitron.checkpoints.publish import check_layer_by_layer, check_reload, for
 from minitron.checkpoints.shards import write_weights
 from minitron.families.base import Family
 from minitron.families.known import family_of
+from minitron.families.state import load_tensors
 from minitron.families.table import left_out, names_by_canonical
 from minitron.importance.scores import scores_of
 from minitron.machine.memory import available_memory_bytes
 from minitron.pruning.compensated_cut import BASIS_FILE, MadeWeights, damage, write_compensated
-from minitron.pruning.cut import TensorCut, build_pruned, plan_cuts
+from minitron.pruning.cut import TensorCut, cut_state, plan_cuts
 from minitron.pruning.plan import PruningPlan, make_plan
 from minitron.settings.derived import base_stage
 from minitron.settings.run import PruneMethod
@@ -114,9 +115,11 @@ def describe_cut(plan: PruningPlan) -> str:
 def _check(family: Family, plan: PruningPlan, source: Checkpoint, folder: Path, config: dict) -> str:
     """Compare the written checkpoint with the cut in memory: the models' logits where both fit, else layer by layer."""
     if 3 * 4 * source.num_parameters < available_memory_bytes():
-        teacher = family.load(source.folder, dtype=torch.float32)
-        difference = check_reload(folder, family, build_pruned(family, teacher, plan, config))
-        return f"reloaded, logits differ by {difference:.1e}"
+        stored = {name: source.read(name) for name in names_by_canonical(family, plan.teacher, source.entries).values()}
+        with torch.device("meta"):
+            student = family.build(family.hf_config(config, plan.student))
+        load_tensors(family, student, {name: tensor.float().clone() for name, tensor in cut_state(family, plan, stored).items()})
+        return f"reloaded, logits differ by {check_reload(folder, family, student.eval()):.1e}"
     check_layer_by_layer(folder, family, planned_tensors(family, plan, source), family.hf_config(config, plan.student))
     return "reloaded layer by layer, every tensor and every layer's output equal"
 

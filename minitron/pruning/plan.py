@@ -52,7 +52,7 @@ def make_plan(teacher: Architecture, student: Architecture, kept_layers: Indices
     if student.hidden < teacher.hidden:
         units[HIDDEN] = {-1: top(scores.hidden(), student.hidden)}
     for layer in teacher.sublayers_of(kept_layers):
-        for axis in AXIS_OF_KIND[teacher.pattern[layer]]:
+        for axis in AXIS_OF_KIND[teacher.mixers[layer]]:
             kept = _choose(axis, layer, teacher, student, scores)
             if kept is not None:
                 units.setdefault(axis, {})[layer] = kept
@@ -109,7 +109,7 @@ def _directions(settings: PruneSettings, student: Architecture) -> str:
 
 def recipe_of(settings: PruneSettings, student: Architecture) -> Recipe:
     """The parts that settings ask for, of a cut down to `student`."""
-    directions = _directions(settings, student) if settings.rotate else None
+    directions = _directions(settings, student) if settings.rotate is not False and not student.post_norms else None
     return Recipe(directions, settings.refit_reading, settings.refit_writing, settings.ridge, settings.direction_samples)
 
 

@@ -3,13 +3,16 @@
 Letters: N tokens, I inputs, W the first of them, O outputs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import nn
 
 from minitron.pruning.plan import ridge_for
 
 LEAST_STRIP = 128
+ROUNDS = 3  # of a fit behind a norm
+LEAST_FACTOR = 0.1  # of the factors' root mean square: by no less is a row divided
 
 
 class NormalEquations:
@@ -76,3 +79,34 @@ def _strips(size: int) -> list[tuple[int, int]]:
     """First and end of strips of rows: 8 of a large matrix, which leave 7/16 of the products out; none so narrow that a product of it were slow."""
     width = max(LEAST_STRIP, -(-size // 8))
     return [(first, min(first + width, size)) for first in range(0, size, width)]
+
+
+def fit_behind_norm(writer: nn.Linear, factor_O: torch.Tensor, tokens: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]], epsilon: float,
+                    ridge: float, *, place: str) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """A matrix M [O, I] and what the RMSNorm behind it multiplies by, g [O], so that g·n(M a + b) comes close to targets t; both float32.
+
+    `tokens` gives inputs a [N, I] and targets t [N, O], anew each time that it is asked. With r, a token's root mean square before the norm, held fast, g·M is the
+    least squares fit from a/r to t, and M that divided by g; then r is measured again, and so on for some rounds. Given M, the best g follows channel by
+    channel. Of all rounds, the start among them, the one with the least error is taken. Raises ValueError as NormalEquations.solve does.
+    """
+    weight_OI, best = writer.weight.float(), None
+    bias_O = writer.bias if writer.bias is not None else torch.zeros_like(factor_O)
+    for last in (False,) * (ROUNDS - 1) + (True,):
+        equations, alike_O, square_O, error = NormalEquations(weight_OI.shape[1], len(weight_OI), weight_OI.device), 0.0, 0.0, 0.0
+        for inputs_NI, targets_NO in tokens():
+            made_NO = inputs_NI @ weight_OI.T + bias_O
+            root_N1 = (made_NO.square().mean(-1, keepdim=True) + epsilon).sqrt()
+            normed_NO = made_NO / root_N1
+            alike_O, square_O = alike_O + (targets_NO * normed_NO).double().sum(0), square_O + normed_NO.double().square().sum(0)
+            error += float(targets_NO.square().sum(dtype=torch.float64))
+            if not last:
+                equations.add(inputs_NI / root_N1, targets_NO - factor_O * bias_O / root_N1)
+        fitted_O = ((alike_O + ridge * square_O * factor_O) / ((1 + ridge) * square_O).clamp_min(torch.finfo(torch.float64).tiny)).float()
+        error += float((fitted_O * (fitted_O * square_O - 2 * alike_O)).sum())
+        if best is None or error < best[0]:
+            best = error, weight_OI, fitted_O
+        if not last:
+            least = LEAST_FACTOR * fitted_O.square().mean().sqrt()
+            factor_O = torch.where(fitted_O.abs() < least, least.copysign(fitted_O), fitted_O)
+            weight_OI = equations.solve(fitted_O[:, None] * weight_OI, ridge, place=place) / factor_O[:, None]
+    return best[1], best[2]

@@ -28,7 +28,7 @@ from minitron.families.state import model_tensors
 from minitron.families.table import row_of, split_layer
 from minitron.pruning.basis import Basis
 from minitron.pruning.directions import principal_basis, stream_covariance
-from minitron.pruning.rotation import NORM, READ, check_rms, in_basis, norm_inputs, stream_role
+from minitron.pruning.rotation import NORM, READ, check_rms, check_turns, factors, in_basis, norm_inputs, stream_role
 
 
 def with_own_head(architecture: Architecture) -> Architecture:
@@ -39,12 +39,13 @@ def with_own_head(architecture: Architecture) -> Architecture:
 @torch.no_grad()
 def rotate_model(family: Family, model: nn.Module, architecture: Architecture, batches: Sequence[torch.Tensor], *, config: dict,
                  basis_DD: torch.Tensor | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Rotates the model's weights in place; gives for every norm of the stream, by canonical name, its number for each hidden size 1 … D, [D].
+    """Rotates the model's weights in place; gives for every norm of the stream, by canonical name, its number for each hidden size 1 … D, [D], as weights are stored.
 
     `batches` are calibration rows [B, T], padding included. The basis is that of the principal directions unless one is given. Weights keep their
     dtype, so in bf16 they are rounded anew; a tied head becomes a matrix of its own, and the architecture `with_own_head`. Raises ValueError for norms that
-    are no RMSNorm and for residuals that are not finite.
+    are no RMSNorm, for a norm behind a mixer, and for residuals that are not finite.
     """
+    check_turns(architecture)
     if architecture.tied_embeddings:
         untie(model)
         architecture = with_own_head(architecture)
@@ -56,11 +57,11 @@ def rotate_model(family: Family, model: nn.Module, architecture: Architecture, b
     roles = {name: stream_role(family, row_of(family, architecture, name)) for name in state}
     norms = {split_layer(name)[0]: name for name, role in roles.items() if role == NORM}
     for name, tensor in state.items():
-        weight_D = state[norms[split_layer(name)[0]]].float() if roles[name] == READ else None
+        weight_D = factors(family, state[norms[split_layer(name)[0]]]) if roles[name] == READ else None
         tensor.copy_(in_basis(tensor, roles[name], basis, lambda rows, weight_D=weight_D: basis.project(rows, weight_D), tensor.dtype))
     for name in norms.values():
-        state[name].fill_(1)
-    return {norms[layer]: scale_D for layer, scale_D in _scales(base, batches, epsilon).items()}
+        state[name].fill_(1 - family.norm_offset)
+    return {norms[layer]: scale_D - family.norm_offset for layer, scale_D in _scales(base, batches, epsilon).items()}
 
 
 def untie(model: nn.Module) -> None:

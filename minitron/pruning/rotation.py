@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from memory_budget.architecture import Architecture
 from minitron.checkpoints.placement import PlacedModel, ids_and_mask
-from minitron.families.base import HIDDEN, Family, TensorAxes
+from minitron.families.base import HIDDEN, POST_NORM, Family, TensorAxes
 from minitron.pruning.basis import Basis
 
-EMBED, READ, WRITE, WRITE_BIAS, NORM = "embed", "read", "write", "write bias", "norm"
+EMBED, READ, WRITE, WRITE_BIAS, NORM, BEHIND = "embed", "read", "write", "write bias", "norm", "norm behind a mixer"
 AT_ONCE = 512  # rows or columns of a matrix: what they become is rounded while it is still in the processor's cache
 
 
@@ -27,6 +28,8 @@ def stream_role(family: Family, row: TensorAxes) -> str | None:
         return None
     if row.suffix.startswith(family.outside_names["embed"]):
         return EMBED
+    if row.suffix == POST_NORM:
+        return BEHIND
     if len(hidden) == 1:
         return NORM if row.kind in ("", "any") else WRITE_BIAS
     assert sum(hidden) == 1 and len(hidden) == 2, f"{row.suffix} meets the residual stream in a way that is neither reading nor writing"
@@ -38,6 +41,18 @@ def check_rms(family: Family, config: dict) -> float:
     if family.rms_epsilon is None:
         raise ValueError(f"prune.method is compensated, but the norms of {family.model_type} are not RMSNorm; it must be slice")
     return family.rms_epsilon(config)
+
+
+def check_turns(architecture: Architecture) -> None:
+    """Refuse to write the stream of this model in another basis. Raises ValueError saying why."""
+    if architecture.post_norms:
+        raise ValueError(f"a {architecture.model_type} cannot be rotated: the norm behind every mixer weighs the channels of what is added to the stream, "
+                         "which in another basis no matrix behind it could do")  # fmt: skip
+
+
+def factors(family: Family, weight_D: torch.Tensor) -> torch.Tensor:
+    """What a norm of this stored weight multiplies by, float32."""
+    return weight_D.float() + family.norm_offset
 
 
 def normalised(residual: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -84,7 +99,7 @@ def in_basis(tensor: torch.Tensor, role: str | None, basis: Basis, read: Callabl
         return _by_rows(tensor, basis.project if role == EMBED else read, basis.matrix_DK.shape[1], dtype)
     if role == WRITE:
         return _by_columns(tensor, basis, dtype)
-    if role == WRITE_BIAS:
+    if role in (WRITE_BIAS, BEHIND):  # of a stream that is not turned, where it is a norm's: the kept entries
         return basis.project(tensor).to(dtype)
     return tensor.to(dtype)
 

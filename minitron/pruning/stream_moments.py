@@ -22,7 +22,7 @@ from minitron.checkpoints.placement import Head, PlacedModel, ids_and_mask
 from minitron.families.base import Family
 from minitron.families.table import row_of
 from minitron.pruning.plan import num_sites
-from minitron.pruning.rotation import NORM, normalised, real_tokens, stream_role
+from minitron.pruning.rotation import NORM, factors, normalised, real_tokens, stream_role
 
 HEAD_NUMBERS = 2**26  # logits at once
 
@@ -81,7 +81,7 @@ def stream_moments(base: PlacedModel, batches: Sequence[torch.Tensor], epsilon: 
         residuals = _walk_forward(base, [ids for ids, _ in pairs], Path(folder), on_layer)
         generator = torch.Generator(base.device).manual_seed(seed)
         with base.open_head() as head:
-            gradients = [_behind_head(head, residual, mask, epsilon, generator, sums) for residual, mask in zip(residuals, masks, strict=True)]
+            gradients = [_behind_head(base.family, head, residual, mask, epsilon, generator, sums) for residual, mask in zip(residuals, masks, strict=True)]
         del residuals
         for layer, block in base.visit(range(num_layers - 1, -1, -1)):
             inputs = torch.load(_file(Path(folder), layer), map_location=base.device)
@@ -90,7 +90,7 @@ def stream_moments(base: PlacedModel, batches: Sequence[torch.Tensor], epsilon: 
             for number, (input_BTD, mask) in enumerate(zip(inputs, masks, strict=True)):
                 input_BTD, before = input_BTD.float(), gradients[number]
                 gradients[number], at_norm_BTD = _through(block, norm, input_BTD, before)
-                sums.add(layer, real_tokens(normalised(input_BTD, epsilon), mask), real_tokens(at_norm_BTD * norm.weight, mask))
+                sums.add(layer, real_tokens(normalised(input_BTD, epsilon), mask), real_tokens(at_norm_BTD * factors(base.family, norm.weight), mask))
             on_layer()
     return sums.means()
 
@@ -118,21 +118,21 @@ def _walk_forward(base: PlacedModel, ids: Sequence[torch.Tensor], folder: Path, 
     return residuals
 
 
-def _behind_head(head: Head, residual_BTD: torch.Tensor, mask_BT: torch.Tensor | None, epsilon: float, generator: torch.Generator,
+def _behind_head(family: Family, head: Head, residual_BTD: torch.Tensor, mask_BT: torch.Tensor | None, epsilon: float, generator: torch.Generator,
                  sums: _Sums) -> torch.Tensor:  # fmt: skip
     """The gradient at the residuals behind the last layer, [B, T, D]; padding's is zero."""
     residual_BTD = residual_BTD.detach().requires_grad_()
     with torch.enable_grad():
         normed_ND = real_tokens(normalised(residual_BTD, epsilon), mask_BT)
     pieces = normed_ND.detach().split(max(1, HEAD_NUMBERS // len(head.projection.weight)))
-    gradient_ND = torch.cat([_at_head(head, piece, generator) for piece in pieces])
+    gradient_ND = torch.cat([_at_head(family, head, piece, generator) for piece in pieces])
     sums.add(sums.num_layers, normed_ND.detach(), gradient_ND)
     return torch.autograd.grad(normed_ND, residual_BTD, gradient_ND)[0]
 
 
-def _at_head(head: Head, normed_ND: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _at_head(family: Family, head: Head, normed_ND: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Gradients [N, D] of −log p(y) at normalised residuals, y drawn from p."""
-    folded_VD = head.projection.weight * head.norm.weight
+    folded_VD = head.projection.weight * factors(family, head.norm.weight)
     p_NV = torch.softmax(normed_ND @ folded_VD.T, dim=-1)
     drawn_N1 = torch.multinomial(p_NV, 1, generator=generator)
     return p_NV.scatter_add_(1, drawn_N1, -torch.ones_like(p_NV[:, :1])) @ folded_VD

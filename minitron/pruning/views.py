@@ -75,6 +75,8 @@ class SortedTeacher:
         tensors = {cut.target: self._cut(cut) for cut in self._cuts(self._plan(student, kept_layers))}
         model = _empty_model(self.family, self.family.hf_config(self.config, student))
         load_tensors(self.family, model, tensors)
+        if (scale := self.family.embed_scale(self.architecture)) != self.family.embed_scale(student):
+            self.family.parts(model).embed.embed_scale.fill_(scale)  # the table is not multiplied: that would be a copy for every hidden size
         self._regroup_inputs(model, student, kept_layers)
         self._check(tensors, student)
         viewed = {tensor.untyped_storage().data_ptr() for tensor in (*self.state.values(), *self.refitted.values())}
@@ -107,7 +109,7 @@ class SortedTeacher:
         columns = self._by_columns(plan)
         return [
             replace(cut, keep=(cut.keep[0], kept_indices(self.family, columns, cut.source)[1])) if self._reads_groups(cut.source) else cut
-            for cut in plan_cuts(self.family, plan, self._shapes)
+            for cut in (replace(one, factor=1.0, shift=0.0) for one in plan_cuts(self.family, plan, self._shapes))
         ]
 
     def _by_columns(self, plan: PruningPlan) -> PruningPlan:
@@ -180,7 +182,7 @@ def _by_rank_hook(groups: int, per_group: int):
 def _orders(architecture: Architecture, scores: ImportanceScores, head_dim: int, *, sort_key_values: bool) -> dict[str, dict[int, Indices]]:
     """Every unit of every axis in descending order of its score, grouped ones inside their group."""
     orders: dict[str, dict[int, Indices]] = {HIDDEN: {-1: _descending(scores.hidden())}}
-    for layer, kind in enumerate(architecture.pattern):
+    for layer, kind in enumerate(architecture.mixers):
         if kind == "-":
             orders.setdefault(FFN, {})[layer] = _descending(scores.ffn(layer))
         elif kind == "M":

@@ -38,7 +38,7 @@ def refit_widths(candidates: SortedTeacher, students: Iterable[Architecture], ba
     narrower = [replace(teacher, mamba_num_heads=heads, mamba_head_dim=channels) for heads, channels in fewer_heads]
     views = [candidates.view(one, tuple(range(teacher.num_layers))) for one in narrower]
     for layer, block in base.visit(everything):
-        (row,) = [row for row in family.table if row.kind == teacher.pattern[layer] and stream_role(family, row) == WRITE]
+        (row,) = [row for row in family.table if row.kind == teacher.mixers[layer] and stream_role(family, row) == WRITE]
         writer, name = row.suffix.removesuffix(".weight"), f"layers.{layer}.{row.suffix}"
         widths, others = _kept_columns(candidates, name, students)
         together = [block] if widths or others else []

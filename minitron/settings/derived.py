@@ -42,9 +42,23 @@ def has_ladder(settings: Settings) -> bool:
     return bool(search.finalists) and search.shortlist_size > 1 and not search.layer_order and not search.fixed.given()
 
 
+def rotates(settings: Settings, base: Architecture | None = None) -> bool:
+    """Whether a compensated cut writes the stream in another basis: as asked, else wherever that keeps the function."""
+    if settings.prune.rotate is not None:
+        return settings.prune.rotate
+    return not (base or base_architecture(settings)).post_norms
+
+
+def check_rotates(settings: Settings) -> None:
+    """Refuse a rotation of a model that it would make another one. Raises ValueError."""
+    if settings.prune.method is PruneMethod.compensated and settings.prune.rotate and (base := base_architecture(settings)).post_norms:
+        raise ValueError(f"prune.rotate is true, but a {base.model_type} has a norm behind every mixer, which weighs the channels of what is added to the stream: "
+                         "in another basis it would be another model; it must be false, or left out")  # fmt: skip
+
+
 def ranks_rotated(settings: Settings, base: Architecture | None = None) -> bool:
     """Whether candidates are ranked zero-shot in the stream's principal directions: as they will be cut, where any hidden size is cut at all."""
-    return settings.prune.rotate and _ranks_compensated(settings, base, "hidden")
+    return _ranks_compensated(settings, base, "hidden") and rotates(settings, base)
 
 
 def ranks_refitted(settings: Settings, base: Architecture | None = None) -> bool:

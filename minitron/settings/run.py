@@ -180,7 +180,7 @@ class PruneSettings:
 
     method: PruneMethod = PruneMethod.slice
     samples: int | None = None
-    rotate: bool = True
+    rotate: bool | None = None
     directions: Directions | None = None
     direction_samples: int = 8
     refit_reading: bool = True
@@ -271,7 +271,7 @@ class Settings:
             raise ValueError(f"run_name is {self.run_name!r}; it must be one folder name, not starting with a dot, and not 'store'")
         if self.data.rows is Rows.packed:
             raise ValueError("data.rows is packed; it must be windows or documents (distill.phases[].rows may be packed)")
-        if self.distill.loss.hidden_weight and self.prune.method is PruneMethod.compensated and self.prune.rotate:
+        if self.distill.loss.hidden_weight and self.prune.method is PruneMethod.compensated and self.prune.rotate is not False:
             raise ValueError(f"distill.loss.hidden_weight is {self.distill.loss.hidden_weight:g}, but prune.rotate turns hidden states into another basis; "
                              "one of them must be off (0, false)")  # fmt: skip
         if self.thinking_budget is not None and self.thinking_budget < 0:

@@ -26,7 +26,7 @@ def width_scoring(settings: Settings, score: Result) -> dict[str, Any]:
 def check(settings: Settings) -> None:
     base = base_architecture(settings)
     space_of(settings, base)  # its depths say how many layers are removed
-    check_rules(base.layer_kinds, fewest_layers(settings), layer_rules(settings))
+    check_rules(base.layer_kinds, fewest_layers(settings), layer_rules(settings, base.layer_kinds))
 
 
 def run(context: StageContext) -> dict:

@@ -5,7 +5,7 @@ from typing import Any
 
 from distill.engines.sharing import check_sharing
 from minitron.machine import processes
-from minitron.settings.derived import asked_candidate_samples, base_stage
+from minitron.settings.derived import asked_candidate_samples, base_stage, rotates
 from minitron.settings.rules import key_settings
 from minitron.settings.run import PruneMethod, Settings
 from minitron.stages.prune import BALANCED, cut_from
@@ -20,7 +20,7 @@ def needs(settings: Settings) -> tuple[str, ...]:
 
 def what(settings: Settings) -> Any:
     compensated = settings.prune.method is PruneMethod.compensated
-    cut = {"prune": {**key_settings(settings.prune), "samples": asked_candidate_samples(settings), **BALANCED}} if compensated else {}
+    cut = {"prune": {**key_settings(settings.prune), "rotate": rotates(settings), "samples": asked_candidate_samples(settings), **BALANCED}} if compensated else {}
     short = {name: value for name, value in key_settings(settings.screen).items() if name != "cut_samples"}
     return {"held_out": settings.search.screen_samples, "seed": settings.seed, **short, **cut}
 

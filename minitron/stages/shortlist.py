@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from memory_budget.architecture import as_dict
 from minitron.search.layer_order import given_layer_order
 from minitron.search.space import check_search, serving_of
 from minitron.settings.derived import asked_candidate_samples, base_stage, budget_of, fixed_sizes, ranks_refitted, ranks_rotated, workload_of
@@ -24,7 +25,7 @@ def what(settings: Settings) -> Any:
     base, order = base_architecture(settings), settings.search.layer_order
     return {
         **{name: value for name, value in key_settings(settings.search).items() if name not in CHOOSING},
-        "base": asdict(base),
+        "base": as_dict(base),
         "layer_order": given_layer_order(order, base) if order else None,
         "fixed": fixed_sizes(settings, base),
         "workload": {name: "float32" if value == "fp32" else value for name, value in asdict(workload_of(settings)).items()},
