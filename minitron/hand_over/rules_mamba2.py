@@ -27,7 +27,7 @@ from minitron.hand_over.compatibility import (
 
 CLASS = "Mamba2ForCausalLM"
 LLAMA_CPP_EXPAND, LLAMA_CPP_VOCABULARY = 2, 16
-OTHER_INNER_SIZES = ("mamba_d_ssm", "intermediate_size", "d_inner")  # names that llama.cpp, and vLLM of the second, take before expand × hidden_size
+OTHER_INNER_SIZES = ("mamba_d_ssm", "intermediate_size", "d_inner")  # what llama.cpp, and vLLM of the second, take before expand × hidden_size
 
 
 def inner_size(folder: Folder, heads: str, head_dim: str) -> int:
@@ -72,6 +72,10 @@ def _other_inner(folder: Folder) -> str:
     return ", ".join(f"{name} {folder.config[name]}" for name in OTHER_INNER_SIZES if name in folder.config) or "absent"
 
 
+def _inner_agrees(folder: Folder) -> bool:
+    return all(folder.size(name) == _inner(folder) for name in OTHER_INNER_SIZES if name in folder.config)
+
+
 RULES = (
     Rule(TRANSFORMERS, "model_type", "must be mamba2", says("model_type", "mamba2")),
     Rule(TRANSFORMERS, "num_heads × head_dim", "must be expand × hidden_size",
@@ -83,7 +87,7 @@ RULES = (
     head_there(TRANSFORMERS, "it would be made up at random"),
     has_class(VLLM, CLASS),
     *mixer_rules(heads="num_heads", head_dim="head_dim", state="state_size", activation="hidden_act"),
-    Rule(VLLM, "inner size", "must be nowhere but in expand: other names are taken before it", lambda folder: _other_inner(folder) == "absent", _other_inner),
+    Rule(VLLM, "inner size", "must be num_heads × head_dim by whatever name it is given: expand comes last", _inner_agrees, _other_inner),
     Rule(VLLM, "max_position_embeddings", "should be given: 2,048 tokens are the longest context served where neither it nor --max-model-len says another",
          given("max_position_embeddings"), is_advice=True),
     head_there(VLLM, "its logits would be of whatever is in memory"),
@@ -91,8 +95,7 @@ RULES = (
     tokenizer_there("tokenizer.json", "tokenizer.model"),
     has_class(LLAMA_CPP, CLASS),
     Rule(LLAMA_CPP, "expand", f"must be {LLAMA_CPP_EXPAND}: its converter takes no other", says("expand", LLAMA_CPP_EXPAND)),
-    Rule(LLAMA_CPP, "inner size", "must be nowhere but in expand: other names are taken before it",
-         lambda folder: _other_inner(folder) == "absent", _other_inner),
+    Rule(LLAMA_CPP, "inner size", "must be num_heads × head_dim by whatever name it is given: expand comes last", _inner_agrees, _other_inner),
     Rule(LLAMA_CPP, "hidden_act", "must be silu: it always computes that", says("hidden_act", "silu", None)),
     Rule(LLAMA_CPP, "use_conv_bias", "must be true: its loader asks for that bias", says("use_conv_bias", True, None)),
     Rule(LLAMA_CPP, "time_step_limit", "must be 0 to infinity: it always computes that", is_full_range),
