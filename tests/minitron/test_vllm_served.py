@@ -66,7 +66,7 @@ class Read:
     folder: Path
     ids: list[int]
     log_probabilities: torch.Tensor
-    log: str
+    sizes: tuple[int, float]
 
 
 def is_ready(port: int) -> bool:
@@ -114,17 +114,15 @@ class Engine:
     process: subprocess.Popen
     log: Path
 
-    def read(self, folder: Path, ids: list[int], **options) -> tuple[torch.Tensor, str]:
-        """log p of every id but the first, nats, and what vLLM logged meanwhile."""
-        before = len(self.log.read_text())
+    def read(self, folder: Path, ids: list[int], **options) -> tuple[torch.Tensor, tuple[int, float]]:
+        """log p of every id but the first, nats; and cache tokens with the maximum concurrency."""
         asked = {"folder": str(folder), "ids": ids, "options": {"max_model_len": CONTEXT, **options}}
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
-        logged = self.log.read_text()[before:]
-        answer = json.loads(line) if line else {"error": logged[-4000:]}
+        answer = json.loads(line) if line else {"error": self.log.read_text()[-4000:]}
         assert "error" not in answer, answer["error"]
-        return torch.tensor(answer["log_probabilities"]), logged
+        return torch.tensor(answer["log_probabilities"]), (answer["cache_tokens"], round(answer["concurrency"], 2))
 
 
 @pytest.fixture(scope="session")
@@ -248,9 +246,9 @@ def test_what_vllm_refuses_is_one_line(served, folder):
         ThinkingBudgetClient(served.url, "student", tokenizer=folder).ask("a b " * 2000)
 
 
-def printed_sizes(log: str) -> tuple[int, float]:
+def printed_sizes(served: Served) -> tuple[int, float]:
     """KV cache tokens and maximum concurrency in vLLM's log."""
-    found = re.search(r"KV cache size: ([\d,]+) tokens, Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x", log)
+    found = re.search(r"KV cache size: ([\d,]+) tokens, Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x", served.log)
     return int(found[1].replace(",", "")), float(found[2])
 
 
@@ -263,7 +261,7 @@ def predicted_sizes(folder: Path, environment: dict, *options: str) -> tuple[int
 
 def test_cache_size_and_concurrency_are_the_calculators(served, folder, environment):
     options = ("--weights", "float32", "--kv", "float32")
-    printed, predicted = printed_sizes(served.log), predicted_sizes(folder, environment, *options)
+    printed, predicted = printed_sizes(served), predicted_sizes(folder, environment, *options)
     print(f"\nfloat32: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
     assert predicted == printed != predicted_sizes(folder, environment, *options, "--prefix-caching")
 
@@ -271,7 +269,7 @@ def test_cache_size_and_concurrency_are_the_calculators(served, folder, environm
 def test_cache_size_in_bf16_with_prefix_caching_is_the_calculators(serve, folder, environment):
     """The last of this student's: it takes the place of the other server."""
     server = serve(folder, 8643, "--mamba_ssm_cache_dtype", "float32", "--dtype", "bfloat16")
-    printed, predicted = printed_sizes(server.log), predicted_sizes(folder, environment, "--prefix-caching")
+    printed, predicted = printed_sizes(server), predicted_sizes(folder, environment, "--prefix-caching")
     print(f"\nbf16, prefix caching: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
     assert predicted == printed != predicted_sizes(folder, environment)
 
@@ -306,7 +304,7 @@ def test_cache_size_and_concurrency_of_every_other_family_are_the_calculators(re
     if getattr(AutoConfig.from_pretrained(read.folder), "sliding_window", None):
         pytest.skip("vLLM keeps for a window what its scheduler batches")
     options = ("--weights", "float32", "--kv", "float32")
-    printed, predicted = printed_sizes(read.log), predicted_sizes(read.folder, environment, *options)
+    printed, predicted = read.sizes, predicted_sizes(read.folder, environment, *options)
     print(f"\n{read.family}: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
     assert predicted == printed
     assert predicted_sizes(read.folder.parents[2] / "teacher", environment, *options)[0] < 0.7 * printed[0]
