@@ -15,10 +15,10 @@ if sys.version_info < (3, 11):  # noqa: UP036
     sys.stderr.write("error: Python is %d.%d; minitron needs 3.11 or later\n" % sys.version_info[:2])  # noqa: UP031
     sys.exit(2)
 
-from memory_budget.architecture import BLOCK, Architecture, describe_layers
+from memory_budget.architecture import WINDOWED, Architecture, describe_layers
 from memory_budget.budget import PRESETS, Budget, fits, parse_budget
 from memory_budget.calculator import MemoryReport, max_batch, max_context_tokens, memory_report
-from memory_budget.hf_config import architecture_from_config, read_config, unmodelled_settings
+from memory_budget.hf_config import FAMILIES, architecture_from_config, read_config, unmodelled_settings
 from memory_budget.parameters import count_active_parameters, count_parameters, count_total_parameters
 from memory_budget.units import GIB, format_count, format_gib
 from memory_budget.vllm import BLOCK_SIZE_TOKENS, VllmAllotment, vllm_allotment, vllm_pool_bytes
@@ -26,6 +26,7 @@ from memory_budget.workload import KV_DTYPES, QUANTISED_DTYPES, SSM_DTYPES, WEIG
 
 VLLM_OPTIONS = ("pool_gib", "device_gib", "utilization", "overhead_gib", "prefix_caching", "block_size")
 DEFAULT_UTILIZATION = 0.92
+WINDOWS_NOTE = "vLLM's blocks are counted as if layers within a window kept the whole context; vLLM may need fewer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python -m memory_budget",
         description="What a model takes in memory to serve a workload, and what still fits a budget. No weights are read, only config.json.",
-        epilog="GiB is 2**30 bytes. Model types: nemotron_h, mamba2, llama, mistral, qwen2, qwen3.",
+        epilog=f"GiB is 2**30 bytes. Model types: {', '.join(FAMILIES)}.",
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="DIR_OR_CONFIG_JSON", help="a model's directory (only its config.json is read), or a config.json")
@@ -152,7 +153,7 @@ def work_out(options: argparse.Namespace) -> Answer:
         budget=budget,
         allotment=allotment,
         pool_bytes=pool_bytes,
-        notes=unmodelled_settings(config),
+        notes=unmodelled_settings(config) + ([WINDOWS_NOTE] if allotment and architecture.num_layers_of(WINDOWED) else []),
     )
 
 
@@ -222,7 +223,7 @@ def as_table(answer: Answer) -> str:
 def model_rows(answer: Answer) -> list[tuple[str, str, str]]:
     architecture = answer.architecture
     total, active = count_total_parameters(architecture), count_active_parameters(architecture)
-    if BLOCK in architecture.layer_kinds:
+    if architecture.sublayers_per_layer > 1:
         layers = describe_layers(architecture)
     else:
         by_kind = ", ".join(f"{architecture.num_layers_of(letter)} {name}" for letter, name in
@@ -240,7 +241,7 @@ def model_rows(answer: Answer) -> list[tuple[str, str, str]]:
 def memory_rows(answer: Answer) -> list[tuple[str, str, str]]:
     report, workload = answer.report, answer.workload
     sequences = format_count(workload.batch, "sequences" if workload.batch > 1 else "sequence")
-    served = f"{format_count(workload.context_tokens, 'tokens')} x {sequences}"
+    served = f"{format_count(workload.context_tokens, 'tokens')} x {sequences}{kept_in_windows(answer.architecture)}"
     packed = {"fp8": "layers' matrices fp8, the rest bf16", "int4": "layers' matrices int4 with a 2-byte scale per 128, the rest bf16"}
     weights = packed[workload.weights_dtype] if workload.weights_dtype in QUANTISED_DTYPES else workload.weights_dtype
     rows = [
@@ -253,6 +254,15 @@ def memory_rows(answer: Answer) -> list[tuple[str, str, str]]:
         chunk = format_count(workload.activation_tokens, "tokens")
         rows.append(("activations", format_gib(report.activations), f"estimate, a prefill chunk of {chunk}"))
     return rows + [("total", format_gib(report.total), "" if workload.activation_tokens else "without activations")]
+
+
+def kept_in_windows(architecture: Architecture) -> str:
+    """Which layers keep fewer tokens than there are, and how many; nothing where none does."""
+    windowed, attention = architecture.num_layers_of(WINDOWED), architecture.num_layers_of("*")
+    if not windowed:
+        return ""
+    which = f"all {attention}" if windowed == attention else f"{windowed} of {attention}"
+    return f"; the last {format_count(architecture.window - 1, 'tokens')} alone in {which} attention layers"
 
 
 def budget_rows(answer: Answer) -> list[tuple[str, str, str]]:

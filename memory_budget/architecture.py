@@ -61,6 +61,10 @@ class Architecture:
     moe_shared_ffn: int = 0
     moe_latent: int = 0
 
+    def __post_init__(self) -> None:
+        if self.window and WINDOWED not in self.pattern:  # so that a cut to other layers is what its own config.json says
+            object.__setattr__(self, "window", 0)
+
     def num_layers_of(self, kind: str) -> int:
         """Number of sublayers of one kind, by its letter; * is all attention, W that of it which is within a window."""
         return self.pattern.count(kind) if kind == WINDOWED else self.mixers.count(kind)

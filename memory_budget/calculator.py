@@ -9,11 +9,12 @@ Letters: D hidden · F ffn · Q query heads, K KV heads, H head dim · M Mamba h
 
 from dataclasses import dataclass
 
-from memory_budget.architecture import LAYER_KINDS, Architecture
+from memory_budget.architecture import LAYER_KINDS, WINDOWED, Architecture
 from memory_budget.parameters import count_total_parameters, layer_parameters
 from memory_budget.workload import BYTES_PER_NUMBER, INT4_GROUP_NUMBERS, INT4_SCALE_BYTES, QUANTISED_DTYPES, Workload
 
 SCAN_CHUNK_TOKENS = 128  # chunk_size of every published Nemotron-H config
+NO_LIMIT = 2**63 - 1  # in an array of contexts, where a single one is None: numpy's largest integer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ def memory_report(architecture: Architecture, workload: Workload) -> MemoryRepor
     """
     return MemoryReport(
         weights=weight_bytes(architecture, workload.weights_dtype),
-        kv_cache=workload.batch * workload.context_tokens * kv_bytes_per_token(architecture, workload.kv_dtype),
+        kv_cache=workload.batch * kv_cache_bytes(architecture, workload.context_tokens, workload.kv_dtype),
         ssm_state=workload.batch * architecture.num_layers_of("M") * ssm_state_bytes_per_layer(architecture, workload.ssm_dtype),
         conv_state=workload.batch * architecture.num_layers_of("M") * conv_state_bytes_per_layer(architecture, workload.compute_dtype),
         activations=prefill_activation_bytes(architecture, workload) if workload.activation_tokens > 0 else 0,
@@ -72,9 +73,20 @@ def _packed_row_bytes(inputs: int, dtype: str) -> int:
     return (inputs + 1) // 2 + groups * INT4_SCALE_BYTES
 
 
-def kv_bytes_per_token(architecture: Architecture, kv_dtype: str) -> int:
-    """Keys and values of one token in all attention layers: 2·K·H·bytes each. A sliding window is not modelled."""
-    return architecture.num_layers_of("*") * attention_bytes_per_token(architecture, kv_dtype)
+def kv_cache_bytes(architecture: Architecture, context_tokens: int, kv_dtype: str) -> int:
+    """Keys and values of one sequence of so many tokens in all attention layers: 2·K·H·bytes for each token that a layer keeps.
+
+    A layer keeps all tokens, or within a window the last window − 1, which with the next one are those that it sees. So do the tensors of transformers'
+    (5.23) DynamicCache; there they are views, of one token more once a token was decoded, and of the whole prompt from its prefill until then.
+    """
+    full, windowed, most = _attention_layers(architecture)
+    return (full * context_tokens + windowed * min(context_tokens, most)) * attention_bytes_per_token(architecture, kv_dtype)
+
+
+def _attention_layers(architecture: Architecture) -> tuple[int, int, int]:
+    """Layers that keep all tokens, layers within a window, and the most tokens that one of these keeps."""
+    windowed = architecture.num_layers_of(WINDOWED)
+    return architecture.num_layers_of("*") - windowed, windowed, architecture.window - 1
 
 
 def attention_bytes_per_token(architecture: Architecture, kv_dtype: str) -> int:
@@ -112,7 +124,7 @@ def prefill_activation_bytes(architecture: Architecture, workload: Workload) -> 
     by_kind = {"M": _mamba_activation_bytes, "*": _attention_activation_bytes, "-": _ffn_activation_bytes, "E": _moe_activation_bytes}
     peak = 0
     for letter, activation_bytes in by_kind.items():
-        if letter in architecture.pattern:
+        if letter in architecture.mixers:
             peak = _larger(peak, activation_bytes(architecture, tokens, number))
     return 2 * tokens * architecture.hidden * number + peak
 
@@ -150,11 +162,22 @@ def max_context_tokens(architecture: Architecture, workload: Workload, budget_by
     """The longest context, in tokens, with which the workload fits; 0 if none does. The model's position limit is not looked at.
 
     None where context is not what limits: without attention layers a token costs nothing, so if one token fits, any
-    number does. Number by number for arrays, given a pattern with attention.
+    number does; and if all attention is within a window, so it is once the windows are full. Number by number for arrays, given a
+    pattern with attention; no limit is NO_LIMIT there.
     """
-    report = memory_report(architecture, workload)
-    token_bytes = workload.batch * kv_bytes_per_token(architecture, workload.kv_dtype)
-    return _how_many(budget_bytes - (report.total - report.kv_cache), token_bytes, is_free="*" not in architecture.pattern)
+    report, (full, windowed, most) = memory_report(architecture, workload), _attention_layers(architecture)
+    free_bytes = budget_bytes - (report.total - report.kv_cache)
+    if not full + windowed:
+        return None if free_bytes >= 0 else 0
+    tokens = free_bytes // (workload.batch * attention_bytes_per_token(architecture, workload.kv_dtype))  # that fit, of all layers together
+    # A context c keeps the lesser of (full + windowed)·c and full·c + windowed·most tokens, so the longer of what either leaves room for.
+    longest = _larger(0, tokens // (full + windowed))
+    if full:
+        return _larger(longest, (tokens - windowed * most) // full)
+    is_free = tokens >= windowed * most
+    if isinstance(is_free, bool):
+        return None if is_free else longest
+    return longest + is_free * (NO_LIMIT - longest)
 
 
 def max_batch(architecture: Architecture, workload: Workload, budget_bytes: int) -> int | None:
@@ -164,7 +187,7 @@ def max_batch(architecture: Architecture, workload: Workload, budget_bytes: int)
     """
     report = memory_report(architecture, workload)
     sequences_bytes = report.kv_cache + report.ssm_state + report.conv_state
-    is_free = not set("*M") & set(architecture.pattern)
+    is_free = not set("*M") & set(architecture.mixers)
     return _how_many(budget_bytes - (report.total - sequences_bytes), sequences_bytes // workload.batch, is_free=is_free)
 
 

@@ -210,10 +210,13 @@ def _num_blocks(config: Config, *, default: int) -> int:
 
 
 def _window(config: Config, *, default: int) -> int:
-    """Tokens that a query sees in a layer with a window; 0 for none. Raises ValueError for a window of none."""
+    """Tokens that a query sees in a layer with a window; 0 for none. Raises ValueError for a window of no tokens, or of 1.
+
+    Of the tokens before it transformers' cache keeps `[-window + 1 :]`, which under a window of 1 is all of them.
+    """
     window = _integer(config, "sliding_window", default=default, null=0)
-    if window == 0 and config.get("sliding_window", default) is not None:
-        raise ValueError("sliding_window (0) must be at least 1 token, or null for no window")
+    if window < 2 and config.get("sliding_window", default) is not None:
+        raise ValueError(f"sliding_window ({window}) must be at least 2 tokens, or null for no window")
     return window
 
 

@@ -11,7 +11,7 @@ G groups, N state · E experts.
 
 from dataclasses import dataclass
 
-from memory_budget.architecture import LAYER_KINDS, Architecture
+from memory_budget.architecture import LAYER_KINDS, WINDOWED, Architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,8 @@ def count_parameters(architecture: Architecture, *, active_only: bool = False) -
     """Parameters by kind: embedding, head, mamba, attention, ffn, moe, norm.
 
     norm holds the norm in front of every sublayer, the one behind it where there are such, and the final one: (sublayers + 1)·D or
-    (2·sublayers + 1)·D. Norms inside a mixer (Mamba's gated
-    norm, attention's q and k norms) count with their mixer. A tied head counts 0. With active_only, of the routed
-    experts only those that one token passes through count.
+    (2·sublayers + 1)·D. Norms inside a mixer (Mamba's gated norm, attention's q and k norms) count with their mixer. A tied head
+    counts 0. With active_only, of the routed experts only those that one token passes through count.
     """
     counts = {
         "embedding": architecture.vocab * architecture.hidden,
@@ -60,13 +59,14 @@ def count_active_parameters(architecture: Architecture) -> int:
 
 
 def layer_parameters(architecture: Architecture, letter: str, *, active_only: bool = False) -> LayerParameters:
-    """Parameters of one layer of the kind that a mixer's letter names (M, *, - or E)."""
+    """Parameters of one layer of the kind that a letter of a pattern names; of W they are those of *."""
     if letter == "M":
         return _mamba_layer(architecture)
-    if letter == "*":
+    if letter in ("*", WINDOWED):
         return _attention_layer(architecture)
     if letter == "-":
         return _ffn_layer(architecture)
+    assert letter == "E", f"{letter} is no letter of a pattern"
     return _moe_layer(architecture, active_only=active_only)
 
 

@@ -55,7 +55,7 @@ class VllmAllotment:
 def vllm_allotment(
     architecture: Architecture, workload: Workload, *, pool_bytes: int, prefix_caching: bool = False, block_size: int = BLOCK_SIZE_TOKENS
 ) -> VllmAllotment:
-    """How vLLM cuts a pool of that many bytes for caches. Scalars only.
+    """How vLLM cuts a pool of that many bytes for caches. Scalars only. Every attention layer is taken to keep the whole context, also within a window.
 
     block_size is vLLM's --block-size, of which it makes its blocks multiples. The workload's batch plays no part: how many sequences
     fit is the answer, max_concurrency. Raises ValueError for a negative pool, a block size below 1 or a pattern with nothing to cache.
@@ -107,7 +107,7 @@ def _block(architecture: Architecture, workload: Workload, block_size: int) -> t
     if "M" in architecture.pattern:
         state_bytes = ssm_state_bytes_per_layer(architecture, workload.ssm_dtype)
         state_bytes += conv_state_bytes_per_layer(architecture, workload.compute_dtype)
-    if "*" not in architecture.pattern:
+    if "*" not in architecture.mixers:
         return workload.context_tokens, state_bytes
     token_bytes = attention_bytes_per_token(architecture, workload.kv_dtype)
     block_tokens = block_size * max(1, _ceil_divide(state_bytes, block_size * token_bytes))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memory_budget.architecture import LAYER_KINDS, Architecture
+from memory_budget.architecture import LAYER_KINDS, WINDOWED, Architecture
 
 # Megatron's name → the architecture's field.
 SIZES = {
@@ -51,13 +51,14 @@ def from_export_config(config: Mapping[str, Any], teacher: Architecture) -> Impo
     if unknown := sorted(set(config) - {"num_layers", *SIZES, *PATTERNS, *MTP_NAMES}):
         raise ValueError(f"export_config has {', '.join(unknown)}; it may have num_layers, {', '.join((*SIZES, *PATTERNS))}")
     sizes = {field: _size(config.get(name, getattr(teacher, field)), name, getattr(teacher, field)) for name, field in SIZES.items()}
-    pattern = _pattern(config)
-    if "num_layers" not in config:
-        pattern = teacher.pattern if pattern is None else pattern
-        return Imported(len(pattern) // teacher.sublayers_per_layer, pattern, sizes)
-    num_layers = _size(config["num_layers"], "num_layers", teacher.num_layers)
-    if pattern is not None and num_layers * teacher.sublayers_per_layer != len(pattern):
-        raise ValueError(f"num_layers ({num_layers}) contradicts the pattern {pattern}, which has {len(pattern) // teacher.sublayers_per_layer} layers")
+    pattern, per_layer = _pattern(config), teacher.sublayers_per_layer
+    num_layers = teacher.num_layers if pattern is None else len(pattern) // per_layer
+    if "num_layers" in config:
+        num_layers = _size(config["num_layers"], "num_layers", teacher.num_layers)
+        if pattern is not None and num_layers * per_layer != len(pattern):
+            raise ValueError(f"num_layers ({num_layers}) contradicts the pattern {pattern}, which has {len(pattern) // per_layer} layers")
+    if pattern is not None and WINDOWED in teacher.pattern and pattern == teacher.mixers[: len(pattern)]:
+        pattern = None  # Megatron has no letter of its own for attention within a window: what is alike says the depth alone
     if pattern is None and num_layers == teacher.num_layers:
         pattern = teacher.pattern
     return Imported(num_layers, pattern, sizes)

@@ -15,8 +15,8 @@ from difflib import get_close_matches
 
 import numpy as np
 
-from memory_budget.architecture import LAYER_KINDS, Architecture
-from memory_budget.calculator import SCAN_CHUNK_TOKENS, MemoryReport, max_batch, memory_report
+from memory_budget.architecture import LAYER_KINDS, WINDOWED, Architecture
+from memory_budget.calculator import SCAN_CHUNK_TOKENS, MemoryReport, attention_bytes_per_token, max_batch, memory_report
 from memory_budget.parameters import count_parameters, layer_parameters
 from memory_budget.workload import BYTES_PER_NUMBER, Workload
 
@@ -102,9 +102,21 @@ def head_flops(architecture: Architecture) -> Number:
     return 2 * architecture.vocab * architecture.hidden
 
 
-def attention_flops(architecture: Architecture, context_tokens: Number) -> Number:
-    """One token over that many keys and values, itself included: 2·Q·H each for the scores and for their sum of values, every layer."""
-    return 4 * architecture.num_layers_of("*") * architecture.num_attention_heads * architecture.attention_head_dim * context_tokens
+def seen_tokens(architecture: Architecture, context_tokens: int) -> int:
+    """Tokens that the last one of a context sees in all attention layers together, itself included: the whole context, or as much of it as a window holds."""
+    windowed = architecture.num_layers_of(WINDOWED)
+    return (architecture.num_layers_of("*") - windowed) * context_tokens + windowed * min(context_tokens, architecture.window)
+
+
+def seen_on_average(architecture: Architecture, tokens: int) -> float:
+    """The same of every token of a prompt, which sees those up to itself: Σ min(t, w) over t = 1 … T is m·(2·T − m + 1) / 2, m being min(T, w)."""
+    windowed, within = architecture.num_layers_of(WINDOWED), min(tokens, architecture.window)
+    return (architecture.num_layers_of("*") - windowed) * (tokens + 1) / 2 + windowed * within * (2 * tokens - within + 1) / (2 * tokens)
+
+
+def attention_flops(architecture: Architecture, seen: float) -> Number:
+    """One token over so many keys and values, of all layers together: 2·Q·H each for the scores and for their sum of values."""
+    return 4 * architecture.num_attention_heads * architecture.attention_head_dim * seen
 
 
 def scan_flops(architecture: Architecture, *, prefill: bool) -> Number:
@@ -117,10 +129,10 @@ def scan_flops(architecture: Architecture, *, prefill: bool) -> Number:
     return architecture.num_layers_of("M") * (4 * inner * architecture.mamba_state_size + within_chunk)
 
 
-def flops_per_token(architecture: Architecture, context_tokens: Number) -> Number:
+def flops_per_token(architecture: Architecture, context_tokens: int) -> Number:
     """FLOPs of decoding one token of one sequence whose keys and values, its own included, are context_tokens."""
     products = layer_flops_per_token(architecture) + head_flops(architecture) + scan_flops(architecture, prefill=False)
-    return products + attention_flops(architecture, context_tokens)
+    return products + attention_flops(architecture, seen_tokens(architecture, context_tokens))
 
 
 def weight_bytes_per_pass(architecture: Architecture, workload: Workload) -> Number:
@@ -132,19 +144,21 @@ def weight_bytes_per_pass(architecture: Architecture, workload: Workload) -> Num
     return _one_token(architecture, workload).weights - embedding * BYTES_PER_NUMBER[workload.compute_dtype]
 
 
-def decode_step_bytes(architecture: Architecture, workload: Workload, *, context_tokens: Number, batch: Number) -> Number:
-    """Bytes moved to decode one token of each sequence: the weights once; per sequence the keys and values of
-    context_tokens (its own written, the others read), and the SSM and convolution states read and written.
+def decode_step_bytes(architecture: Architecture, workload: Workload, *, context_tokens: int, batch: Number) -> Number:
+    """Bytes moved to decode one token of each sequence: the weights once; per sequence the keys and values of the tokens
+    that it sees (its own written, the others read), and the SSM and convolution states read and written.
     """
-    one = _one_token(architecture, workload)
-    return weight_bytes_per_pass(architecture, workload) + batch * (one.kv_cache * context_tokens + 2 * (one.ssm_state + one.conv_state))
+    one, seen = _one_token(architecture, workload), seen_tokens(architecture, context_tokens)
+    cache = seen * attention_bytes_per_token(architecture, workload.kv_dtype)
+    return weight_bytes_per_pass(architecture, workload) + batch * (cache + 2 * (one.ssm_state + one.conv_state))
 
 
 def prefill_seconds(architecture: Architecture, workload: Workload, serving: Serving, *, batch: Number | None = None) -> Number:
     """All prompts of the batch, in chunks taken as alike, each the longer of its products and one reading of the weights."""
     batch = serving.batch if batch is None else batch
     tokens = serving.input_tokens
-    per_token = layer_flops_per_token(architecture) + scan_flops(architecture, prefill=True) + attention_flops(architecture, (tokens + 1) / 2)
+    attention = attention_flops(architecture, seen_on_average(architecture, tokens))
+    per_token = layer_flops_per_token(architecture) + scan_flops(architecture, prefill=True) + attention
     flops = batch * (tokens * per_token + head_flops(architecture))
     num_chunks = -(-batch * tokens // serving.prefill_chunk_tokens)
     moved = num_chunks * weight_bytes_per_pass(architecture, workload)
@@ -154,17 +168,25 @@ def prefill_seconds(architecture: Architecture, workload: Workload, serving: Ser
 def decode_seconds(architecture: Architecture, workload: Workload, serving: Serving, *, batch: Number | None = None) -> Number:
     """All output tokens but the first, which the prefill gives: step s = 1 … output − 1 sees input + s tokens.
 
-    Bytes and FLOPs of a step are straight lines in s, so the sum of the larger is closed.
+    Bytes and FLOPs of a step are straight lines in s until windows are full, and others from there on, so the sum of the larger is closed.
     """
-    batch = serving.batch if batch is None else batch
-    one, device = _one_token(architecture, workload), serving.device
-    at_input = {"context_tokens": serving.input_tokens, "batch": batch}
-    moving = decode_step_bytes(architecture, workload, **at_input) / device.bytes_per_second
-    computing = batch * flops_per_token(architecture, serving.input_tokens) / device.flops_per_second
+    batch, steps = serving.batch if batch is None else batch, serving.output_tokens - 1
+    filling = min(max(architecture.window - serving.input_tokens, 0), steps)
+    seconds = _stretch_seconds(architecture, workload, serving.device, batch, serving.input_tokens + filling, steps - filling)
+    if filling:
+        seconds = seconds + _stretch_seconds(architecture, workload, serving.device, batch, serving.input_tokens, filling)
+    return seconds
+
+
+def _stretch_seconds(architecture: Architecture, workload: Workload, device: Device, batch: Number, context_tokens: int, num_steps: int) -> Number:
+    """The steps after that context, each of which sees as many tokens more than the one before."""
+    more = seen_tokens(architecture, context_tokens + 1) - seen_tokens(architecture, context_tokens)
+    moving = decode_step_bytes(architecture, workload, context_tokens=context_tokens, batch=batch) / device.bytes_per_second
+    computing = batch * flops_per_token(architecture, context_tokens) / device.flops_per_second
     return _sum_of_larger(
-        (moving, batch * one.kv_cache / device.bytes_per_second),
-        (computing, batch * attention_flops(architecture, 1) / device.flops_per_second),
-        serving.output_tokens - 1,
+        (moving, batch * more * attention_bytes_per_token(architecture, workload.kv_dtype) / device.bytes_per_second),
+        (computing, batch * attention_flops(architecture, more) / device.flops_per_second),
+        num_steps,
     )
 
 
@@ -186,7 +208,7 @@ def largest_batch(architecture: Architecture, workload: Workload, serving: Servi
 
 
 def _one_token(architecture: Architecture, workload: Workload) -> MemoryReport:
-    """The memory report of one sequence of one token: its kv_cache is the bytes per token."""
+    """The memory report of one sequence of one token."""
     return memory_report(architecture, replace(workload, context_tokens=1, batch=1, activation_tokens=0))
 
 

@@ -6,13 +6,15 @@ Mamba-2 and feed-forward layers go by blocks, it is less, and nothing is refused
 
 from collections.abc import Sequence
 
-from memory_budget.architecture import Architecture
+from memory_budget.architecture import WINDOWED, Architecture
 from memory_budget.parameters import count_total_parameters
+from minitron.checkpoints.forward_work import has_mask
 from minitron.machine.memory_plan import MemoryPlan
 from minitron.mamba import block_sizes
 from minitron.mamba.kernel_memory import ScanMemory
 
 FLOAT32 = 4
+ATTENTION = ("*", WINDOWED)
 
 
 def forward_memory(stage: str, models: Sequence[tuple[Architecture, int]], *, tokens: int, logits_tokens: int, advice: str) -> MemoryPlan:
@@ -41,24 +43,26 @@ def layer_bytes(model: Architecture, width: int, rows: int, tokens: int, *, auto
         return 2 * states + max(normed * model.hidden * rows * tokens, *kinds)
     block = block_sizes.largest_block(tokens)  # of the parts' outputs there are those, and once more when they are joined; of heads a sum in float32
     kinds = [2 * states, states + normed * model.hidden * rows * block]
-    for letter in set(model.pattern) - {"*"}:
-        kinds.append(states + _mixer_bytes(model, letter, width, rows, block, autocast=autocast, tapped=tapped))
-    if "*" in model.pattern:
-        one = _mixer_bytes(model, "*", width, rows, tokens, autocast=autocast, tapped=tapped) // model.num_key_value_heads
-        kinds.append(FLOAT32 * model.hidden * rows * tokens + states + one)
+    for letter in set(model.pattern):
+        if letter in ATTENTION:
+            one = _mixer_bytes(model, letter, width, rows, tokens, autocast=autocast, tapped=tapped) // model.num_key_value_heads
+            kinds.append(FLOAT32 * model.hidden * rows * tokens + states + one)
+        else:
+            kinds.append(states + _mixer_bytes(model, letter, width, rows, block, autocast=autocast, tapped=tapped))
     return 2 * states + max(kinds)
 
 
-def score_bytes(model: Architecture, width: int, rows: int, tokens: int) -> int:
+def score_bytes(model: Architecture, letter: str, width: int, rows: int, tokens: int) -> int:
     """Attention's scores [B, Q, T, T] where torch makes them: in float32 with keys shared by heads, for which it has no fused kernel on a GPU (sdp_utils.cpp:
-    flash attention wants 16 bits, memory-efficient attention as many keys as queries)."""
-    shared = model.num_attention_heads != model.num_key_value_heads
+    flash attention wants 16 bits, memory-efficient attention as many keys as queries, which transformers makes of them where there is a mask)."""
+    shared = model.num_attention_heads != model.num_key_value_heads and not has_mask(model, letter, tokens)
     return FLOAT32 * model.num_attention_heads * rows * tokens**2 if width == FLOAT32 and shared else 0
 
 
 def _mixer_bytes(model: Architecture, letter: str, width: int, rows: int, tokens: int, *, autocast: bool, tapped: bool) -> int:
     """Mamba-2: in_proj's output, the convolution's, the scan's, and what the scan's kernel takes, or in transformers' gated norm of scan and gate three
-    float32 [T, I] at once (two where the scan gives float32). Attention: queries, keys, values, their weighted sum, and what comes of it.
+    float32 [T, I] at once (two where the scan gives float32). Attention: queries, keys, values, their weighted sum, and what comes of it; a mask, as
+    it is made, of a byte each, and as it is added, with keys and values for every query head.
     Feed-forward: up's output, its relu and the square, which autocast makes of a float32 copy. A tap: magnitudes of what it reads, and again in float32.
     """
     all_tokens = rows * tokens
@@ -68,10 +72,11 @@ def _mixer_bytes(model: Architecture, letter: str, width: int, rows: int, tokens
         outputs = 2 * model.mamba_inner + 2 * model.mamba_conv_channels + model.mamba_num_heads
         gated_norm = (2 if width == FLOAT32 else 3) * FLOAT32 * model.mamba_inner * all_tokens
         return all_tokens * width * outputs + max(scan.scan(), gated_norm)
-    if letter == "*":
+    if letter in ATTENTION:
         queries, keys = (heads * model.attention_head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
-        scores = 13 * score_bytes(model, width, rows, tokens) // FLOAT32  # before and after the softmax, which copies and masks them
-        return all_tokens * 2 * (queries + keys) * width + max(all_tokens * max(model.hidden * width, queries * taps), scores)
+        scores = 13 * score_bytes(model, letter, width, rows, tokens) // FLOAT32  # before and after the softmax, which copies and masks them
+        masks = all_tokens * ((width + 1) * tokens + 2 * queries * width) if has_mask(model, letter, tokens) else 0
+        return all_tokens * 2 * (queries + keys) * width + max(all_tokens * max(model.hidden * width, queries * taps), scores, masks)
     if model.ffn_gated:  # gate, its activation and up, or the product in the first one's stead
         return all_tokens * model.ffn * max(3 * width, width + taps)
     squared = FLOAT32 if autocast and width < FLOAT32 else width

@@ -1,21 +1,20 @@
 """What forward passes compute, counted from an architecture: products of matrices, and the numbers that layers make between them. Loads no torch."""
 
-from memory_budget.architecture import Architecture
+from memory_budget.architecture import WINDOWED, Architecture
 from memory_budget.parameters import count_total_parameters
 from minitron.machine.pace import Work
 from minitron.mamba.block_sizes import SCAN_TOKENS
-from nas.throughput import head_flops, layer_flops_per_token
+from nas.throughput import attention_flops, head_flops, layer_flops_per_token
 
 MAMBA_PASSES = 2.8  # over a number that a Mamba-2 mixer keeps, for one over any other's: its scan goes by short chunks
 LOGIT_PASSES = 3  # over the logits of a token: made, compared, summed up
 
 
 def forward_work(model: Architecture, tokens: float, length: int, *, batches: float = 1) -> Work:
-    """All layers of a model over `tokens` tokens in rows of `length`, walked in so many batches; no logits. The causal attention sees half a row."""
-    attention = 2 * length * model.num_layers_of("*") * model.num_attention_heads * model.attention_head_dim
-    kept = sum(layer_numbers(model, letter, by_blocks=True) * (MAMBA_PASSES if letter == "M" else 1) for letter in model.pattern)
-    numbers = kept + length * model.num_layers_of("*") * model.num_attention_heads / 2  # attention's scores
-    products = layer_flops_per_token(model) + attention + _scan_flops(model)
+    """All layers of a model over `tokens` tokens in rows of `length`, walked in so many batches; no logits."""
+    kept = sum(layer_numbers(model, letter, length, by_blocks=True) * (MAMBA_PASSES if letter == "M" else 1) for letter in model.pattern)
+    numbers = kept + seen_numbers(model, length) * model.num_attention_heads  # attention's scores
+    products = layer_flops_per_token(model) + attention_flops(model, seen_numbers(model, length)) + _scan_flops(model)
     return Work(products=tokens * products, numbers=tokens * numbers, calls=batches * model.num_sublayers)
 
 
@@ -34,19 +33,34 @@ def decode_work(model: Architecture, tokens: float, width: int) -> Work:
     return Work(calls=tokens * model.num_sublayers, decoded=tokens * width * count_total_parameters(model))
 
 
-def layer_numbers(model: Architecture, letter: str, *, by_blocks: bool) -> int:
-    """Numbers a token that one layer keeps for its backward pass on a CPU: its norm's input and output, and its mixer's own."""
+def seen_numbers(model: Architecture, length: int) -> float:
+    """Keys that a token is multiplied with in all attention layers together, on average over a row of `length`: half of the row in a causal layer, but under
+    a window's mask all of it, since torch computes what the mask leaves out (on a CPU at 2,048 tokens 1.8 times the causal time, whatever the window)."""
+    masked = model.num_layers_of(WINDOWED) if has_mask(model, WINDOWED, length) else 0
+    return length * (model.num_layers_of("*") + masked) / 2
+
+
+def has_mask(model: Architecture, letter: str, length: int) -> bool:
+    """Whether a layer goes by a mask [T, T]: within a window that does not hold the row and the token after it (transformers' masking_utils)."""
+    return letter == WINDOWED and 0 < model.window <= length
+
+
+def layer_numbers(model: Architecture, letter: str, length: int, *, by_blocks: bool) -> int:
+    """Numbers a token of a row of `length` that one layer keeps for its backward pass on a CPU: its norm's input and output, those of a second norm, and its
+    mixer's own."""
     if letter == "M":  # in_proj's output, the scan's, the gated norm's; by blocks also the convolution's and the states between chunks
         mixer = model.mamba_inner + model.mamba_conv_channels + model.mamba_num_heads + 2 * model.mamba_inner
         if by_blocks:
             mixer += model.mamba_conv_channels + model.mamba_inner * model.mamba_state_size // SCAN_TOKENS
-    elif letter == "*":  # queries, keys, values, their weighted sum
+    elif has_mask(model, letter, length):  # queries, keys and values for each, their weighted sum, and the mask as it is added to the scores
+        mixer = 4 * model.num_attention_heads * model.attention_head_dim + length
+    elif letter in ("*", WINDOWED):  # queries, keys, values, their weighted sum
         mixer = 2 * (model.num_attention_heads + model.num_key_value_heads) * model.attention_head_dim
     elif model.ffn_gated:  # gate, its activation, up, their product
         mixer = 4 * model.ffn
     else:  # up's output, and unless it goes by blocks its relu and the square
         mixer = model.ffn if by_blocks else 3 * model.ffn
-    return 2 * model.hidden + mixer
+    return 2 * (1 + model.post_norms) * model.hidden + mixer
 
 
 def _scan_flops(model: Architecture) -> int:

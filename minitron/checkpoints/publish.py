@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distill.states import TENSORS_FILE
-from memory_budget.architecture import BLOCK, Architecture, describe_layers
+from memory_budget.architecture import Architecture, describe_layers
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import format_gib
@@ -155,7 +155,7 @@ def model_card(title: str, *, lines: list[str], architecture: Architecture, base
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [minitron, pruning, distillation]"]
     head += [f"base_model: {base}"] if base and "/" in base and not base.startswith("/") else []
     head += [f"{name}: {json.dumps(value)}" for name, value in metadata.items()]  # a JSON string is a YAML one
-    parameters, of_blocks = count_total_parameters(architecture), BLOCK in architecture.layer_kinds
+    parameters, of_blocks = count_total_parameters(architecture), architecture.sublayers_per_layer > 1
     sizes = [
         ("parameters", f"{parameters:,}"),
         ("weights in bf16", format_gib(2 * parameters)),

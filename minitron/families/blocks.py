@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memory_budget.architecture import BLOCK, WINDOWED, Architecture
-from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, POST_NORM, Family, ModelParts, Multiple, Tap, TensorAxes
+from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, POST_NORM, Family, ModelParts, Tap, TensorAxes
 from minitron.families.config_json import kept_config, transformers_config
 
 if TYPE_CHECKING:

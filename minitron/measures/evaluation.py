@@ -188,7 +188,7 @@ def _speed(models: Models, rows_RT: np.ndarray, lengths: SpeedSettings, name: st
 
 def _can_decode(models: Models, name: str) -> bool:
     """transformers' cache asks an attention layer how long it is, so a model without one cannot decode there."""
-    return "*" in architecture_from_config(read_config(models.folders[name])).pattern
+    return "*" in architecture_from_config(read_config(models.folders[name])).mixers
 
 
 def _prompts(models: Models, tokenizer: PreTrainedTokenizerBase, wanted: EvaluateSettings, name: str, _on_share: Share) -> list[dict[str, Any]]:

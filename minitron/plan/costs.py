@@ -160,7 +160,7 @@ def _screen(view: LapView) -> Cost:
     if settings.prune.method is PruneMethod.compensated:
         cut += _compensated(view, candidate_samples(settings, view.base)).work
     measured = view.held_out(view.student, settings.search.screen_samples)
-    decoded = (REPETITIONS * (screen.prompt_tokens * 0.2 + screen.new_tokens)) * ("*" in view.student.pattern)
+    decoded = (REPETITIONS * (screen.prompt_tokens * 0.2 + screen.new_tokens)) * ("*" in view.student.mixers)
     more = cut + measured + decode_work(view.student, decoded, FLOAT32)
     cost = _trained(view, view.student, None if screen.cached else view.teacher, [(screen.train, view.length)], more=more)
     times = 1 if settings.candidate else min(settings.search.finalists, view.shortlisted)
@@ -237,7 +237,7 @@ def _evaluate(view: LapView) -> Cost:
         for speed in wanted.speed:
             tokens = speed.input_tokens * speed.batch
             work += forward_work(model, tokens, speed.input_tokens) * (REPETITIONS + 1)
-            if "*" in model.pattern:
+            if "*" in model.mixers:
                 work += decode_work(model, speed.output_tokens * (REPETITIONS + 1), view.width)
                 work += Work(calls=speed.output_tokens * WATCHED * model.num_sublayers)
         for length in wanted.needle.lengths:

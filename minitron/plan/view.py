@@ -60,7 +60,8 @@ class LapView:
 
     def layer_bytes(self, model: Architecture, tokens: int) -> int:
         """Of states and the layer at work, on a processor."""
-        return FLOAT32 * tokens * (2 * model.hidden + max(layer_numbers(model, letter, by_blocks=True) for letter in set(model.pattern)))
+        own = max(layer_numbers(model, letter, self.length, by_blocks=True) for letter in set(model.pattern))
+        return FLOAT32 * tokens * (2 * model.hidden + own)
 
     def held_out(self, model: Architecture, rows: int) -> Work:
         """Loss of a model on so many held-out rows."""

@@ -96,7 +96,7 @@ class CutCost:
         inner = {"M": student.mamba_inner, "-": student.ffn, "*": student.num_attention_heads * student.attention_head_dim}
         inner["E"] = student.moe_ffn
         reading = [(student.hidden, self.base.hidden)] * self.recipe.refit_reading
-        return reading + [(inner[kind], student.hidden) for kind in student.pattern] * self.recipe.refit_writing
+        return reading + [(inner[kind], student.hidden) for kind in student.mixers] * self.recipe.refit_writing
 
     @property
     def _widest(self) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from memory_budget.architecture import BLOCK
+from memory_budget.architecture import BLOCKS
 from memory_budget.units import format_gib
 from minitron.report.data import data_blocks, more_rows_blocks
 from minitron.report.evaluation import evaluation_blocks
@@ -138,7 +138,7 @@ def _teacher_blocks(part: Part) -> list[str]:
 
 def _score_blocks(part: Part) -> list[str]:
     """Layers were scored by the first lap, the widths that are cut by the last."""
-    blocks, of_blocks = [], BLOCK in kinds_of(part.summary, part.summary["importance"]["pattern"])
+    blocks, of_blocks = [], set(kinds_of(part.summary, part.summary["importance"]["pattern"])) <= set(BLOCKS)
     if part.which is not Which.widths:
         some_at_floor = None in part.summary["importance"]["first_round_scores"]
         reason = "must stay" if of_blocks else "are of a kind that may not lose more of them"

@@ -3,14 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from memory_budget.architecture import BLOCK, LAYER_KINDS
+from memory_budget.architecture import BLOCK, WINDOWED_BLOCK, Architecture
 from memory_budget.units import format_gib
-from minitron.report.summary import KIND_NAMES, best_first, chosen_candidate, cut_kinds, highest_rung, kinds_of, removed_layers
+from minitron.report.summary import KIND_NAMES, best_first, chosen_candidate, cut_kinds, highest_rung, removed_layers
 from minitron.report.text import Summary, change, duration, escaped, nats, speed, table
 
 Candidate = Mapping[str, Any]
 
-BLOCK_LETTER = "B"  # of the picture of layers, where a block is one character
+BLOCK_LETTERS = {BLOCK: "B", WINDOWED_BLOCK: "W"}  # of the picture of layers, where a block is one character
+LEGENDS = {BLOCK: "B is a block of attention and FFN", WINDOWED_BLOCK: "W is a block of attention within a window and FFN"}
 SIZES = (
     ("hidden", "hidden width", "M*-E"),
     ("ffn", "FFN neurons", "-"),
@@ -21,6 +22,7 @@ SIZES = (
     ("num_attention_heads", "query heads", "*"),
     ("num_key_value_heads", "KV heads", "*"),
     ("attention_head_dim", "attention head dim", "*"),
+    ("window", "window of attention (tokens)", "W"),
     ("moe_num_experts", "experts", "E"),
     ("moe_ffn", "expert neurons", "E"),
     ("vocab", "vocabulary", "M*-E"),
@@ -131,14 +133,15 @@ def screens_table(lap: Summary) -> str:
 def architecture_table(summary: Summary, student: Mapping[str, Any]) -> str:
     """Sizes of teacher and student side by side; only of the kinds of layers that the teacher has."""
     teacher = summary["models"]["teacher"]
-    before, after = teacher["architecture"], student["architecture"]
-    kinds, left = kinds_of(summary, before["pattern"]), kinds_of(summary, after["pattern"])
-    if set(kinds) == {BLOCK}:
-        rows = [(f"layers ({KIND_NAMES[BLOCK]})", len(kinds), len(left))]
+    before, after = (Architecture(**model["architecture"]) for model in (teacher, student))
+    kinds, left = before.layer_kinds, after.layer_kinds
+    rows = [("layers", len(kinds), len(left))]
+    if set(kinds) <= set(BLOCK_LETTERS) and len(set(kinds)) == 1:
+        rows = [(f"layers ({KIND_NAMES[kinds[0]]})", len(kinds), len(left))]
     else:
-        rows = [("layers", len(kinds), len(left))]
-        rows += [(f"– {KIND_NAMES[kind]}", kinds.count(kind), left.count(kind)) for kind in LAYER_KINDS if kind in kinds]
-    rows += [(label, before[name], after[name]) for name, label, kinds in SIZES if set(kinds) & set(before["pattern"])]
+        rows += [(f"– {name}", kinds.count(kind), left.count(kind)) for kind, name in KIND_NAMES.items() if kind in kinds]
+    there = set(before.pattern + before.mixers)
+    rows += [(label, getattr(before, name), getattr(after, name)) for name, label, letters in SIZES if set(letters) & there]
     rows += [("parameters", teacher["parameters"], student["parameters"])]
     return table(("", "teacher", "student", "change"), [(label, f"{old:,}", f"{new:,}", change(old, new)) for label, old, new in rows])
 
@@ -148,12 +151,12 @@ def pattern_lines(summary: Summary) -> str:
     kinds, removed, cut = cut_kinds(summary), removed_layers(summary), "base" if summary["base"] else "teacher"
     if not removed:
         return "No layer is removed."
-    pattern = "".join(BLOCK_LETTER if kind == BLOCK else kind for kind in kinds)
+    pattern = "".join(BLOCK_LETTERS.get(kind, kind) for kind in kinds)
     ruler = "".join(f"{layer:<10}" for layer in range(0, len(pattern), 10))
     marks = "".join("^" if layer in removed else " " for layer in range(len(pattern))).rstrip()
     student = "".join(" " if layer in removed else letter for layer, letter in enumerate(pattern)).rstrip()
     lines = [f"layer    {ruler.rstrip()}", f"{cut:<7}  {pattern}", f"removed  {marks}", f"student  {student}"]
     of = "the given base's " if summary["base"] else ""
-    letters = f"{BLOCK_LETTER} is a block of attention and FFN" if BLOCK in kinds else "Letters: M Mamba-2, `*` attention, - FFN"
+    letters = ", ".join(legend for kind, legend in LEGENDS.items() if kind in kinds) or "Letters: M Mamba-2, `*` attention, - FFN"
     listed = f"{len(removed)} of {of}{len(pattern)} layers removed: {', '.join(map(str, removed))}. {letters}."
     return "```\n" + "\n".join(lines) + "\n```\n\n" + listed

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from memory_budget.architecture import BLOCK, Architecture
+from memory_budget.architecture import BLOCK, WINDOWED_BLOCK, Architecture, as_dict
 from memory_budget.calculator import memory_report
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
@@ -31,7 +31,8 @@ MORE_ROWS = ("phase_rows", "whole_rows")  # stages that make rows beside the dat
 SLICE_FACTS = ("models", "tokens", "learning_rate")  # of summary["against_slice"]: the plain slice as cut and as distilled
 REASONERS = {"teacher": "teacher", "student": "student", "student_whole": "student of whole traces alone"}  # of summary["reasoning"]
 RUNGS = ("short_distill_loss", "zero_shot_loss")  # the highest first
-KIND_NAMES = {"M": "Mamba-2", "*": "attention", "-": "FFN", "E": "MoE", BLOCK: "attention + FFN"}  # of layers, by their letters
+KIND_NAMES = {"M": "Mamba-2", "*": "attention", "-": "FFN", "E": "MoE", BLOCK: "attention + FFN",
+              WINDOWED_BLOCK: "attention within a window + FFN"}  # of layers, by their letters  # fmt: skip
 
 
 def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def _given_base(settings: Settings) -> dict[str, Any]:
     if settings.base.path is None:
         return {}
     architecture = base_architecture(settings)
-    return {"path": settings.base.path, "parameters": count_total_parameters(architecture), "architecture": asdict(architecture)}
+    return {"path": settings.base.path, "parameters": count_total_parameters(architecture), "architecture": as_dict(architecture)}
 
 
 def _stage(result: Result, cached: bool) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def _models(settings: Settings, results: Mapping[str, Result], budget_bytes: int
         models[name] = {
             "path": None if folder is None else str(folder),
             "parameters": count_total_parameters(architecture),
-            "architecture": asdict(architecture),
+            "architecture": as_dict(architecture),
             "memory_bytes": memory.as_dict(),
             "fits": memory.total <= budget_bytes,
             "evaluation": evaluations.get(name),

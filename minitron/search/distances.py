@@ -131,7 +131,7 @@ def retained_importance(candidates: Candidates, scores: ImportanceScores, remova
     if (candidates.num_key_value_heads != teacher.num_key_value_heads).any():
         axes.append(("*", candidates.num_key_value_heads, key_value_heads))
     for kind, column, score_of in axes:
-        layers = [layer for layer, letter in enumerate(teacher.pattern) if letter == kind]
+        layers = [layer for layer, letter in enumerate(teacher.mixers) if letter == kind]
         if layers:
             kept = kept * np.mean([_kept_share(score_of(layer), column) for layer in layers], axis=0)
     removed = teacher.num_layers - candidates.num_layers

@@ -82,7 +82,7 @@ def screen_candidate(context: StageContext) -> dict:
 def _measured(context: StageContext, entry: dict, student: nn.Module, device: torch.device) -> dict:
     batches = screening_batches(context, device)
     prompt = longest_prompt(torch.cat(batches).cpu().numpy(), context.settings.screen.prompt_tokens).to(device)
-    can_decode = "*" in entry["architecture"]["pattern"]  # transformers' cache asks an attention layer how long it is
+    can_decode = "*" in Architecture(**entry["architecture"]).mixers  # transformers' cache asks an attention layer how long it is
     loss = held_out_loss(student, batches)
     new_tokens = context.settings.screen.new_tokens
     speed, alone = measured_alone(lambda: decode_tokens_per_second(student, prompt, new_tokens)) if can_decode else (None, None)

@@ -1,12 +1,12 @@
 """Every architecture that passes the filters, a diversified few of them, and their zero-shot losses."""
 
 import csv
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from memory_budget.architecture import Architecture
+from memory_budget.architecture import Architecture, as_dict
 from memory_budget.budget import Budget
 from memory_budget.calculator import memory_report
 from memory_budget.units import GIB, format_gib
@@ -133,7 +133,7 @@ def _entry(settings: Settings, candidates: Candidates, row: int, workload: Workl
     batch = settings.throughput.batch or largest_batch(architecture, workload, serving, budget.bytes) if serving else None
     return {
         "id": candidates.identifier(row),
-        "architecture": asdict(architecture),
+        "architecture": as_dict(architecture),
         "parameters": int(candidates.parameters[row]),
         "memory_bytes": memory_report(architecture, workload).as_dict(),
         "kept_layers": list(candidates.kept_layers[int(candidates.num_layers[row])]),

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from distill.chunk_sizes import chunk_tokens
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import layer_parameters
-from minitron.checkpoints.forward_memory import layer_bytes, score_bytes
+from minitron.checkpoints.forward_memory import ATTENTION, layer_bytes, score_bytes
+from minitron.checkpoints.forward_work import has_mask
 from minitron.mamba import block_sizes
 from minitron.mamba.kernel_memory import ScanMemory
 from minitron.settings.training import Precision, TrainSettings
@@ -124,7 +125,7 @@ class MicroStep:
         letter, stream = self.student.pattern[layer], self.stream_bytes
         inputs = (2 if self.train.gradient_checkpointing == "host" else 1) if self._again(layer) else 0
         output = self._all_tokens * self.student.hidden * self.width if self.casts and self.width == BF16 else 0  # the mixer's, in what autocast casts to
-        if letter == "*":
+        if letter in ATTENTION:
             heads = self.student.num_key_value_heads if self.by_heads else 1
             part = (self._mixer_kept(letter) + self._gradients(letter)) // heads + self._products(letter)
         else:
@@ -137,7 +138,7 @@ class MicroStep:
         if not (self.casts and self.width == BF16):
             return 0
         matrices = BF16 * sum(copies * out * into for copies, out, into in layer_parameters(self.student, letter).matrices)
-        return self._all_tokens * (3 if letter == "*" else 1) * self.width * self.student.hidden + matrices
+        return self._all_tokens * (3 if letter in ATTENTION else 1) * self.width * self.student.hidden + matrices
 
     def _block_kept(self, letter: str) -> int:
         """Of a block: a Mamba-2 mixer as transformers computes it with a cache, convolution and scan by kernels, the gated norm in float32 by torch."""
@@ -152,25 +153,27 @@ class MicroStep:
         return self._gradients(letter) if letter == "-" else self._all_tokens * 4 * FLOAT32 * self.student.mamba_inner
 
     def _kept(self, letter: str) -> int:
-        """What a layer keeps that is not computed again: its norm's input and normed output in float32, the mixer's input once for every product of it, and
-        the mixer's own; where autocast casts, also the layer's matrices in bf16."""
+        """What a layer keeps that is not computed again: its norm's input and normed output in float32, and those of a second norm, the mixer's input once for
+        every product of it, and the mixer's own; where autocast casts, also the layer's matrices in bf16."""
         student, width, casts = self.student, self.width, self.casts and self.width == BF16
-        products = 3 if letter == "*" and casts else 1
-        norm = self._all_tokens * (2 * FLOAT32 * student.hidden + products * width * student.hidden + FLOAT32)
+        products = 3 if letter in ATTENTION and casts else 1
+        norms = (1 + student.post_norms) * (2 * FLOAT32 * student.hidden + FLOAT32)
+        norm = self._all_tokens * (norms + products * width * student.hidden)
         matrices = BF16 * sum(copies * out * into for copies, out, into in layer_parameters(student, letter).matrices) if casts else 0
         return norm + matrices + self._mixer_kept(letter)
 
     def _mixer_kept(self, letter: str) -> int:
         """Mamba-2: in_proj's output and the kernel's own. Attention: queries, keys, values, their weighted sum, a float32 a query, and the
-        scores where there is no fused kernel. Feed-forward: relu and square; under bf16 autocast squares in float32, so that relu is there in both,
-        and the square in bf16; gated, gate, its activation, up and their product."""
+        scores where there is no fused kernel; with a mask, that as it is added, and keys and values for every query head. Feed-forward: relu and square; under
+        bf16 autocast squares in float32, so that relu is there in both, and the square in bf16; gated, gate, its activation, up and their product."""
         student, width = self.student, self.width
         if letter == "M":
             return self._all_tokens * width * self._mamba_outputs + self._scan.mixer_keeps()
-        if letter == "*":
-            heads = student.num_attention_heads, student.num_key_value_heads
-            kept = self._all_tokens * (2 * sum(heads) * student.attention_head_dim * width + FLOAT32 * heads[0])
-            return kept + score_bytes(student, width, self.rows, self.tokens)
+        if letter in ATTENTION:
+            masked = has_mask(student, letter, self.tokens)
+            heads = student.num_attention_heads, student.num_attention_heads if masked else student.num_key_value_heads
+            kept = 2 * sum(heads) * student.attention_head_dim * width + FLOAT32 * heads[0] + width * self.tokens * masked
+            return self._all_tokens * kept + score_bytes(student, letter, width, self.rows, self.tokens)
         return self._all_tokens * student.ffn * (4 * width if student.ffn_gated else 2 * FLOAT32)
 
     def _gradients(self, letter: str) -> int:
@@ -184,11 +187,11 @@ class MicroStep:
         if letter == "M":
             output = self._all_tokens * student.hidden * width if self.casts and width == BF16 else 0
             return output + self._all_tokens * width * self._mamba_outputs + self._scan.mixer_back()
-        if letter == "*":
+        if letter in ATTENTION:
             queries, keys = (heads * student.attention_head_dim for heads in (student.num_attention_heads, student.num_key_value_heads))
             by_head = 2 * queries * width if queries != keys else 0
             sums = FLOAT32 * (student.num_attention_heads + (queries if width == BF16 else 0))
-            scores = 9 * score_bytes(student, width, self.rows, self.tokens) // 4  # forward, beside those kept; two gradients backward are less
+            scores = 9 * score_bytes(student, letter, width, self.rows, self.tokens) // 4  # forward, beside those kept; two gradients backward are less
             return self._all_tokens * (2 * (queries + keys) * width + by_head + sums) + scores
         if student.ffn_gated:  # of the product, and of what it was made of
             return self._all_tokens * 3 * width * student.ffn

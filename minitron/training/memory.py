@@ -11,10 +11,10 @@ from dataclasses import dataclass, fields, replace
 
 from distill.chunk_sizes import chunk_tokens
 from distill.engines.launch import Launch
-from memory_budget.architecture import Architecture
+from memory_budget.architecture import WINDOWED, Architecture
 from memory_budget.parameters import count_parameters, count_total_parameters, layer_parameters
 from memory_budget.units import format_gib
-from minitron.checkpoints.forward_work import layer_numbers
+from minitron.checkpoints.forward_work import has_mask, layer_numbers
 from minitron.machine.memory import available_memory_bytes
 from minitron.settings.training import Optimizer, Precision, TrainSettings
 from minitron.training.gpu_memory import BF16, FLOAT32, MicroStep, Moment
@@ -25,8 +25,9 @@ SPARE_SHARE = 0.1  # of a device's memory: left to the allocator's rounding and 
 @dataclass(frozen=True, slots=True)
 class TrainingMemory:
     """Bytes in each process. `gathered` is what a sharded engine holds whole for a while: what is outside the layers, and the
-    largest layer twice, since the next one is fetched while one runs. `mask` is attention's own, of packed rows on a GPU without flash attention.
-    `activations`, `loss` and `layer`, on a GPU the one at work, are those of the moment of a micro-step that has most of them.
+    largest layer twice, since the next one is fetched while one runs. `mask` is attention's own on a GPU: of windows, and of
+    packed rows without flash attention. `activations`, `loss` and `layer`, on a GPU the one at work, are those of the moment of
+    a micro-step that has most of them.
     """
 
     weights: int
@@ -73,7 +74,7 @@ def training_memory(student: Architecture, teacher: Architecture, train: TrainSe
         ).largest
     else:
         tokens = rows * sequence_length
-        moment = Moment(activations=tokens * activation_bytes_per_token(student, train), loss=loss_bytes(student, teacher, tokens))
+        moment = Moment(activations=tokens * activation_bytes_per_token(student, train, sequence_length), loss=loss_bytes(student, teacher, tokens))
     return TrainingMemory(
         weights=computing * numbers // weight_slices + master,
         gradients=FLOAT32 * numbers // optimizer_slices,  # of micro-steps they add up in float32 under every engine
@@ -83,8 +84,15 @@ def training_memory(student: Architecture, teacher: Architecture, train: TrainSe
         activations=moment.activations,
         loss=moment.loss,
         layer=moment.layer,
-        mask=rows * sequence_length**2 * (1 + (BF16 if train.precision is Precision.bf16 else FLOAT32)) if masked else 0,
+        mask=rows * sequence_length**2 * _mask_width(student, train, sequence_length, on_gpu=on_gpu, masked=masked),
     )
+
+
+def _mask_width(student: Architecture, train: TrainSettings, length: int, *, on_gpu: bool, masked: bool) -> int:
+    """Bytes of a number of attention's masks that no layer's own are: of windows, whose layers keep what they add, the bool alone."""
+    if masked:
+        return 1 + (BF16 if train.precision is Precision.bf16 else FLOAT32)
+    return int(on_gpu and has_mask(student, WINDOWED, length))
 
 
 def _casts(launch: Launch) -> bool:
@@ -115,14 +123,14 @@ def _gathered(model: Architecture) -> int:
 
 def _layer_numbers(model: Architecture, letter: str) -> int:
     layer = layer_parameters(model, letter)
-    return sum(copies * out * into for copies, out, into in layer.matrices) + layer.others + model.hidden
+    return layer.total + (1 + model.post_norms) * model.hidden
 
 
-def activation_bytes_per_token(student: Architecture, train: TrainSettings) -> int:
-    """What forward keeps for backward on a CPU, up to the last hidden states."""
+def activation_bytes_per_token(student: Architecture, train: TrainSettings, length: int) -> int:
+    """What forward keeps for backward on a CPU of rows of `length`, up to the last hidden states."""
     width = BF16 if train.precision is Precision.bf16 else FLOAT32
     by_blocks = train.precision is Precision.float32  # mamba/blockwise.FeedForward and mixer
-    kept = [sum(layer_numbers(student, letter, by_blocks=by_blocks) for letter in letters) for letters in student.layer_kinds]
+    kept = [sum(layer_numbers(student, letter, length, by_blocks=by_blocks) for letter in letters) for letters in student.layer_kinds]
     if not train.gradient_checkpointing:
         return sum(kept) * width
     again, whole = kept[:: train.checkpoint_every], sum(kept) - sum(kept[:: train.checkpoint_every])
@@ -143,9 +151,11 @@ class PhaseMemory:
 
     def of(self, train: TrainSettings) -> TrainingMemory:
         """The plan of one process."""
-        return training_memory(self.student, self.teacher, train, self.launch, sequence_length=self.sequence_length,
-                               teacher_bytes_per_number=self.teacher_bytes_per_number, on_gpu=self.on_gpu,
-                               masked=self.packed and self.on_gpu and not has_flash_attention(train.precision))  # fmt: skip
+        by_document, models = self.packed and self.on_gpu, (self.student, self.teacher)
+        if by_document and has_flash_attention(train.precision):  # which needs no masks, of windows neither
+            by_document, models = False, [replace(model, pattern=model.mixers) for model in models]
+        return training_memory(*models, train, self.launch, sequence_length=self.sequence_length,
+                               teacher_bytes_per_number=self.teacher_bytes_per_number, on_gpu=self.on_gpu, masked=by_document)  # fmt: skip
 
     def with_checkpointing(self, train: TrainSettings, available_bytes: int) -> TrainSettings:
         """`gradient_checkpointing: auto` as what computes least again and fits with something to spare, else what takes least memory."""

@@ -13,6 +13,7 @@ from memory_budget.calculator import (
     prefill_activation_bytes,
     weight_bytes,
 )
+from memory_budget.hf_config import architecture_from_config
 from memory_budget.units import GIB
 from memory_budget.workload import Workload
 
@@ -75,7 +76,57 @@ def test_cache_bytes_are_those_of_transformers_but_for_one_column_of_the_convolu
     assert memory_report(architecture, replace(workload, context_tokens=tokens + 1)).kv_cache != kv_bytes
 
 
-@pytest.mark.parametrize("name", ["nemotron-nano-9b-v2", "nemotron-3-nano-30b-a3b", "llama-3-8b", "qwen3-8b"])
+WINDOW_OF_8 = {
+    "tiny-mistral-null-head-dim": {"sliding_window": 8},
+    "tiny-qwen2-head-dim": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+    "tiny-qwen3-biases": {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "tiny-gemma3-biases": {},
+}
+
+
+@pytest.mark.parametrize("name", WINDOW_OF_8)
+def test_cache_bytes_of_windows_are_those_of_transformers(name, config_of):
+    """After prompts below, at and above the window, and after further tokens one at a time."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = config_of(name) | WINDOW_OF_8[name]
+    model, architecture = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32).eval(), architecture_from_config(config)
+    for prompt, decoded in ((5, 0), (7, 0), (8, 0), (20, 0), (5, 2), (5, 9), (20, 3)):
+        cache = None
+        with torch.no_grad():
+            for tokens in (prompt, *[1] * decoded):
+                cache = model(torch.zeros(2, tokens, dtype=torch.long), past_key_values=cache, use_cache=True).past_key_values
+        workload = Workload(context_tokens=prompt + decoded, batch=2, kv_dtype="float32")
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        assert memory_report(architecture, workload).kv_cache == held
+        assert (memory_report(replace(architecture, window=9), workload).kv_cache == held) == (prompt + decoded < 8)  # a window more, a token more
+
+
+def test_caches_of_a_published_model_are_the_sum_counted_by_hand(architecture_of):
+    """Gemma-3-1B: 4 layers keep all tokens, 22 the last 511; keys and values of one head of 256 numbers in bf16."""
+    report = memory_report(architecture_of("gemma-3-1b"), Workload(context_tokens=32768, batch=3))
+    assert report.kv_cache == 3 * (4 * 32768 + 22 * 511) * 2 * 256 * 2
+
+
+@pytest.mark.parametrize("pattern", ["*-*-", "W-W-*-", "W-*-*-M", "W-W-", "M-W"])
+@pytest.mark.parametrize("window", [2, 5])
+def test_the_longest_context_is_the_last_that_fits_at_any_budget(pattern, window):
+    """Against trying every context: the cache grows by every layer up to the window, and by those without one from there on."""
+    architecture = Architecture(model_type="nemotron_h", pattern=pattern, hidden=2, vocab=3, ffn=2, num_attention_heads=1, num_key_value_heads=1,
+                                attention_head_dim=2, window=window, mamba_num_heads=1, mamba_head_dim=1, mamba_num_groups=1, mamba_state_size=1)  # fmt: skip
+    workload = Workload(context_tokens=1000, batch=3, kv_dtype="fp8")
+    totals = [memory_report(architecture, replace(workload, context_tokens=tokens)).total for tokens in range(1, 40)]
+    found = set()
+    for budget in range(totals[0] - 3, totals[15] + 3):
+        fitting = sum(total <= budget for total in totals)
+        expected = None if fitting == len(totals) else fitting
+        assert max_context_tokens(architecture, workload, budget) == expected
+        found.add(expected)
+    assert found > {0, window - 1, window + 3} if "*" in pattern else found == {*range(window - 1), None}  # both stretches were met
+
+
+@pytest.mark.parametrize("name", ["nemotron-nano-9b-v2", "nemotron-3-nano-30b-a3b", "llama-3-8b", "qwen3-8b", "gemma-3-1b"])
 @pytest.mark.parametrize(
     "workload",
     [
@@ -92,7 +143,7 @@ def test_longest_context_fits_and_one_token_more_does_not(name, workload, archit
     assert memory_report(architecture, replace(workload, context_tokens=longest + 1)).total > 40 * GIB
 
 
-@pytest.mark.parametrize("name", ["nemotron-nano-9b-v2", "llama-3-8b", "mamba2-2.7b"])
+@pytest.mark.parametrize("name", ["nemotron-nano-9b-v2", "llama-3-8b", "mamba2-2.7b", "mistral-7b-v0.1", "gemma-3-1b"])
 def test_largest_batch_fits_and_one_sequence_more_does_not(name, architecture_of):
     architecture, workload = architecture_of(name), Workload(context_tokens=4096, batch=7)
     largest = max_batch(architecture, workload, BUDGET_BYTES)

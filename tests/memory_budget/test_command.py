@@ -107,10 +107,28 @@ def test_states_are_shown_where_a_layer_has_one(config_path):
     assert json.loads(command(config_path("llama-3-8b"), "--json").stdout)["bytes"]["ssm_state"] == 0
 
 
-def test_a_window_that_is_not_modelled_is_said(config_path, config_of, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({**config_of("mistral-7b-v0.3"), "sliding_window": 4096}))
-    assert "note: sliding_window (4096 tokens) is not modelled" in command(tmp_path).stdout
-    assert "note:" not in command(config_path("mistral-7b-v0.3")).stdout
+@pytest.mark.parametrize(
+    ("name", "blocks", "kept"),
+    [
+        ("gemma-3-1b", "26 blocks of attention and FFN, 22 of them within a window of 512 tokens", "the last 511 tokens alone in 22 of 26 attention layers"),
+        ("mistral-7b-v0.1", "32 blocks of attention and FFN, all of them within a window of 4,096 tokens", "the last 4,095 tokens alone in all 32 attention"),
+    ],
+)
+def test_layers_within_a_window_and_what_they_keep_are_said(name, blocks, kept, config_path):
+    table = command(config_path(name)).stdout
+    assert blocks in table.splitlines()[0] and kept in next(line for line in table.splitlines() if line.startswith("KV cache"))
+    assert "note:" not in table and "window" not in command(config_path("mistral-7b-v0.3")).stdout
+
+
+def test_a_model_whose_windows_fit_has_no_longest_context(config_path):
+    assert json.loads(command(config_path("mistral-7b-v0.1"), "--json").stdout)["max_context_tokens"] is None
+    left = int(13.9 * 2**30) - 2 * 7_241_732_096
+    assert json.loads(command(config_path("mistral-7b-v0.1"), "--json", "--budget", "13.9").stdout)["max_context_tokens"] == left // (32 * 2 * 8 * 128 * 2)
+
+
+def test_that_windows_are_left_out_of_vllms_blocks_is_said_where_it_is_asked_for(config_path):
+    for name, noted in (("gemma-3-1b", True), ("qwen3-0.6b", False)):
+        assert ("note: vLLM's blocks are counted as if layers within a window kept the whole" in command(config_path(name), "--engine", "vllm").stdout) == noted
 
 
 @pytest.mark.parametrize(
@@ -159,6 +177,10 @@ def test_a_config_that_cannot_be_read_is_one_line_and_exit_code_2(content, says,
 def test_no_argument_is_an_error_of_one_line():
     done = command()
     assert (done.returncode, done.stderr) == (2, "error: the following arguments are required: DIR_OR_CONFIG_JSON\n")
+
+
+def test_help_lists_the_model_types_that_are_read():
+    assert "Model types: nemotron_h, mamba2, llama, mistral, qwen2, qwen3, gemma3_text." in command("--help", COLUMNS="200").stdout
 
 
 def test_help_explains_each_option():

@@ -20,7 +20,7 @@ def test_pattern_string_and_block_types_old_and_new_read_alike(config_of):
 def test_config_that_transformers_saves_reads_like_the_one_it_was_given(config_of, architecture_of, tmp_path):
     from transformers import AutoConfig
 
-    for name in ("nemotron-nano-9b-v2", "nemotron-3-nano-30b-a3b", "tiny-nemotron-h", "qwen2-0.5b", "mamba2-2.7b"):
+    for name in ("nemotron-nano-9b-v2", "nemotron-3-nano-30b-a3b", "tiny-nemotron-h", "qwen2-0.5b", "mamba2-2.7b", "mistral-7b-v0.1", "gemma-3-1b"):
         AutoConfig.for_model(**config_of(name)).save_pretrained(tmp_path)
         assert architecture_from_config(read_config(tmp_path)) == architecture_of(name)
 
@@ -43,27 +43,38 @@ def test_an_untied_and_a_tied_qwen_differ_by_the_head(config_of):
     assert count_total_parameters(untied) - count_total_parameters(tied) == 151936 * 896
 
 
+HYBRID = "nemotron-nano-9b-v2"
+
+
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("name", "change", "says"),
     [
-        ({"model_type": None}, ["model_type is missing", "nemotron_h"]),
-        ({"model_type": "gpt2"}, ["model_type (gpt2)", "supported: nemotron_h, mamba2, llama, mistral, qwen2, qwen3"]),
-        ({"num_hidden_layers": 55}, ["num_hidden_layers (55)", "56 layers"]),
-        ({"layers_block_type": ["mamba"] * 56}, ["hybrid_override_pattern and layers_block_type must agree"]),
-        ({"hybrid_override_pattern": "M-X", "num_hidden_layers": 3}, ["'M-X'", "unknown: X"]),
-        ({"hybrid_override_pattern": None, "layers_block_type": ["mamba", "conv"], "num_hidden_layers": 2}, ["layers_block_type", "'conv'"]),
-        ({"hybrid_override_pattern": None, "layers_block_type": "M-", "num_hidden_layers": 2}, ["layers_block_type", "list"]),
-        ({"attention_head_dim": 64}, ["head_dim (128) and attention_head_dim (64)"]),
-        ({"hidden_size": "4480"}, ['hidden_size ("4480")', "whole number"]),
-        ({"hidden_size": 0}, ["hidden is 0"]),
-        ({"use_bias": 1}, ["use_bias (1)", "true or false"]),
-        ({"mamba_num_heads": 100}, ["mamba heads (100)", "96, 104"]),
-        ({"num_key_value_heads": 7}, ["attention heads (40)", "7 key-value heads"]),
+        (HYBRID, {"model_type": None}, ["model_type is missing", "nemotron_h"]),
+        (HYBRID, {"model_type": "gpt2"}, ["model_type (gpt2)", "supported: nemotron_h, mamba2, llama, mistral, qwen2, qwen3, gemma3_text"]),
+        (HYBRID, {"num_hidden_layers": 55}, ["num_hidden_layers (55)", "56 layers"]),
+        (HYBRID, {"layers_block_type": ["mamba"] * 56}, ["hybrid_override_pattern and layers_block_type must agree"]),
+        (HYBRID, {"hybrid_override_pattern": "M-X", "num_hidden_layers": 3}, ["'M-X'", "unknown: X"]),
+        (HYBRID, {"hybrid_override_pattern": None, "layers_block_type": ["mamba", "conv"], "num_hidden_layers": 2}, ["layers_block_type", "'conv'"]),
+        (HYBRID, {"hybrid_override_pattern": None, "layers_block_type": "M-", "num_hidden_layers": 2}, ["layers_block_type", "list"]),
+        (HYBRID, {"attention_head_dim": 64}, ["head_dim (128) and attention_head_dim (64)"]),
+        (HYBRID, {"hidden_size": "4480"}, ['hidden_size ("4480")', "whole number"]),
+        (HYBRID, {"hidden_size": 0}, ["hidden is 0"]),
+        (HYBRID, {"use_bias": 1}, ["use_bias (1)", "true or false"]),
+        (HYBRID, {"mamba_num_heads": 100}, ["mamba heads (100)", "96, 104"]),
+        (HYBRID, {"num_key_value_heads": 7}, ["attention heads (40)", "7 key-value heads"]),
+        ("mistral-7b-v0.1", {"sliding_window": 0}, ["sliding_window (0)", "at least 2 tokens, or null"]),
+        ("gemma-3-1b", {"sliding_window": 1}, ["sliding_window (1)", "at least 2 tokens, or null"]),
+        ("gemma-3-1b", {"sliding_window": "all"}, ['sliding_window ("all")', "whole number"]),
+        ("gemma-3-1b", {"sliding_window_pattern": 0}, ["sliding_window_pattern (0)", "at least 1"]),
+        ("gemma-3-1b", {"layer_types": ["full_attention"] * 25}, ["layer_types (25 entries)", "26 layers"]),
+        ("qwen3-8b", {"layer_types": "sliding_attention"}, ['layer_types ("sliding_attention")', "36 layers"]),
+        ("qwen2-0.5b", {"layer_types": ["full_attention"] * 23 + ["chunked_attention"]}, ['"chunked_attention"', "full_attention and sliding_attention"]),
+        ("qwen2-0.5b", {"layer_types": ["full_attention"] * 23 + ["sliding_attention"]}, ["sliding_attention", "no window", "use_sliding_window"]),
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused_by_name_value_and_rule(change, says, config_of):
-    config = config_of("nemotron-nano-9b-v2")
+def test_what_cannot_be_is_refused_by_name_value_and_rule(name, change, says, config_of):
+    config = config_of(name)
     architecture_from_config(config)
     with pytest.raises(ValueError) as caught:
         architecture_from_config({key: value for key, value in {**config, **change}.items() if value is not None})
@@ -89,19 +100,48 @@ def test_a_file_that_is_no_config_is_refused(content, says, tmp_path):
         read_config(tmp_path)
 
 
-def test_a_sliding_window_is_named_as_left_out(config_of):
-    config = config_of("mistral-7b-v0.3")
-    assert unmodelled_settings(config) == []
-    assert "4096 tokens" in unmodelled_settings({**config, "sliding_window": 4096})[0]
-    assert unmodelled_settings({**config_of("qwen2-7b"), "sliding_window": 4096, "use_sliding_window": False}) == []
+FULL, SLIDING = "full_attention", "sliding_attention"
+QWEN_WINDOWS = {"use_sliding_window": True, "sliding_window": 4096}
 
 
-def test_a_window_that_no_layer_has_is_not_named(config_of):
-    """Qwen's layers have one from max_window_layers on, or where layer_types says so; Llama has no such setting."""
-    qwen = {**config_of("qwen3-8b"), "use_sliding_window": True, "sliding_window": 4096}
-    layers = qwen["num_hidden_layers"]
-    assert unmodelled_settings({**qwen, "max_window_layers": layers}) == []
-    assert "4096 tokens" in unmodelled_settings({**qwen, "max_window_layers": layers - 1})[0]
-    assert unmodelled_settings({**qwen, "max_window_layers": 0, "layer_types": ["full_attention"] * layers}) == []
-    assert "4096 tokens" in unmodelled_settings({**qwen, "max_window_layers": layers, "layer_types": ["sliding_attention"] * layers})[0]
-    assert unmodelled_settings({**config_of("llama-3-8b"), "sliding_window": 4096}) == []
+@pytest.mark.parametrize(
+    ("name", "settings", "windowed", "window"),
+    [
+        ("defaults-mistral", {}, range(32), 4096),
+        ("mistral-7b-v0.1", {"sliding_window": 1024}, range(32), 1024),
+        ("mistral-7b-v0.1", {"sliding_window": None}, (), 0),
+        ("qwen2-0.5b", QWEN_WINDOWS | {"max_window_layers": 21}, (21, 22, 23), 4096),
+        ("qwen2-0.5b", QWEN_WINDOWS | {"max_window_layers": 21, "use_sliding_window": False}, (), 0),
+        ("qwen2-0.5b", QWEN_WINDOWS | {"max_window_layers": 21, "sliding_window": None}, (), 0),
+        ("qwen2-0.5b", {"use_sliding_window": True, "num_hidden_layers": 30}, (28, 29), 4096),
+        ("qwen2-0.5b", QWEN_WINDOWS | {"max_window_layers": 0, "layer_types": [FULL, SLIDING] * 12}, range(1, 24, 2), 4096),
+        ("qwen3-0.6b", QWEN_WINDOWS, (), 0),
+        ("qwen3-0.6b", QWEN_WINDOWS | {"max_window_layers": 27}, (27,), 4096),
+        ("qwen3-0.6b", QWEN_WINDOWS | {"layer_types": [FULL] * 27 + [SLIDING]}, (27,), 4096),
+        ("defaults-gemma3_text", {}, set(range(26)) - {5, 11, 17, 23}, 4096),
+        ("gemma-3-1b", {"sliding_window_pattern": 2}, range(0, 26, 2), 512),
+        ("gemma-3-1b", {"sliding_window_pattern": 1}, (), 0),
+        ("gemma-3-1b", {"num_hidden_layers": 3, "layer_types": [FULL, SLIDING, FULL]}, (1,), 512),
+    ],
+    ids=str,
+)
+def test_the_layers_within_a_window_are_those_of_transformers(name, settings, windowed, window, config_of):
+    """Said here, and by the cache that transformers makes for the config."""
+    from transformers import AutoConfig, DynamicCache
+
+    config = config_of(name) | settings
+    architecture = architecture_from_config(config)
+    assert architecture.layer_kinds == tuple("W-" if layer in windowed else "*-" for layer in range(architecture.num_layers))
+    assert architecture.window == window
+    layers = DynamicCache(config=AutoConfig.for_model(**config)).layers
+    assert {layer.sliding_window for layer in layers if layer.is_sliding} == ({window} if window else set())
+    assert tuple("W-" if layer.is_sliding else "*-" for layer in layers) == architecture.layer_kinds
+
+
+def test_a_llama_has_no_windows_whatever_its_config_says(config_of):
+    assert architecture_from_config(config_of("llama-3-8b") | {"sliding_window": 4096}) == architecture_from_config(config_of("llama-3-8b"))
+
+
+def test_a_window_is_modelled_and_named_by_no_note(config_of):
+    assert unmodelled_settings(config_of("mistral-7b-v0.1")) == unmodelled_settings(config_of("gemma-3-1b")) == []
+    assert unmodelled_settings({**config_of("gemma-3-1b"), "quantization_config": {}}) != []

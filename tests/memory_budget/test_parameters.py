@@ -14,9 +14,11 @@ PUBLISHED = {
     "nemotron-nano-9b-v2": 8_888_227_328,
     "nemotron-nano-depth-56": 11_386_496_128,
     "llama-3-8b": 8_030_261_248,
+    "mistral-7b-v0.1": 7_241_732_096,
     "qwen2-0.5b": 494_032_768,
     "qwen2-7b": 7_615_616_512,
     "qwen3-8b": 8_190_735_360,
+    "gemma-3-1b": 999_885_952,
 }
 
 
@@ -66,6 +68,7 @@ def test_every_kind_counts_as_many_numbers_as_the_model_of_transformers(name, co
         {"mamba_conv_bias": True},
         {"tied_embeddings": True},
         {"attention_input_bias": True},
+        {"post_norms": True},
     ],
     ids=str,
 )

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 
+from memory_budget.architecture import Architecture, as_dict
 from minitron.settings import run
 from minitron.settings.rules import key_settings
 from minitron.settings.run import BudgetSettings, PruneMethod, Settings, WorkloadSettings
@@ -192,6 +193,22 @@ def test_scoring_of_layers_is_the_scores_own():
 
 def test_that_a_lap_goes_before_is_in_no_key():
     assert changed(settings(depth_lap=run.DepthLapSettings(tokens=9)), settings()) == set()
+
+
+OLD_FIELDS = [
+    "model_type", "pattern", "hidden", "vocab", "tied_embeddings", "ffn", "ffn_gated", "ffn_bias", "num_attention_heads", "num_key_value_heads",
+    "attention_head_dim", "attention_input_bias", "attention_output_bias", "attention_qk_norm", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups",
+    "mamba_state_size", "mamba_conv_kernel", "mamba_conv_bias", "mamba_projection_bias", "moe_num_experts", "moe_experts_per_token", "moe_ffn",
+    "moe_shared_ffn", "moe_latent",
+]  # fmt: skip
+
+
+def test_an_architecture_is_stored_as_it_was_before_there_were_windows():
+    base = base_architecture(settings())
+    assert list(as_dict(base)) == OLD_FIELDS
+    windowed = replace(base, pattern="M-MW-M-*-", window=8)
+    assert list(as_dict(replace(windowed, post_norms=True))) == [field.name for field in fields(Architecture)] != OLD_FIELDS
+    assert as_dict(windowed)["window"] == 8 and Architecture(**as_dict(windowed)) == windowed
 
 
 def test_settings_of_how_are_left_out():

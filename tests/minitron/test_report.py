@@ -12,17 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from memory_budget.architecture import Architecture
+from memory_budget.architecture import Architecture, as_dict
 from memory_budget.calculator import memory_report
 from memory_budget.parameters import count_total_parameters
 from memory_budget.workload import Workload
+from minitron.checkpoints.publish import model_card
 from minitron.report import files as report
 from minitron.report.data import row_lines
 from minitron.report.evaluation import speed_note, speed_table
 from minitron.report.page import page_html, page_markdown
 from minitron.report.plots import PLOTS, draw_plots
 from minitron.report.plots_search import non_dominated
-from minitron.report.search import candidates_table, choice_sentences, pattern_lines, table_notes
+from minitron.report.search import architecture_table, candidates_table, choice_sentences, pattern_lines, table_notes
 from minitron.report.summary import MOST_CURVE_POINTS, SEARCH_FILES, best_first, build_summary, removed_layers, thinned_curve
 from minitron.report.verdict import verdict
 from minitron.settings.run import BudgetSettings, Settings, TeacherSettings, TinyTeacherSettings, WorkloadSettings
@@ -584,6 +585,34 @@ def test_speeds_that_differ_between_equal_architectures_are_called_rough(summary
 def test_removed_layers_are_marked_under_their_letters(summary):
     layers, teacher, removed, student = (line[9:] for line in pattern_lines(summary).splitlines()[1:5])
     assert teacher == "M-M*-M-*-" and student == "M-M*-M- -" and removed == "       ^"
+
+
+WINDOWS = Architecture(model_type="gemma3_text", pattern="W-W-*-W-", hidden=32, vocab=300, ffn=48, ffn_gated=True, num_attention_heads=4,
+                       num_key_value_heads=2, attention_head_dim=8, window=128, post_norms=True)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pattern", "left", "picture", "legend", "rows"),
+    [
+        ("W-W-*-W-", "W-*-W-", "WWBW", "1. B is a block of attention and FFN, W is a block of attention within a window and FFN.",
+         ["layers | 4 | 3", "– attention + FFN | 1 | 1", "– attention within a window + FFN | 3 | 2", "window of attention (tokens) | 128 | 128"]),
+        ("W-W-W-W-", "W-W-W-", "WWWW", "1. W is a block of attention within a window and FFN.", ["layers (attention within a window + FFN) | 4 | 3"]),
+        ("*-*-*-*-", "*-*-*-", "BBBB", "1. B is a block of attention and FFN.", ["layers (attention + FFN) | 4 | 3"]),
+    ],
+)  # fmt: skip
+def test_blocks_within_a_window_have_a_letter_and_a_row_of_their_own(pattern, left, picture, legend, rows):
+    teacher, student = (replace(WINDOWS, pattern=one) for one in (pattern, left))
+    models = {"teacher": {"architecture": as_dict(teacher), "parameters": 2000}, "pruned": {}}
+    lines = pattern_lines({"models": models, "base": {}, "depth_lap": {}, "candidates": [], "removed_layers": [1]})
+    assert lines.splitlines()[2] == f"teacher  {picture}" and lines.endswith(f"removed: {legend}")
+    table = architecture_table({"models": models}, {"architecture": as_dict(student), "parameters": 1500})
+    assert all(f"| {row} |" in table for row in [*rows, "query heads | 4 | 4"]) and ("window" in table) == ("W" in pattern)
+
+
+def test_the_card_of_a_model_with_windows_says_how_many(tiny):
+    card = model_card("x", lines=[], architecture=WINDOWS, base=None)
+    assert "| layers | 4 blocks of attention and FFN, 3 of them within a window of 128 tokens |" in card and "Pattern letters" not in card
+    assert "Pattern letters" in model_card("x", lines=[], architecture=tiny, base=None)
 
 
 def test_names_and_headlines_are_text_and_no_markup(summary):

@@ -189,6 +189,13 @@ def test_retained_importance_is_the_kept_share_of_the_scores(candidates, retaine
     assert retained[row] == pytest.approx(sum(hidden[:16]) / sum(hidden) / 1.1, rel=1e-12)
 
 
+def test_key_value_heads_count_as_much_within_a_window(tiny, candidates, scores):
+    narrow = replace(candidates, num_key_value_heads=np.ones(len(candidates), dtype=np.int64))
+    windowed = replace(narrow, teacher=replace(tiny, pattern=tiny.pattern.replace("*", "W"), window=8))
+    kept, all_heads = retained_importance(narrow, scores, [0.1, 0.4]), retained_importance(candidates, scores, [0.1, 0.4])
+    assert np.array_equal(retained_importance(windowed, scores, [0.1, 0.4]), kept) and np.all(kept < all_heads)
+
+
 def test_a_teacher_without_ffn_layers_is_measured_too(tiny, build_model, batches):
     architecture = replace(tiny, pattern="MM*")
     scores = aggregate(measure_width(WholeModel(FAMILY, build_model(pattern="MM*"), architecture), list(batches)))

@@ -5,14 +5,23 @@ from dataclasses import replace
 import pytest
 import torch
 
+from distill.engines.launch import Launch
+from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
-from minitron.checkpoints.forward_memory import forward_memory
+from minitron.checkpoints.forward_memory import forward_memory, layer_bytes
+from minitron.checkpoints.forward_work import forward_work
+from minitron.importance.cost import scoring_work
 from minitron.importance.memory import ScoringNeeds
 from minitron.machine.device import check_on_gpu
 from minitron.machine.memory_plan import MemoryPlan
+from minitron.pruning.cut_cost import CutCost
+from minitron.pruning.plan import Recipe
 from minitron.settings.run import Placement, ScoringSettings
 from minitron.settings.teachers import CONF_FOLDER
+from minitron.settings.training import Optimizer, TrainSettings
+from minitron.training.memory import training_memory
+from minitron.training.time import training_work
 
 H100 = int(79.1 * GIB)
 NANO2 = ScoringSettings(samples=1024, batch=1, layer_samples=64)
@@ -46,6 +55,44 @@ def test_two_models_weigh_what_they_have(teacher):
     plan = forward_memory("evaluate", [(teacher, 2), (teacher, 4)], tokens=8192, logits_tokens=1024, advice="Lower it")
     assert plan.parts["weights"] == 6 * 12_310_001_152 and plan.parts["states"] == 6 * 8192 * 5120
     check_on_gpu(plan, torch.device("cpu"))  # whose blocks take less: nothing is refused by it
+
+
+BLOCKS = Architecture(model_type="gemma3_text", pattern="W-*-W-", hidden=64, vocab=500, ffn=96, ffn_gated=True, num_attention_heads=4, num_key_value_heads=2,
+                      attention_head_dim=8, window=128)  # fmt: skip
+TRAIN = TrainSettings(batch=2, optimizer=Optimizer.muon)
+SIZES = {"sequence_length": 64, "teacher_bytes_per_number": 2}
+PLANNED = {
+    "forward pass": lambda model: forward_work(model, 640, 64),
+    "training": lambda model: training_work(model, model, TRAIN, 64),
+    "scoring": lambda model: scoring_work(model, ScoringSettings(), length=64, fewest_layers=2, width=2),
+    "scoring's memory": lambda model: ScoringNeeds(model, 64, 4).plan(ScoringSettings(), 640),
+    "streamed scoring's memory": lambda model: ScoringNeeds(model, 64, 4).plan(ScoringSettings(placement=Placement.stream), 640),
+    "evaluation's memory": lambda model: forward_memory("", [(model, 4)], tokens=64, logits_tokens=8, advice=""),
+    "a long row's memory": lambda model: layer_bytes(replace(model, window=2**20 * bool(model.window)), 2, 1, 2**17),
+    "training's memory": lambda model: training_memory(model, model, TRAIN, Launch(), **SIZES, on_gpu=False),
+    "training's memory on a GPU": lambda model: training_memory(model, model, TRAIN, Launch(), **SIZES, on_gpu=True),
+    "a cut's memory": lambda model: CutCost(model, replace(model, hidden=48), Recipe(), 10, 640, 4).held_bytes,
+    "a cut": lambda model: CutCost(model, replace(model, hidden=48), Recipe(), 10, 640, 4).work,
+}
+
+
+@pytest.mark.parametrize("what", PLANNED)
+def test_a_window_that_holds_the_row_is_planned_as_full_attention(what):
+    """A layer within it is an attention layer with the same tensors; the control is the same model with as many Mamba-2 layers in its stead."""
+    full = replace(BLOCKS, pattern="*-*-*-")
+    assert PLANNED[what](BLOCKS) == PLANNED[what](full)
+    sizes = {"mamba_num_heads": 64, "mamba_head_dim": 8, "mamba_num_groups": 1, "mamba_state_size": 64, "mamba_conv_kernel": 4}
+    assert PLANNED[what](replace(full, model_type="nemotron_h", pattern="M-*-M-", **sizes)) != PLANNED[what](full)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_window_shorter_than_the_row_is_planned_with_its_masks(on_gpu):
+    """Of every layer within it a float32 number for every two tokens of a row, and keys and values for all four query heads, not two; on a GPU the bool too."""
+    masked, full = (training_memory(one, one, TRAIN, Launch(), **SIZES, on_gpu=on_gpu) for one in (replace(BLOCKS, window=64), BLOCKS))
+    bytes_of_layer = 2 * 64 * (64 * 4 + 2 * 2 * 8 * 4)
+    of_scores = 2 * 64 * 64 * 4 * 4 if on_gpu else 0  # which torch makes there of heads that share keys, but not with a mask
+    assert masked.activations - full.activations == 2 * (bytes_of_layer - of_scores)
+    assert masked.mask - full.mask == (2 * 64 * 64 if on_gpu else 0)
 
 
 def test_a_plan_that_does_not_fit_says_the_stage_the_bytes_and_what_to_do():

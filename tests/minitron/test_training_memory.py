@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.engines.launch import Launch
 from distill.engines.opening import open_engine
@@ -63,7 +64,28 @@ def own_scan(monkeypatch):
 @pytest.mark.parametrize("pattern", ["M-M*-M-*-", "MMMM", "----", "**"])
 def test_activations_are_estimated_within_a_third(pattern, own_scan, tiny, build_model, token_ids):
     """Against every tensor that autograd keeps, each storage once, without the parameters."""
-    model = build_model(pattern=pattern, vocab=97)
+    held = kept_bytes(build_model(pattern=pattern, vocab=97), token_ids(4, LENGTH))
+    assert 2 / 3 < held / (activation_bytes_per_token(replace(tiny, pattern=pattern), TrainSettings(), LENGTH) * 4 * LENGTH) < 3 / 2
+
+
+SMALL_BLOCKS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 97, "head_dim": 8,
+                "num_hidden_layers": 6}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "window"), [("mistral", None), ("mistral", LENGTH), ("gemma3_text", LENGTH + 1), ("gemma3_text", 16)])
+def test_activations_of_windows_and_of_second_norms_are_estimated_as_well(model_type, window, token_ids):
+    """A row of four times LENGTH, where a layer within a window keeps its mask; the control is the estimate of the same blocks without either."""
+    config, length = {"model_type": model_type, "sliding_window": window, **SMALL_BLOCKS}, 4 * LENGTH
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
+    architecture = architecture_from_config(config)
+    plain = replace(architecture, pattern=architecture.mixers, post_norms=False)
+    held = kept_bytes(model.train(), token_ids(4, length))
+    estimate, without = (activation_bytes_per_token(one, TrainSettings(), length) * 4 * length for one in (architecture, plain))
+    assert 2 / 3 < held / estimate < 3 / 2 and (plain == architecture or held > 3 / 2 * without)
+
+
+def kept_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
+    """What autograd keeps of a forward pass, but parameters."""
     held, own = {}, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def keep(tensor):
@@ -73,9 +95,8 @@ def test_activations_are_estimated_within_a_third(pattern, own_scan, tiny, build
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model.base_model(token_ids(4, LENGTH), use_cache=False).last_hidden_state
-    estimate = activation_bytes_per_token(replace(tiny, pattern=pattern), TrainSettings()) * 4 * LENGTH
-    assert output.requires_grad and 2 / 3 < sum(held.values()) / estimate < 3 / 2
+        assert model.base_model(ids, use_cache=False).last_hidden_state.requires_grad
+    return sum(held.values())
 
 
 @pytest.mark.parametrize("tokens", [1024, 1500])

@@ -165,7 +165,7 @@ def test_a_fixed_depth_that_the_teacher_has_not_is_refused(layers):
         ({"num_key_value_heads": 1}, r"9 query heads for 1 KV heads are more for each than the teacher has \(9 for 3\)"),
         ({"attention_head_dim": 32}, r"attention_head_dim of the student \(32\) must equal the teacher's \(64\); it is not a cut axis"),
         ({"pattern": "*-" * 29}, r"kept layers give the pattern"),
-        ({"pattern": "*-" * 29 + "-*"}, r"must be blocks of attention and FFN, \*-, for llama"),
+        ({"pattern": "*-" * 29 + "-*"}, r"must be blocks of attention and FFN, \*- or W-, for llama"),
     ],
 )
 def test_a_student_that_is_no_cut_of_a_block_model_is_refused(sizes, said):

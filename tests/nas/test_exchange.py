@@ -52,6 +52,17 @@ def test_the_newer_name_of_the_pattern_is_read_and_its_pipeline_marks_dropped():
     assert (imported.pattern, imported.num_layers) == ("M-M*-", 5)
 
 
+def test_of_windows_a_file_says_the_depth_alone():
+    """Megatron's letter of attention is one: it does not say which blocks stay. A pattern that is none of the teacher's is left for others to refuse."""
+    teacher = replace(TEACHER, model_type="gemma3_text", pattern="W-W-*-", window=8)
+    imported = from_export_config({"hybrid_layer_pattern": "*-*-"}, teacher)
+    assert (imported.num_layers, imported.pattern) == (2, None)
+    assert from_export_config({"hybrid_layer_pattern": "*-*-*-"}, teacher).pattern == teacher.pattern == from_export_config({}, teacher).pattern
+    assert from_export_config({"hybrid_layer_pattern": "M-"}, teacher).pattern == "M-"
+    with pytest.raises(ValueError, match=r"num_layers \(1\) contradicts the pattern \*-\*-, which has 2 layers"):
+        from_export_config({"hybrid_layer_pattern": "*-*-", "num_layers": 1}, teacher)
+
+
 @pytest.mark.parametrize("pattern", ["M-|M*-/*-", "M-M*-/*-/*-", "M-M|*-|/M-|", "M-M*-/"])
 def test_layers_of_heads_that_foretell_further_tokens_are_left_out(pattern):
     for name in ("hybrid_layer_pattern", "hybrid_override_pattern"):

@@ -56,6 +56,16 @@ def test_a_step_moves_the_weights_once_and_each_sequences_cache_and_states():
     assert moved == report.weights - 2 * 131072 * 4480 + report.kv_cache + 2 * (report.ssm_state + report.conv_state)
 
 
+@pytest.mark.parametrize(("context", "seen"), [(179, 4 * 179), (180, 4 * 180), (5000, 5000 + 3 * 180)])
+def test_a_step_sees_no_more_than_the_window_in_layers_that_have_one(context, seen):
+    """Keys and values of 8 KV heads in bf16 for each of 8 sequences, scores and sums of 40 query heads; the control is the student without windows."""
+    assert decode_step_bytes(WINDOWS, WORKLOAD, context_tokens=context, batch=8) - decode_step_bytes(WINDOWS, WORKLOAD, context_tokens=0, batch=8) == (
+        8 * seen * 2 * 8 * 128 * 2
+    )
+    assert flops_per_token(WINDOWS, context) - flops_per_token(WINDOWS, 0) == 4 * seen * 40 * 128
+    assert (flops_per_token(WINDOWS, context) == flops_per_token(STUDENT, context)) == (context <= 180)
+
+
 def test_a_tied_embedding_is_read_as_the_head():
     tied = replace(STUDENT, tied_embeddings=True)
     assert weight_bytes_per_pass(tied, WORKLOAD) == memory_report(tied, WORKLOAD).weights == weight_bytes_per_pass(STUDENT, WORKLOAD)
@@ -72,6 +82,7 @@ def decode_loop(architecture: Architecture, serving: Serving) -> float:
 
 QUERIES = replace(STUDENT, num_attention_heads=8 * 128, pattern="M-*" * 8)  # as its context grows, products grow faster than bytes
 ANSWER = Serving(device=DEVICES["a10g"], input_tokens=100, output_tokens=300, batch=8)
+WINDOWS = replace(STUDENT, pattern=STUDENT.pattern.replace("*", "W", 3), window=180)  # full within the answer
 
 
 def both_sides(architecture: Architecture, context: int) -> tuple[float, float]:
@@ -86,7 +97,11 @@ def balanced(architecture: Architecture, context: int) -> Serving:
 
 
 @pytest.mark.parametrize("context", [1, 101, 250, 399, 10**6])
-@pytest.mark.parametrize("architecture", [STUDENT, QUERIES, replace(STUDENT, pattern="M-" * 20)], ids=["student", "queries", "no attention"])
+@pytest.mark.parametrize(
+    "architecture",
+    [STUDENT, QUERIES, replace(STUDENT, pattern="M-" * 20), WINDOWS, replace(QUERIES, pattern="M-W" * 8, window=300), replace(WINDOWS, window=50)],
+    ids=["student", "queries", "no attention", "windows", "queries in windows", "full windows"],
+)
 def test_decode_seconds_are_those_of_a_loop_over_every_step(architecture, context):
     """Bound by memory, by products, and turning from one to the other within the answer at step 150 or at its ends."""
     serving = balanced(architecture, context)
@@ -105,19 +120,20 @@ def test_in_those_loops_the_longer_time_changes_sides(architecture, then):
     assert max(sum(side) for side in zip(*times, strict=True)) < (1 - 1e-6) * decode_loop(architecture, balanced(architecture, 250))
 
 
-def prefill_by_hand(serving: Serving, batch: int) -> float:
+def prefill_by_hand(architecture: Architecture, serving: Serving, batch: int) -> float:
     flops = batch * 2 * 131072 * 4480
     for position in range(serving.input_tokens):
         scan = 27 * (4 * 10240 * 128 + 2 * 128 * (8 * 128 + 10240))
-        flops += batch * (flops_per_token(STUDENT, position + 1) - 2 * 131072 * 4480 - 27 * 4 * 10240 * 128 + scan)
+        flops += batch * (flops_per_token(architecture, position + 1) - 2 * 131072 * 4480 - 27 * 4 * 10240 * 128 + scan)
     chunks = -(-batch * serving.input_tokens // serving.prefill_chunk_tokens)
     return max(flops / serving.device.flops_per_second, chunks * weight_bytes_per_pass(STUDENT, WORKLOAD) / serving.device.bytes_per_second)
 
 
 @pytest.mark.parametrize("chunk", [16, 2048])
-def test_prefill_seconds_are_those_of_a_loop_over_every_token(chunk):
+@pytest.mark.parametrize("architecture", [STUDENT, WINDOWS, replace(WINDOWS, window=501)], ids=["student", "windows", "wide windows"])
+def test_prefill_seconds_are_those_of_a_loop_over_every_token(architecture, chunk):
     serving = replace(PUBLISHED, input_tokens=500, prefill_chunk_tokens=chunk)
-    assert prefill_seconds(STUDENT, WORKLOAD, serving) == pytest.approx(prefill_by_hand(serving, 8), rel=1e-12)
+    assert prefill_seconds(architecture, WORKLOAD, serving) == pytest.approx(prefill_by_hand(architecture, serving, 8), rel=1e-12)
 
 
 def test_small_chunks_are_bound_by_reading_the_weights():
