@@ -82,7 +82,7 @@ RULES = (
          lambda folder: 0 < _inner(folder) == folder.size("expand") * folder.size("hidden_size"),
          lambda folder: f"{_inner(folder):,}, {folder.size('expand')} × {folder.size('hidden_size'):,}"),
     Rule(TRANSFORMERS, "n_groups", "must be given: 8 are taken", given("n_groups")),
-    Rule(TRANSFORMERS, "groups of the gated norm", "should be 1: versions before 5.23 norm the channels of all groups together",
+    Rule(TRANSFORMERS, "groups of the gated norm", "should be 1: versions before 5.23 norm all groups together, another model",
          lambda folder: folder.size("n_groups") == 1, lambda folder: f"{folder.size('n_groups')}", is_advice=True),
     head_there(TRANSFORMERS, "it would be made up at random"),
     has_class(VLLM, CLASS),

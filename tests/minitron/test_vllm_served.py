@@ -1,6 +1,6 @@
 """make vllm-check: real vLLM reads exported students of every family unchanged; VLLM_PYTHON names the interpreter that has it. Prints what it measures.
 
-Its server answers for a NemotronH, as starting one takes 40 s; the other families' students are read one after another by a single process of it
+Its server answers for a NemotronH; starting one takes 40 s, so the other families' students are read one after another by a single process of vLLM
 (vllm_engine.py), seconds each.
 """
 
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +30,7 @@ VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(VLLM_PYTHON is None, reason="no vLLM: make vllm-check")]
 
 CONTEXT, POOL_GIB, BLOCK_SIZE = 2048, 1, 128  # of vLLM: --max-model-len, VLLM_CPU_KVCACHE_SPACE, its own block size on a CPU
+PORT = 8642
 TOLERANCE_NATS = 1e-5  # float32 on both sides; measured: 1.2e-6
 PROMPT = "def read(self, size=-1):"
 # vLLM's attention on a CPU takes heads of 32, 64, 80, … channels only.
@@ -87,26 +87,6 @@ def folder(door, small_settings, tmp_path_factory) -> Path:
     return place / "runs" / "tiny" / "export"
 
 
-@pytest.fixture(scope="session")
-def student_of(write_teacher, small_block_settings, door, tmp_path_factory) -> Callable[[str], Path]:
-    """What stage=export left of a tiny model's student of a family: fewer layers and units of every kind; made once."""
-    made: dict[str, Path] = {}
-
-    def student(family: str) -> Path:
-        if family not in made:
-            tied, cut, _ = STUDENTS[family]
-            place = tmp_path_factory.mktemp(family)
-            teacher = write_teacher(place / "teacher", family, tied=tied)
-            for stage in ("distill", "export"):
-                finished = door(place, f"teacher.path={teacher}", "run_name=blocks", *small_block_settings, f"search.fixed={{{cut}}}", f"stage={stage}")
-                assert finished.returncode == 0, finished.stderr
-            assert "vLLM takes all" in finished.stdout
-            made[family] = place / "runs" / "blocks" / "export"
-        return made[family]
-
-    return student
-
-
 @dataclass(frozen=True, slots=True)
 class Engine:
     """A process of vLLM that reads a folder when it is asked."""
@@ -125,7 +105,7 @@ class Engine:
         return torch.tensor(answer["log_probabilities"]), (answer["cache_tokens"], round(answer["concurrency"], 2))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     log = tmp_path_factory.mktemp("engine") / "engine.log"
     command = [VLLM_PYTHON, str(Path(__file__).with_name("vllm_engine.py"))]
@@ -143,40 +123,26 @@ def vllm_environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory):
-    """Starts vLLM's server of a model with further options and waits until it answers; one at a time."""
-    running: list[subprocess.Popen] = []
-
-    def stop() -> None:
-        for process in running:  # with its engine and worker, which are processes of their own
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        running.clear()
-
-    def start(model: Path, port: int, *options: str) -> Served:
-        stop()
-        log = tmp_path_factory.mktemp("vllm") / "server.log"
-        # The `vllm` command itself ends at once in vllm-cpu: it asks for the version of a package named vllm.
-        command = [VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "student", "--host", "127.0.0.1",
-                   "--port", str(port), "--max-model-len", str(CONTEXT), "--enforce-eager", *options]  # fmt: skip
-        with log.open("w") as output:
-            running.append(subprocess.Popen(command, cwd=log.parent, env=vllm_environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True))
-        began = time.monotonic()
-        until = began + 400
-        while not is_ready(port):
-            assert running[0].poll() is None and time.monotonic() < until, log.read_text()[-4000:]
+def served(folder, tmp_path_factory):
+    """vLLM's server of the NemotronH, once it answers. Without prefix caching: with it vLLM 0.32.0 fails on a CPU at a prompt longer than a block, as its scan
+    there keeps no states on the way."""
+    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    # The `vllm` command itself ends at once in vllm-cpu: it asks for the version of a package named vllm.
+    command = [VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "student", "--host", "127.0.0.1",
+               "--port", str(PORT), "--max-model-len", str(CONTEXT), "--enforce-eager", "--mamba_ssm_cache_dtype", "float32", "--dtype", "float32",
+               "--no-enable-prefix-caching"]  # fmt: skip
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=log.parent, env=vllm_environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    began = time.monotonic()
+    try:
+        while not is_ready(PORT):
+            assert process.poll() is None and time.monotonic() < began + 400, log.read_text()[-4000:]
             time.sleep(0.5)
         print(f"\nvLLM answers after {time.monotonic() - began:.0f} s")
-        return Served(f"http://127.0.0.1:{port}/v1", log.read_text())
-
-    yield start
-    stop()
-
-
-@pytest.fixture(scope="module")
-def served(serve, folder) -> Served:
-    """Without prefix caching: with it vLLM 0.32.0 fails on a CPU at a prompt longer than a block, as its scan there keeps no states on the way."""
-    return serve(folder, 8642, "--mamba_ssm_cache_dtype", "float32", "--dtype", "float32", "--no-enable-prefix-caching")
+        yield Served(f"http://127.0.0.1:{PORT}/v1", log.read_text())
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # with its engine and worker, which are processes of their own
+        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -246,12 +212,6 @@ def test_what_vllm_refuses_is_one_line(served, folder):
         ThinkingBudgetClient(served.url, "student", tokenizer=folder).ask("a b " * 2000)
 
 
-def printed_sizes(served: Served) -> tuple[int, float]:
-    """KV cache tokens and maximum concurrency in vLLM's log."""
-    found = re.search(r"KV cache size: ([\d,]+) tokens, Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x", served.log)
-    return int(found[1].replace(",", "")), float(found[2])
-
-
 def predicted_sizes(folder: Path, environment: dict, *options: str) -> tuple[int, float]:
     command = [sys.executable, "-m", "memory_budget", str(folder), "--context", str(CONTEXT), "--engine", "vllm", "--pool-gib", str(POOL_GIB),
                "--block-size", str(BLOCK_SIZE), "--json", *options]  # fmt: skip
@@ -261,24 +221,31 @@ def predicted_sizes(folder: Path, environment: dict, *options: str) -> tuple[int
 
 def test_cache_size_and_concurrency_are_the_calculators(served, folder, environment):
     options = ("--weights", "float32", "--kv", "float32")
-    printed, predicted = printed_sizes(served), predicted_sizes(folder, environment, *options)
+    found = re.search(r"KV cache size: ([\d,]+) tokens, Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x", served.log)
+    printed, predicted = (int(found[1].replace(",", "")), float(found[2])), predicted_sizes(folder, environment, *options)
     print(f"\nfloat32: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
     assert predicted == printed != predicted_sizes(folder, environment, *options, "--prefix-caching")
 
 
-def test_cache_size_in_bf16_with_prefix_caching_is_the_calculators(serve, folder, environment):
-    """The last of this student's: it takes the place of the other server."""
-    server = serve(folder, 8643, "--mamba_ssm_cache_dtype", "float32", "--dtype", "bfloat16")
-    printed, predicted = printed_sizes(server), predicted_sizes(folder, environment, "--prefix-caching")
-    print(f"\nbf16, prefix caching: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
-    assert predicted == printed != predicted_sizes(folder, environment)
+def test_cache_size_in_bf16_with_prefix_caching_is_the_calculators(engine, folder, environment):
+    _, sizes = engine.read(folder, [1, 2, 3], dtype="bfloat16", mamba_ssm_cache_dtype="float32", enable_prefix_caching=True)
+    predicted = predicted_sizes(folder, environment, "--prefix-caching")
+    print(f"\nbf16, prefix caching: vLLM {sizes[0]:,} tokens, {sizes[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
+    assert predicted == sizes != predicted_sizes(folder, environment)
 
 
 @pytest.fixture(scope="module", params=STUDENTS)
-def read(request, student_of, engine) -> Read:
-    folder = student_of(request.param)
+def read(request, engine, write_teacher, small_block_settings, door, tmp_path_factory) -> Read:
+    """What stage=export left of a tiny model's student, with fewer layers and units of every kind, as vLLM reads it."""
+    family, place = request.param, tmp_path_factory.mktemp(request.param)
+    tied, cut, _ = STUDENTS[family]
+    teacher, folder = write_teacher(place / "teacher", family, tied=tied), place / "runs" / "blocks" / "export"
+    for stage in ("distill", "export"):
+        finished = door(place, f"teacher.path={teacher}", "run_name=blocks", *small_block_settings, f"search.fixed={{{cut}}}", f"stage={stage}")
+        assert finished.returncode == 0, finished.stderr
+    assert "vLLM takes all" in finished.stdout
     ids = prompt(AutoTokenizer.from_pretrained(folder))
-    return Read(request.param, folder, ids, *engine.read(folder, ids, dtype="float32", enable_prefix_caching=False))
+    return Read(family, folder, ids, *engine.read(folder, ids, dtype="float32", enable_prefix_caching=False))
 
 
 def test_prompt_log_probabilities_of_every_other_family_are_transformers(read):
@@ -304,7 +271,7 @@ def test_cache_size_and_concurrency_of_every_other_family_are_the_calculators(re
     if getattr(AutoConfig.from_pretrained(read.folder), "sliding_window", None):
         pytest.skip("vLLM keeps for a window what its scheduler batches")
     options = ("--weights", "float32", "--kv", "float32")
-    printed, predicted = read.sizes, predicted_sizes(read.folder, environment, *options)
-    print(f"\n{read.family}: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
-    assert predicted == printed
-    assert predicted_sizes(read.folder.parents[2] / "teacher", environment, *options)[0] < 0.7 * printed[0]
+    predicted = predicted_sizes(read.folder, environment, *options)
+    print(f"\n{read.family}: vLLM {read.sizes[0]:,} tokens, {read.sizes[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
+    assert predicted == read.sizes
+    assert predicted_sizes(read.folder.parents[2] / "teacher", environment, *options)[0] < 0.8 * predicted[0]
