@@ -56,8 +56,8 @@ def check_is_cut(teacher: Architecture, student: Architecture, kept_layers: tupl
     if pattern != student.pattern:
         raise ValueError(f"kept layers give the pattern {pattern}, the student's is {student.pattern}")
     if WINDOWED in student.pattern and "*" in teacher.pattern and "*" not in student.pattern:
-        raise ValueError(f"the kept layers {', '.join(map(str, kept_layers))} all have a window of {teacher.window:,} tokens, and no other layer would see farther; "
-                         "at least one layer of full attention must stay")  # fmt: skip
+        raise ValueError(f"the kept layers {', '.join(map(str, kept_layers))} all have a window of {teacher.window:,} tokens, and no other layer would see "
+                         "farther; at least one layer of full attention must stay")  # fmt: skip
     for name in WIDTHS:
         if getattr(student, name) > getattr(teacher, name):
             raise ValueError(f"{name} of the student ({getattr(student, name)}) must be at most the teacher's ({getattr(teacher, name)})")

@@ -22,7 +22,8 @@ def family_of(config: dict) -> Family:
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         counted = ", ".join(name for name in COUNTED if name not in FAMILIES)
-        raise ValueError(f"model_type {model_type!r} cannot be pruned; supported: {', '.join(FAMILIES)} (only counted, by python -m memory_budget: {counted})")
+        only = f" (only counted, by python -m memory_budget: {counted})" if counted else ""
+        raise ValueError(f"model_type {model_type!r} cannot be pruned; supported: {', '.join(FAMILIES)}{only}")
     family = FAMILIES[model_type]
     if quantised := quantised_by_config(config):
         raise ValueError(f"{quantised} in config.json: a quantised checkpoint, and stages cut, train and merge plain weights; give the bf16 one")

@@ -85,9 +85,9 @@ def fit_behind_norm(writer: nn.Linear, factor_O: torch.Tensor, tokens: Callable[
                     ridge: float, *, place: str) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """A matrix M [O, I] and what the RMSNorm behind it multiplies by, g [O], so that g·n(M a + b) comes close to targets t; both float32.
 
-    `tokens` gives inputs a [N, I] and targets t [N, O], anew each time that it is asked. With r, a token's root mean square before the norm, held fast, g·M is the
-    least squares fit from a/r to t, and M that divided by g; then r is measured again, and so on for some rounds. Given M, the best g follows channel by
-    channel. Of all rounds, the start among them, the one with the least error is taken. Raises ValueError as NormalEquations.solve does.
+    `tokens` gives inputs a [N, I] and targets t [N, O], anew each time that it is asked. With r, a token's root mean square before the norm, held fast, g·M
+    is the least squares fit from a/r to t, and M that divided by g; then r is measured again, and so on for some rounds. Given M, the best g follows channel
+    by channel. Of all rounds, the start among them, the one with the least error is taken. Raises ValueError as NormalEquations.solve does.
     """
     weight_OI, best = writer.weight.float(), None
     bias_O = writer.bias if writer.bias is not None else torch.zeros_like(factor_O)

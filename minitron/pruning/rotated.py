@@ -39,7 +39,8 @@ def with_own_head(architecture: Architecture) -> Architecture:
 @torch.no_grad()
 def rotate_model(family: Family, model: nn.Module, architecture: Architecture, batches: Sequence[torch.Tensor], *, config: dict,
                  basis_DD: torch.Tensor | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Rotates the model's weights in place; gives for every norm of the stream, by canonical name, its number for each hidden size 1 … D, [D], as weights are stored.
+    """Rotates the model's weights in place; gives for every norm of the stream, by canonical name, its number for each hidden size
+    1 … D, [D], as weights are stored.
 
     `batches` are calibration rows [B, T], padding included. The basis is that of the principal directions unless one is given. Weights keep their
     dtype, so in bf16 they are rounded anew; a tied head becomes a matrix of its own, and the architecture `with_own_head`. Raises ValueError for norms that

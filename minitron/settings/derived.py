@@ -53,8 +53,8 @@ def rotates(settings: Settings, base: Architecture | None = None) -> bool:
 def check_rotates(settings: Settings) -> None:
     """Refuse a rotation of a model that it would make another one. Raises ValueError."""
     if settings.prune.method is PruneMethod.compensated and settings.prune.rotate and (base := base_architecture(settings)).post_norms:
-        raise ValueError(f"prune.rotate is true, but a {base.model_type} has a norm behind every mixer, which weighs the channels of what is added to the stream: "
-                         "in another basis it would be another model; it must be false, or left out")  # fmt: skip
+        raise ValueError(f"prune.rotate is true, but a {base.model_type} has a norm behind every mixer, which weighs the channels of what is added to the "
+                         "stream: in another basis it would be another model; it must be false, or left out")  # fmt: skip
 
 
 def ranks_rotated(settings: Settings, base: Architecture | None = None) -> bool:

@@ -19,8 +19,10 @@ def needs(settings: Settings) -> tuple[str, ...]:
 
 
 def what(settings: Settings) -> Any:
-    compensated = settings.prune.method is PruneMethod.compensated
-    cut = {"prune": {**key_settings(settings.prune), "rotate": rotates(settings), "samples": asked_candidate_samples(settings), **BALANCED}} if compensated else {}
+    cut = {}
+    if settings.prune.method is PruneMethod.compensated:
+        own = {"rotate": rotates(settings), "samples": asked_candidate_samples(settings), **BALANCED}
+        cut = {"prune": {**key_settings(settings.prune), **own}}
     short = {name: value for name, value in key_settings(settings.screen).items() if name != "cut_samples"}
     return {"held_out": settings.search.screen_samples, "seed": settings.seed, **short, **cut}
 
