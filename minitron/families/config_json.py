@@ -46,7 +46,7 @@ def transformers_config(config: dict) -> Any:
     except Exception as error:  # huggingface_hub's StrictDataclass errors are no ValueError
         reason = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
         raise ValueError(f"config.json is refused by transformers: {reason}") from error
-    if hasattr(sizes, "num_attention_heads"):  # of which Mamba-2 has none
+    if hasattr(type(sizes), "num_attention_heads"):  # of which Mamba-2 has none
         sizes._attn_implementation = "sdpa"  # what from_pretrained chooses
     return sizes
 
