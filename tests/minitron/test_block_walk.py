@@ -62,12 +62,12 @@ def texts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def make_teacher(texts, build_blocks, write_checkpoint):
+def make_teacher(texts, build_tiny, write_checkpoint):
     """Writes a folder with texts and a teacher in `mine` that reads them; gives the model."""
 
     def make(folder: Path, name: str, **changes):
         (folder / "texts").symlink_to(texts / "texts")
-        blocks = build_blocks(name, vocab_size=VOCABULARY, **changes)
+        blocks = build_tiny(name, vocab_size=VOCABULARY, **changes)
         write_checkpoint(folder / "mine", blocks.model, blocks.config)
         for path in (texts / "tokenizer").iterdir():
             (folder / "mine" / path.name).write_bytes(path.read_bytes())
@@ -254,7 +254,7 @@ def test_a_mistake_is_one_line_before_any_work(name, mistaken):
 
 
 @pytest.mark.parametrize("stage", ["teacher", "base"])
-def test_a_tied_checkpoint_with_another_head_is_refused(stage, mistaken, build_blocks):
+def test_a_tied_checkpoint_with_another_head_is_refused(stage, mistaken, build_tiny):
     def add_head(folder: Path) -> None:
         own = Checkpoint(folder / "mine")
         state = {name: own.read(name) for name in own.entries}
