@@ -240,8 +240,9 @@ def read(request, engine, write_teacher, small_block_settings, door, tmp_path_fa
     family, place = request.param, tmp_path_factory.mktemp(request.param)
     tied, cut, _ = STUDENTS[family]
     teacher, folder = write_teacher(place / "teacher", family, tied=tied), place / "runs" / "blocks" / "export"
+    settings = [one for one in small_block_settings if not one.startswith("search.fixed=")] + [f"search.fixed={{{cut}}}"]
     for stage in ("distill", "export"):
-        finished = door(place, f"teacher.path={teacher}", "run_name=blocks", *small_block_settings, f"search.fixed={{{cut}}}", f"stage={stage}")
+        finished = door(place, f"teacher.path={teacher}", "run_name=blocks", *settings, f"stage={stage}")
         assert finished.returncode == 0, finished.stderr
     assert "vLLM takes all" in finished.stdout
     ids = prompt(AutoTokenizer.from_pretrained(folder))
