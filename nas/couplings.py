@@ -87,8 +87,12 @@ QUERY_HEADS = QueryHeads()  # of every model with attention, whatever its family
 
 
 def following(couplings: Sequence[Coupling], given: Collection[str]) -> dict[str, Coupling]:
-    """The fields that follow where the `given` ones are, each with its equation."""
-    return {field: coupling for coupling in (*couplings, QUERY_HEADS) if (field := coupling.follower(given)) is not None}
+    """The fields that follow where the `given` ones are, each with its equation; one that follows from another that follows, behind it. Where two equations
+    have a say, it is the family's."""
+    known, found, rules = set(given), {}, (QUERY_HEADS, *couplings)
+    while fields := {field: rule for rule in rules if (field := rule.follower(known)) is not None}:
+        known, found = known | fields.keys(), found | fields
+    return found
 
 
 def completed(student: Architecture, teacher: Architecture, follows: Mapping[str, Coupling]) -> Architecture:

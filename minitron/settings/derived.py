@@ -22,9 +22,9 @@ KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}
 
 
 def couplings_of(architecture: Architecture) -> tuple[Coupling, ...]:
-    """Equations between sizes that every candidate must keep."""
+    """Equations between sizes that every candidate of this teacher must keep: those of its family that it keeps itself."""
     family = FAMILIES.get(architecture.model_type)
-    return family.couplings if family else ()
+    return tuple(one for one in family.couplings if one.holds(architecture, architecture)) if family else ()
 
 
 def floors(settings: Settings) -> Floors:
