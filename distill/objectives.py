@@ -16,6 +16,7 @@ from distill.engines.engine import Unread
 from distill.engines.launch import Launch
 from distill.engines.opening import place_teacher
 from distill.losses import hidden_state_loss, next_token_labels
+from distill.products import as_head_takes
 from distill.teacher_cache import TeacherCache
 from distill.top_k import TopK
 
@@ -91,7 +92,7 @@ def head_of(model: nn.Module, rows_BT: torch.Tensor) -> Head:
     device = hidden_BTD.device.type
     if torch.is_autocast_enabled(device):  # as autocast would do for the output layer
         hidden_BTD = hidden_BTD.to(torch.get_autocast_dtype(device))
-    return Head(hidden_BTD, output.weight)
+    return Head(as_head_takes(hidden_BTD, output.weight), output.weight)
 
 
 def _positions(documents_BT: torch.Tensor) -> torch.Tensor:

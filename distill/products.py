@@ -9,8 +9,14 @@ import torch
 SMALL_VALUES, TERMS = 2**12, 512
 
 
+def as_head_takes(hidden: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    """Hidden states as transformers hands them to an output matrix: rounded to its dtype where they are wider, as those of a float32 residual stream are."""
+    return hidden.to(weight_VD.dtype) if hidden.itemsize > weight_VD.itemsize else hidden
+
+
 def logits_of(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
     """Float32 logits [N, V]: on a GPU summed and kept in float32; on a CPU, which has no such product of bf16 matrices, as its own product gives them."""
+    hidden_ND = as_head_takes(hidden_ND, weight_VD)
     if hidden_ND.device.type != "cuda" or hidden_ND.dtype == torch.float32:
         return (hidden_ND @ weight_VD.t()).float()
     return torch.mm(hidden_ND, weight_VD.t(), out_dtype=torch.float32)

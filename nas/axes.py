@@ -6,19 +6,9 @@ Which of them a model has follows from its architecture: one with a size of 0 is
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import lcm
-from typing import Any, Protocol
 
 from memory_budget.architecture import Architecture
-
-
-class Coupling(Protocol):
-    """An equation between sizes that a family insists on; its text says it."""
-
-    field: str
-    of: str
-
-    def holds(self, architecture: Architecture) -> Any:
-        """Number by number where sizes are arrays."""
+from nas.couplings import Coupling
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +62,6 @@ def usual_step(axis: Axis, teacher: Architecture, couplings: Sequence[Coupling] 
     """The distance of two options of an axis, where no other is asked for; one that couplings allow: hidden in multiples of the query heads, say."""
     step = axis.step(teacher)
     for coupling in couplings:
-        if coupling.field == axis.field and (of := getattr(teacher, coupling.of)):
-            step = lcm(step, of) if lcm(step, of) <= axis.size(teacher) // 6 else lcm(8, of)
+        if axis.field in coupling.fields and (unit := coupling.unit(axis.field, teacher)) > 1:
+            step = lcm(step, unit) if lcm(step, unit) <= axis.size(teacher) // 6 else min(lcm(step, unit), lcm(8, unit))
     return step

@@ -12,6 +12,7 @@ from memory_budget.parameters import count_total_parameters
 from memory_budget.units import format_gib
 from memory_budget.workload import Workload
 from nas.axes import WIDTHS, identifier
+from nas.couplings import QUERY_HEADS, combined, completed
 from nas.depth import spelled
 from nas.filters import Filters, nothing_passes
 from nas.space import SearchSpace
@@ -132,13 +133,10 @@ class _Block:
     many: Architecture
 
     def of_couplings(self) -> dict[str, np.ndarray]:
-        """Mask of who keeps to it, per equation; what each KV head keeps of its query heads is one where both are cut."""
-        masks = {f"{coupling} (no loader of {self.teacher.model_type} takes another)": coupling.holds(self.many) for coupling in self.space.couplings}
-        if self.space.num_key_value_heads is not None and not self.space.query_heads_follow:
-            queries, keys = self.many.num_attention_heads, self.many.num_key_value_heads
-            within = queries * self.teacher.num_key_value_heads <= keys * self.teacher.num_attention_heads
-            masks["num_attention_heads % num_key_value_heads == 0, each with as many as the teacher's or fewer"] = (queries % keys == 0) & within
-        return {name: np.broadcast_to(mask, self.total_bytes.shape) for name, mask in masks.items()}
+        """Mask of who keeps to it, per equation that some options break."""
+        masks = {f"{coupling} (no loader of {self.teacher.model_type} takes another)": coupling for coupling in self.space.couplings}
+        masks = {name: coupling.holds(self.many, self.teacher) for name, coupling in {**masks, str(QUERY_HEADS): QUERY_HEADS}.items()}
+        return {name: np.broadcast_to(mask, self.total_bytes.shape) for name, mask in masks.items() if not np.all(mask)}
 
     def allowed(self) -> np.ndarray:
         """Flat positions of those that keep to all equations."""
@@ -163,15 +161,14 @@ class _Block:
         """Columns of the points given by their flat positions."""
         places = np.unravel_index(points, self.total_bytes.shape)
         columns = {name: np.array(options, dtype=np.int64)[place] for (name, options), place in zip(self.widths.items(), places, strict=True)}
-        if self.space.query_heads_follow:
-            columns["num_attention_heads"] = _following(self.teacher, columns["num_key_value_heads"])
+        many = completed(replace(self.teacher, **columns), self.teacher, self.space.follows)
         return Candidates(
             teacher=self.teacher,
             kept_layers=self.kept_layers,
             num_layers=np.full(len(points), self.depth),
             parameters=self.parameters.reshape(-1)[points],
             total_bytes=self.total_bytes.reshape(-1)[points],
-            **columns,
+            **{name: getattr(many, name) for name in WIDTHS},
         )
 
 
@@ -187,18 +184,10 @@ def _blocks(teacher: Architecture, space: SearchSpace, kept_layers: Mapping[int,
     layers = {depth: kept_layers[depth] for depth in depth_of_pattern.values()}
     for pattern, depth in depth_of_pattern.items():
         for widths in _split(space.widths(teacher)):
-            grid = dict(zip(widths, np.ix_(*(np.array(options, dtype=np.int64) for options in widths.values())), strict=True))
             shape = tuple(len(options) for options in widths.values())
-            if space.query_heads_follow:
-                grid["num_attention_heads"] = _following(teacher, grid["num_key_value_heads"])
-            many = replace(teacher, pattern=pattern, **grid)
+            many = replace(combined(teacher, widths, space.follows), pattern=pattern)
             sizes = (count_total_parameters(many), memory_report(many, workload).total)
             yield _Block(teacher, layers, depth, widths, *(np.broadcast_to(size, shape) for size in sizes), space, many)
-
-
-def _following(teacher: Architecture, key_value_heads: np.ndarray) -> np.ndarray:
-    """Query heads of so many KV heads at the teacher's ratio."""
-    return key_value_heads * (teacher.num_attention_heads // teacher.num_key_value_heads)
 
 
 def _split(widths: Widths) -> Iterator[Widths]:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from memory_budget.architecture import WINDOWED, Architecture, check_architecture
-from nas.axes import WIDTHS, Coupling
+from nas.axes import WIDTHS
+from nas.couplings import Coupling
 from nas.space import Floors
 
 
@@ -67,9 +68,10 @@ def check_is_cut(teacher: Architecture, student: Architecture, kept_layers: tupl
         raise ValueError(f"{student.num_attention_heads} query heads for {student.num_key_value_heads} KV heads are more for each than the teacher has "
                          f"({teacher.num_attention_heads} for {teacher.num_key_value_heads}); a cut only makes it smaller")  # fmt: skip
     for coupling in couplings:
-        if not coupling.holds(student):
-            raise ValueError(f"the student breaks {coupling}: {coupling.field} is {getattr(student, coupling.field)}, {coupling.of} "
-                             f"{getattr(student, coupling.of)}; no loader of {teacher.model_type} takes it")  # fmt: skip
+        if not coupling.holds(student, teacher):
+            first, *others = [(name, getattr(student, name)) for name in coupling.fields]
+            sizes = ", ".join(["{} is {}".format(*first), *("{} {}".format(*other) for other in others)])
+            raise ValueError(f"the student breaks {coupling}: {sizes}; no loader of {teacher.model_type} takes it")
 
 
 def subsequence_layers(teacher_kinds: Sequence[str], student_kinds: Sequence[str], prefer: Mapping[int, int] | None = None) -> tuple[int, ...]:

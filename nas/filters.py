@@ -9,7 +9,8 @@ from memory_budget.architecture import Architecture
 from memory_budget.calculator import memory_report
 from memory_budget.units import format_count, format_gib
 from memory_budget.workload import Workload
-from nas.axes import AXES, WIDTHS, Coupling, usual_step
+from nas.axes import AXES, WIDTHS, usual_step
+from nas.couplings import Coupling, completed, following
 from nas.space import SearchSpace
 from nas.throughput import Serving
 
@@ -69,14 +70,19 @@ def step_savings(smallest: Architecture, space: SearchSpace, workload: Workload)
     """For every axis that could go lower: its setting → (one further step, the bytes that it saves).
 
     A step is the distance of the two lowest options. For depth it is the most that the step can save within the floors, since
-    which layers go is the layer order's matter. Channels and attention heads are left out unless the space cuts them.
+    which layers go is the layer order's matter. Channels and attention heads are left out unless the space cuts them; so is what follows from others, which
+    goes with them.
     """
-    total = memory_report(smallest, workload).total
+    total, follows = memory_report(smallest, workload).total, space.follows
     lower = {}
     for name, setting in WIDTHS.items():
         options, value = getattr(space, name), getattr(smallest, name)
-        if options is not None and (step := _width_step(name, options, smallest, space.couplings)) < value:
-            lower[setting] = step, replace(smallest, **{name: value - step})
+        if options is None or name in follows or (step := _width_step(name, options, smallest, space.couplings)) >= value:
+            continue
+        along = following(space.couplings, {*space.given, name})
+        narrower = completed(replace(smallest, **{name: value - step}), smallest, along)
+        if all(getattr(narrower, field) for field in along):
+            lower[setting] = step, narrower
     step = space.num_layers[1] - space.num_layers[0] if len(space.num_layers) > 1 else 1
     if shallower := _shallower(smallest, step, space.floors, workload):
         lower["layers"] = step, replace(smallest, pattern=shallower)
@@ -96,7 +102,7 @@ def nothing_passes(removed: Mapping[str, int], smallest: Architecture, name: str
 def _width_step(name: str, options: tuple[int, ...], architecture: Architecture, couplings: Sequence[Coupling]) -> int:
     if len(options) > 1:
         return options[1] - options[0]
-    if any(coupling.field == name for coupling in couplings):
+    if any(name in coupling.fields and coupling.unit(name, architecture) > 1 for coupling in couplings):
         return usual_step(AXES[WIDTHS[name]], architecture, couplings)
     per_group = {"mamba_num_heads": architecture.mamba_num_groups, "num_attention_heads": architecture.num_key_value_heads}
     return {**USUAL_STEPS, **per_group}.get(name, 1)

@@ -4,17 +4,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from memory_budget.architecture import Architecture
-from nas.axes import WIDTHS, Coupling
+from nas.axes import WIDTHS
+from nas.couplings import Coupling, combined, following
 
 Floors = Mapping[str, int]
+
 
 @dataclass(frozen=True, slots=True)
 class SearchSpace:
     """Options per axis, each ascending; `floors` is the least number of layers of each kind, by its letter.
 
     mamba_head_dim (channels of a Mamba head), num_attention_heads (query heads) and num_key_value_heads are None where only the teacher's value is
-    allowed; but query heads follow KV heads, at the teacher's ratio, where only those have options. `couplings` are equations that every candidate keeps.
+    allowed. `couplings` are equations that every candidate keeps; `given` the fields whose axes somebody gave options, from which others may follow.
     """
 
     num_layers: tuple[int, ...]
@@ -26,10 +30,12 @@ class SearchSpace:
     num_attention_heads: tuple[int, ...] | None = None
     num_key_value_heads: tuple[int, ...] | None = None
     couplings: tuple[Coupling, ...] = ()
+    given: frozenset[str] = frozenset()
 
     @property
-    def query_heads_follow(self) -> bool:
-        return self.num_key_value_heads is not None and self.num_attention_heads is None
+    def follows(self) -> dict[str, Coupling]:
+        """The fields that follow from others, each with its equation; their one option is no more than a place."""
+        return following(self.couplings, self.given)
 
     @property
     def size(self) -> int:
@@ -40,6 +46,14 @@ class SearchSpace:
         """Options of every axis of width, by the architecture's field; the teacher's value where the space leaves an axis open."""
         given = {name: getattr(self, name) for name in WIDTHS}
         return {name: (getattr(teacher, name),) if options is None else options for name, options in given.items()}
+
+    def sizes(self, teacher: Architecture) -> dict[str, tuple[int, ...]]:
+        """The same, with all sizes that what follows may have; none where no option of the others leads to one that can be cut."""
+        widths = self.widths(teacher)
+        for field, coupling in self.follows.items():
+            found = getattr(combined(teacher, {name: widths[name] for name in coupling.fields}, {field: coupling}), field)
+            widths[field] = tuple(size for size in np.unique(found).tolist() if 0 < size <= getattr(teacher, field))
+        return widths
 
 
 def axis_options(axis: str, teacher_value: int, values: Sequence[int] | None, low: int | None, high: int | None, step: int) -> tuple[int, ...]:
@@ -75,12 +89,13 @@ def check_space(space: SearchSpace, teacher: Architecture) -> None:
     if space.num_key_value_heads is None:
         for heads in widths["num_attention_heads"]:
             _check_multiple("attention heads", heads, teacher.num_key_value_heads, "key-value heads")
-    if space.query_heads_follow:
-        widths["num_attention_heads"] = tuple(heads * (teacher.num_attention_heads // teacher.num_key_value_heads) for heads in widths["num_key_value_heads"])
+    sizes = space.sizes(teacher)
     for coupling in space.couplings:
-        if not any(first % second == 0 for first in widths[coupling.field] for second in widths[coupling.of]):
-            names = [f"search.{WIDTHS[name]} ({', '.join(map(str, widths[name]))})" for name in (coupling.field, coupling.of)]
-            raise ValueError(f"{coupling} holds for no options of {' and '.join(names)}; no loader of {teacher.model_type} takes another")
+        fields = set(coupling.fields).union(*(other.fields for field, other in space.follows.items() if field in coupling.fields))
+        if not np.any(coupling.holds(combined(teacher, {name: widths[name] for name in fields}, space.follows), teacher)):
+            names = [f"search.{WIDTHS[name]} ({', '.join(map(str, sizes[name])) or 'none follows'})" for name in coupling.fields]
+            listed = f"{', '.join(names[:-1])} and {names[-1]}"
+            raise ValueError(f"{coupling} holds for no options of {listed}; no loader of {teacher.model_type} takes another")
     for kind, floor in space.floors.items():
         if floor and kind not in teacher.layer_kinds:
             raise ValueError(f"search.floors keeps {floor} layers of kind {kind!r}; the teacher's layers are of the kinds {sorted(set(teacher.layer_kinds))}")

@@ -51,7 +51,7 @@ SMALL = (
     "evaluate.needle={lengths: [64], depths: 2, samples: 2, alternatives: 4}",
 )  # fmt: skip
 
-# A walk of a Llama or Qwen3 teacher of write_block_teacher: 0.00238 GiB as a tied Llama, and of the students only the smaller ones fit.
+# A walk of a teacher of blocks of write_teacher: 0.00238 GiB as a tied Llama, and of the students only the smaller ones fit.
 SMALL_BLOCKS = (
     "~experiment", "device=cpu", "data.sequence_length=64", "data.max_train_tokens=30000", "data.max_heldout_tokens=4000",
     "scoring.samples=8", "scoring.layer_samples=4", "workload.context_tokens=1024", "budget.name=small", "budget.device_gib=0.0017",
@@ -141,10 +141,29 @@ def small_block_settings() -> tuple[str, ...]:
     return SMALL_BLOCKS
 
 
+# What a tiny teacher's configuration class in transformers is called by and has beside the sizes. Windows are far shorter than the texts of tests.
+POSITIONS = {"rope_type": "default", "rope_theta": 50000.0}
+LLAMA3_POSITIONS = POSITIONS | {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
+WINDOW = {"sliding_window": 64}
+OF_FAMILY = {
+    "llama": ("Llama", {"rope_parameters": LLAMA3_POSITIONS}),
+    "qwen3": ("Qwen3", {"rope_parameters": POSITIONS}),
+    "mistral": ("Mistral", {"rope_parameters": POSITIONS, **WINDOW}),
+    "qwen2": ("Qwen2", {"rope_parameters": POSITIONS, "use_sliding_window": True, "max_window_layers": 0, **WINDOW}),
+    "gemma3_text": ("Gemma3", {
+        "rope_parameters": {"full_attention": POSITIONS | {"rope_type": "linear", "factor": 4.0}, "sliding_attention": POSITIONS | {"rope_theta": 1e4}},
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 48, **WINDOW}),
+    "mamba2": ("Mamba2", {"num_heads": 16, "head_dim": 16, "n_groups": 2, "state_size": 16, "expand": 2, "chunk_size": 64}),
+}  # fmt: skip
+BLOCK_SIZES = {"intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096}
+CENTRES = {"A_log": 0.0, "dt_bias": -2.0, "bias": 0.0}  # of vectors; of norms' weights what multiplies by 1
+
+
 @pytest.fixture(scope="session")
-def write_block_teacher() -> Callable[..., Path]:
-    """Writes a random tiny Llama or Qwen3 as transformers saves one, with the tokenizer of the tiny teacher: 4 blocks, hidden 128, FFN 192, 4 query heads
-    of 32 channels on 2 KV heads, 2,048 tokens; weights large enough for attention to matter, norms apart from 1, Llama's positions scaled."""
+def write_teacher() -> Callable[..., Path]:
+    """Writes a random tiny model of a family as transformers saves one, with the tokenizer of the tiny teacher: 4 layers, hidden 128, 2,048 tokens; of
+    blocks FFN 192 and 4 query heads of 32 channels on 2 KV heads, of Mamba-2 16 heads of 16 channels in 2 groups; weights large enough for attention to
+    matter, norms apart from 1, Llama's positions scaled, windows where a family has them."""
 
     def write(folder: Path, family: str, *, tied: bool) -> Path:
         import torch
@@ -152,19 +171,18 @@ def write_block_teacher() -> Callable[..., Path]:
 
         from minitron.settings.teachers import STORED_FOLDER
 
-        llama3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
-        prefix, positions = {"llama": ("Llama", llama3), "qwen3": ("Qwen3", {"rope_type": "default"})}[family]
-        config = getattr(transformers, f"{prefix}Config")(
-            vocab_size=2048, hidden_size=128, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-            max_position_embeddings=4096, rope_parameters={**positions, "rope_theta": 50000.0}, tie_word_embeddings=tied, initializer_range=0.08,
-            bos_token_id=0, eos_token_id=0, pad_token_id=1,
+        prefix, own = OF_FAMILY[family]
+        config = getattr(transformers, f"{prefix}{'Text' if family == 'gemma3_text' else ''}Config")(
+            vocab_size=2048, hidden_size=128, num_hidden_layers=4, tie_word_embeddings=tied, initializer_range=0.08, bos_token_id=0, eos_token_id=0,
+            pad_token_id=1, **(BLOCK_SIZES if family != "mamba2" else {}), **own,
         )  # fmt: skip
         random = torch.Generator().manual_seed(0)
         model = getattr(transformers, f"{prefix}ForCausalLM")(config)
         with torch.no_grad():
-            for parameter in model.parameters():
+            for name, parameter in model.named_parameters():
                 noise = torch.randn(parameter.shape, generator=random)
-                parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else 0.08 * noise)
+                centre = CENTRES.get(name.split(".")[-1], 0.0 if family == "gemma3_text" else 1.0)
+                parameter.copy_(centre + 0.3 * noise if parameter.ndim == 1 else (0.3 if parameter.ndim == 3 else 0.08) * noise)
         model.save_pretrained(folder)
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
             shutil.copyfile(STORED_FOLDER / name, folder / name)

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from distill.batches import split_padding
-from distill.products import logits_of
+from distill.products import as_head_takes, logits_of
 from memory_budget.architecture import Architecture
 from minitron.checkpoints.files import Checkpoint, PlannedWeights
-from minitron.checkpoints.stored_linear import load_to_compute
+from minitron.checkpoints.stored_linear import StoredLinear, load_to_compute
 from minitron.families.base import Family
 from minitron.families.state import model_tensors
 from minitron.families.table import names_by_canonical
@@ -43,8 +43,10 @@ class Head:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., D] to float32 logits [..., V]; on a GPU they are never rounded to less."""
         normed = self.norm(hidden)
-        if normed.device.type != "cuda":
+        if isinstance(self.projection, StoredLinear):  # which computes in its input's dtype
             return self.projection(normed).float()
+        if normed.device.type != "cuda":
+            return self.projection(as_head_takes(normed, self.projection.weight)).float()
         return logits_of(normed.flatten(0, -2), self.projection.weight).unflatten(0, normed.shape[:-1])
 
 
@@ -82,9 +84,11 @@ class WholeModel:
         self.family, self.architecture = family, architecture
         self.model, self.parts = model.eval(), family.parts(model)
         self.device = next(model.parameters()).device
+        self.float32_stream = family.float32_stream(model.config.to_dict())
 
     def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [self.parts.embed(ids_BT) for ids_BT in batches]
+        embedded = (self.parts.embed(ids_BT) for ids_BT in batches)
+        return [residual_BTD.float() if self.float32_stream else residual_BTD for residual_BTD in embedded]
 
     def stored_rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         yield 0, model_tensors(self.family, self.model)[name]
@@ -113,7 +117,8 @@ class StreamedModel:
         keep_freed_memory()
 
     def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        residuals = [torch.empty(*ids_BT.shape, self.architecture.hidden, dtype=self.dtype, device=self.device) for ids_BT in batches]
+        dtype = torch.float32 if self.family.float32_stream(self.config) else self.dtype
+        residuals = [torch.empty(*ids_BT.shape, self.architecture.hidden, dtype=dtype, device=self.device) for ids_BT in batches]
         for first, rows_VD in self.stored_rows(f"{self.family.outside_names['embed']}weight"):
             for ids_BT, residual_BTD in zip(batches, residuals, strict=True):
                 look_up(ids_BT, first, rows_VD, residual_BTD, self.family.embed_scale(self.architecture))

@@ -163,10 +163,11 @@ def model_card(title: str, *, lines: list[str], architecture: Architecture, base
         ("hidden", str(architecture.hidden)),
         ("FFN", str(architecture.ffn)),
         ("attention", f"{architecture.num_attention_heads} query heads, {architecture.num_key_value_heads} KV heads × {architecture.attention_head_dim}"),
-        *([("Mamba-2", f"{architecture.mamba_num_heads} heads × {architecture.mamba_head_dim}, {architecture.mamba_num_groups} groups, "
-                       f"state {architecture.mamba_state_size}")] if "M" in architecture.pattern else []),
+        ("Mamba-2", f"{architecture.mamba_num_heads} heads × {architecture.mamba_head_dim}, {architecture.mamba_num_groups} groups, "
+                    f"state {architecture.mamba_state_size}"),
         ("vocabulary", f"{architecture.vocab:,}" + ("; embeddings and output head are one matrix (tied)" if architecture.tied_embeddings else "")),
     ]  # fmt: skip
-    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in sizes)]
+    absent = {name for name, letter in (("FFN", "-"), ("attention", "*"), ("Mamba-2", "M")) if letter not in architecture.mixers}
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in sizes if name not in absent)]
     letters = [] if of_blocks else ["", "Pattern letters: M Mamba-2, `*` attention, - FFN."]
     return "\n".join([*head, "---", "", f"# {title}", "", *lines, "", *table, *letters, ""])

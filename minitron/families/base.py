@@ -15,6 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from memory_budget.architecture import Architecture
+from nas.couplings import Coupling
 
 if TYPE_CHECKING:  # so that settings can ask for a family's rules without torch
     from torch import nn
@@ -63,21 +64,6 @@ class Tap:
 
 
 @dataclass(frozen=True, slots=True)
-class Multiple:
-    """A coupling: what `field` of Architecture has must be a multiple of what `of` has, or no loader takes the model."""
-
-    field: str
-    of: str
-
-    def holds(self, architecture: Architecture) -> bool:
-        """Number by number where sizes are arrays."""
-        return getattr(architecture, self.field) % getattr(architecture, self.of) == 0
-
-    def __str__(self) -> str:
-        return f"{self.field} % {self.of} == 0"
-
-
-@dataclass(frozen=True, slots=True)
 class ModelParts:
     """A model taken apart for walking it sublayer by sublayer: ids → embed → layers → norm → head → logits."""
 
@@ -100,7 +86,9 @@ class Family:
     the keys that the forward pass depends on: two checkpoints that differ in another one compute alike.
 
     `norm_offset` is what is added to the stored weight of a norm of the residual stream before it multiplies: 0, or 1 where such weights are stored around
-    0. `embed_scale` gives what the model multiplies rows of its table of embeddings by, where that follows from its sizes.
+    0. `embed_scale` gives what the model multiplies rows of its table of embeddings by, where that follows from its sizes. `float32_stream` gives, from
+    config.json, whether the residual stream is float32 whatever number format the layers compute in. `decodes_without_attention` says that transformers goes on
+    from the cache of a model of this family that has no attention layer.
     """
 
     model_type: str
@@ -119,7 +107,9 @@ class Family:
     rms_epsilon: Callable[[dict], float] | None
     handed_over: Callable[[dict], dict]
     computing: Callable[[Mapping], frozenset[str]]
-    couplings: tuple[Multiple, ...] = ()
+    couplings: tuple[Coupling, ...] = ()
     refused: Callable[[dict], str | None] = lambda _config: None
     norm_offset: float = 0.0
     embed_scale: Callable[[Architecture], float] = lambda _architecture: 1.0
+    float32_stream: Callable[[Mapping], bool] = lambda _config: False
+    decodes_without_attention: bool = False

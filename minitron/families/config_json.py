@@ -1,8 +1,16 @@
-"""A config.json as transformers reads it, and what of a teacher's a student's keeps: all but what speaks of other files, other code, or another form of the
-weights.
+"""A config.json as transformers reads it, the models that it makes of one, and what of a teacher's a student's keeps: all but what speaks of other files,
+other code, or another form of the weights.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 # Code beside the weights, which is never run here nor copied: every family that can be cut is built into transformers.
 CODE_KEYS = ("auto_map", "custom_pipelines")
@@ -38,5 +46,25 @@ def transformers_config(config: dict) -> Any:
     except Exception as error:  # huggingface_hub's StrictDataclass errors are no ValueError
         reason = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
         raise ValueError(f"config.json is refused by transformers: {reason}") from error
-    sizes._attn_implementation = "sdpa"  # what from_pretrained chooses
+    if hasattr(type(sizes), "num_attention_heads"):  # of which Mamba-2 has none
+        sizes._attn_implementation = "sdpa"  # what from_pretrained chooses
     return sizes
+
+
+def load(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
+    """A checkpoint as transformers' own model, in eval mode; dtype None keeps the stored one."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one bar a stage is enough
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False).to(device).eval()
+
+
+def build(config: dict) -> nn.Module:
+    """A freshly initialised float32 model of a config.json dict; on the meta device there is nothing to initialise."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights() if torch.get_default_device().type == "meta" else nullcontext():
+        return AutoModelForCausalLM.from_config(transformers_config(config), dtype=torch.float32)

@@ -13,8 +13,8 @@ What is peculiar to it, and where it is stated:
 from math import sqrt
 
 from memory_budget.architecture import Architecture
-from minitron.families.base import Multiple
 from minitron.families.blocks import HALVES, Blocks, attention_types, block_family
+from nas.couplings import Multiple
 
 HALVES_OF_FOUR_NORMS = (
     {**HALVES[0], "post_norm": "post_attention_layernorm"},

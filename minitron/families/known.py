@@ -3,16 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
+from memory_budget.architecture import Architecture
 from memory_budget.hf_config import FAMILIES as COUNTED
 from minitron.families.base import Family
 from minitron.families.gemma3_text import FAMILY as GEMMA3_TEXT
 from minitron.families.llama import FAMILY as LLAMA
+from minitron.families.mamba2 import FAMILY as MAMBA2
 from minitron.families.mistral import FAMILY as MISTRAL
 from minitron.families.nemotron_h import FAMILY as NEMOTRON_H
 from minitron.families.qwen2 import FAMILY as QWEN2
 from minitron.families.qwen3 import FAMILY as QWEN3
 
-FAMILIES = {family.model_type: family for family in (NEMOTRON_H, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3_TEXT)}
+FAMILIES = {family.model_type: family for family in (NEMOTRON_H, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3_TEXT, MAMBA2)}
 
 
 def family_of(config: dict) -> Family:
@@ -28,6 +30,11 @@ def family_of(config: dict) -> Family:
     if reason := family.refused(config):
         raise ValueError(reason)
     return family
+
+
+def can_decode(architecture: Architecture) -> bool:
+    """Whether transformers goes on from such a model's cache: most families' asks an attention layer how long it is."""
+    return "*" in architecture.mixers or FAMILIES[architecture.model_type].decodes_without_attention
 
 
 def quantised_by_config(config: Mapping[str, Any]) -> str | None:

@@ -5,8 +5,8 @@ format. A student whose hidden size is no multiple of its query heads is refused
 """
 
 from memory_budget.architecture import Architecture
-from minitron.families.base import Multiple
 from minitron.families.blocks import Blocks, block_family
+from nas.couplings import Multiple
 
 
 def config(_teacher: dict, _architecture: Architecture) -> dict:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memory_budget.architecture import Architecture
+from minitron.families import config_json
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD, Family, ModelParts, Tap, TensorAxes
 from minitron.families.config_json import kept_config, transformers_config
 
@@ -30,10 +30,11 @@ _CONV = (*_INNER, _STATES, _STATES)
 _QUERY = ((ATTENTION_HEAD, "attention_channel"),)
 _KEY_VALUE = ((KEY_VALUE_HEAD, "attention_channel"),)
 
-TABLE = (
+# What a Mamba-2 model has, whatever else its layers are; without a head of its own where that is the table of embeddings.
+MAMBA_TABLE = (
     TensorAxes("embeddings.weight", "", ((("vocab",),), _HIDDEN)),
     TensorAxes("norm_f.weight", "", (_HIDDEN,)),
-    TensorAxes("lm_head.weight", "", ((("vocab",),), _HIDDEN)),
+    TensorAxes("lm_head.weight", "", ((("vocab",),), _HIDDEN), only_if="has_own_head"),
     TensorAxes("norm.weight", "any", (_HIDDEN,)),
     TensorAxes("mixer.in_proj.weight", "M", ((*_INNER, *_CONV, *_HEADS), _HIDDEN)),
     TensorAxes("mixer.in_proj.bias", "M", ((*_INNER, *_CONV, *_HEADS),), only_if="mamba_projection_bias"),
@@ -45,6 +46,9 @@ TABLE = (
     TensorAxes("mixer.norm.weight", "M", (_INNER,)),
     TensorAxes("mixer.out_proj.weight", "M", (_HIDDEN, _INNER)),
     TensorAxes("mixer.out_proj.bias", "M", (_HIDDEN,), only_if="mamba_projection_bias"),
+)
+TABLE = (
+    *MAMBA_TABLE,
     TensorAxes("mixer.up_proj.weight", "-", (_FFN, _HIDDEN)),
     TensorAxes("mixer.up_proj.bias", "-", (_FFN,), only_if="ffn_bias"),
     TensorAxes("mixer.down_proj.weight", "-", (_HIDDEN, _FFN)),
@@ -61,6 +65,7 @@ COMPUTING = frozenset({
     "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "use_conv_bias", "use_bias", "mlp_bias", "mlp_hidden_act",
     "mamba_hidden_act", "layer_norm_epsilon", "time_step_limit",
 })  # fmt: skip
+OUTSIDE_NAMES = {"embed": "embeddings.", "norm": "norm_f.", "head": "lm_head."}
 LAYER_NORM_EPSILON = 1e-5  # of transformers' configuration class, where config.json has none
 # Names of what a student's config.json says by the published name: of the pattern, and those that transformers takes for sizes of Mamba-2.
 OTHER_SPELLINGS = ("layers_block_type", "layer_types", "mamba_n_groups", "mamba_d_conv", "mamba_conv_bias")
@@ -151,7 +156,8 @@ def file_name(canonical: str) -> str:
 
 
 def parts(model: nn.Module) -> ModelParts:
-    return ModelParts(embed=model.model.embeddings, layers=list(model.model.layers), norm=model.model.norm_f, head=model.lm_head)
+    base = model.base_model
+    return ModelParts(embed=base.embeddings, layers=list(base.layers), norm=base.norm_f, head=model.lm_head)
 
 
 def layer_taps(architecture: Architecture, layer: int, block: nn.Module) -> list[Tap]:
@@ -171,22 +177,12 @@ def layer_taps(architecture: Architecture, layer: int, block: nn.Module) -> list
 
 def load(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
     """The checkpoint as transformers' own model, in eval mode; dtype None keeps the stored one."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # one bar a stage is enough
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False).to(device)
-    return _without_step_clamp(model).eval()
+    return _without_step_clamp(config_json.load(folder, dtype=dtype, device=device))
 
 
 def build(config: dict) -> nn.Module:
     """A freshly initialised float32 model of a config.json dict; on the meta device there is nothing to initialise."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights() if torch.get_default_device().type == "meta" else nullcontext():
-        return _without_step_clamp(AutoModelForCausalLM.from_config(transformers_config(config), dtype=torch.float32))
+    return _without_step_clamp(config_json.build(config))
 
 
 def build_layer(config: dict, layer: int) -> nn.Module:
@@ -197,15 +193,18 @@ def build_layer(config: dict, layer: int) -> nn.Module:
 
 
 def build_outside(config: dict, part: str) -> nn.Module:
-    """The embeddings ("embed"), the final norm ("norm") or the output projection ("head") alone."""
-    from torch import nn
+    """The final norm ("norm") or the output projection ("head") alone."""
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNorm
 
-    sizes = transformers_config(config)
-    if part == "embed":
-        return nn.Embedding(sizes.vocab_size, sizes.hidden_size)
+    return outside_module(transformers_config(config), part, NemotronHRMSNorm)
+
+
+def outside_module(sizes: Any, part: str, norm: type[nn.Module]) -> nn.Module:
+    """The same of transformers' configuration object and a norm's class."""
+    from torch import nn
+
     if part == "norm":
-        return NemotronHRMSNorm(sizes.hidden_size, eps=sizes.layer_norm_epsilon)
+        return norm(sizes.hidden_size, eps=sizes.layer_norm_epsilon)
     return nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
 
 
@@ -249,7 +248,7 @@ FAMILY = Family(
     build=build,
     build_layer=build_layer,
     build_outside=build_outside,
-    outside_names={"embed": "embeddings.", "norm": "norm_f.", "head": "lm_head."},
+    outside_names=OUTSIDE_NAMES,
     rms_epsilon=rms_epsilon,
     handed_over=handed_over,
     computing=lambda _full: COMPUTING,

@@ -9,11 +9,11 @@ from transformers import TextStreamer
 from memory_budget.hf_config import read_config
 from minitron.checkpoints.files import Checkpoint
 from minitron.families.known import family_of
-from minitron.families.text import begun, load_tokenizer
 from minitron.generation.ends import end_ids
 from minitron.generation.generate import generate
 from minitron.generation.prompts import Tags, make_prompt
 from minitron.generation.thinking import count_reasoning
+from minitron.generation.tokenizers import begun, load_tokenizer
 from minitron.machine.device import pick_device
 from minitron.settings.run import Settings, Thinking
 from minitron.walk.console import Console

@@ -19,14 +19,14 @@ def generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequ
     """The new tokens of every prompt up to the first of end_ids(model, tokenizer), that one included where one came; greedy at temperature 0.
 
     `opened` says of each prompt whether reasoning is open at its end, where its tags do not: a user may have written of them.
-    Raises ValueError for a budget below 0, and where prompt and new tokens are more than the model's positions.
+    Raises ValueError for a budget below 0, and where prompt and new tokens are more than the model's positions, where it has a number of them.
     """
     tokenizer.padding_side = "left"
     ends = end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None)
     batch = tokenizer(list(prompts), add_special_tokens=False, padding=len(prompts) > 1, return_tensors="pt").to(next(model.parameters()).device)
-    length, positions = batch["input_ids"].shape[1], model.config.max_position_embeddings
-    if length + new_tokens > positions:
+    length, positions = batch["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and length + new_tokens > positions:
         raise ValueError(f"the prompt has {length:,} tokens and generate.new_tokens is {new_tokens:,}; together they must be at most {positions:,}")
     processors = LogitsProcessorList()
     if thinking_budget is not None:

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from minitron.families.config_json import CODE_KEYS
-from minitron.families.row_lengths import INT4_GROUP, K_QUANT_BLOCK, ROW_NAMES
+from minitron.families.row_lengths import INT4_GROUP, K_QUANT_BLOCK
 
 TRANSFORMERS, VLLM, LLAMA_CPP, MLX_LM, TENSORRT_LLM = "transformers", "vLLM", "llama.cpp", "mlx-lm", "TensorRT-LLM"
 REMOTE_CODE = "NVIDIA's code"  # beside its published weights, for versions of transformers without the family
@@ -33,7 +33,7 @@ class Folder:
 @dataclass(frozen=True, slots=True)
 class Rule:
     """What a program asks of a field. `holds` gives None where a folder cannot tell; `shown` says what a folder has there, where it is no key of
-    config.json. `is_advice`: the program takes the folder all the same, but makes it slower or larger.
+    config.json. `is_advice`: the program takes the folder all the same, but makes it slower or larger, or its older versions do not.
     """
 
     program: str
@@ -108,19 +108,30 @@ def no_code(program: str) -> Rule:
                 lambda folder: ", ".join(key for key in CODE_KEYS if key in folder.config) or "absent")  # fmt: skip
 
 
-def row_rules() -> tuple[Rule, ...]:
-    """Advice on lengths of rows: what those who pack the weights into fewer bits can do with them."""
+def head_there(program: str, otherwise: str) -> Rule:
+    """The output head is among the tensors unless it is the table of embeddings."""
+
+    def is_tied(folder: Folder) -> bool:
+        return folder.config.get("tie_word_embeddings") is True
+
+    return Rule(program, "lm_head.weight", f"must be there unless tie_word_embeddings is true: {otherwise}",
+                lambda folder: is_tied(folder) or "lm_head.weight" in folder.tensors,
+                lambda folder: f"{'there' if 'lm_head.weight' in folder.tensors else 'absent'}, {'tied' if is_tied(folder) else 'not tied'}")  # fmt: skip
+
+
+def row_rules(*names: str) -> tuple[Rule, ...]:
+    """Advice on lengths of rows, sizes of config.json or products of two: what those who pack the weights into fewer bits can do with them."""
+
+    def odd(folder: Folder, multiple: int) -> str:
+        lengths = {name: prod(folder.size(key) for key in name.split(" × ")) for name in names}
+        return ", ".join(f"{name} {length:,}" for name, length in lengths.items() if length % multiple)
+
     return (
         Rule(VLLM, "lengths of rows", f"should be multiples of {INT4_GROUP}: other matrices are not packed as int4 in groups of {INT4_GROUP}",
-             lambda folder: not _odd_rows(folder, INT4_GROUP), lambda folder: _odd_rows(folder, INT4_GROUP) or "all are", is_advice=True),
+             lambda folder: not odd(folder, INT4_GROUP), lambda folder: odd(folder, INT4_GROUP) or "all are", is_advice=True),
         Rule(LLAMA_CPP, "lengths of rows", f"should be multiples of {K_QUANT_BLOCK}: other matrices get a larger type in place of a K-quant",
-             lambda folder: not _odd_rows(folder, K_QUANT_BLOCK), lambda folder: _odd_rows(folder, K_QUANT_BLOCK) or "all are", is_advice=True),
+             lambda folder: not odd(folder, K_QUANT_BLOCK), lambda folder: odd(folder, K_QUANT_BLOCK) or "all are", is_advice=True),
     )  # fmt: skip
-
-
-def _odd_rows(folder: Folder, multiple: int) -> str:
-    lengths = {name: prod(folder.size(key) for key in name.split(" × ")) for name in ROW_NAMES.values()}
-    return ", ".join(f"{name} {length:,}" for name, length in lengths.items() if length % multiple)
 
 
 def _prefixes(folder: Folder) -> str:
@@ -154,5 +165,5 @@ def verdicts(findings: Sequence[Finding]) -> list[str]:
 
 
 def remarks(findings: Sequence[Finding]) -> list[str]:
-    """What a program takes, but makes slower or larger; a sentence each."""
+    """What a program takes, but not as it should be; a sentence each."""
     return [f"{one.program} takes it, but {one.field} ({one.value}) {one.rule}" for one in findings if one.is_remark]

@@ -6,10 +6,7 @@ flash_attn.py); llama.cpp's convert_hf_to_gguf.py of 2026 (NemotronHForCausalLM 
 class beside NVIDIA's published weights does with layers_block_type: huggingface/transformers #45300, ml-explore/mlx-lm #1857, NVIDIA/TensorRT-LLM #19168.
 """
 
-import math
-
 from memory_budget.hf_config import BLOCK_TYPE_LETTERS
-from minitron.families.row_lengths import CONV_MULTIPLE
 from minitron.hand_over.compatibility import (
     LLAMA_CPP,
     MLX_LM,
@@ -30,6 +27,7 @@ from minitron.hand_over.compatibility import (
     says,
     tokenizer_there,
 )
+from minitron.hand_over.rules_mamba2 import inner_size, mixer_rules
 
 CLASS = "NemotronHForCausalLM"
 
@@ -42,12 +40,7 @@ def pattern_of(folder: Folder) -> str:
 
 
 def _inner(folder: Folder) -> int:
-    return folder.size("mamba_num_heads") * folder.size("mamba_head_dim")
-
-
-def _is_full_range(folder: Folder) -> bool:
-    limit = folder.config.get("time_step_limit", [0.0, math.inf])
-    return list(limit) == [0.0, math.inf]
+    return inner_size(folder, "mamba_num_heads", "mamba_head_dim")
 
 
 def _is_plain_pattern(folder: Folder) -> bool:
@@ -57,15 +50,6 @@ def _is_plain_pattern(folder: Folder) -> bool:
 
 def _is_known_pattern(folder: Folder) -> bool:
     return pattern_of(folder) != "" and set(pattern_of(folder)) <= set("M*-E")
-
-
-def _power_of_two(folder: Folder) -> bool:
-    size = folder.size("chunk_size")
-    return "chunk_size" not in folder.config or (size > 0 and size & (size - 1) == 0)
-
-
-def _in_proj_rows(folder: Folder) -> int:
-    return 2 * _inner(folder) + 2 * folder.size("n_groups") * folder.size("ssm_state_size") + folder.size("mamba_num_heads")
 
 
 def _has_older_names(folder: Folder) -> bool:
@@ -94,11 +78,7 @@ RULES = (
     Rule(VLLM, "num_key_value_heads", "must divide num_attention_heads", divides("num_key_value_heads", "num_attention_heads")),
     Rule(VLLM, "attention_bias", "must be false: its attention has no biases", says("attention_bias", False, None)),
     Rule(VLLM, "mlp_hidden_act", "must be relu2: it always computes that", says("mlp_hidden_act", "relu2", None)),
-    Rule(VLLM, "mamba_hidden_act", "must be silu, which its kernels know", says("mamba_hidden_act", "silu", None)),
-    Rule(VLLM, "n_groups", "must divide mamba_num_heads", divides("n_groups", "mamba_num_heads")),
-    Rule(VLLM, "conv_kernel", "must be 2 to 4", lambda folder: 2 <= folder.size("conv_kernel") <= 4),
-    Rule(VLLM, "chunk_size", "must be a power of two", _power_of_two),
-    Rule(VLLM, "time_step_limit", "must be 0 to infinity: it always computes that", _is_full_range),
+    *mixer_rules(heads="mamba_num_heads", head_dim="mamba_head_dim", state="ssm_state_size", activation="mamba_hidden_act"),
     Rule(VLLM, "tie_word_embeddings", "must be false: it reads lm_head.weight", says("tie_word_embeddings", False, None)),
     Rule(VLLM, "max_position_embeddings", "must be given: it is the longest context served", given("max_position_embeddings")),
     named(VLLM, "backbone.", "lm_head."),
@@ -111,7 +91,6 @@ RULES = (
     Rule(LLAMA_CPP, "rms_norm_eps", "must be there, equal to layer_norm_epsilon: the loader asks for it, and the other is not converted to it",
          lambda folder: folder.config.get("rms_norm_eps", folder.config.get("norm_eps")) == folder.config.get("layer_norm_epsilon", 1e-5)),
     Rule(LLAMA_CPP, "head_dim", "must be given", given("head_dim", "attention_head_dim")),
-    Rule(LLAMA_CPP, "n_groups", "must divide mamba_num_heads", divides("n_groups", "mamba_num_heads")),
     Rule(LLAMA_CPP, "mamba_num_heads × mamba_head_dim", "must be a multiple of 64, or of mamba_d_head where that is given",
          lambda folder: _inner(folder) > 0 and _inner(folder) % (folder.size("mamba_d_head") or 64) == 0,
          lambda folder: f"{_inner(folder):,}"),
@@ -120,14 +99,11 @@ RULES = (
     Rule(LLAMA_CPP, "intermediate_size", "must be given", given("intermediate_size")),
     Rule(LLAMA_CPP, "hidden_act", "must be absent or silu", says("hidden_act", "silu", None)),
     Rule(LLAMA_CPP, "mlp_hidden_act", "must be relu2: it always computes that", says("mlp_hidden_act", "relu2", None)),
-    Rule(LLAMA_CPP, "use_bias", "must be false: its Mamba-2 projections have no biases", says("use_bias", False, None)),
     Rule(LLAMA_CPP, "vocab_size", "must be a multiple of 8: it pads the list of tokens to one, the embeddings not",
          lambda folder: folder.size("vocab_size") % 8 == 0),
     named(LLAMA_CPP, "backbone.", "lm_head."),
     known_tokenizer(lambda folder: False if folder.own_tokenizer else None),
-    *row_rules(),
-    Rule(TRANSFORMERS, "rows of in_proj", f"should be a multiple of {CONV_MULTIPLE}: the causal_conv1d kernel takes no other strides",
-         lambda folder: _in_proj_rows(folder) % CONV_MULTIPLE == 0, lambda folder: f"{_in_proj_rows(folder):,}", is_advice=True),
+    *row_rules("hidden_size", "intermediate_size", "num_attention_heads × head_dim", "mamba_num_heads × mamba_head_dim"),
     no_code(TRANSFORMERS),
     Rule(REMOTE_CODE, "layers_block_type", "must be absent: there it is a property that cannot be set",
          lambda folder: not {"layers_block_type", "layer_types"} & set(folder.config),

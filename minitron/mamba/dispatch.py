@@ -1,4 +1,4 @@
-"""Which function computes a layer of NemotronH: decided by where its tensors are, here and nowhere else.
+"""Which function computes a layer of NemotronH or Mamba-2: decided by where its tensors are, here and nowhere else.
 
 transformers decides once, by which packages are installed, and hands tensors of a CPU to kernels that only a GPU has. After `install`, tensors on a CPU
 go through our functions (mixer.py) and torch's convolution; tensors on a GPU through mamba-ssm's and causal-conv1d's kernels where they are usable, else
@@ -8,6 +8,7 @@ through ours too, which keep packed documents apart where transformers' referenc
 import functools
 import inspect
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +28,25 @@ def install() -> None:
 @functools.cache
 def replacements() -> tuple[tuple[object, str, Callable], ...]:
     """What `install` changes, as (owner, name, new function)."""
-    from transformers.models.nemotron_h import modeling_nemotron_h as modeling
+    from transformers.models.mamba2 import modeling_mamba2 as mamba2
+    from transformers.models.nemotron_h import modeling_nemotron_h as nemotron_h
 
     methods = (
-        (modeling.NemotronHMamba2Mixer, mixer.mixer_forward, _mix_long), (modeling.NemotronHRMSNorm, mixer.norm_forward, _feed_long),
-        (modeling.NemotronHMLP, mixer.mlp_forward, _feed_long), (modeling.NemotronHAttention, _theirs, _attend_long),
+        (nemotron_h.NemotronHMamba2Mixer, mixer.mixer_forward, _mix_long), (nemotron_h.NemotronHRMSNorm, mixer.norm_forward, _feed_long),
+        (nemotron_h.NemotronHMLP, mixer.mlp_forward, _feed_long), (nemotron_h.NemotronHAttention, _theirs, _attend_long),
+        (mamba2.Mamba2Mixer, mixer.mixer_forward, _mix_long), (mamba2.Mamba2RMSNorm, mixer.norm_forward, _feed_long),
     )  # fmt: skip
+    return (*_functions(nemotron_h), *_functions(mamba2),
+            *((owner, "forward", _method(ours, owner.forward, in_parts)) for owner, ours, in_parts in methods))  # fmt: skip
+
+
+def _functions(modeling: ModuleType) -> tuple[tuple[object, str, Callable], ...]:
+    """Those of a module of transformers that a Mamba-2 mixer calls."""
     return (
         (modeling, "mamba2_chunk_scan", _function(mixer.chunk_scan, modeling.mamba2_chunk_scan)),
         (modeling, "causal_conv1d_fn", _function(_convolve, modeling.causal_conv1d_fn, prepare=_as_kernels_take)),
         *((modeling, name, _function(inspect.unwrap(getattr(modeling, name)), getattr(modeling, name)))
           for name in ("causal_conv1d_update", "mamba2_split_conv1d_scan_combined", "mamba2_selective_state_update")),
-        *((owner, "forward", _method(ours, owner.forward, in_parts)) for owner, ours, in_parts in methods),
     )  # fmt: skip
 
 
@@ -102,12 +110,12 @@ def _as_kernels_take(x_BET: torch.Tensor, **named) -> tuple[torch.Tensor, dict]:
     return (x_BET.contiguous() if documents_BT is None else x_BET.transpose(1, 2).contiguous().transpose(1, 2)), named
 
 
-def _mix_long(forward: Callable, hidden_states, cache_params=None, attention_mask=None, seq_idx=None, **kwargs):
-    """A Mamba-2 mixer's forward, by blocks where the row is long and whole."""
+def _mix_long(forward: Callable, hidden_states, cache_params=None, attention_mask=None, seq_idx=None, **_):
+    """A Mamba-2 mixer's forward, by blocks where the row is long and whole. What else the model was given, positions say, is no kernel's."""
     if cache_params is None and attention_mask is None and token_blocks.goes_in_parts(hidden_states):
-        return token_blocks.mix_by_blocks(functools.partial(forward, **kwargs), hidden_states, seq_idx)
+        return token_blocks.mix_by_blocks(forward, hidden_states, seq_idx)
     documents = {} if seq_idx is None else {"seq_idx": seq_idx}
-    return forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **documents, **kwargs)
+    return forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **documents)
 
 
 def _feed_long(forward: Callable, x):

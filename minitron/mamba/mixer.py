@@ -1,4 +1,4 @@
-"""NemotronH on a CPU without Mamba's kernels: what takes transformers' place once dispatch.py puts it there.
+"""NemotronH and Mamba-2 on a CPU without Mamba's kernels: what takes transformers' place once dispatch.py puts it there.
 
 The heart of a Mamba-2 mixer (convolution, scan, gated norm) goes a chunk of tokens at a time from the input projection's
 output to the output projection's input, so that what lies between is made once, in memory that is used again.
@@ -185,11 +185,12 @@ class _Walk:
 
 
 def mixer_forward(module, hidden_states, *, theirs: Callable, cache_params=None, attention_mask=None, seq_idx=None, **kwargs):
-    """NemotronHMamba2Mixer.forward; transformers' own where there is a cache, a mask or a limit to the time step.
+    """NemotronHMamba2Mixer.forward, or Mamba2Mixer's; transformers' own where there is a cache, a mask or a limit to the time step.
 
     `seq_idx` [B, T] numbers the documents of packed rows.
     """
-    if cache_params is not None or attention_mask is not None or module.time_step_limit != (0.0, float("inf")) or module.activation != "silu":
+    limited = tuple(module.time_step_limit) != (0.0, float("inf"))
+    if cache_params is not None or attention_mask is not None or limited or module.activation != "silu":
         return theirs(module, hidden_states, cache_params=cache_params, attention_mask=attention_mask, seq_idx=seq_idx, **kwargs)
     sizes = _Sizes(module.num_heads, module.head_dim, module.n_groups, module.ssm_state_size)
     bias = module.D.new_zeros(module.conv_dim) if module.conv1d.bias is None else module.conv1d.bias
@@ -232,7 +233,7 @@ def chunk_scan(hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, ini
 
 
 def norm_forward(module, hidden_states, *, theirs: Callable):
-    """NemotronHRMSNorm.forward."""
+    """NemotronHRMSNorm.forward, or Mamba2RMSNorm's."""
     if hidden_states.dtype != torch.float32:
         return theirs(module, hidden_states)
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])

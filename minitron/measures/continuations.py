@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from minitron.families.text import begun
 from minitron.generation.ends import end_ids, without_end
 from minitron.generation.generate import generate
+from minitron.generation.tokenizers import begun
 from minitron.settings.evaluate import EvaluateSettings
 
 

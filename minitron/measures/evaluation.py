@@ -21,8 +21,8 @@ from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.files import stored_bytes
 from minitron.checkpoints.forward_memory import forward_memory
-from minitron.families.known import family_of
-from minitron.families.text import load_tokenizer
+from minitron.families.known import can_decode, family_of
+from minitron.generation.tokenizers import load_tokenizer
 from minitron.machine.alone import measured_alone
 from minitron.machine.device import check_on_gpu, let_go, pick_device
 from minitron.measures.continuations import check_prompts, continuations
@@ -187,8 +187,7 @@ def _speed(models: Models, rows_RT: np.ndarray, lengths: SpeedSettings, name: st
 
 
 def _can_decode(models: Models, name: str) -> bool:
-    """transformers' cache asks an attention layer how long it is, so a model without one cannot decode there."""
-    return "*" in architecture_from_config(read_config(models.folders[name])).mixers
+    return can_decode(architecture_from_config(read_config(models.folders[name])))
 
 
 def _prompts(models: Models, tokenizer: PreTrainedTokenizerBase, wanted: EvaluateSettings, name: str, _on_share: Share) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from memory_budget.hf_config import read_config
 from minitron.families.known import family_of
-from minitron.families.text import load_tokenizer
+from minitron.generation.tokenizers import load_tokenizer
 from minitron.machine.device import pick_device
 from minitron.measures.budget_curve import budget_curve
 from minitron.sources.arithmetic import held_out_problems

@@ -16,6 +16,7 @@ from distill.batches import PADDING, plain_ids
 from minitron.settings.evaluate import SpeedSettings
 
 REPETITIONS = 3
+CACHES = ("past_key_values", "cache_params")  # what models of transformers call theirs; those of Mamba-2 alone the latter
 
 
 def make_prompts(rows_RT: np.ndarray, input_tokens: int, batch: int) -> torch.Tensor:
@@ -25,7 +26,7 @@ def make_prompts(rows_RT: np.ndarray, input_tokens: int, batch: int) -> torch.Te
 
 def measure_speed(model: nn.Module, prompts_BT: torch.Tensor, lengths: SpeedSettings, *, can_decode: bool) -> dict[str, Any]:
     """Seconds and tokens per second of prefill (the prompts read, the first token known) and of decoding, greedy, each the best of three;
-    and the most bytes alive at once, weights included. Without attention (`can_decode` false) only prefill is measured.
+    and the most bytes alive at once, weights included. Of a model that `can_decode` says cannot (families.known) only prefill is measured.
 
     Bytes are those of PyTorch's allocator on a GPU. On CPU, where nobody counts, they are of all tensors alive at once; what a
     single operation uses inside itself is not seen there.
@@ -65,7 +66,7 @@ def _generate(model: nn.Module, prompts_BT: torch.Tensor, new_tokens: int, *, us
     token.sum().item()  # waits for an accelerator to finish
     read = time.perf_counter()
     for _ in range(new_tokens):
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(token, **{name: output[name] for name in CACHES if name in output}, use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
     token.sum().item()
     return read - started, time.perf_counter() - read

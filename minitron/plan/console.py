@@ -70,7 +70,9 @@ def table(plan: Plan) -> list[str]:
 
 
 def _cut_line(plan: Plan) -> str:
-    cut = ", ".join(f"{AXES[axis].title} {_range(low, high)} of {whole:,}" for axis, (low, high, whole) in plan.ranges.items()) or "nothing is cut"
+    ranges = (f"{AXES[axis].title} {_range(low, high)} of {whole:,}" + " (following)" * (axis in plan.follow)
+              for axis, (low, high, whole) in plan.ranges.items())  # fmt: skip
+    cut = ", ".join(ranges) or "nothing is cut"
     verdict = "fits" if plan.student_fits else "does not fit"
     about = "" if plan.fixed else "about "
     return (f"{cut}: {_count(plan.teacher_parameters)} → {about}{_count(plan.student_parameters)} parameters, {format_gib(plan.student_bytes)}, which "

@@ -7,6 +7,7 @@ from math import log2
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.forward_work import decode_work, forward_work, head_work, load_work
+from minitron.families.known import can_decode
 from minitron.importance.cost import scoring_work
 from minitron.importance.memory import ScoringNeeds
 from minitron.machine.pace import Work
@@ -160,7 +161,7 @@ def _screen(view: LapView) -> Cost:
     if settings.prune.method is PruneMethod.compensated:
         cut += _compensated(view, candidate_samples(settings, view.base)).work
     measured = view.held_out(view.student, settings.search.screen_samples)
-    decoded = (REPETITIONS * (screen.prompt_tokens * 0.2 + screen.new_tokens)) * ("*" in view.student.mixers)
+    decoded = (REPETITIONS * (screen.prompt_tokens * 0.2 + screen.new_tokens)) * can_decode(view.student)
     more = cut + measured + decode_work(view.student, decoded, FLOAT32)
     cost = _trained(view, view.student, None if screen.cached else view.teacher, [(screen.train, view.length)], more=more)
     times = 1 if settings.candidate else min(settings.search.finalists, view.shortlisted)
@@ -237,7 +238,7 @@ def _evaluate(view: LapView) -> Cost:
         for speed in wanted.speed:
             tokens = speed.input_tokens * speed.batch
             work += forward_work(model, tokens, speed.input_tokens) * (REPETITIONS + 1)
-            if "*" in model.mixers:
+            if can_decode(model):
                 work += decode_work(model, speed.output_tokens * (REPETITIONS + 1), view.width)
                 work += Work(calls=speed.output_tokens * WATCHED * model.num_sublayers)
         for length in wanted.needle.lengths:

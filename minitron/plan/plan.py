@@ -70,7 +70,8 @@ class StagePlan:
 class Plan:
     """What a run will do and take; where it `cuts` nothing, no budget is looked at.
 
-    `ranges`: of every axis that is cut, by its name, the smallest and largest option and the teacher's size. `uncut_bytes`: what the whole teacher takes under
+    `ranges`: of every axis that is cut, by its name, the smallest and largest option and the teacher's size; `follow` names those of them whose sizes follow
+    from others. `uncut_bytes`: what the whole teacher takes under
     the workload by its weights' format. `spare_bytes`: of the budget, beside the uncut teacher; negative where it does not fit. `available_bytes` is memory
     for a process.
     """
@@ -92,6 +93,7 @@ class Plan:
     available_bytes: int
     download_bytes: int
     fixed: bool
+    follow: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -178,6 +180,7 @@ def plan_of(settings: Settings, done: Done = frozenset()) -> Plan:
         available_bytes=views[0][1].available,
         download_bytes=download_bytes(settings, views[0][1].weights(teacher)),
         fixed=bool(settings.search.fixed.given()),
+        follow=tuple(dict.fromkeys(axis for _, view, _ in views for axis in view.students.follow)),
         notes=tuple(_notes(settings, views)),
     )
 

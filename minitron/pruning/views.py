@@ -23,7 +23,7 @@ from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_total_parameters
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD, Family
 from minitron.families.state import load_tensors, model_tensors
-from minitron.families.table import row_of
+from minitron.families.table import row_of, split_layer
 from minitron.importance.scores import ImportanceScores
 from minitron.pruning.cut import TensorCut, is_run, kept_indices, plan_cuts
 from minitron.pruning.plan import Indices, PruningPlan, top, top_per_group
@@ -83,6 +83,23 @@ class SortedTeacher:
         copied = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items() if tensor.untyped_storage().data_ptr() not in viewed}
         mamba = sum(size for name, size in copied.items() if _is_fused_mamba(name))
         return View(model.eval(), sum(copied.values()) - mamba, mamba, _digest(tensors))
+
+    def mamba_layers(self, student: Architecture) -> dict[int, nn.Module]:
+        """The Mamba-2 layers, by number, with a student's heads and channels in the whole stream, for what is measured of heads alone. In some families no
+        model could be made so, whose hidden size goes with its heads."""
+        teacher = self.architecture
+        wide = replace(teacher, mamba_num_heads=student.mamba_num_heads, mamba_head_dim=student.mamba_head_dim)
+        config = self.family.hf_config(self.config, replace(student, pattern=teacher.pattern))
+        with torch.device("meta"):
+            blocks = {layer: self.family.build_layer(config, layer).eval() for layer, kind in enumerate(teacher.pattern) if kind == "M"}
+        for cut in self._cuts(self._plan(wide, tuple(range(teacher.num_layers)))):
+            layer, name = split_layer(cut.target)
+            if layer in blocks:
+                place, _, last = name.rpartition(".")
+                setattr(blocks[layer].get_submodule(place), last, nn.Parameter(self._cut(cut), requires_grad=False))
+        for layer, block in blocks.items():
+            self._regroup(block, layer, wide)
+        return blocks
 
     def kept_columns(self, name: str, student: Architecture) -> tuple[ColumnsKey, torch.Tensor | None]:
         """Which columns of a tensor a student keeps, and `columns_key` of that; None for all."""
@@ -151,14 +168,17 @@ class SortedTeacher:
         return replace(cut, keep=tuple(keep)).apply(tensor)
 
     def _regroup_inputs(self, model: nn.Module, architecture: Architecture, kept_layers: Indices) -> None:
-        """Modules that read heads get them rank first, then group, as their columns are."""
         for layer, block in zip(self.architecture.sublayers_of(kept_layers), self.family.parts(model).layers, strict=True):
-            for name in self._shapes:
-                if name.startswith(f"layers.{layer}.") and self._reads_groups(name):
-                    is_mamba = row_of(self.family, self.architecture, name).dimensions[1][0][0] == MAMBA_HEAD
-                    groups = architecture.mamba_num_groups if is_mamba else architecture.num_key_value_heads
-                    heads = architecture.mamba_num_heads if is_mamba else architecture.num_attention_heads
-                    block.get_submodule(name.split(".", 2)[2].removesuffix(".weight")).register_forward_pre_hook(_by_rank_hook(groups, heads // groups))
+            self._regroup(block, layer, architecture)
+
+    def _regroup(self, block: nn.Module, layer: int, architecture: Architecture) -> None:
+        """Modules that read heads get them rank first, then group, as their columns are."""
+        for name in self._shapes:
+            if name.startswith(f"layers.{layer}.") and self._reads_groups(name):
+                is_mamba = row_of(self.family, self.architecture, name).dimensions[1][0][0] == MAMBA_HEAD
+                groups = architecture.mamba_num_groups if is_mamba else architecture.num_key_value_heads
+                heads = architecture.mamba_num_heads if is_mamba else architecture.num_attention_heads
+                block.get_submodule(name.split(".", 2)[2].removesuffix(".weight")).register_forward_pre_hook(_by_rank_hook(groups, heads // groups))
 
     def _check(self, tensors: Mapping[str, torch.Tensor], student: Architecture) -> None:
         planned, effective = count_total_parameters(student), sum(tensor.numel() for tensor in tensors.values())

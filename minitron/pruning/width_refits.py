@@ -11,7 +11,6 @@ Letters: B batch, T tokens of a row, D hidden, I inputs of a writing matrix.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -34,15 +33,15 @@ def refit_widths(candidates: SortedTeacher, students: Iterable[Architecture], ba
     family, teacher, students = candidates.family, candidates.architecture, list(students)
     base, pairs = WholeModel(family, candidates.model, teacher), [ids_and_mask(batch) for batch in batches]
     residuals, everything = base.embed([ids for ids, _ in pairs]), tuple(range(teacher.num_sublayers))
-    fewer_heads = {(student.mamba_num_heads, student.mamba_head_dim) for student in students} - {(teacher.mamba_num_heads, teacher.mamba_head_dim)}
-    narrower = [replace(teacher, mamba_num_heads=heads, mamba_head_dim=channels) for heads, channels in fewer_heads]
-    views = [candidates.view(one, tuple(range(teacher.num_layers))) for one in narrower]
+    by_heads = {(student.mamba_num_heads, student.mamba_head_dim): student for student in students}
+    by_heads.pop((teacher.mamba_num_heads, teacher.mamba_head_dim), None)
+    narrower, layers_of = list(by_heads.values()), [candidates.mamba_layers(student) for student in by_heads.values()]
     for layer, block in base.visit(everything):
         (row,) = [row for row in family.table if row.kind == teacher.mixers[layer] and stream_role(family, row) == WRITE]
         writer, name = row.suffix.removesuffix(".weight"), f"layers.{layer}.{row.suffix}"
         widths, others = _kept_columns(candidates, name, students)
         together = [block] if widths or others else []
-        runs = [family.parts(view.model).layers[layer] for view in views] if MAMBA_HEAD in row.dimensions[1][0] else together
+        runs = [layers[layer] for layers in layers_of] if MAMBA_HEAD in row.dimensions[1][0] else together
         fits = [NormalEquations(run.get_submodule(writer).in_features, teacher.hidden, base.device) for run in runs]
         weight_DI = block.get_submodule(writer).weight.float()
         for index, (_, mask) in enumerate(pairs):

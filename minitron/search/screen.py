@@ -24,7 +24,7 @@ from memory_budget.parameters import count_total_parameters
 from memory_budget.units import format_gib
 from minitron.checkpoints.files import stored_bytes
 from minitron.families.base import Family
-from minitron.families.known import family_of
+from minitron.families.known import can_decode, family_of
 from minitron.importance.scores import scores_of
 from minitron.machine.alone import measured_alone
 from minitron.machine.device import let_go, pick_device, process_memory_bytes
@@ -82,10 +82,9 @@ def screen_candidate(context: StageContext) -> dict:
 def _measured(context: StageContext, entry: dict, student: nn.Module, device: torch.device) -> dict:
     batches = screening_batches(context, device)
     prompt = longest_prompt(torch.cat(batches).cpu().numpy(), context.settings.screen.prompt_tokens).to(device)
-    can_decode = "*" in Architecture(**entry["architecture"]).mixers  # transformers' cache asks an attention layer how long it is
     loss = held_out_loss(student, batches)
-    new_tokens = context.settings.screen.new_tokens
-    speed, alone = measured_alone(lambda: decode_tokens_per_second(student, prompt, new_tokens)) if can_decode else (None, None)
+    new_tokens, decodes = context.settings.screen.new_tokens, can_decode(Architecture(**entry["architecture"]))
+    speed, alone = measured_alone(lambda: decode_tokens_per_second(student, prompt, new_tokens)) if decodes else (None, None)
     return {"short_distill_loss": loss, "tokens_per_second": speed, "speed_alone": alone}
 
 

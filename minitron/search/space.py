@@ -5,7 +5,7 @@ from dataclasses import replace
 from memory_budget.architecture import Architecture, check_architecture
 from memory_budget.calculator import memory_report
 from memory_budget.units import GIB, format_gib
-from minitron.settings.derived import axis_of, budget_of, couplings_of, fixed_sizes, floors, serving_device, workload_of
+from minitron.settings.derived import axis_of, budget_of, couplings_of, fixed_sizes, floors, given_widths, serving_device, workload_of
 from minitron.settings.run import Settings
 from nas.axes import AXES, identifier
 from nas.depth import check_is_cut, kept_layers, spelled, subsequence_layers
@@ -21,7 +21,7 @@ def space_of(settings: Settings, teacher: Architecture) -> SearchSpace:
     options = {name: axis_of(settings, name, teacher) for name in AXES}
     always = {AXES[name].field: options[name] for name in ("layers", "hidden", "ffn", "mamba_heads")}
     optional = {axis.field: options[name] for name, axis in AXES.items() if axis.field not in always and options[name] != (axis.size(teacher),)}
-    space = SearchSpace(**always, floors=floors(settings), **optional, couplings=couplings_of(teacher))
+    space = SearchSpace(**always, floors=floors(settings), **optional, couplings=couplings_of(teacher), given=given_widths(settings))
     check_space(space, teacher)
     return space
 
@@ -67,9 +67,7 @@ def check_search(settings: Settings, teacher: Architecture) -> None:
     kinds = teacher.layer_kinds
     cheapest = sorted(range(teacher.num_layers), key=lambda layer: -memory_report(replace(teacher, pattern=kinds[layer]), workload).total)
     layers = kept_layers(kinds, cheapest, space.num_layers[0], space.floors)
-    sizes = {name: options[0] for name, options in space.widths(teacher).items()}
-    if space.query_heads_follow:
-        sizes["num_attention_heads"] = sizes["num_key_value_heads"] * (teacher.num_attention_heads // teacher.num_key_value_heads)
+    sizes = {name: options[0] for name, options in space.sizes(teacher).items()}
     smallest = replace(teacher, pattern=spelled(teacher, layers), **sizes | settings.search.later_widths.given())
     needed = memory_report(smallest, workload).total
     name = identifier(teacher, {"num_layers": len(layers), **sizes})

@@ -13,8 +13,8 @@ from typing import Any
 import openai
 from transformers import PreTrainedTokenizerBase
 
-from minitron.families.text import load_tokenizer
 from minitron.generation.prompts import Prompt, Tags, make_prompt
+from minitron.generation.tokenizers import load_tokenizer
 from minitron.serving.errors import in_one_line
 from minitron.serving.made import Ending, Made, read_pieces
 

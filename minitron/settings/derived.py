@@ -6,12 +6,13 @@ from pathlib import Path
 from memory_budget.architecture import Architecture
 from memory_budget.budget import PRESETS, Budget
 from memory_budget.workload import Workload
-from minitron.families.base import Multiple
 from minitron.families.known import FAMILIES, family_of
 from minitron.settings.names import did_you_mean
 from minitron.settings.run import PruneMethod, Settings
+from minitron.settings.search import AxisSettings
 from minitron.settings.teachers import base_architecture
 from nas.axes import AXES, WIDTHS, axes_of, usual_step
+from nas.couplings import Coupling, completed, following
 from nas.exchange import read_export_config
 from nas.space import Floors, axis_options
 from nas.throughput import DEVICES
@@ -20,10 +21,10 @@ TOKENS_PER_INPUT, MOST_CALIBRATION_TOKENS = 43, 2**18  # docs/compensated.md has
 KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}
 
 
-def couplings_of(architecture: Architecture) -> tuple[Multiple, ...]:
-    """Equations between sizes that every candidate must keep."""
+def couplings_of(architecture: Architecture) -> tuple[Coupling, ...]:
+    """Equations between sizes that every candidate of this teacher must keep: those of its family that it keeps itself."""
     family = FAMILIES.get(architecture.model_type)
-    return family.couplings if family else ()
+    return tuple(one for one in family.couplings if one.holds(architecture, architecture)) if family else ()
 
 
 def floors(settings: Settings) -> Floors:
@@ -71,7 +72,9 @@ def _ranks_compensated(settings: Settings, base: Architecture | None, *widths: s
     if settings.prune.method is not PruneMethod.compensated or settings.search.layer_order or settings.search.fixed.given():
         return False
     base = base or base_architecture(settings)
-    return any(axis_of(settings, WIDTHS[width], base)[0] < getattr(base, width) for width in widths)
+    narrowest = replace(base, **{field: axis_of(settings, name, base)[0] for field, name in WIDTHS.items()})
+    narrowest = completed(narrowest, base, following(couplings_of(base), given_widths(settings)))
+    return any(getattr(narrowest, width) < getattr(base, width) for width in widths)
 
 
 def asked_candidate_samples(settings: Settings) -> int | None:
@@ -99,11 +102,14 @@ def _samples(settings: Settings, asked: int | None, base: Architecture | None) -
 
 
 def fixed_sizes(settings: Settings, teacher: Architecture) -> dict[str, int | str]:
-    """What `search.fixed` asks for, its file's sizes first and the settings of its own over them; "num_layers" where only the depth is known."""
+    """What `search.fixed` asks for, its file's sizes first and the settings of its own, with what follows from them, over those; "num_layers" where only
+    the depth is known. Raises ValueError for sizes from which no other can follow."""
     given = settings.search.fixed.given()
     path = given.pop("file", None)
-    if "num_key_value_heads" in given and "num_attention_heads" not in given and teacher.num_key_value_heads:
-        given["num_attention_heads"] = given["num_key_value_heads"] * (teacher.num_attention_heads // teacher.num_key_value_heads)
+    for name in given.keys() & WIDTHS.keys():
+        if not getattr(teacher, name):
+            raise _no_such_axis(f"search.fixed.{WIDTHS[name]}", teacher)
+    given |= _following_sizes(teacher, {name: value for name, value in given.items() if name in WIDTHS})
     if path is None:
         return given
     try:
@@ -115,6 +121,24 @@ def fixed_sizes(settings: Settings, teacher: Architecture) -> dict[str, int | st
     return {**sizes, **depth, **given}
 
 
+def _following_sizes(teacher: Architecture, given: dict[str, int]) -> dict[str, int]:
+    """What follows from widths that are given. Raises ValueError where the equation has no size for it."""
+    follows = {field: coupling for field, coupling in following(couplings_of(teacher), given).items() if getattr(teacher, field)}
+    student = completed(replace(teacher, **given), teacher, follows)
+    for field, coupling in follows.items():
+        if not getattr(student, field) and min(given.values()) > 0:
+            named = [name for name in coupling.fields if name in given]
+            said = " and ".join(f"{WIDTHS[name]} ({given[name]})" for name in named)
+            nearest = _nearest(given[named[0]], coupling.unit(named[0], teacher), getattr(teacher, named[0])) if len(named) == 1 else ""
+            raise ValueError(f"search.fixed has {said}, from which no {WIDTHS[field]} follows at the teacher's proportions: {coupling}{nearest}")
+    return {field: getattr(student, field) for field in follows}
+
+
+def _nearest(size: int, unit: int, most: int) -> str:
+    below = size // unit * unit
+    return f"; it must be a multiple of {unit}, nearest: {', '.join(str(one) for one in (below, below + unit) if 0 < one <= most)}"
+
+
 def fewest_layers(settings: Settings, base: Architecture | None = None) -> int:
     """The depth that layer removal must reach: the smallest option of the search, or the fixed one's."""
     base = base or base_architecture(settings)
@@ -124,13 +148,18 @@ def fewest_layers(settings: Settings, base: Architecture | None = None) -> int:
     return axis_of(settings, "layers", base)[0]
 
 
+def given_widths(settings: Settings) -> frozenset[str]:
+    """The widths, by the architecture's fields, whose axes somebody gave options; others may follow from them."""
+    return frozenset(field for field, name in WIDTHS.items() if getattr(settings.search, name) != AxisSettings())
+
+
 def axis_of(settings: Settings, axis: str, teacher: Architecture) -> tuple[int, ...]:
     """Options of one axis of the search. Bounds up to 1 are shares of the teacher's value, rounded up to whole steps below it."""
     value, given = AXES[axis].size(teacher), getattr(settings.search, axis)
     if not value:
-        if given != type(given)():
+        if given != AxisSettings():
             family_of({"model_type": teacher.model_type})  # what cannot be pruned at all says so first
-            raise ValueError(f"search.{axis} is given, but a {teacher.model_type} has no such axis; it has {', '.join(axes_of(teacher))}")
+            raise _no_such_axis(f"search.{axis}", teacher)
         return (value,)
     step = usual_step(AXES[axis], teacher, couplings_of(teacher)) if given.step is None else given.step
 
@@ -140,6 +169,10 @@ def axis_of(settings: Settings, axis: str, teacher: Architecture) -> tuple[int, 
         return size_at(number, value, step)
 
     return axis_options(axis, value, given.values, bound(given.low), bound(given.high), step)
+
+
+def _no_such_axis(setting: str, teacher: Architecture) -> ValueError:
+    return ValueError(f"{setting} is given, but a {teacher.model_type} has no such axis; it has {', '.join(axes_of(teacher))}")
 
 
 def size_at(share: float, value: int, step: int) -> int:

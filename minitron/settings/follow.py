@@ -19,6 +19,7 @@ from memory_budget.workload import Workload
 from minitron.settings.derived import couplings_of, size_at
 from minitron.settings.run import Settings, TeacherSettings
 from nas.axes import AXES, usual_step
+from nas.couplings import completed, following
 
 MOST_CONTEXT = 131072  # tokens: what a model with a longer promise is planned for
 # Widths shrink together, at the pace of the published cuts: 12B to 9B kept 0.90 of the layers, 0.875 of the hidden size and 0.77 of the FFN (arXiv 2508.14444,
@@ -87,10 +88,11 @@ class Model:
 def axis_lows(teacher: Architecture, workload: Workload, budget_bytes: int) -> dict[str, float | None]:
     """How far each axis must be open so that the smallest candidate takes ROOM of the budget: all go down together, the pace from 0.2 up.
 
-    KV heads come in only where nothing else is enough: at long contexts the cache may be all that does not fit.
+    KV heads come in only where nothing else is enough: at long contexts the cache may be all that does not fit. An axis that follows from one before it is
+    left alone.
     """
     for paces in (PACES, PACES | KEY_VALUE_PACE):
-        there = {name: pace for name, pace in paces.items() if name in AXES and AXES[name].size(teacher)}
+        there = _open(teacher, paces)
         for pace in range(4, 33):
             shares = {name: max(least, round(1 - per_unit * pace / 20, 2)) for name, (per_unit, least) in there.items()}
             if memory_report(_at_shares(teacher, shares), workload).total <= ROOM * budget_bytes:
@@ -101,6 +103,15 @@ def axis_lows(teacher: Architecture, workload: Workload, budget_bytes: int) -> d
     return {name: shares.get(name) for name in AXES}
 
 
+def _open(teacher: Architecture, paces: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Those of the axes that the model has, without what follows from the ones before."""
+    found: dict[str, tuple[float, float]] = {}
+    for name, pace in paces.items():
+        if name in AXES and AXES[name].size(teacher) and AXES[name].field not in following(couplings_of(teacher), [AXES[one].field for one in found]):
+            found[name] = pace
+    return found
+
+
 def _at_shares(teacher: Architecture, shares: Mapping[str, float]) -> Architecture:
     """About the smallest candidate of a search that is open so far; of its layers every kind loses as much, but never its last one."""
 
@@ -108,11 +119,9 @@ def _at_shares(teacher: Architecture, shares: Mapping[str, float]) -> Architectu
         return size_at(shares[name], AXES[name].size(teacher), usual_step(AXES[name], teacher, couplings_of(teacher)))
 
     sizes = {AXES[name].field: size(name) for name in shares if name != "layers"}
-    if "num_key_value_heads" in sizes:
-        sizes["num_attention_heads"] = sizes["num_key_value_heads"] * (teacher.num_attention_heads // teacher.num_key_value_heads)
     kinds = teacher.layer_kinds
     kept = [kind * max(1, round(kinds.count(kind) * size("layers") / teacher.num_layers)) for kind in dict.fromkeys(kinds)]
-    return replace(teacher, pattern="".join(kept), **sizes)
+    return completed(replace(teacher, pattern="".join(kept), **sizes), teacher, following(couplings_of(teacher), sizes))
 
 
 # Every setting that may be left open, in the order of conf/run.yaml.

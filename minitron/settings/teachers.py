@@ -17,6 +17,7 @@ STORED_FOLDER = _PACKAGE / "tiny_teacher"  # the tiny teacher that comes with th
 STORED_FILES = ("config.json", "model.safetensors", "tokenizer.json")  # what it is told apart by
 TRAINING_FILE = "training.json"  # beside them: how it came about, and their digest
 TINY_POSITIONS = 131072  # the tiny teacher's max_position_embeddings
+MOST_POSITIONS = 2**62  # tokens: of a model whose config.json names no longest text, as pure Mamba-2's does not
 
 
 def teacher_architecture(settings: Settings) -> Architecture:
@@ -88,8 +89,9 @@ def teacher_config(settings: Settings) -> dict:
 
 
 def max_positions(settings: Settings) -> int:
-    """Tokens that a sequence may have: `max_position_embeddings`. NemotronH embeds no positions; it is what was trained or promised."""
-    return TINY_POSITIONS if is_trained(settings) else int(teacher_config(settings)["max_position_embeddings"])
+    """Tokens that a sequence may have: `max_position_embeddings`, or MOST_POSITIONS where config.json has none. NemotronH embeds no positions; it is what was
+    trained or promised."""
+    return TINY_POSITIONS if is_trained(settings) else int(teacher_config(settings).get("max_position_embeddings") or MOST_POSITIONS)
 
 
 def teacher_folder(settings: Settings) -> Path:

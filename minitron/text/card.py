@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from distill.batches import PADDING, count_counted, count_tokens, counted_positions, plain_ids
-from minitron.families.text import load_tokenizer
+from minitron.generation.tokenizers import load_tokenizer
 from minitron.text.encoding import Encoding
 from minitron.text.passes import Split
 

@@ -12,11 +12,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from distill.batches import not_counted
-from minitron.families.text import beginning, load_tokenizer
 from minitron.formats.blocks import records
 from minitron.generation.answers import token_mask
 from minitron.generation.conversations import ConversationWriter, Written
 from minitron.generation.ends import end_ids
+from minitron.generation.tokenizers import beginning, load_tokenizer
 from minitron.settings.data import DataSettings
 from minitron.sources.document import Document, source_of
 from minitron.sources.pieces import Piece

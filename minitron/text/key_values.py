@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from minitron.families.text import beginning
+from minitron.generation.tokenizers import beginning
 
 WORD = re.compile(r"[Ġ▁][a-z]{3,}")  # with the space before it, as byte-level and SentencePiece tokenizers write it
 MOST_WORDS = 1024

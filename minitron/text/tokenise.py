@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from minitron.families.text import load_tokenizer
+from minitron.generation.tokenizers import load_tokenizer
 from minitron.settings.data import DataSettings
 from minitron.settings.teachers import is_trained, teacher_architecture
 from minitron.sources import arithmetic

@@ -151,7 +151,7 @@ class PhaseMemory:
 
     def of(self, train: TrainSettings) -> TrainingMemory:
         """The plan of one process."""
-        by_document, models = self.packed and self.on_gpu, (self.student, self.teacher)
+        by_document, models = self.packed and self.on_gpu and "*" in self.teacher.mixers, (self.student, self.teacher)
         if by_document and has_flash_attention(train.precision):  # which needs no masks, of windows neither
             by_document, models = False, [replace(model, pattern=model.mixers) for model in models]
         return training_memory(*models, train, self.launch, sequence_length=self.sequence_length,

@@ -5,7 +5,7 @@ Both go through the same stages; only their settings differ, and these two funct
 
 from dataclasses import replace
 
-from minitron.settings.derived import axis_of
+from minitron.settings.derived import axis_of, couplings_of, given_widths
 from minitron.settings.reasoning import ReasoningSettings
 from minitron.settings.run import BaseSettings, Settings, Stage
 from minitron.settings.search import AxisSettings, FixedSettings, LaterWidthsSettings
@@ -14,6 +14,7 @@ from minitron.walk.stage import StoredStage, UsingStage
 from minitron.walk.store import Result
 from minitron.walk.table import stages
 from nas.axes import AXES, WIDTHS
+from nas.couplings import completed, following
 
 LATER = ("hidden", "ffn", "mamba_heads")  # axes that the second lap may cut; KV heads, and with them query heads, where they are asked for
 
@@ -29,7 +30,10 @@ def depth_lap(settings: Settings) -> Settings | None:
     search, fixed, teacher = settings.search, settings.search.fixed, teacher_architecture(settings)
     later = {AXES[name].field: axis_of(settings, name, teacher)[0] for name in LATER}
     if (fewest := axis_of(settings, "key_value_heads", teacher)[0]) < teacher.num_key_value_heads:
-        later |= {"num_key_value_heads": fewest, "num_attention_heads": fewest * (teacher.num_attention_heads // teacher.num_key_value_heads)}
+        later["num_key_value_heads"] = fewest
+    follows = following(couplings_of(teacher), given_widths(settings) & later.keys())
+    narrowest = completed(replace(teacher, **later), teacher, follows)
+    later |= {field: size for field in follows if (size := getattr(narrowest, field))}
     depths = len(axis_of(settings, "layers", teacher))
     search = replace(
         search, **dict.fromkeys(WIDTHS.values(), AxisSettings()), shortlist_size=max(2, depths), finalists=depths,

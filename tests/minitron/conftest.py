@@ -1,4 +1,4 @@
-"""A tiny NemotronH, and tiny models of blocks, whose every tensor has its say: random sizes apart from each other, no weight constant.
+"""Tiny models of every family, whose every tensor has its say: random sizes apart from each other, no weight constant.
 
 transformers initialises A_log, D, dt_bias and the norms so that exchanging two heads or channels would go
 unnoticed; `build_model` overwrites them all.
@@ -14,13 +14,20 @@ from torch import nn
 
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config
+from minitron.checkpoints.placement import WholeModel
 from minitron.checkpoints.shards import save_model_weights
 from minitron.families.base import Family
 from minitron.families.known import family_of
-from minitron.families.nemotron_h import FAMILY
+from minitron.families.nemotron_h import FAMILY as NEMOTRON_H
 from minitron.families.state import model_tensors
+from minitron.importance.activations import measure_width
+from minitron.importance.scores import aggregate
+from minitron.pruning.cut import build_pruned
+from minitron.pruning.plan import PruningPlan, make_plan
 from minitron.training.tiny_teacher import TINY_CONFIG
 from minitron.walk.store import write_json
+from nas.couplings import completed, following
+from nas.depth import spelled
 
 torch.set_num_threads(1)  # matrices this small only lose by more, and threads of several processes block each other
 
@@ -29,20 +36,33 @@ TINY = Architecture(
     mamba_num_heads=8, mamba_head_dim=4, mamba_num_groups=2, mamba_state_size=6, mamba_conv_kernel=4,
 )  # fmt: skip
 
-# Of blocks: with biases where there are any; qwen3's heads are not hidden size over heads.
+# One of each kind that can be cut: head tied or not, biases where a family has any, heads that are not hidden size over heads, windows shorter than the rows
+# that tests give (for all layers, for some), layers of both kinds of attention.
 _SIZES = {"hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 4, "num_attention_heads": 6, "vocab_size": TINY.vocab, "rms_norm_eps": 1e-5,
           "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0, "dtype": "float32"}  # fmt: skip
-BLOCKS = {
+_MAMBA2 = {"hidden_size": 32, "num_hidden_layers": 4, "num_heads": 8, "state_size": 6, "conv_kernel": 4, "chunk_size": 16, "vocab_size": TINY.vocab,
+           "layer_norm_epsilon": 1e-5, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "dtype": "float32"}  # fmt: skip
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+MODELS = {
+    "nemotron_h": NEMOTRON_H.hf_config(TINY_CONFIG, TINY),
     "llama tied": {"model_type": "llama", **_SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "llama untied": {"model_type": "llama", **_SIZES, "num_key_value_heads": 3, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", **_SIZES, "num_key_value_heads": 2, "head_dim": 10, "tie_word_embeddings": False, "sliding_window": 9},
+    "qwen2 tied": {"model_type": "qwen2", **_SIZES, "num_key_value_heads": 2, "head_dim": 10, "tie_word_embeddings": True, "use_sliding_window": True,
+                   "sliding_window": 9, "max_window_layers": 4, "layer_types": [_FULL, _SLIDING, _SLIDING, _FULL]},
     "qwen3 tied": {"model_type": "qwen3", **_SIZES, "num_key_value_heads": 3, "head_dim": 10, "tie_word_embeddings": True, "use_sliding_window": False,
-                   "sliding_window": None, "max_window_layers": 4, "layer_types": None},
+                   "sliding_window": None, "max_window_layers": 4, "layer_types": [_FULL] * 4},
+    "gemma3_text": {"model_type": "gemma3_text", **_SIZES, "num_key_value_heads": 3, "head_dim": 10, "query_pre_attn_scalar": 12, "sliding_window": 9,
+                    "layer_types": [_SLIDING, _SLIDING, _SLIDING, _FULL]},
+    "mamba2 tied": {"model_type": "mamba2", **_MAMBA2, "expand": 2, "head_dim": 8, "n_groups": 2, "tie_word_embeddings": True},
+    "mamba2 untied": {"model_type": "mamba2", **_MAMBA2, "expand": 1, "head_dim": 4, "n_groups": 4, "use_bias": True, "use_conv_bias": False},
 }  # fmt: skip
+ONES = tuple(name for name in MODELS if name != "mamba2 untied")  # of which all is asked that is asked of every family
 
 
 @dataclass(frozen=True, slots=True)
-class BlockModel:
-    """A random model of blocks: not to be changed where it is shared."""
+class TinyModel:
+    """A random model: not to be changed where it is shared."""
 
     family: Family
     config: dict
@@ -51,7 +71,8 @@ class BlockModel:
 
 
 @torch.no_grad()
-def _randomise(model: nn.Module, seed: int) -> None:
+def _randomise(family: Family, architecture: Architecture, model: nn.Module, seed: int) -> None:
+    """Every parameter drawn anew, the same by name and shape for a seed; norms about what multiplies by 1, embedded tokens about as large as 1."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(parameter, scale):
@@ -65,11 +86,11 @@ def _randomise(model: nn.Module, seed: int) -> None:
         if name.endswith("conv1d.weight"):
             value = normal(parameter, 0.5)
         elif last in ("embeddings", "embed_tokens"):
-            value = normal(parameter, 1.0)
+            value = normal(parameter, 1 / family.embed_scale(architecture))
         elif parameter.ndim == 2:
             value = normal(parameter, parameter.shape[1] ** -0.5)
         elif "norm" in last:
-            value = 1 + normal(parameter, 0.3)
+            value = 1 - family.norm_offset + normal(parameter, 0.3)
         elif last == "A_log":
             value = uniform(parameter, -1.0, 1.5)
         elif last == "dt_bias":
@@ -87,7 +108,7 @@ def tiny() -> Architecture:
 @pytest.fixture(scope="session")
 def config_of() -> Callable[[Architecture], dict]:
     """The config.json dict of a tiny architecture."""
-    return lambda architecture: FAMILY.hf_config(TINY_CONFIG, architecture)
+    return lambda architecture: NEMOTRON_H.hf_config(TINY_CONFIG, architecture)
 
 
 @pytest.fixture(scope="session")
@@ -95,8 +116,9 @@ def build_model(config_of) -> Callable[..., nn.Module]:
     """A new random model in eval mode: build_model(seed=1, pattern="MM-")."""
 
     def build(seed: int = 0, **sizes) -> nn.Module:
-        model = FAMILY.build(config_of(replace(TINY, **sizes))).eval()
-        _randomise(model, seed)
+        architecture = replace(TINY, **sizes)
+        model = NEMOTRON_H.build(config_of(architecture)).eval()
+        _randomise(NEMOTRON_H, architecture, model, seed)
         return model
 
     return build
@@ -109,25 +131,68 @@ def teacher(build_model) -> nn.Module:
 
 
 @pytest.fixture(scope="session")
-def build_blocks() -> Callable[..., BlockModel]:
-    """A new random model of blocks in eval mode: build_blocks("llama tied", seed=1, num_hidden_layers=2)."""
+def build_tiny() -> Callable[..., TinyModel]:
+    """A new random model of MODELS in eval mode: build_tiny("llama tied", seed=1, num_hidden_layers=2)."""
 
-    def build(name: str, seed: int = 0, **changes) -> BlockModel:
-        config = BLOCKS[name] | changes
-        if "layer_types" in config:
-            config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
+    def build(name: str, seed: int = 0, **changes) -> TinyModel:
+        config = MODELS[name] | changes
+        if "layer_types" in config and "layer_types" not in changes:
+            config["layer_types"] = (config["layer_types"] * config["num_hidden_layers"])[: config["num_hidden_layers"]]
         family, architecture = family_of(config), architecture_from_config(config)
         model = family.build(config).eval()
-        _randomise(model, seed)
-        return BlockModel(family, config, architecture, model)
+        _randomise(family, architecture, model, seed)
+        return TinyModel(family, config, architecture, model)
 
     return build
 
 
-@pytest.fixture(scope="session", params=BLOCKS)
-def blocks(request, build_blocks) -> BlockModel:
+@pytest.fixture(scope="session")
+def configs() -> dict[str, dict]:
+    """config.json of each of them."""
+    return MODELS
+
+
+@pytest.fixture(scope="session", params=ONES)
+def one(request, build_tiny) -> TinyModel:
     """One of each kind, shared by all tests."""
-    return build_blocks(request.param)
+    return build_tiny(request.param)
+
+
+@pytest.fixture(scope="session")
+def calibration(token_ids) -> list[torch.Tensor]:
+    """Two batches [5, 40] by which each of them is scored and refitted, a row of the first one padded."""
+    padded = token_ids(rows=5, seed=31)
+    padded[3, 25:] = -1
+    return [padded, token_ids(rows=5, seed=32)]
+
+
+@pytest.fixture(scope="session")
+def measured(one, calibration):
+    """Its activations, summed over calibration."""
+    return measure_width(WholeModel(one.family, one.model, one.architecture), calibration)
+
+
+@pytest.fixture(scope="session")
+def hard_plan(one, measured) -> PruningPlan:
+    """The third layer goes, and a quarter of every other axis; of KV heads one. Sizes that follow from others by an equation do so."""
+    teacher, couplings, keys = one.architecture, one.family.couplings, one.architecture.num_key_value_heads
+    kept = tuple(layer for layer in range(teacher.num_layers) if layer != 2)
+    widths = {"hidden", "ffn"} | {"mamba_num_heads", "mamba_head_dim"} - {field for coupling in couplings for field in coupling.fields}
+    sizes = {name: getattr(teacher, name) * 3 // 4 for name in widths} | ({"num_key_value_heads": keys - 1} if keys else {})
+    student = completed(replace(teacher, pattern=spelled(teacher, kept), **sizes), teacher, following(couplings, sizes))
+    return make_plan(teacher, student, kept, aggregate(measured))
+
+
+@pytest.fixture(scope="session")
+def sliced(one, hard_plan) -> nn.Module:
+    """The student of that plan, cut in memory without refits: not to be changed."""
+    return build_pruned(one.family, one.model, hard_plan, one.config)
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(one, tmp_path_factory, write_checkpoint) -> Path:
+    """The model as a checkpoint of several shards."""
+    return write_checkpoint(tmp_path_factory.mktemp("teacher"), one.model, one.config, max_shard_bytes=30_000)
 
 
 @pytest.fixture(scope="session")
@@ -176,9 +241,8 @@ def write_checkpoint() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def keep_all() -> Callable[..., object]:
+def keep_all() -> Callable[..., PruningPlan]:
     """A plan that keeps every layer and, but for the `units` given, every unit."""
-    from minitron.pruning.plan import PruningPlan
 
     def plan(architecture: Architecture = TINY, **units) -> PruningPlan:
         return PruningPlan(teacher=architecture, student=architecture, kept_layers=tuple(range(architecture.num_layers)), units=units)

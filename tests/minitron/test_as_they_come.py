@@ -16,7 +16,7 @@ from minitron.checkpoints.given import given_checkpoint
 from minitron.checkpoints.shards import save_model_weights, write_weights
 from minitron.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE, check_plain_weights, weight_files
 from minitron.families.known import family_of
-from minitron.families.text import load_tokenizer
+from minitron.generation.tokenizers import load_tokenizer
 from minitron.settings.hand_over import MergeSettings
 from minitron.settings.run import BaseSettings, Settings, Stage, TeacherSettings
 from minitron.settings.teachers import STORED_FOLDER, teacher_config, teacher_name
@@ -256,8 +256,8 @@ def test_a_tensor_of_no_known_kind_is_still_named(own):
 
 
 @pytest.mark.parametrize("name", ["llama tied", "qwen3 tied"])
-def test_layers_beyond_the_configs_number_are_left_out_as_transformers_does(name, build_blocks, write_checkpoint, tmp_path):
-    blocks = build_blocks(name)
+def test_layers_beyond_the_configs_number_are_left_out_as_transformers_does(name, build_tiny, write_checkpoint, tmp_path):
+    blocks = build_tiny(name)
     folder = write_checkpoint(tmp_path / "own", blocks.model, blocks.config)
     change_config(folder, num_hidden_layers=3, **({"layer_types": ["full_attention"] * 3} if "layer_types" in blocks.config else {}))
     heard = []
@@ -268,29 +268,29 @@ def test_layers_beyond_the_configs_number_are_left_out_as_transformers_does(name
 
 
 @pytest.mark.parametrize(("name", "change", "said"), [
-    ("qwen3 tied", {"num_hidden_layers": 3}, "`num_hidden_layers` (3) must be equal to the number of `layer_types` (4)"),
+    ("qwen3 tied", {"num_hidden_layers": 3}, "layer_types (4 entries) must have an entry for each of the 3 layers"),
     ("llama tied", {"rms_norm_eps": "small"}, "expected float, got str"),
     ("llama tied", {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 8}, "is not a multiple of the number of attention heads (5)"),
 ])  # fmt: skip
-def test_a_config_that_transformers_refuses_is_refused_in_a_line(name, change, said, build_blocks, write_checkpoint, tmp_path):
-    blocks = build_blocks(name)
+def test_a_config_that_transformers_refuses_is_refused_in_a_line(name, change, said, build_tiny, write_checkpoint, tmp_path):
+    blocks = build_tiny(name)
     folder = write_checkpoint(tmp_path / "own", blocks.model, blocks.config)
     change_config(folder, **change)
     assert said in refused(folder)
 
 
-def test_old_tables_of_positions_are_left_out(build_blocks, write_checkpoint, tmp_path):
-    blocks, heard = build_blocks("llama tied"), []
+def test_old_tables_of_positions_are_left_out(build_tiny, write_checkpoint, tmp_path):
+    blocks, heard = build_tiny("llama tied"), []
     folder = write_checkpoint(tmp_path / "own", blocks.model, blocks.config)
     _add("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4))(folder)
     given_checkpoint(folder, "own", "teacher.path", say=heard.append)
     assert len(heard) == 1 and "rotary_emb.inv_freq" in heard[0]
 
 
-def test_more_layers_in_the_config_than_in_the_files_are_refused(own, tiny, build_blocks, write_checkpoint, tmp_path):
+def test_more_layers_in_the_config_than_in_the_files_are_refused(own, tiny, build_tiny, write_checkpoint, tmp_path):
     change_config(own, hybrid_override_pattern=tiny.pattern + "M-", num_hidden_layers=11)
     assert "says 11 layers, but its files hold 9, and transformers would make up the others at random" in refused(own)
-    blocks = build_blocks("llama tied")
+    blocks = build_tiny("llama tied")
     folder = write_checkpoint(tmp_path / "blocks", blocks.model, blocks.config | {"num_hidden_layers": 6})
     assert "says 6 layers, but its files hold 4" in refused(folder)
 

@@ -14,10 +14,10 @@ TIED = {"llama": True, "qwen3": False}
 
 
 @pytest.fixture(scope="module", params=TIED)
-def run(request, write_block_teacher, small_block_settings, door, tmp_path_factory) -> tuple[str, Path]:
+def run(request, write_teacher, small_block_settings, door, tmp_path_factory) -> tuple[str, Path]:
     """(family, run folder) of a finished walk with its export."""
     family, place = request.param, tmp_path_factory.mktemp(request.param)
-    teacher = write_block_teacher(place / "teacher", family, tied=TIED[family])
+    teacher = write_teacher(place / "teacher", family, tied=TIED[family])
     for stage in ("all", "export"):
         finished = door(place, f"teacher.path={teacher}", "run_name=blocks", *small_block_settings, f"stage={stage}")
         assert finished.returncode == 0, finished.stderr

@@ -62,12 +62,12 @@ def texts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def make_teacher(texts, build_blocks, write_checkpoint):
+def make_teacher(texts, build_tiny, write_checkpoint):
     """Writes a folder with texts and a teacher in `mine` that reads them; gives the model."""
 
     def make(folder: Path, name: str, **changes):
         (folder / "texts").symlink_to(texts / "texts")
-        blocks = build_blocks(name, vocab_size=VOCABULARY, **changes)
+        blocks = build_tiny(name, vocab_size=VOCABULARY, **changes)
         write_checkpoint(folder / "mine", blocks.model, blocks.config)
         for path in (texts / "tokenizer").iterdir():
             (folder / "mine" / path.name).write_bytes(path.read_bytes())
@@ -228,11 +228,10 @@ def mistaken(door, make_teacher, tmp_path_factory):
 
 
 MISTAKES = {
-    "counted only": ("llama tied", {"model_type": "mamba2", "num_heads": 12, "head_dim": 8, "n_groups": 1, "state_size": 4},
-                     ("stage=score", "search.ffn={low: 0.5}"),
-                     "model_type 'mamba2' cannot be pruned; supported: nemotron_h, llama, qwen3 (only counted, by python -m memory_budget: mamba2, "),
+    "no family": ("llama tied", {"model_type": "gpt2"}, ("stage=score", "search.ffn={low: 0.5}"), "supported: nemotron_h, "),
     "quantised": ("llama tied", {"quantization_config": {"quant_method": "awq"}}, ("stage=score",), "quantization_config is there (awq)"),
-    "windows": ("qwen3 tied", {"use_sliding_window": True, "sliding_window": 16}, ("stage=teacher",), "use_sliding_window is true with a window of 16 tokens"),
+    "windows": ("qwen3 tied", {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["sliding_attention"]}, ("stage=teacher",),
+                "layer_types (1 entries) must have an entry for each of the 2 layers that num_hidden_layers says"),
     "no axis": ("llama tied", {}, ("stage=search", "search.attention_channels={values: [4]}"), "search.attention_channels is no setting"),
     "another family's axis": ("llama tied", {}, ("stage=search", "search.mamba_heads={low: 0.5}"),
                               "search.mamba_heads is given, but a llama has no such axis; it has layers, hidden, ffn, attention_heads, key_value_heads"),
@@ -254,7 +253,7 @@ def test_a_mistake_is_one_line_before_any_work(name, mistaken):
 
 
 @pytest.mark.parametrize("stage", ["teacher", "base"])
-def test_a_tied_checkpoint_with_another_head_is_refused(stage, mistaken, build_blocks):
+def test_a_tied_checkpoint_with_another_head_is_refused(stage, mistaken, build_tiny):
     def add_head(folder: Path) -> None:
         own = Checkpoint(folder / "mine")
         state = {name: own.read(name) for name in own.entries}

@@ -1,4 +1,4 @@
-"""Cutting by the axis table: symmetries of the model, a slow slicing by hand, and the counted sizes."""
+"""Cutting a NemotronH by the axis table: what has no effect, a slow slicing by hand, the counted sizes (symmetries: test_families_cuts.py)."""
 
 import math
 import random
@@ -27,18 +27,6 @@ from nas.depth import check_is_cut, subsequence_layers
 NANO_9B_PATTERN = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
 
 
-def shuffled(size: int, seed: int = 0) -> tuple[int, ...]:
-    order = list(range(size))
-    random.Random(seed).shuffle(order)
-    assert order != sorted(order)
-    return tuple(order)
-
-
-def shuffled_in_groups(groups: int, per_group: int, seed: int = 0) -> tuple[int, ...]:
-    order = [group * per_group + index for group in range(groups) for index in shuffled(per_group, seed + group)]
-    return tuple(order)
-
-
 def everywhere(pattern: str, kind: str, order: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
     return {layer: order for layer, letter in enumerate(pattern) if letter == kind}
 
@@ -63,54 +51,7 @@ def relative_difference(left: torch.Tensor, right: torch.Tensor) -> float:
     return ((left - right).abs().max() / right.abs().max()).item()
 
 
-# Symmetries: renaming units must not change what the model computes.
-
-
-def test_a_plan_that_keeps_everything_is_bit_equal(teacher, keep_all):
-    state = {FAMILY.canonical_name(name): tensor for name, tensor in teacher.state_dict().items()}
-    cut = cut_state(FAMILY, keep_all(), teacher.state_dict())
-    assert cut.keys() == state.keys() and all(torch.equal(cut[name], state[name]) for name in state)
-
-
-def test_a_plan_of_all_indices_is_bit_equal(teacher, tiny, keep_all):
-    plan = keep_all(
-        **{HIDDEN: {-1: tuple(range(32))}, FFN: everywhere(tiny.pattern, "-", tuple(range(48))), MAMBA_HEAD: everywhere(tiny.pattern, "M", tuple(range(8)))}
-    )
-    cut = cut_state(FAMILY, plan, teacher.state_dict())
-    assert all(torch.equal(cut[FAMILY.canonical_name(name)], tensor) for name, tensor in teacher.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("axis", "kind", "order"),
-    [
-        (HIDDEN, None, shuffled(32)),
-        (FFN, "-", shuffled(48)),
-        (MAMBA_HEAD, "M", shuffled_in_groups(2, 4)),
-        (MAMBA_CHANNEL, "M", shuffled(4)),
-        (ATTENTION_HEAD, "*", shuffled_in_groups(2, 3)),
-    ],
-)  # fmt: skip
-def test_reordering_units_leaves_the_logits(axis, kind, order, teacher, tiny, keep_all, config_of, logits_of):
-    units = {-1: order} if axis == HIDDEN else everywhere(tiny.pattern, kind, order)
-    reordered = build_pruned(FAMILY, teacher, keep_all(**{axis: units}), config_of(tiny))
-    before, after = teacher.state_dict(), reordered.state_dict()
-    assert any(not torch.equal(before[name], after[name]) for name in before)
-    assert relative_difference(logits_of(reordered), logits_of(teacher)) <= 1e-5
-
-
-@pytest.mark.parametrize(
-    ("axis", "kind", "order"), [(MAMBA_HEAD, "M", (4, 1, 2, 3, 0, 5, 6, 7)), (ATTENTION_HEAD, "*", (3, 1, 2, 0, 4, 5))], ids=["mamba", "attention"]
-)
-def test_reordering_heads_across_groups_moves_the_logits(axis, kind, order, teacher, tiny, keep_all, config_of, logits_of):
-    reordered = build_pruned(FAMILY, teacher, keep_all(**{axis: everywhere(tiny.pattern, kind, order)}), config_of(tiny))
-    assert relative_difference(logits_of(reordered), logits_of(teacher)) > 0.05
-
-
-def test_reordering_hidden_in_one_tensor_alone_moves_the_logits(build_model, teacher, logits_of):
-    model = build_model()
-    with torch.no_grad():
-        model.model.layers[2].norm.weight.copy_(model.model.layers[2].norm.weight[list(shuffled(32))])
-    assert relative_difference(logits_of(model), logits_of(teacher)) > 0.05
+# What has no effect is cut without loss.
 
 
 def _with_dead_neurons(build_model, dead: list[int]):

@@ -195,13 +195,13 @@ IDLE = [
 
 
 @pytest.fixture(scope="module")
-def pair(build_model, build_blocks, config_of, tiny, write_checkpoint, tmp_path_factory):
+def pair(build_model, build_tiny, config_of, tiny, write_checkpoint, tmp_path_factory):
     """Gives what a merge finds of a checkpoint and the same with another config.json: (refusal or None, what is named)."""
     folder = tmp_path_factory.mktemp("pair")
 
     def compare(name: str, change: dict) -> tuple[str | None, str]:
         sources = []
-        model, config = (build_model(), config_of(tiny)) if name == "nemotron_h" else ((made := build_blocks(name)).model, made.config)
+        model, config = (build_model(), config_of(tiny)) if name == "nemotron_h" else ((made := build_tiny(name)).model, made.config)
         family = family_of(config)
         for label, more in (("one", {}), ("other", change)):
             if not (folder / name / label).exists():
@@ -242,8 +242,8 @@ def test_the_same_in_other_spellings_is_no_difference(spelled, pair):
     assert pair("llama untied", spelled) == pair("qwen3 tied", spelled) == (None, "")
 
 
-def test_models_of_two_families_are_refused_by_their_names(merge, checkpoints, build_blocks, write_checkpoint, tmp_path):
-    blocks = build_blocks("llama untied")
+def test_models_of_two_families_are_refused_by_their_names(merge, checkpoints, build_tiny, write_checkpoint, tmp_path):
+    blocks = build_tiny("llama untied")
     other = write_checkpoint(tmp_path / "other", blocks.model, blocks.config)
     assert "is a llama," in refusal(merge(checkpoints["one"], other)[0])
 

@@ -1,8 +1,15 @@
-"""The last norm of a student whose head is its table of embeddings."""
+"""A head that is the table of embeddings: a student's last norm, and checkpoints that store it a second time."""
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from memory_budget.hf_config import architecture_from_config, read_config
+from minitron.checkpoints.files import Checkpoint
+from minitron.checkpoints.given import given_checkpoint
+from minitron.families.known import family_of
+from minitron.families.state import model_tensors
+from minitron.families.table import names_by_canonical
 from minitron.pruning.basis import Basis
 from minitron.pruning.tied_head import SMOOTHING, TiedHead, aligned
 
@@ -77,3 +84,39 @@ def test_in_the_aligned_basis_directions_that_the_weight_leaves_together_lose_no
         logits_NV = (own_NK * fitted(weight_D, basis, table_VD, wanted_ND, own_NK, torch.ones(VOCAB))) @ (table_VD @ basis_DK).T
         losses.append((logits_NV - wanted_ND * weight_D @ table_VD.T).abs().max().item())
     assert losses[0] < 1e-4 < 0.1 < losses[1]
+
+
+# A checkpoint that stores the head a second time.
+
+
+@pytest.fixture
+def tied(build_tiny, tmp_path, write_checkpoint):
+    """A tied checkpoint, and what stores a second tensor in it."""
+    one = build_tiny("llama tied", num_hidden_layers=1)
+    folder = write_checkpoint(tmp_path / "tied", one.model, one.config)
+
+    def add_head(weight: torch.Tensor):
+        state = {one.family.file_name(name): tensor for name, tensor in model_tensors(one.family, one.model).items()}
+        save_file(state | {"lm_head.weight": weight}, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return folder, one.model.model.embed_tokens.weight.detach().clone(), add_head
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_head_stored_a_second_time_is_none_of_the_models_parameters(dtype, tied):
+    folder, table, add_head = tied
+    before = given_checkpoint(folder, "it")
+    assert given_checkpoint(add_head(table.to(dtype)), "it") == before
+    family, architecture = family_of(read_config(folder)), architecture_from_config(read_config(folder))
+    assert "lm_head.weight" not in names_by_canonical(family, architecture, Checkpoint(folder).entries)
+
+
+OTHER_HEADS = {"one number": lambda table: torch.cat([table[:-1], table[-1:] + (torch.arange(48) == 47)]), "fewer rows": lambda table: table[:90].clone()}
+
+
+@pytest.mark.parametrize("change", OTHER_HEADS.values(), ids=OTHER_HEADS)
+def test_a_head_of_other_values_in_a_tied_checkpoint_is_refused_by_both_names(change, tied):
+    _, table, add_head = tied
+    with pytest.raises(ValueError, match=r"tie_word_embeddings is true in .*, but lm_head.weight holds other values than model.embed_tokens.weight"):
+        given_checkpoint(add_head(change(table)), "it")

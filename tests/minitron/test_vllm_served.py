@@ -1,4 +1,8 @@
-"""make vllm-check: real vLLM serves exported students of every family unchanged; VLLM_PYTHON names the interpreter that has it. Prints what it measures."""
+"""make vllm-check: real vLLM reads exported students of every family unchanged; VLLM_PYTHON names the interpreter that has it. Prints what it measures.
+
+Its server answers for a NemotronH; starting one takes 40 s, so the other families' students are read one after another by a single process of vLLM
+(vllm_engine.py), seconds each.
+"""
 
 import json
 import os
@@ -14,7 +18,7 @@ from pathlib import Path
 import openai
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from memory_budget.hf_config import read_config
 from minitron.families.known import family_of
@@ -26,20 +30,43 @@ VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(VLLM_PYTHON is None, reason="no vLLM: make vllm-check")]
 
 CONTEXT, POOL_GIB, BLOCK_SIZE = 2048, 1, 128  # of vLLM: --max-model-len, VLLM_CPU_KVCACHE_SPACE, its own block size on a CPU
+PORT = 8642
 TOLERANCE_NATS = 1e-5  # float32 on both sides; measured: 1.2e-6
 PROMPT = "def read(self, size=-1):"
 # vLLM's attention on a CPU takes heads of 32, 64, 80, … channels only.
 STUDENT = ("teacher.tiny.attention_head_dim=32", "teacher.tiny.num_attention_heads=2", "teacher.tiny.num_key_value_heads=1",
            "budget.device_gib=0.0004", "search.finalists=0", "search.shortlist_size=1")  # fmt: skip
 
-
-BLOCKS = {"llama": True, "qwen3": False}  # and whether embeddings and head are one matrix
+CUT_BLOCKS = "layers: 3, hidden: 96, ffn: 128, key_value_heads: 1"
+VALUES, TURNS = "model.layers.1.self_attn.v_proj.weight", "model.rotary_emb.inv_freq"
+# Whether embeddings and head are one matrix, what is cut, and which tensors the control changes by a hundredth: of one layer, and what turns positions or
+# makes a state fade. vLLM knows no Qwen2 but with hidden size = heads × head_dim.
+STUDENTS = {
+    "llama": (True, CUT_BLOCKS, (VALUES, TURNS)),
+    "qwen3": (False, CUT_BLOCKS, (VALUES, TURNS)),
+    "mistral": (False, CUT_BLOCKS, (VALUES, TURNS)),
+    "qwen2": (True, "layers: 3, hidden: 64, ffn: 128, key_value_heads: 1", ("model.layers.1.self_attn.v_proj.bias", TURNS)),
+    "gemma3_text": (True, CUT_BLOCKS, ("model.layers.1.post_feedforward_layernorm.weight", "model.rotary_emb.full_attention_inv_freq",
+                                       "model.rotary_emb.sliding_attention_inv_freq")),
+    "mamba2": (True, "layers: 3, hidden: 96", ("backbone.layers.1.mixer.out_proj.weight", "backbone.layers.1.mixer.A_log")),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
     url: str
     log: str
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A student, a prompt, and what vLLM said of them."""
+
+    family: str
+    folder: Path
+    ids: list[int]
+    log_probabilities: torch.Tensor
+    sizes: tuple[int, float]
 
 
 def is_ready(port: int) -> bool:
@@ -60,55 +87,62 @@ def folder(door, small_settings, tmp_path_factory) -> Path:
     return place / "runs" / "tiny" / "export"
 
 
-@pytest.fixture(scope="module", params=BLOCKS)
-def block_folder(request, write_block_teacher, small_block_settings, door, tmp_path_factory) -> Path:
-    """What stage=export left of a tiny Llama's or Qwen3's student: fewer blocks, hidden channels, FFN neurons, query and KV heads."""
-    family, place = request.param, tmp_path_factory.mktemp(request.param)
-    teacher = write_block_teacher(place / "teacher", family, tied=BLOCKS[family])
-    for stage in ("distill", "export"):
-        finished = door(place, f"teacher.path={teacher}", "run_name=blocks", *small_block_settings, f"stage={stage}")
-        assert finished.returncode == 0, finished.stderr
-    assert "vLLM takes all" in finished.stdout
-    return place / "runs" / "blocks" / "export"
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A process of vLLM that reads a folder when it is asked."""
+
+    process: subprocess.Popen
+    log: Path
+
+    def read(self, folder: Path, ids: list[int], **options) -> tuple[torch.Tensor, tuple[int, float]]:
+        """log p of every id but the first, nats; and cache tokens with the maximum concurrency."""
+        asked = {"folder": str(folder), "ids": ids, "options": {"max_model_len": CONTEXT, **options}}
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"error": self.log.read_text()[-4000:]}
+        assert "error" not in answer, answer["error"]
+        return torch.tensor(answer["log_probabilities"]), (answer["cache_tokens"], round(answer["concurrency"], 2))
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory):
-    """Starts vLLM's server of a model with further options and waits until it answers; one at a time."""
-    running: list[subprocess.Popen] = []
+def engine(tmp_path_factory):
+    log = tmp_path_factory.mktemp("engine") / "engine.log"
+    command = [VLLM_PYTHON, str(Path(__file__).with_name("vllm_engine.py"))]
+    with log.open("w") as output:
+        environment = vllm_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        process = subprocess.Popen(command, cwd=log.parent, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True)
+    yield Engine(process, log)
+    process.kill()
+    process.wait()
 
-    def stop() -> None:
-        for process in running:  # with its engine and worker, which are processes of their own
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        running.clear()
 
-    def start(model: Path, port: int, *options: str) -> Served:
-        stop()
-        log = tmp_path_factory.mktemp("vllm") / "server.log"
-        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment = own | {"VLLM_CPU_KVCACHE_SPACE": str(POOL_GIB), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        # The `vllm` command itself ends at once in vllm-cpu: it asks for the version of a package named vllm.
-        command = [VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "student", "--host", "127.0.0.1",
-                   "--port", str(port), "--max-model-len", str(CONTEXT), "--enforce-eager", *options]  # fmt: skip
-        with log.open("w") as output:
-            running.append(subprocess.Popen(command, cwd=log.parent, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True))
-        began = time.monotonic()
-        until = began + 400
-        while not is_ready(port):
-            assert running[0].poll() is None and time.monotonic() < until, log.read_text()[-4000:]
+def vllm_environment() -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return own | {"VLLM_CPU_KVCACHE_SPACE": str(POOL_GIB), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def served(folder, tmp_path_factory):
+    """vLLM's server of the NemotronH, once it answers. Without prefix caching: with it vLLM 0.32.0 fails on a CPU at a prompt longer than a block, as its scan
+    there keeps no states on the way."""
+    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    # The `vllm` command itself ends at once in vllm-cpu: it asks for the version of a package named vllm.
+    command = [VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "student", "--host", "127.0.0.1",
+               "--port", str(PORT), "--max-model-len", str(CONTEXT), "--enforce-eager", "--mamba_ssm_cache_dtype", "float32", "--dtype", "float32",
+               "--no-enable-prefix-caching"]  # fmt: skip
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=log.parent, env=vllm_environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    began = time.monotonic()
+    try:
+        while not is_ready(PORT):
+            assert process.poll() is None and time.monotonic() < began + 400, log.read_text()[-4000:]
             time.sleep(0.5)
         print(f"\nvLLM answers after {time.monotonic() - began:.0f} s")
-        return Served(f"http://127.0.0.1:{port}/v1", log.read_text())
-
-    yield start
-    stop()
-
-
-@pytest.fixture(scope="module")
-def served(serve, folder) -> Served:
-    """Without prefix caching: with it vLLM 0.32.0 fails on a CPU at a prompt longer than a block, as its scan there keeps no states on the way."""
-    return serve(folder, 8642, "--mamba_ssm_cache_dtype", "float32", "--dtype", "float32", "--no-enable-prefix-caching")
+        yield Served(f"http://127.0.0.1:{PORT}/v1", log.read_text())
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # with its engine and worker, which are processes of their own
+        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -126,24 +160,33 @@ def client(served, folder) -> ThinkingBudgetClient:
     return ThinkingBudgetClient(served.url, "student", tokenizer=folder, context_tokens=CONTEXT)
 
 
-@torch.no_grad()
-def prompt_differences(served: Served, model, ids: list[int]) -> torch.Tensor:
-    """|log p of every prompt token by vLLM − by transformers|, nats."""
+def asked_log_probabilities(served: Served, ids: list[int]) -> torch.Tensor:
+    """log p of every prompt token but the first by the server, nats."""
     server = openai.OpenAI(base_url=served.url, api_key="none")
     got = server.completions.create(model="student", prompt=ids, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 0})
-    theirs = [row[str(token)]["logprob"] for row, token in zip(got.choices[0].model_extra["prompt_logprobs"][1:], ids[1:], strict=True)]
+    return torch.tensor([row[str(token)]["logprob"] for row, token in zip(got.choices[0].model_extra["prompt_logprobs"][1:], ids[1:], strict=True)])
+
+
+@torch.no_grad()
+def differences(theirs: torch.Tensor, model, ids: list[int]) -> torch.Tensor:
+    """|log p of every prompt token but the first by vLLM − by transformers|, nats."""
     ours = model(torch.tensor([ids]), use_cache=False).logits[0, :-1].log_softmax(-1)
-    return (torch.tensor(theirs) - ours[torch.arange(len(ids) - 1), ids[1:]]).abs()
+    return (theirs - ours[torch.arange(len(ids) - 1), ids[1:]]).abs()
+
+
+def prompt(tokenizer) -> list[int]:
+    return tokenizer((Path(json.__file__).read_text())[:3000])["input_ids"][:700]
 
 
 def test_prompt_log_probabilities_are_transformers(served, model, tokenizer, folder):
-    ids = tokenizer((Path(json.__file__).read_text())[:3000])["input_ids"][:700]
-    difference = prompt_differences(served, model, ids)
+    ids = prompt(tokenizer)
+    theirs = asked_log_probabilities(served, ids)
+    difference = differences(theirs, model, ids)
     print(f"\nprompt log-probabilities of {len(ids) - 1} tokens: largest difference {difference.max():.1e} nats, mean {difference.mean():.1e}")
     assert difference.max() <= TOLERANCE_NATS
     other = family_of(read_config(folder)).load(folder)
     other.model.layers[0].mixer.D.data += 0.01
-    assert prompt_differences(served, other, ids).max() > TOLERANCE_NATS  # the control: one vector of one layer a hundredth off
+    assert differences(theirs, other, ids).max() > TOLERANCE_NATS  # the control: one vector of one layer a hundredth off
 
 
 @pytest.mark.parametrize("budget", [0, 1, 32])
@@ -169,12 +212,6 @@ def test_what_vllm_refuses_is_one_line(served, folder):
         ThinkingBudgetClient(served.url, "student", tokenizer=folder).ask("a b " * 2000)
 
 
-def printed_sizes(served: Served) -> tuple[int, float]:
-    """KV cache tokens and maximum concurrency in vLLM's log."""
-    found = re.search(r"KV cache size: ([\d,]+) tokens, Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x", served.log)
-    return int(found[1].replace(",", "")), float(found[2])
-
-
 def predicted_sizes(folder: Path, environment: dict, *options: str) -> tuple[int, float]:
     command = [sys.executable, "-m", "memory_budget", str(folder), "--context", str(CONTEXT), "--engine", "vllm", "--pool-gib", str(POOL_GIB),
                "--block-size", str(BLOCK_SIZE), "--json", *options]  # fmt: skip
@@ -184,45 +221,58 @@ def predicted_sizes(folder: Path, environment: dict, *options: str) -> tuple[int
 
 def test_cache_size_and_concurrency_are_the_calculators(served, folder, environment):
     options = ("--weights", "float32", "--kv", "float32")
-    printed, predicted = printed_sizes(served), predicted_sizes(folder, environment, *options)
+    found = re.search(r"KV cache size: ([\d,]+) tokens, Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x", served.log)
+    printed, predicted = (int(found[1].replace(",", "")), float(found[2])), predicted_sizes(folder, environment, *options)
     print(f"\nfloat32: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
     assert predicted == printed != predicted_sizes(folder, environment, *options, "--prefix-caching")
 
 
-def test_cache_size_in_bf16_with_prefix_caching_is_the_calculators(serve, folder, environment):
-    """The last of this student's: it takes the place of the other server."""
-    server = serve(folder, 8643, "--mamba_ssm_cache_dtype", "float32", "--dtype", "bfloat16")
-    printed, predicted = printed_sizes(server), predicted_sizes(folder, environment, "--prefix-caching")
-    print(f"\nbf16, prefix caching: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
-    assert predicted == printed != predicted_sizes(folder, environment)
+def test_cache_size_in_bf16_with_prefix_caching_is_the_calculators(engine, folder, environment):
+    _, sizes = engine.read(folder, [1, 2, 3], dtype="bfloat16", mamba_ssm_cache_dtype="float32", enable_prefix_caching=True)
+    predicted = predicted_sizes(folder, environment, "--prefix-caching")
+    print(f"\nbf16, prefix caching: vLLM {sizes[0]:,} tokens, {sizes[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
+    assert predicted == sizes != predicted_sizes(folder, environment)
 
 
-@pytest.fixture(scope="module")
-def block_served(serve, block_folder) -> Served:
-    return serve(block_folder, 8644, "--dtype", "float32")
+@pytest.fixture(scope="module", params=STUDENTS)
+def read(request, engine, write_teacher, small_block_settings, door, tmp_path_factory) -> Read:
+    """What stage=export left of a tiny model's student, with fewer layers and units of every kind, as vLLM reads it."""
+    family, place = request.param, tmp_path_factory.mktemp(request.param)
+    tied, cut, _ = STUDENTS[family]
+    teacher, folder = write_teacher(place / "teacher", family, tied=tied), place / "runs" / "blocks" / "export"
+    settings = [one for one in small_block_settings if not one.startswith("search.fixed=")] + [f"search.fixed={{{cut}}}"]
+    for stage in ("distill", "export"):
+        finished = door(place, f"teacher.path={teacher}", "run_name=blocks", *settings, f"stage={stage}")
+        assert finished.returncode == 0, finished.stderr
+    assert "vLLM takes all" in finished.stdout
+    ids = prompt(AutoTokenizer.from_pretrained(folder))
+    return Read(family, folder, ids, *engine.read(folder, ids, dtype="float32", enable_prefix_caching=False))
 
 
-def test_prompt_log_probabilities_of_a_student_of_blocks_are_transformers(block_served, block_folder):
-    """Over a prompt longer than the 256 positions that Llama's are scaled from. The controls: one
-    matrix of one block a hundredth off, then the frequencies that positions turn by."""
-    ids = AutoTokenizer.from_pretrained(block_folder)((Path(json.__file__).read_text())[:3000])["input_ids"][:700]
-    model = family_of(read_config(block_folder)).load(block_folder)
-    difference = prompt_differences(block_served, model, ids)
-    name = model.config.model_type
-    print(f"\n{name}: prompt log-probabilities of {len(ids) - 1} tokens: largest difference {difference.max():.1e} nats, mean {difference.mean():.1e}")
+def test_prompt_log_probabilities_of_every_other_family_are_transformers(read):
+    """Over a prompt longer than the 256 positions that Llama's are scaled from, and than ten windows. The controls: each of the parameters of STUDENTS a
+    hundredth off, then a window of one token more."""
+    model = family_of(read_config(read.folder)).load(read.folder)
+    difference = differences(read.log_probabilities, model, read.ids)
+    print(f"\n{read.family}: {len(read.ids) - 1} tokens, largest difference {difference.max():.1e} nats, mean {difference.mean():.1e}")
     assert difference.max() <= TOLERANCE_NATS
-    for parameter in (model.model.layers[1].self_attn.v_proj.weight.data, model.model.rotary_emb.inv_freq):
-        kept = parameter.clone()
-        parameter.mul_(1.01)
-        assert prompt_differences(block_served, model, ids).max() > TOLERANCE_NATS
-        parameter.copy_(kept)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name in STUDENTS[read.family][2]:
+        kept = tensors[name].data.clone()
+        tensors[name].data.mul_(1.01)
+        assert differences(read.log_probabilities, model, read.ids).max() > TOLERANCE_NATS, name
+        tensors[name].data.copy_(kept)
+    if getattr(model.config, "sliding_window", None):
+        model.config.sliding_window += 1
+        assert differences(read.log_probabilities, model, read.ids).max() > TOLERANCE_NATS
 
 
-def test_cache_size_and_concurrency_of_a_student_of_blocks_are_the_calculators(block_served, block_folder, environment):
-    """The control: with another KV head a token takes twice the bytes, so half the tokens fit."""
+def test_cache_size_and_concurrency_of_every_other_family_are_the_calculators(read, environment):
+    """The control: the teacher's caches take more, so fewer tokens fit. Not where there are windows, for which vLLM counts blocks of its own."""
+    if getattr(AutoConfig.from_pretrained(read.folder), "sliding_window", None):
+        pytest.skip("vLLM keeps for a window what its scheduler batches")
     options = ("--weights", "float32", "--kv", "float32")
-    printed, predicted = printed_sizes(block_served), predicted_sizes(block_folder, environment, *options)
-    print(f"\nfloat32: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
-    assert predicted == printed
-    teacher = predicted_sizes(block_folder.parents[2] / "teacher", environment, *options)
-    assert teacher[0] < 0.5 * printed[0]
+    predicted = predicted_sizes(read.folder, environment, *options)
+    print(f"\n{read.family}: vLLM {read.sizes[0]:,} tokens, {read.sizes[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
+    assert predicted == read.sizes
+    assert predicted_sizes(read.folder.parents[2] / "teacher", environment, *options)[0] < 0.8 * predicted[0]
