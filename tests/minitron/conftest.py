@@ -174,7 +174,7 @@ def measured(one, calibration):
 
 @pytest.fixture(scope="session")
 def hard_plan(one, measured) -> PruningPlan:
-    """The third layer goes, of KV heads one, and a quarter of every other axis, as far as the equations between sizes allow it; what follows by them, follows."""
+    """The third layer goes, of KV heads one, and a quarter of every other axis, as far as the equations between sizes allow it, with what follows by them."""
     teacher, couplings, keys = one.architecture, one.family.couplings, one.architecture.num_key_value_heads
     kept = tuple(layer for layer in range(teacher.num_layers) if layer != 2)
     smaller = {name: getattr(teacher, name) * 3 // 4 for name in ("ffn", "hidden", "mamba_num_heads", "mamba_head_dim")}
