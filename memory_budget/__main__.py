@@ -26,7 +26,7 @@ from memory_budget.workload import KV_DTYPES, QUANTISED_DTYPES, SSM_DTYPES, WEIG
 
 VLLM_OPTIONS = ("pool_gib", "device_gib", "utilization", "overhead_gib", "prefix_caching", "block_size")
 DEFAULT_UTILIZATION = 0.92
-WINDOWS_NOTE = "vLLM's blocks are counted as if layers within a window kept the whole context; vLLM may need fewer"
+WINDOWS_NOTE = "vLLM's blocks are counted as if layers within a window kept the whole context; vLLM takes fewer for a long one, and some more for a short one"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

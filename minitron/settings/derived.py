@@ -106,6 +106,9 @@ def fixed_sizes(settings: Settings, teacher: Architecture) -> dict[str, int | st
     the depth is known. Raises ValueError for sizes from which no other can follow."""
     given = settings.search.fixed.given()
     path = given.pop("file", None)
+    for name in given.keys() & WIDTHS.keys():
+        if not getattr(teacher, name):
+            raise _no_such_axis(f"search.fixed.{WIDTHS[name]}", teacher)
     given |= _following_sizes(teacher, {name: value for name, value in given.items() if name in WIDTHS})
     if path is None:
         return given
@@ -156,7 +159,7 @@ def axis_of(settings: Settings, axis: str, teacher: Architecture) -> tuple[int, 
     if not value:
         if given != AxisSettings():
             family_of({"model_type": teacher.model_type})  # what cannot be pruned at all says so first
-            raise ValueError(f"search.{axis} is given, but a {teacher.model_type} has no such axis; it has {', '.join(axes_of(teacher))}")
+            raise _no_such_axis(f"search.{axis}", teacher)
         return (value,)
     step = usual_step(AXES[axis], teacher, couplings_of(teacher)) if given.step is None else given.step
 
@@ -166,6 +169,10 @@ def axis_of(settings: Settings, axis: str, teacher: Architecture) -> tuple[int, 
         return size_at(number, value, step)
 
     return axis_options(axis, value, given.values, bound(given.low), bound(given.high), step)
+
+
+def _no_such_axis(setting: str, teacher: Architecture) -> ValueError:
+    return ValueError(f"{setting} is given, but a {teacher.model_type} has no such axis; it has {', '.join(axes_of(teacher))}")
 
 
 def size_at(share: float, value: int, step: int) -> int:
