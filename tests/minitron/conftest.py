@@ -26,7 +26,7 @@ from minitron.pruning.cut import build_pruned
 from minitron.pruning.plan import PruningPlan, make_plan
 from minitron.training.tiny_teacher import TINY_CONFIG
 from minitron.walk.store import write_json
-from nas.couplings import completed, following
+from nas.couplings import QUERY_HEADS, completed, following
 from nas.depth import spelled
 
 torch.set_num_threads(1)  # matrices this small only lose by more, and threads of several processes block each other
@@ -48,7 +48,7 @@ MODELS = {
     "llama tied": {"model_type": "llama", **_SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "llama untied": {"model_type": "llama", **_SIZES, "num_key_value_heads": 3, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
     "mistral": {"model_type": "mistral", **_SIZES, "num_key_value_heads": 2, "head_dim": 10, "tie_word_embeddings": False, "sliding_window": 9},
-    "qwen2 tied": {"model_type": "qwen2", **_SIZES, "num_key_value_heads": 2, "head_dim": 10, "tie_word_embeddings": True, "use_sliding_window": True,
+    "qwen2 tied": {"model_type": "qwen2", **_SIZES, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True, "use_sliding_window": True,
                    "sliding_window": 9, "max_window_layers": 4, "layer_types": [_FULL, _SLIDING, _SLIDING, _FULL]},
     "qwen3 tied": {"model_type": "qwen3", **_SIZES, "num_key_value_heads": 3, "head_dim": 10, "tie_word_embeddings": True, "use_sliding_window": False,
                    "sliding_window": None, "max_window_layers": 4, "layer_types": [_FULL] * 4},
@@ -174,12 +174,16 @@ def measured(one, calibration):
 
 @pytest.fixture(scope="session")
 def hard_plan(one, measured) -> PruningPlan:
-    """The third layer goes, and a quarter of every other axis; of KV heads one. Sizes that follow from others by an equation do so."""
+    """The third layer goes, of KV heads one, and a quarter of every other axis, as far as the equations between sizes allow it, with what follows by them."""
     teacher, couplings, keys = one.architecture, one.family.couplings, one.architecture.num_key_value_heads
     kept = tuple(layer for layer in range(teacher.num_layers) if layer != 2)
-    widths = {"hidden", "ffn"} | {"mamba_num_heads", "mamba_head_dim"} - {field for coupling in couplings for field in coupling.fields}
-    sizes = {name: getattr(teacher, name) * 3 // 4 for name in widths} | ({"num_key_value_heads": keys - 1} if keys else {})
-    student = completed(replace(teacher, pattern=spelled(teacher, kept), **sizes), teacher, following(couplings, sizes))
+    smaller = {name: getattr(teacher, name) * 3 // 4 for name in ("ffn", "hidden", "mamba_num_heads", "mamba_head_dim")}
+    student, given = teacher, {}
+    for name, size in (({"num_key_value_heads": keys - 1} if keys else {}) | smaller).items():
+        sizes = given | {name: size}
+        tried = completed(replace(teacher, pattern=spelled(teacher, kept), **sizes), teacher, following(couplings, sizes))
+        if all(coupling.holds(tried, teacher) for coupling in (*couplings, QUERY_HEADS)):
+            student, given = tried, sizes
     return make_plan(teacher, student, kept, aggregate(measured))
 
 

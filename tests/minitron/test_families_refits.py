@@ -21,7 +21,7 @@ from minitron.pruning.plan import make_plan, recipe_of
 from minitron.pruning.rotated import rotate_model
 from minitron.pruning.views import SortedTeacher
 from minitron.settings.run import PruneSettings
-from nas.couplings import completed, following
+from nas.couplings import QUERY_HEADS, completed, following
 
 
 def whole(one) -> WholeModel:
@@ -60,7 +60,7 @@ def students_of(one, hard_plan) -> dict[str, tuple]:
     students["everything"] = replace(smaller, mamba_head_dim=teacher.mamba_head_dim), hard_plan.kept_layers
     students["nothing"] = teacher, every_layer
     different = {student: name for name, (student, _) in students.items()}  # of an axis that the model has not, or that follows, no second one
-    return {name: students[name] for student, name in different.items() if all(coupling.holds(student, teacher) for coupling in couplings)}
+    return {name: students[name] for student, name in different.items() if all(coupling.holds(student, teacher) for coupling in (*couplings, QUERY_HEADS))}
 
 
 @torch.no_grad()
