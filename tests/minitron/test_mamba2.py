@@ -1,4 +1,4 @@
-"""What is peculiar to Mamba-2 alone: the float32 residual stream, our functions in transformers' place, no positions, no attention to decode with; and a walk."""
+"""What is peculiar to models of Mamba-2 alone: a float32 residual stream, our functions in transformers' place, no positions, no attention; and a walk."""
 
 import json
 import shutil
@@ -213,7 +213,8 @@ def student_of(mamba2, keep_all):
     student = replace(teacher, pattern="MMM", hidden=teacher.hidden // 2, mamba_num_heads=teacher.mamba_num_heads // 2)
     per_group = teacher.mamba_num_heads // teacher.mamba_num_groups
     heads = tuple(head for head in range(teacher.mamba_num_heads) if head % per_group < per_group // 2)
-    return replace(keep_all(teacher, hidden={-1: tuple(range(student.hidden))}, mamba_head=dict.fromkeys(range(4), heads)), student=student, kept_layers=(0, 1, 3))
+    kept = keep_all(teacher, hidden={-1: tuple(range(student.hidden))}, mamba_head=dict.fromkeys(range(4), heads))
+    return replace(kept, student=student, kept_layers=(0, 1, 3))
 
 
 @torch.no_grad()
