@@ -12,17 +12,14 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memory_budget.architecture import BLOCK, WINDOWED, Architecture
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, POST_NORM, Family, ModelParts, Tap, TensorAxes
-from minitron.families.config_json import kept_config, transformers_config
+from minitron.families.config_json import build, kept_config, load, transformers_config
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 _HIDDEN, _FFN = ((HIDDEN,),), ((FFN,),)
@@ -201,25 +198,6 @@ def layer_taps(architecture: Architecture, layer: int, block: nn.Module) -> list
         heads = (architecture.num_attention_heads, architecture.attention_head_dim)
         return [*found, Tap(ATTENTION_HEAD, layer, block.mixer.o_proj, "input", 0, heads)]
     return [*found, Tap(FFN, layer, block.mixer.down_proj, "input", 0, (architecture.ffn,))]
-
-
-def load(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
-    """The checkpoint as transformers' own model, in eval mode; dtype None keeps the stored one."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # one bar a stage is enough
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False).to(device).eval()
-
-
-def build(config: dict) -> nn.Module:
-    """A freshly initialised float32 model of a config.json dict; on the meta device there is nothing to initialise."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights() if torch.get_default_device().type == "meta" else nullcontext():
-        return AutoModelForCausalLM.from_config(transformers_config(config), dtype=torch.float32)
 
 
 def attention_types(architecture: Architecture) -> list[str]:
