@@ -9,11 +9,12 @@ Letters: D hidden · F ffn · Q query heads, K KV heads, H head dim · M Mamba h
 
 from dataclasses import dataclass
 
-from memory_budget.architecture import LAYER_KINDS, WINDOWED, Architecture
-from memory_budget.parameters import count_total_parameters, layer_parameters
+from memory_budget.architecture import Architecture
+from memory_budget.model import Model, as_model, part_of
+from memory_budget.parameters import count_total_parameters
+from memory_budget.parts.part import Part, larger
 from memory_budget.workload import BYTES_PER_NUMBER, INT4_GROUP_NUMBERS, INT4_SCALE_BYTES, QUANTISED_DTYPES, Workload
 
-SCAN_CHUNK_TOKENS = 128  # chunk_size of every published Nemotron-H config
 NO_LIMIT = 2**63 - 1  # in an array of contexts, where a single one is None: numpy's largest integer
 
 
@@ -37,31 +38,33 @@ class MemoryReport:
         return {name: getattr(self, name) for name in parts}
 
 
-def memory_report(architecture: Architecture, workload: Workload) -> MemoryReport:
+def memory_report(counted: Architecture | Model, workload: Workload) -> MemoryReport:
     """Weights, caches, states and (where asked) activations in bytes.
 
     The published pair at 131,072 tokens, batch 1, bf16 and a float32 SSM state: 26.07 GiB (12B) and 18.69 GiB (9B).
     """
+    model = as_model(counted)
+    numbers = [sum(number * getattr(part, name) for number, part in model.layers) for name in ("state_numbers", "conv_numbers")]
     return MemoryReport(
-        weights=weight_bytes(architecture, workload.weights_dtype),
-        kv_cache=workload.batch * kv_cache_bytes(architecture, workload.context_tokens, workload.kv_dtype),
-        ssm_state=workload.batch * architecture.num_layers_of("M") * ssm_state_bytes_per_layer(architecture, workload.ssm_dtype),
-        conv_state=workload.batch * architecture.num_layers_of("M") * conv_state_bytes_per_layer(architecture, workload.compute_dtype),
-        activations=prefill_activation_bytes(architecture, workload) if workload.activation_tokens > 0 else 0,
+        weights=weight_bytes(model, workload.weights_dtype),
+        kv_cache=workload.batch * kv_cache_bytes(model, workload.context_tokens, workload.kv_dtype),
+        ssm_state=workload.batch * numbers[0] * BYTES_PER_NUMBER[workload.ssm_dtype],
+        conv_state=workload.batch * numbers[1] * BYTES_PER_NUMBER[workload.compute_dtype],
+        activations=prefill_activation_bytes(model, workload) if workload.activation_tokens > 0 else 0,
     )
 
 
-def weight_bytes(architecture: Architecture, dtype: str) -> int:
+def weight_bytes(counted: Architecture | Model, dtype: str) -> int:
     """Bytes of all weights. What fp8 and int4 pack, and what stays bf16, is said at `Workload`."""
-    parameters = count_total_parameters(architecture)
+    model = as_model(counted)
+    parameters = count_total_parameters(model)
     if dtype not in QUANTISED_DTYPES:
         return parameters * BYTES_PER_NUMBER[dtype]
     packed_numbers = packed_bytes = 0
-    for letter in LAYER_KINDS:
-        for copies, outputs, inputs in layer_parameters(architecture, letter).matrices:
-            matrices = architecture.num_layers_of(letter) * copies
-            packed_numbers = packed_numbers + matrices * outputs * inputs
-            packed_bytes = packed_bytes + matrices * outputs * _packed_row_bytes(inputs, dtype)
+    for number, part in model.layers:
+        for copies, outputs, inputs in part.parameters().matrices:
+            packed_numbers = packed_numbers + number * copies * outputs * inputs
+            packed_bytes = packed_bytes + number * copies * outputs * _packed_row_bytes(inputs, dtype)
     return (parameters - packed_numbers) * BYTES_PER_NUMBER["bf16"] + packed_bytes
 
 
@@ -73,118 +76,92 @@ def _packed_row_bytes(inputs: int, dtype: str) -> int:
     return (inputs + 1) // 2 + groups * INT4_SCALE_BYTES
 
 
-def kv_cache_bytes(architecture: Architecture, context_tokens: int, kv_dtype: str) -> int:
-    """Keys and values of one sequence of so many tokens in all attention layers: 2·K·H·bytes for each token that a layer keeps.
+def kv_cache_bytes(counted: Architecture | Model, context_tokens: int, kv_dtype: str) -> int:
+    """Keys and values of one sequence of so many tokens in all attention layers: for each token that a layer keeps, at most part.kept_tokens.
 
-    A layer keeps all tokens, or within a window the last window − 1, which with the next one are those that it sees. So do the tensors of transformers'
-    (5.23) DynamicCache; there they are views, of one token more once a token was decoded, and of the whole prompt from its prefill until then.
+    The tensors of transformers' (5.23) DynamicCache are as large; for a window they are views, of one token more once a token was decoded, and of the whole
+    prompt from its prefill until then.
     """
-    tokens = architecture.num_layers_of("*") * context_tokens
-    if architecture.window:
-        tokens -= architecture.num_layers_of(WINDOWED) * max(0, context_tokens - (architecture.window - 1))
-    return tokens * attention_bytes_per_token(architecture, kv_dtype)
+    total = 0
+    for number, part in as_model(counted).layers:
+        kept = part.kept_tokens
+        if kept != 0:
+            total = total + number * (context_tokens if kept is None else min(kept, context_tokens)) * part.cache_numbers_per_token
+    return total * BYTES_PER_NUMBER[kv_dtype]
 
 
 def attention_bytes_per_token(architecture: Architecture, kv_dtype: str) -> int:
     """Keys and values of one token in one attention layer: 2·K·H·bytes."""
-    return 2 * architecture.num_key_value_heads * architecture.attention_head_dim * BYTES_PER_NUMBER[kv_dtype]
+    return part_of(architecture, "*").cache_numbers_per_token * BYTES_PER_NUMBER[kv_dtype]
 
 
 def ssm_state_bytes_per_layer(architecture: Architecture, ssm_dtype: str) -> int:
     """SSM state of one sequence in one Mamba layer: M·P·N numbers (SSD)."""
-    return architecture.mamba_inner * architecture.mamba_state_size * BYTES_PER_NUMBER[ssm_dtype]
+    return part_of(architecture, "M").state_numbers * BYTES_PER_NUMBER[ssm_dtype]
 
 
 def conv_state_bytes_per_layer(architecture: Architecture, dtype: str) -> int:
-    """Convolution state of one sequence in one Mamba layer: (M·P + 2·G·N)·(kernel − 1) numbers.
-
-    The last kernel − 1 inputs are enough, and what vLLM keeps; transformers' cache keeps kernel columns.
-    """
-    return architecture.mamba_conv_channels * (architecture.mamba_conv_kernel - 1) * BYTES_PER_NUMBER[dtype]
+    """Convolution state of one sequence in one Mamba layer: (M·P + 2·G·N)·(kernel − 1) numbers."""
+    return part_of(architecture, "M").conv_numbers * BYTES_PER_NUMBER[dtype]
 
 
-def prefill_activation_bytes(architecture: Architecture, workload: Workload) -> int:
+def prefill_activation_bytes(counted: Architecture | Model, workload: Workload) -> int:
     """Estimated peak of live activations while one chunk of T = activation_tokens tokens passes the layers.
 
     One layer is alive at a time (no gradients), attention is computed without a T × T score matrix, and only last tokens
-    reach the head (their logits are left out: 4·V bytes per sequence). In numbers of the compute dtype per token:
-        every layer   2·D: the residual stream and the normed input; plus the largest of
-        attention     (Q + 2·K)·H from q, k, v and Q·H out of the attention
-        FFN           2·F: before and after the activation function (gated: 3·F, gate and up before it)
-        Mamba-2       2·M·P + 2·G·N + M out of in_proj, M·P + 2·G·N out of the convolution, M·P out of the scan, and in
-                      float32 one state M·P·N per chunk of 128 tokens
-        MoE           per expert of a token: 2·F_e and its output; the latent; in float32 a score per expert; or 2·F of the
-                      shared expert if that is more
+    reach the head (their logits are left out: 4·V bytes per sequence). In every layer 2·D numbers a token: the residual stream and the normed input;
+    plus the largest mixer's own (`Part.activation_bytes`).
     """
-    tokens, number = workload.activation_tokens, BYTES_PER_NUMBER[workload.compute_dtype]
-    by_kind = {"M": _mamba_activation_bytes, "*": _attention_activation_bytes, "-": _ffn_activation_bytes, "E": _moe_activation_bytes}
+    model, tokens, number = as_model(counted), workload.activation_tokens, BYTES_PER_NUMBER[workload.compute_dtype]
     peak = 0
-    for letter, activation_bytes in by_kind.items():
-        if letter in architecture.mixers:
-            peak = _larger(peak, activation_bytes(architecture, tokens, number))
-    return 2 * tokens * architecture.hidden * number + peak
+    for _, part in model.layers:
+        peak = larger(peak, part.activation_bytes(tokens, number))
+    return 2 * tokens * model.hidden * number + peak
 
 
-def _mamba_activation_bytes(architecture: Architecture, tokens: int, number: int) -> int:
-    inner, channels = architecture.mamba_inner, architecture.mamba_conv_channels
-    projected = inner + channels + architecture.mamba_num_heads
-    chunks = -(-tokens // SCAN_CHUNK_TOKENS)
-    return tokens * (projected + channels + inner) * number + chunks * inner * architecture.mamba_state_size * 4
-
-
-def _attention_activation_bytes(architecture: Architecture, tokens: int, number: int) -> int:
-    heads = 2 * architecture.num_attention_heads + 2 * architecture.num_key_value_heads
-    return tokens * heads * architecture.attention_head_dim * number
-
-
-def _ffn_activation_bytes(architecture: Architecture, tokens: int, number: int) -> int:
-    return tokens * (3 if architecture.ffn_gated else 2) * architecture.ffn * number
-
-
-def _moe_activation_bytes(architecture: Architecture, tokens: int, number: int) -> int:
-    has_latent = architecture.moe_latent > 0
-    expert_width = architecture.moe_latent * has_latent + architecture.hidden * (1 - has_latent)
-    routed = architecture.moe_experts_per_token * (2 * architecture.moe_ffn + expert_width) + architecture.moe_latent
-    scores = tokens * architecture.moe_num_experts * 4
-    return _larger(tokens * routed * number + scores, tokens * 2 * architecture.moe_shared_ffn * number)
-
-
-def _larger(first: int, second: int) -> int:
-    """max() that also works number by number on arrays."""
-    return (first + second + abs(first - second)) // 2
-
-
-def max_context_tokens(architecture: Architecture, workload: Workload, budget_bytes: int) -> int | None:
+def max_context_tokens(counted: Architecture | Model, workload: Workload, budget_bytes: int) -> int | None:
     """The longest context, in tokens, with which the workload fits; 0 if none does. The model's position limit is not looked at.
 
     None where context is not what limits: without attention layers a token costs nothing, so if one token fits, any
     number does; and if all attention is within a window, so it is once the windows are full. Number by number for arrays, given a
     pattern with attention; no limit is NO_LIMIT there.
     """
-    report, layers, windowed = memory_report(architecture, workload), architecture.num_layers_of("*"), architecture.num_layers_of(WINDOWED)
+    model = as_model(counted)
+    report = memory_report(model, workload)
     free_bytes = budget_bytes - (report.total - report.kv_cache)
-    if not layers:
+    keeping = [(number * part.cache_numbers_per_token, part.kept_tokens) for number, part in model.layers if part.kept_tokens != 0]
+    if not keeping:
         return None if free_bytes >= 0 else 0
-    tokens = free_bytes // (workload.batch * attention_bytes_per_token(architecture, workload.kv_dtype))  # that fit, of all layers together
-    # Of a context c are kept layers·c tokens or (layers − windowed)·c + in_windows, whichever is less, so it is the longer of what either leaves room for.
-    longest, in_windows = _larger(0, tokens // layers), windowed * (architecture.window - 1)
-    if layers > windowed:
-        return _larger(longest, (tokens - in_windows) // (layers - windowed))
-    is_free = tokens >= in_windows
+    free = free_bytes // (workload.batch * BYTES_PER_NUMBER[workload.kv_dtype])  # numbers
+    # What a context takes is the least of some straight lines in it, each with the parts that keep the fewest tokens full: it is the longest that any allows.
+    longest, limits = 0, sorted({kept for _, kept in keeping if kept is not None})
+    for full_up_to in (0, *limits):
+        in_full = sum(numbers * kept for numbers, kept in keeping if kept is not None and kept <= full_up_to)
+        per_token = sum(numbers for numbers, kept in keeping if kept is None or kept > full_up_to)
+        if any(kept is None or kept > full_up_to for _, kept in keeping):
+            longest = larger(longest, (free - in_full) // per_token)
+    if any(kept is None for _, kept in keeping):
+        return longest
+    is_free = free >= sum(numbers * kept for numbers, kept in keeping)
     if isinstance(is_free, bool):
         return None if is_free else longest
     return longest + is_free * (NO_LIMIT - longest)
 
 
-def max_batch(architecture: Architecture, workload: Workload, budget_bytes: int) -> int | None:
+def max_batch(counted: Architecture | Model, workload: Workload, budget_bytes: int) -> int | None:
     """The most sequences of the workload's context that fit at once; 0 if none does.
 
-    None where a sequence costs nothing (a pattern with neither attention nor Mamba layers). Number by number for arrays.
+    None where a sequence costs nothing (no mixer keeps anything). Number by number for arrays.
     """
-    report = memory_report(architecture, workload)
+    model = as_model(counted)
+    report = memory_report(model, workload)
     sequences_bytes = report.kv_cache + report.ssm_state + report.conv_state
-    is_free = not set("*M") & set(architecture.mixers)
+    is_free = not any(map(_keeps, (part for _, part in model.layers)))
     return _how_many(budget_bytes - (report.total - sequences_bytes), sequences_bytes // workload.batch, is_free=is_free)
+
+
+def _keeps(part: Part) -> bool:
+    return part.kept_tokens != 0 or part.kind == "mamba"
 
 
 def _how_many(free_bytes: int, each_bytes: int, *, is_free: bool) -> int | None:

@@ -16,8 +16,9 @@ from difflib import get_close_matches
 import numpy as np
 
 from memory_budget.architecture import LAYER_KINDS, WINDOWED, Architecture
-from memory_budget.calculator import SCAN_CHUNK_TOKENS, MemoryReport, attention_bytes_per_token, max_batch, memory_report
+from memory_budget.calculator import MemoryReport, attention_bytes_per_token, max_batch, memory_report
 from memory_budget.parameters import count_parameters, layer_parameters
+from memory_budget.parts.part import SCAN_CHUNK_TOKENS
 from memory_budget.workload import BYTES_PER_NUMBER, Workload
 
 Number = int | float | np.ndarray

@@ -1,0 +1,23 @@
+"""Values out of a config.json, each with the key named where it is none."""
+
+import json
+from typing import Any
+
+Config = dict[str, Any]
+
+
+def integer(config: Config, key: str, *, default: int, null: int | None = None, least: int = 0) -> int:
+    """The value of a size; default where the key is missing, null (if null may be said) where it is null. Raises ValueError."""
+    value = config.get(key, default)
+    if value is None and null is not None:
+        return null
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**53:
+        raise ValueError(f"{key} ({json.dumps(value)[:80]}) must be a whole number of at least {least}")
+    return value
+
+
+def boolean(config: Config, key: str, *, default: bool) -> bool:
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} ({json.dumps(value)[:80]}) must be true or false")
+    return value
