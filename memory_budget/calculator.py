@@ -10,10 +10,11 @@ Letters: D hidden · F ffn · Q query heads, K KV heads, H head dim · M Mamba h
 from dataclasses import dataclass
 
 from memory_budget.architecture import Architecture
+from memory_budget.formats import BYTES_PER_NUMBER, parse_format
 from memory_budget.model import Model, as_model, part_of
 from memory_budget.parameters import count_total_parameters
 from memory_budget.parts.part import Part, larger
-from memory_budget.workload import BYTES_PER_NUMBER, INT4_GROUP_NUMBERS, INT4_SCALE_BYTES, QUANTISED_DTYPES, Workload
+from memory_budget.workload import Workload
 
 NO_LIMIT = 2**63 - 1  # in an array of contexts, where a single one is None: numpy's largest integer
 
@@ -55,25 +56,17 @@ def memory_report(counted: Architecture | Model, workload: Workload) -> MemoryRe
 
 
 def weight_bytes(counted: Architecture | Model, dtype: str) -> int:
-    """Bytes of all weights. What fp8 and int4 pack, and what stays bf16, is said at `Workload`."""
-    model = as_model(counted)
+    """Bytes of all weights in a format, as `formats` names them. What is packed, and what stays bf16, is said at `Workload`."""
+    model, packing = as_model(counted), parse_format(dtype)
     parameters = count_total_parameters(model)
-    if dtype not in QUANTISED_DTYPES:
-        return parameters * BYTES_PER_NUMBER[dtype]
+    if not packing.is_packed:
+        return parameters * BYTES_PER_NUMBER[packing.dtype]
     packed_numbers = packed_bytes = 0
     for number, part in model.layers:
-        for copies, outputs, inputs in part.parameters().matrices:
+        for copies, outputs, inputs in part.parameters().matrices if packing.packs(part.kind) else ():
             packed_numbers = packed_numbers + number * copies * outputs * inputs
-            packed_bytes = packed_bytes + number * copies * outputs * _packed_row_bytes(inputs, dtype)
+            packed_bytes = packed_bytes + number * packing.matrix_bytes(copies, outputs, inputs)
     return (parameters - packed_numbers) * BYTES_PER_NUMBER["bf16"] + packed_bytes
-
-
-def _packed_row_bytes(inputs: int, dtype: str) -> int:
-    """Bytes of one row of a quantised matrix with that many inputs."""
-    if dtype == "fp8":
-        return inputs
-    groups = (inputs + INT4_GROUP_NUMBERS - 1) // INT4_GROUP_NUMBERS
-    return (inputs + 1) // 2 + groups * INT4_SCALE_BYTES
 
 
 def kv_cache_bytes(counted: Architecture | Model, context_tokens: int, kv_dtype: str) -> int:

@@ -37,7 +37,7 @@ def read_config(path: str | Path) -> Config:
         raise ValueError(f"config {file} not found; give a directory that holds config.json, or the file") from None
     except OSError as error:
         raise ValueError(f"config {file} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise ValueError(f"config {file} must be JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"config {file} must be a JSON object, not {type(config).__name__}")
@@ -65,8 +65,6 @@ def unmodelled_settings(config: Config) -> list[str]:
     notes = []
     if config.get("model_type") == "nemotron_h" and config.get("num_nextn_predict_layers"):
         notes.append("multi-token prediction layers are not counted, as in transformers")
-    if "quantization_config" in config:
-        notes.append("quantization_config is not read: choose the weights' number format with --weights")
     return notes
 
 
@@ -288,8 +286,8 @@ def _integer(config: Config, key: str, *, default: int, null: int | None = None)
     value = config.get(key, default)
     if value is None and null is not None:
         return null
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{key} ({json.dumps(value)}) must be a whole number of at least 0")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**53:
+        raise ValueError(f"{key} ({json.dumps(value)[:80]}) must be a whole number of at least 0, and below 2**53")
     return value
 
 

@@ -17,7 +17,8 @@ from memory_budget.parts.part import Part
 class Model:
     """layers: (how many, of what), every mixer of the model once · num_layers: as config.json counts them · norms: parameters of the norms around
     mixers and of the last one · embeddings: numbers of further tables of embeddings (positions, per-layer inputs) · positions: tokens that a sequence may have,
-    where config.json says · notes: what of the config is not counted, a sentence each.
+    where config.json says · cache_known: whether what its layers keep is; false only for a model_type that no reader knows ·
+    notes: what of the config is not counted, a sentence each.
     """
 
     model_type: str
@@ -29,6 +30,7 @@ class Model:
     norms: int
     embeddings: int = 0
     positions: int | None = None
+    cache_known: bool = True
     notes: tuple[str, ...] = field(default=())
 
     def count_of(self, kind: str) -> int:

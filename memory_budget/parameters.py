@@ -15,7 +15,8 @@ def count_parameters(counted: Architecture | Model, *, active_only: bool = False
     """Parameters by kind: embedding, head, mamba, attention, ffn, moe, norm.
 
     norm holds the norms around mixers and the final one. Norms inside a mixer (Mamba's gated norm, attention's q and k norms) count with their
-    mixer. A tied head counts 0. With active_only, of the routed experts only those that one token passes through count.
+    mixer. A tied head counts 0. Layers of a model_type that no reader knows count as `other`, a kind that no other model has. With
+    active_only, of the routed experts only those that one token passes through count.
     """
     model = as_model(counted)
     counts = {
@@ -24,7 +25,7 @@ def count_parameters(counted: Architecture | Model, *, active_only: bool = False
         **dict.fromkeys(LAYER_KINDS.values(), 0),
     }
     for number, part in model.layers:
-        counts[part.kind] = counts[part.kind] + number * part.parameters(active_only=active_only).total
+        counts[part.kind] = counts.get(part.kind, 0) + number * part.parameters(active_only=active_only).total
     counts["norm"] = model.norms
     return counts
 

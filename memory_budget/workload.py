@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from numbers import Integral
 
-BYTES_PER_NUMBER = {"bf16": 2, "fp16": 2, "float32": 4, "fp32": 4, "fp8": 1}
-WEIGHTS_DTYPES = ("bf16", "fp16", "float32", "fp32", "fp8", "int4")
+from memory_budget.formats import BYTES_PER_NUMBER, WEIGHTS_DTYPES, parse_format
+
+__all__ = ["BYTES_PER_NUMBER", "KV_DTYPES", "LARGEST_NUMBER", "SSM_DTYPES", "WEIGHTS_DTYPES", "Workload", "check_workload"]
+
 KV_DTYPES = ("bf16", "fp16", "float32", "fp32", "fp8")
 SSM_DTYPES = ("float32", "fp32", "bf16", "fp16")
-QUANTISED_DTYPES = ("fp8", "int4")
-INT4_GROUP_NUMBERS = 128
-INT4_SCALE_BYTES = 2
+LARGEST_NUMBER = 2**53  # of tokens and sequences: a float holds it, and so what is worked out of a few such
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,8 @@ class Workload:
     context_tokens: tokens of each sequence, prompt and answer together.
     batch: sequences at once.
     weights_dtype: bf16, fp16, float32 (fp32): all weights. fp8: 1 byte per number for the matrices of the layers (linear
-        projections and experts); int4: 4 bits for the same matrices and a 2-byte scale per 128 inputs of each row. In
-        both, everything else (embeddings, head, norms, conv1d, per-head vectors, biases, router) stays bf16.
+        projections and experts); int8, int4, mxfp4, nvfp4 pack the same matrices, with scales: `formats`, which also says what may stand
+        behind a name. In all, everything else (embeddings, head, norms, conv1d, per-head vectors, biases, router) stays bf16.
     kv_dtype, ssm_dtype: number formats of the attention cache and of Mamba's SSM state. float32 is what the published
         student is served with: accuracy drops without it (N2).
     activation_tokens: tokens of one prefill chunk whose activations must fit too; 0 leaves activations out.
@@ -41,7 +41,7 @@ class Workload:
     @property
     def compute_dtype(self) -> str:
         """Number format of activations and of the convolution's state: the weights', or bf16 where they are quantised."""
-        return "bf16" if self.weights_dtype in QUANTISED_DTYPES else self.weights_dtype
+        return "bf16" if parse_format(self.weights_dtype).is_packed else self.weights_dtype
 
 
 def check_workload(workload: Workload) -> None:
@@ -50,7 +50,10 @@ def check_workload(workload: Workload) -> None:
         value = getattr(workload, name)
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} ({value}) must be a whole number of at least {least} {unit}")
-    for name, allowed in (("weights_dtype", WEIGHTS_DTYPES), ("kv_dtype", KV_DTYPES), ("ssm_dtype", SSM_DTYPES)):
+        if value > LARGEST_NUMBER:
+            raise ValueError(f"{name} ({str(value)[:40]}) must be at most 2**53")
+    parse_format(workload.weights_dtype)
+    for name, allowed in (("kv_dtype", KV_DTYPES), ("ssm_dtype", SSM_DTYPES)):
         value = getattr(workload, name)
         if value not in allowed:
             raise ValueError(f"{name} ({value}) must be one of {', '.join(allowed)}")

@@ -1,19 +1,73 @@
 """Which reader knows which model_type, and what stands around a language model's sizes."""
 
+import importlib
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
-from memory_budget.configs.values import Config
+from memory_budget.configs.nested import language_part
+from memory_budget.configs.quantisation import positions
+from memory_budget.configs.unknown import unknown_model
+from memory_budget.configs.values import Config, shown
 from memory_budget.hf_config import FAMILIES, architecture_from_config
 from memory_budget.model import Model, as_model
+from memory_budget.sources.safetensors import TensorSizes
+
+MOST_LAYERS = 2**14
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_nextn_predict_layers", "max_window_layers", "first_k_dense_replace",
+                "num_kv_shared_layers", "sliding_window_pattern")  # fmt: skip
 
 READERS: dict[str, Callable[[Config], Model]] = {}  # beside those that can be cut
+for _name in ("dense", "mixtures", "latent", "hybrids", "delta"):
+    if importlib.util.find_spec(f"memory_budget.configs.{_name}"):
+        READERS |= importlib.import_module(f"memory_budget.configs.{_name}").MODELS
 
 
-def model_from_config(config: Config) -> Model:
-    """The model of a config dict. Raises ValueError for a model_type that no reader knows, and as the readers do."""
+def model_types() -> tuple[str, ...]:
+    """All that are read."""
+    return (*FAMILIES, *READERS)
+
+
+def model_from_config(config: Config, tensors: Callable[[], TensorSizes] = dict) -> Model:
+    """The model of a config dict, or of the language model within it, with notes on what is left out.
+
+    tensors: gives the shapes of the checkpoint's tensors; it is asked only for a model_type that no reader knows. Raises ValueError for such a
+    model_type without tensors, for more layers than any model has, and as the readers do.
+    """
+    config, notes = language_part(config, frozenset(model_types()))
     model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        value = "is missing from the config" if model_type is None else f"({shown(model_type)}) must be a string"
+        raise ValueError(f"model_type {value}; supported: {', '.join(model_types())}")
+    check_layer_counts(config)
+    model = _known_model(model_type, config)
+    if model is None:
+        found = tensors()
+        if not found:
+            raise ValueError(f"model_type ({shown(model_type)}) is not supported, and there are no safetensors files whose headers would give its parameters; "
+                             f"supported: {', '.join(model_types())}")  # fmt: skip
+        model = unknown_model(config, found)
+    longest = model.positions if model.positions is not None else positions(config)
+    return replace(model, positions=longest, notes=(*notes, *model.notes))
+
+
+def language_config(config: Config) -> Config:
+    """The config that the model is read from: the language part of one that nests it."""
+    return language_part(config, frozenset(model_types()))[0]
+
+
+def _known_model(model_type: str, config: Config) -> Model | None:
     if model_type in FAMILIES:
         return as_model(architecture_from_config(config))
-    if model_type in READERS:
-        return READERS[model_type](config)
-    raise ValueError(f"model_type ({model_type}) is not supported; supported: {', '.join((*FAMILIES, *READERS))}")
+    return READERS[model_type](config) if model_type in READERS else None
+
+
+def check_layer_counts(config: Config) -> None:
+    """Refuse numbers of layers that would take the memory they are to be weighed against. Raises ValueError naming the key."""
+    for key in LAYER_COUNTS:
+        if _is_above(config.get(key), MOST_LAYERS):
+            raise ValueError(f"{key} ({shown(config[key])}) must be at most {MOST_LAYERS:,}")
+
+
+def _is_above(value: Any, most: int) -> bool:
+    return isinstance(value, int) and value > most

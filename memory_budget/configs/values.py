@@ -21,3 +21,9 @@ def boolean(config: Config, key: str, *, default: bool) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{key} ({json.dumps(value)[:80]}) must be true or false")
     return value
+
+
+def shown(value: Any) -> str:
+    """A value of a config as a message shows it: on one line, in ASCII, not longer than 80 characters."""
+    text = value if isinstance(value, str) and value.isascii() and value.isprintable() and value else json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
