@@ -4,46 +4,71 @@ import argparse
 import re
 from dataclasses import dataclass, replace
 
-from memory_budget.architecture import WINDOWED, Architecture
+from memory_budget.architecture import Architecture
 from memory_budget.budget import Budget, parse_budget
 from memory_budget.calculator import MemoryReport, max_batch, max_context_tokens, memory_report, weight_bytes
 from memory_budget.command.options import DEFAULT_UTILIZATION, check_options
 from memory_budget.configs.quantisation import stored_format
 from memory_budget.configs.registry import language_config, model_from_config
-from memory_budget.configs.values import Config, shown
+from memory_budget.configs.values import Config
 from memory_budget.formats import CHOOSABLE_GROUPS, parse_format
 from memory_budget.hf_config import FAMILIES, architecture_from_config, unmodelled_settings
 from memory_budget.model import Model
 from memory_budget.sources.source import Source, open_source
 from memory_budget.units import GIB, format_gib
-from memory_budget.vllm import BLOCK_SIZE_TOKENS, VllmAllotment, vllm_allotment, vllm_pool_bytes
-from memory_budget.workload import Workload
+from memory_budget.vllm import (
+    BLOCK_SIZE_TOKENS,
+    BatchLimits,
+    VllmAllotment,
+    batch_limits,
+    reserve_bytes,
+    shard,
+    vllm_allotment,
+    vllm_pool_bytes,
+    vllm_ssm_dtype,
+    why_vllm_refuses,
+)
+from memory_budget.workload import SSM_DTYPES, Workload
 
-WINDOWS_NOTE = "vLLM's blocks are counted as if layers within a window kept the whole context; vLLM takes fewer for a long one, and some more for a short one"
 KEY_NAMES = ("intermediate_size", "hidden_size", "moe_intermediate_size")  # named first where a size stands under several keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Vllm:
+    """What vLLM makes of its pool of so many bytes on each device, and why it does not start, if so.
+
+    reserve_bytes: an estimate of what its profiling run finds, where it is not given with --overhead-gib; it is not taken off the pool.
+    """
+
+    pool_bytes: int
+    allotment: VllmAllotment
+    limits: BatchLimits
+    refusals: tuple[str, ...]
+    reserve_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """architecture: of a model that can be cut; None for others."""
+    """model: the whole one · held: what one device holds of it · architecture: of a model that can be cut; None for others."""
 
     name: str
     model: Model
+    held: Model
+    tp: int
     architecture: Architecture | None
     workload: Workload
     report: MemoryReport
     budget: Budget
-    allotment: VllmAllotment | None
-    pool_bytes: int | None
+    vllm: Vllm | None
     notes: list[str]
 
     @property
     def max_context(self) -> int | None:
-        return max_context_tokens(self.model, self.workload, self.budget.bytes)
+        return max_context_tokens(self.held, self.workload, self.budget.bytes)
 
     @property
     def max_batch(self) -> int | None:
-        return max_batch(self.model, self.workload, self.budget.bytes)
+        return max_batch(self.held, self.workload, self.budget.bytes)
 
 
 def work_out(options: argparse.Namespace, argument: str) -> Answer:
@@ -63,26 +88,38 @@ def answer_of(options: argparse.Namespace, source: Source) -> Answer:
         batch=options.batch,
         weights_dtype=weights if options.group is None else re.sub(r"^int4(-g\d+)?", f"int4-g{options.group}", weights),
         kv_dtype=options.kv,
-        ssm_dtype=options.ssm,
+        ssm_dtype=options.ssm or _ssm_dtype(options, config),
         activation_tokens=options.activations,
     )
-    architecture = architecture_from_config(config) if config.get("model_type") in FAMILIES else None
-    pool_bytes, allotment = _vllm(options, architecture, model, workload, budget)
-    windows = allotment is not None and architecture is not None and architecture.num_layers_of(WINDOWED)
-    notes = [*model.notes, *unmodelled_settings(config), *(stored_notes if options.weights is None else ()), *packing_notes(model, workload, config),
-             *position_notes(model, workload, config, engine=options.engine), *([WINDOWS_NOTE] if windows else ())]  # fmt: skip
-    return Answer(name=source.name, model=model, architecture=architecture, workload=workload, report=memory_report(model, workload), budget=budget,
-                  allotment=allotment, pool_bytes=pool_bytes, notes=notes)  # fmt: skip
+    held = model if options.tp == 1 else shard(model, options.tp)
+    vllm = _vllm(options, model, workload, budget) if options.engine == "vllm" else None
+    notes = [
+        *model.notes,
+        *unmodelled_settings(config),
+        *(stored_notes if options.weights is None else ()),
+        *packing_notes(held, workload, config),
+        *(vllm.refusals if vllm else position_notes(model, workload, config)),
+    ]
+    return Answer(name=source.name, model=model, held=held, tp=options.tp, workload=workload, report=memory_report(held, workload), budget=budget, vllm=vllm,
+                  architecture=architecture_from_config(config) if config.get("model_type") in FAMILIES else None, notes=notes)  # fmt: skip
 
 
-def position_notes(model: Model, workload: Workload, config: Config, *, engine: str) -> list[str]:
+def _ssm_dtype(options: argparse.Namespace, config: Config) -> str:
+    """float32, or what vLLM takes for the model."""
+    if options.engine != "vllm":
+        return "float32"
+    said = next((config[key] for key in ("mamba_ssm_cache_dtype", "mamba_ssm_dtype") if isinstance(config.get(key), str)), None)
+    said = {"bfloat16": "bf16", "float16": "fp16"}.get(said, said)
+    return vllm_ssm_dtype(config["model_type"], said if said in SSM_DTYPES else None, "bf16")
+
+
+def position_notes(model: Model, workload: Workload, config: Config) -> list[str]:
     """That the context is longer than the config's positions."""
     if model.positions is None or workload.context_tokens <= model.positions:
         return []
-    says = config.get("max_position_embeddings")
-    key = f"max_position_embeddings ({says:,})" if says == model.positions else f"positions ({model.positions:,})"
-    refuses = "vLLM refuses a --max-model-len above them" if engine == "vllm" else "it was not made for it, and vLLM refuses to serve it"
-    return [f"context ({workload.context_tokens:,} tokens) is more than the config's {key}: {refuses}; --context {model.positions} is the longest"]
+    key = "max_position_embeddings" if config.get("max_position_embeddings") == model.positions else "positions"
+    return [f"context ({workload.context_tokens:,} tokens) is more than the config's {key} ({model.positions:,}): the model is not made for it, and vLLM "
+            f"refuses to serve it; --context {model.positions} is the longest"]  # fmt: skip
 
 
 def packing_notes(model: Model, workload: Workload, config: Config) -> list[str]:
@@ -114,33 +151,27 @@ def _row_name(inputs: int, config: Config) -> str:
     return f"{named} {inputs:,}" if named else f"{inputs:,} numbers"
 
 
-def _vllm(
-    options: argparse.Namespace, architecture: Architecture | None, model: Model, workload: Workload, budget: Budget
-) -> tuple[int | None, VllmAllotment | None]:
-    """Bytes of vLLM's pool and how it is cut; nothing for another engine."""
-    if options.engine != "vllm":
-        return None, None
-    if architecture is None:
-        raise ValueError(f"--engine vllm is not counted for model_type {shown(model.model_type)} yet; leave it out for the caches alone")
-    pool_bytes = vllm_pool(options, model, workload, budget)
-    block_size = BLOCK_SIZE_TOKENS if options.block_size is None else options.block_size
-    return pool_bytes, vllm_allotment(architecture, workload, pool_bytes=pool_bytes, prefix_caching=options.prefix_caching, block_size=block_size)
-
-
-def vllm_pool(options: argparse.Namespace, model: Model, workload: Workload, budget: Budget) -> int:
-    """Bytes of vLLM's cache pool; without --pool-gib and --device-gib the device is the budget's."""
+def _vllm(options: argparse.Namespace, model: Model, workload: Workload, budget: Budget) -> Vllm:
+    """vLLM on the device that is given, else the budget's; its limits are its own defaults unless given."""
+    if not model.cache_known:
+        raise ValueError(f"--engine vllm: the cache of model_type {model.model_type} is not known")
+    device_gib = budget.device_gib if options.device_gib is None else options.device_gib
+    limits = batch_limits(device_gib=device_gib, context_tokens=workload.context_tokens, a100=budget.name.startswith("a100"))
+    limits = limits if options.max_num_seqs is None else replace(limits, sequences=options.max_num_seqs)
     if options.pool_gib is not None:
-        return int(options.pool_gib * GIB)
-    return vllm_pool_bytes(
-        model,
-        workload,
-        device_gib=budget.device_gib if options.device_gib is None else options.device_gib,
-        utilization=DEFAULT_UTILIZATION if options.utilization is None else options.utilization,
-        overhead_gib=options.overhead_gib or 0.0,
-    )
+        pool_bytes = int(options.pool_gib * GIB)
+    else:
+        utilization = DEFAULT_UTILIZATION if options.utilization is None else options.utilization
+        pool_bytes = vllm_pool_bytes(model, workload, device_gib=device_gib, utilization=utilization, overhead_gib=options.overhead_gib or 0.0, tp=options.tp)
+    block_size = BLOCK_SIZE_TOKENS if options.block_size is None else options.block_size
+    allotment = vllm_allotment(model, workload, pool_bytes=pool_bytes, prefix_caching=options.prefix_caching, block_size=block_size,
+                               max_num_batched_tokens=limits.tokens, tp=options.tp)  # fmt: skip
+    given = options.pool_gib is not None or options.overhead_gib is not None
+    return Vllm(pool_bytes=pool_bytes, allotment=allotment, limits=limits, refusals=why_vllm_refuses(model, workload, allotment, max_num_seqs=limits.sequences),
+                reserve_bytes=None if given else reserve_bytes(model, workload, limits=limits, tp=options.tp))  # fmt: skip
 
 
 def with_weights(answer: Answer, dtype: str) -> Answer:
     """The same workload with weights in another format."""
     workload = replace(answer.workload, weights_dtype=dtype)
-    return replace(answer, workload=workload, report=replace(answer.report, weights=weight_bytes(answer.model, dtype)))
+    return replace(answer, workload=workload, report=replace(answer.report, weights=weight_bytes(answer.held, dtype)))

@@ -24,8 +24,8 @@ def as_json(answer: Answer) -> dict[str, Any]:
         "max_context_tokens": answer.max_context if known else None,
         "max_batch": answer.max_batch if known else None,
     }
-    if answer.allotment is not None:
-        result["vllm"] = answer.allotment.as_dict()
+    if answer.vllm is not None:
+        result["vllm"] = answer.vllm.allotment.as_dict() | {"refuses": list(answer.vllm.refusals), "reserve_bytes_estimate": answer.vllm.reserve_bytes}
     if answer.notes:
         result["notes"] = answer.notes
     return result

@@ -9,7 +9,7 @@ from memory_budget.configs.registry import model_types
 from memory_budget.vllm import BLOCK_SIZE_TOKENS
 from memory_budget.workload import KV_DTYPES, SSM_DTYPES, WEIGHTS_DTYPES
 
-VLLM_OPTIONS = ("pool_gib", "device_gib", "utilization", "overhead_gib", "prefix_caching", "block_size")
+VLLM_OPTIONS = ("pool_gib", "device_gib", "utilization", "overhead_gib", "prefix_caching", "block_size", "max_num_seqs")
 DEFAULT_UTILIZATION = 0.92
 
 
@@ -57,8 +57,10 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--group", type=int, metavar="N", help="numbers that share a scale in int4 (default 128)")
     group.add_argument("--kv", default="bf16", metavar="D", help=(
         f"number format of the attention cache: {', '.join(KV_DTYPES)} (default bf16)"))
-    group.add_argument("--ssm", default="float32", metavar="D", help=(
-        f"number format of Mamba's SSM state: {', '.join(SSM_DTYPES)} (default float32)"))
+    group.add_argument("--ssm", metavar="D", help=(
+        f"number format of recurrent states: {', '.join(SSM_DTYPES)} (default float32; with --engine vllm what vLLM takes for the model)"))
+    group.add_argument("--tp", type=int, default=1, metavar="N", help=(
+        "tensor parallel over N GPUs, split as vLLM does: bytes and budget are those of one of them (default 1)"))
     group.add_argument("--activations", type=int, default=0, metavar="N", help=(
         "also count the activations of a prefill chunk of N tokens, an estimate (default 0: left out)"))
 
@@ -74,7 +76,7 @@ def add_question_options(parser: argparse.ArgumentParser) -> None:
 def add_vllm_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--engine", choices=("plain", "vllm"), default="plain", help=(
-        "vllm: also how vLLM cuts its cache pool into blocks; all options below are for it (default plain)"))
+        "vllm: also how vLLM cuts its cache pool into blocks, and what it refuses; all options below are for it (default plain)"))
     group.add_argument("--pool-gib", type=float, metavar="X", help="size of the cache pool in GiB (vLLM's log: Available KV cache memory)")
     group.add_argument("--device-gib", type=float, metavar="X", help=(
         "instead of --pool-gib: the device's memory in GiB; the pool is X * utilization - overhead - weights (default: the budget's device)"))
@@ -85,6 +87,8 @@ def add_vllm_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prefix-caching", action="store_true", help="prefix caching, which keeps 3 Mamba states per sequence instead of 1")
     group.add_argument("--block-size", type=int, metavar="N", help=(
         f"vLLM's --block-size, of which its blocks are multiples (default {BLOCK_SIZE_TOKENS}; vLLM on a CPU takes 128)"))
+    group.add_argument("--max-num-seqs", type=int, metavar="N", help=(
+        "vLLM's --max-num-seqs, each of which needs a block for its Mamba state (default: vLLM's own for the device, 256 or 1024)"))
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -93,6 +97,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--group ({options.group}) must come with --weights int4")
     if options.group is not None and not 1 <= options.group <= 2**16:
         raise ValueError(f"--group ({options.group}) must be at least 1, and at most 65,536")
+    if not 1 <= options.tp <= 1024:
+        raise ValueError(f"--tp ({options.tp}) must be at least 1 GPU, and at most 1,024")
     given = {name for name in VLLM_OPTIONS if getattr(options, name) is not None and getattr(options, name) is not False}
     if options.engine != "vllm":
         if given:
@@ -107,5 +113,7 @@ def check_options(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not 0 <= value <= MOST_GIB:
             raise ValueError(f"--{name.replace('_', '-')} ({value}) must be at least 0 GiB, and at most 2**33")
+    if options.max_num_seqs is not None and not 1 <= options.max_num_seqs <= 2**31:
+        raise ValueError(f"--max-num-seqs ({options.max_num_seqs}) must be at least 1 sequence, and at most 2**31")
     if options.block_size is not None and not 1 <= options.block_size <= 2**20:
         raise ValueError(f"--block-size ({options.block_size}) must be at least 1 token, and at most 2**20")

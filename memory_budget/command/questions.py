@@ -30,7 +30,7 @@ def cards(answer: Answer) -> dict[str, dict[str, Any]]:
             "budget_bytes": card.bytes,
             "fits": answer.report.total <= card.bytes if known else None,
             "headroom_bytes": card.bytes - answer.report.total if known else None,
-            "max_context_tokens": max_context_tokens(answer.model, answer.workload, card.bytes) if known else None,
+            "max_context_tokens": max_context_tokens(answer.held, answer.workload, card.bytes) if known else None,
         }
         for card in sorted(PRESETS.values(), key=lambda card: card.bytes)
     }
@@ -51,7 +51,7 @@ def curve(answer: Answer) -> list[tuple[int, dict[str, int]]]:
     last = min(max(marks), LONGEST_CONTEXT)
     doublings = {SHORTEST_CONTEXT << step for step in range(math.ceil(math.log2(max(last / SHORTEST_CONTEXT, 1))) + 1)}
     contexts = sorted({context for context in doublings | marks if 1 <= context <= 2**40})
-    return [(context, memory_report(answer.model, _at(answer, context)).as_dict()) for context in contexts]
+    return [(context, memory_report(answer.held, _at(answer, context)).as_dict()) for context in contexts]
 
 
 def _at(answer: Answer, context: int) -> Workload:

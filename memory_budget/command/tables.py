@@ -2,12 +2,11 @@
 
 from memory_budget.architecture import describe_layers
 from memory_budget.budget import PRESETS
-from memory_budget.command.answer import Answer
+from memory_budget.command.answer import Answer, Vllm
 from memory_budget.command.questions import at_every_format, cards, smallest_card
 from memory_budget.formats import parse_format
 from memory_budget.parameters import count_active_parameters, count_parameters, count_total_parameters
 from memory_budget.units import format_count, format_gib
-from memory_budget.vllm import VllmAllotment
 
 Row = tuple[str, str, str]
 KIND_NAMES = {"mamba": "recurrent", "attention": "attention", "ffn": "FFN", "moe": "MoE"}
@@ -17,8 +16,8 @@ UNKNOWN = "not known"
 def as_table(answer: Answer) -> str:
     """The whole answer; notes stand below it."""
     sections = [model_rows(answer), memory_rows(answer), budget_rows(answer)]
-    if answer.allotment is not None:
-        sections.append(vllm_rows(answer, answer.allotment))
+    if answer.vllm is not None:
+        sections.append(vllm_rows(answer, answer.vllm))
     return "\n\n".join([_aligned(sections), *(["\n".join(f"note: {note}" for note in answer.notes)] if answer.notes else [])])
 
 
@@ -66,13 +65,18 @@ def memory_rows(answer: Answer) -> list[Row]:
     if workload.activation_tokens:
         chunk = format_count(workload.activation_tokens, "tokens")
         rows.append(("activations", format_gib(report.activations), f"estimate, a prefill chunk of {chunk}"))
-    return [*rows, ("total", format_gib(report.total) if known else UNKNOWN, "" if workload.activation_tokens else "without activations")]
+    return [*rows, ("total", format_gib(report.total) if known else UNKNOWN, _of_what(answer))]
+
+
+def _of_what(answer: Answer) -> str:
+    parts = ([f"on each of {answer.tp} GPUs"] if answer.tp > 1 else []) + ([] if answer.workload.activation_tokens else ["without activations"])
+    return ", ".join(parts)
 
 
 def kept_in_windows(answer: Answer) -> str:
     """Which layers keep fewer tokens than there are, and how many; nothing where none does."""
     kept: dict[int, int] = {}
-    for number, part in answer.model.layers:
+    for number, part in answer.held.layers:
         if part.kept_tokens:
             kept[part.kept_tokens] = kept.get(part.kept_tokens, 0) + number
     attention, windowed = sum(number for number, part in answer.model.layers if part.kept_tokens != 0), sum(kept.values())
@@ -104,18 +108,23 @@ def budget_rows(answer: Answer) -> list[Row]:
     ]
 
 
-def vllm_rows(answer: Answer, allotment: VllmAllotment) -> list[Row]:
-    starts = "" if allotment.max_concurrency >= 1 else "vLLM refuses to start: not one sequence of this context fits"
+def vllm_rows(answer: Answer, vllm: Vllm) -> list[Row]:
+    allotment, context = vllm.allotment, f"at {format_count(answer.workload.context_tokens, 'tokens')}"
     blocks = f"{format_count(allotment.num_blocks, 'blocks')} of {format_gib(allotment.bytes_per_block)}"
-    page = f"page {format_count(allotment.page_bytes, 'bytes')} per layer"
-    context = f"at {format_count(answer.workload.context_tokens, 'tokens')}"
-    return [
-        ("vLLM cache pool", format_gib(answer.pool_bytes or 0), blocks),
-        ("tokens per block", format_count(allotment.block_tokens, "tokens"), page),
+    older = f"as vLLM logs it; versions from about 0.10 to 0.20 log {format_count(allotment.older_kv_cache_tokens, 'tokens')}"
+    rows = [
+        ("vLLM cache pool", format_gib(vllm.pool_bytes), f"{blocks}{', on each GPU' if answer.tp > 1 else ''}"),
+        ("tokens per block", format_count(allotment.block_tokens, "tokens"), f"page {format_count(allotment.page_bytes, 'bytes')} per layer"),
         ("blocks per request", format_count(allotment.blocks_per_request, "blocks"), context),
-        ("GPU KV cache size", format_count(allotment.kv_cache_tokens, "tokens"), "as vLLM logs it"),
-        ("maximum concurrency", f"{allotment.max_concurrency:.2f} sequences", starts),
+        ("GPU KV cache size", format_count(allotment.kv_cache_tokens, "tokens"),
+         older if allotment.older_kv_cache_tokens != allotment.kv_cache_tokens else "as vLLM logs it"),
+        ("maximum concurrency", f"{allotment.max_concurrency:.2f} sequences", "" if allotment.starts else "vLLM refuses to start"),
     ]
+    if allotment.most_sequences is not None:
+        rows.append(("most sequences", format_count(allotment.most_sequences, "sequences"), f"for --max-num-seqs, which is {vllm.limits.sequences:,}"))
+    if vllm.reserve_bytes is not None:
+        rows.append(("reserve", format_gib(vllm.reserve_bytes), "estimate of activations and CUDA graphs, not taken off the pool: --overhead-gib does"))
+    return rows
 
 
 def columns(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
