@@ -126,7 +126,7 @@ def _pattern_from_block_types(key: str, block_types: Any) -> str:
     if not isinstance(block_types, list):
         raise ValueError(f"{key} ({block_types!r}) must be a list of block types")
     for block_type in block_types:
-        if block_type not in BLOCK_TYPE_LETTERS:
+        if not isinstance(block_type, str) or block_type not in BLOCK_TYPE_LETTERS:
             raise ValueError(f"{key} holds {block_type!r}; block types are {', '.join(BLOCK_TYPE_LETTERS)}")
     letters = "".join(BLOCK_TYPE_LETTERS[block_type] for block_type in block_types)
     assert set(letters) <= set(LAYER_KINDS)
