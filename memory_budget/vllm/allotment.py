@@ -12,6 +12,7 @@ vLLM (v1) cuts one pool into equal pages so that layers that keep unlike things 
     blocks per request = Σ over kinds of ceil(layers / g)·(blocks of the kind)
                                         full attention: ceil(context / B)
                                         within a window W: ceil(min(W − 1 + f, context) / B) + 1
+                                        within chunks of C: ceil(min(C + f, context) / B)
                                         Mamba: 1, with prefix caching 3 (Mamba-2) or 2 (other recurrent layers)
     f = n·--max-num-batched-tokens      tokens in flight; n = 2 with asynchronous scheduling, which is vLLM's default on a GPU, else 1
 """
@@ -76,9 +77,9 @@ def vllm_allotment(
 ) -> VllmAllotment:
     """How vLLM cuts a pool of that many bytes for caches. Scalars only.
 
-    block_size is vLLM's --block-size, of which it makes its blocks multiples · max_num_batched_tokens, async_scheduling (off on a CPU): of matter within windows
-    alone · hybrid_manager: off (--disable-hybrid-kv-cache-manager; by vLLM itself for attention within chunks, as Llama 4's) layers within a window have blocks
-    for the whole context, if others have · tp: --tensor-parallel-size; the pool is that of one device.
+    block_size is vLLM's --block-size, of which its blocks are multiples · max_num_batched_tokens, async_scheduling (off on a CPU): of matter within windows
+    and chunks alone · hybrid_manager: off (--disable-hybrid-kv-cache-manager) layers within a window or chunks have blocks for the whole context, if others
+    have · tp: --tensor-parallel-size; the pool is that of one device.
     The workload's batch plays no part: how many sequences fit is the answer, max_concurrency. Raises ValueError for a negative pool, a block size or batch
     below 1, a model with nothing to cache, and what tp does not split.
     """

@@ -21,8 +21,8 @@ LATENT_BLOCK_MULTIPLE = 128  # vLLM makes the blocks of a hybrid with latent att
 class Page:
     """One layer's part of a block. Layers whose pages are equal may share a group.
 
-    kind: full, window or state · bytes: with what it is padded by · own_bytes: without · tokens: of a block; 0 for a state, which has no tokens of its own ·
-    window: tokens that a query sees · states: blocks of a request · latent: a row a token, which cannot be padded (MLA).
+    kind: full, window, chunk or state · bytes: with what it is padded by · own_bytes: without · tokens: of a block; 0 for a state, which has no tokens of its own ·
+    window: tokens that a query sees at most · states: blocks of a request · latent: a row a token, which cannot be padded (MLA).
     """
 
     kind: str
@@ -36,13 +36,15 @@ class Page:
     def blocks_of_request(self, context_tokens: int, in_flight_tokens: int) -> int:
         """Blocks that a request of so many tokens takes in a group of such layers.
 
-        Within a window the last window − 1 tokens and all that are scheduled and not yet settled, and one block more, as a window need not begin where a block
-        does; never mind that this may be more than the whole context takes.
+        Within a window the last window − 1 tokens and all that are in flight, that is scheduled and not yet settled, and one block more, as a window need not
+        begin where a block does, be it more than the whole context takes; within a chunk those of the chunk and all in flight.
         """
         if self.kind == "state":
             return self.states
         if self.kind == "full":
             return _ceil_divide(context_tokens, self.tokens)
+        if self.kind == "chunk":
+            return _ceil_divide(min(self.window + in_flight_tokens, context_tokens), self.tokens)
         return _ceil_divide(min(self.window - 1 + in_flight_tokens, context_tokens), self.tokens) + 1
 
 
@@ -68,7 +70,7 @@ def layer_groups(model: Model, workload: Workload, *, block_size: int, prefix_ca
     if not pages:
         raise ValueError(f"{model.model_type} has neither attention nor Mamba layers: there is no cache for vLLM to allot")
     if not hybrid_manager and any(page.kind == "full" for page, _ in pages):
-        pages = [(replace(page, kind="full", window=0) if page.kind == "window" else page, count) for page, count in pages]
+        pages = [(replace(page, kind="full", window=0) if page.window else page, count) for page, count in pages]
     if _are_of_one_type([page for page, _ in pages]):
         largest = max((page for page, _ in pages), key=lambda page: page.bytes)
         return Groups(bytes_per_block=sum(page.bytes * count for page, count in pages), pages=((1, largest),))
@@ -120,8 +122,9 @@ def _pages(model: Model, workload: Workload, block_size: int, prefix_caching: bo
     pages = []
     for part, count in keeping:
         size = tokens * part.cache_numbers_per_token * number
-        window = getattr(part, "window", 0)
-        pages.append((Page(kind="window" if window else "full", bytes=size, own_bytes=size, tokens=tokens, window=window, latent=_is_latent(part)), count))
+        window, chunk = getattr(part, "window", 0), getattr(part, "chunk", 0)
+        kind = "window" if window else "chunk" if chunk else "full"
+        pages.append((Page(kind=kind, bytes=size, own_bytes=size, tokens=tokens, window=window or chunk, latent=_is_latent(part)), count))
     for part, count in recurrent:
         own = _state_bytes(part, workload)
         states = STATES_WITH_PREFIX_CACHING + CHECKPOINT_STATES * isinstance(part, Mamba2) if prefix_caching else STATES_WITHOUT_PREFIX_CACHING
