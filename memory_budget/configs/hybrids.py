@@ -6,6 +6,7 @@ A missing key means what transformers' (5.23) config class of the model_type mea
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from memory_budget.configs.stack import counted, experts_per_token, heads, indices, layer_number, layer_types, multiple, plain_attention, positions
 from memory_budget.configs.values import Config, boolean, integer
@@ -19,6 +20,7 @@ from memory_budget.parts.shared import SharedAttention, SharedFeedForward
 from memory_budget.parts.short_conv import ShortConv
 
 MAMBA, ATTENTION, HYBRID, CONV = "linear_attention", "full_attention", "hybrid", "conv"
+UNTIED_BLOCKS = "shared blocks are counted once; where tie_word_embeddings is false, transformers (5.23) ties none of them and holds one for every use"
 # Zamba2-2.7B's layers, which a config that names none has.
 ZAMBA2_TYPES = [MAMBA, *[*[MAMBA] * 5, HYBRID] * 7, *[MAMBA] * 4, HYBRID, *[MAMBA] * 3, HYBRID, *[MAMBA] * 2]
 
@@ -150,7 +152,8 @@ def _zamba2(config: Config) -> Model:
         for reused in [False] * blocks + [True] * (len(uses) - blocks):
             parts += _zamba2_use(config, hidden, bias, reused)
     norms = (num_layers + 3 * blocks + 1) * hidden  # a block's norms are of its inputs, 2·D, and in front of its feed-forward layer, D
-    return _model(config, parts, hidden=hidden, vocab=32000, num_layers=num_layers, tied=True, norms=norms)
+    model = _model(config, parts, hidden=hidden, vocab=32000, num_layers=num_layers, tied=True, norms=norms)
+    return model if model.tied_embeddings or blocks == len(uses) else replace(model, notes=(UNTIED_BLOCKS,))
 
 
 def _zamba2_mamba(config: Config, hidden: int, bias: bool) -> Mamba2:
