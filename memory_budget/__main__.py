@@ -56,7 +56,7 @@ def text_of(options: argparse.Namespace, answer: Answer, other: Answer | None) -
     sections += [cards_table(answer)] if options.cards else []
     sections += [formats_table(answer)] if options.formats else []
     sections += [write_plot(answer, options.plot)] if options.plot is not None else []
-    return "\n\n".join(section for section in sections if section)
+    return "\n\n".join(section for section in sections if section).encode("utf-8", "backslashreplace").decode()
 
 
 if __name__ == "__main__":

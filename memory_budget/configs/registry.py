@@ -11,6 +11,7 @@ from memory_budget.configs.unknown import unknown_model
 from memory_budget.configs.values import Config, shown
 from memory_budget.hf_config import FAMILIES, architecture_from_config
 from memory_budget.model import Model, as_model
+from memory_budget.parameters import count_total_parameters
 from memory_budget.sources.safetensors import TensorSizes
 
 MOST_LAYERS = 2**14
@@ -47,6 +48,7 @@ def model_from_config(config: Config, tensors: Callable[[], TensorSizes] = dict)
             raise ValueError(f"model_type ({shown(model_type)}) is not supported, and there are no safetensors files whose headers would give its parameters; "
                              f"supported: {', '.join(model_types())}")  # fmt: skip
         model = unknown_model(config, found)
+    check_model(model)
     longest = model.positions if model.positions is not None else positions(config)
     return replace(model, positions=longest, notes=(*notes, *model.notes))
 
@@ -67,6 +69,18 @@ def check_layer_counts(config: Config) -> None:
     for key in LAYER_COUNTS:
         if _is_above(config.get(key), MOST_LAYERS):
             raise ValueError(f"{key} ({shown(config[key])}) must be at most {MOST_LAYERS:,}")
+
+
+def check_model(model: Model) -> None:
+    """Refuse sizes of nothing, which would divide by zero. Raises ValueError."""
+    for _, part in model.layers:
+        if part.kept_tokens != 0 and part.cache_numbers_per_token < 1:
+            raise ValueError(f"the {part.kind} of model_type {model.model_type} has keys and values of 0 numbers: num_key_value_heads and head_dim "
+                             "(else hidden_size / num_attention_heads) must be at least 1")  # fmt: skip
+        if part.kind == "mamba" and part.state_numbers + part.conv_numbers < 1:
+            raise ValueError(f"the recurrent layers of model_type {model.model_type} have states of 0 numbers: their heads and sizes must be at least 1")
+    if count_total_parameters(model) < 1:
+        raise ValueError(f"the model of model_type {model.model_type} has 0 parameters: its sizes must be at least 1")
 
 
 def _is_above(value: Any, most: int) -> bool:

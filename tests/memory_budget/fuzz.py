@@ -37,6 +37,7 @@ QUANTISATIONS = [{"quant_method": "fp8", "weight_block_size": [128, 128]}, {"qua
 KEYS = ["model_type", "num_hidden_layers", "hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size", "layer_types",
         "sliding_window", "quantization_config", "text_config", "llm_config", "rope_scaling", "max_position_embeddings", "tie_word_embeddings",
         "num_experts", "num_local_experts", "num_experts_per_tok", "kv_lora_rank", "hybrid_override_pattern", "mlp_only_layers"]  # fmt: skip
+VLLM_OPTIONS = ("--pool-gib", "--device-gib", "--utilization", "--overhead-gib", "--block-size", "--max-num-seqs")
 NUMBERS = ["1", "2", "64", "1000", "-1", "0", "1", "7", "131072", str(2**53), str(2**63), str(10**40), "1e300", "nan", "inf", "x", ""]
 
 
@@ -71,7 +72,7 @@ def mutated_config(config: dict[str, Any], chance: random.Random) -> dict[str, A
             case 1:
                 config["quantization_config"] = mutated(chance.choice(QUANTISATIONS), chance)
             case 2:
-                config = {"model_type": chance.choice(["llava", "x", 3, None]), chance.choice(["text_config", "llm_config", "language_config"]): config,
+                config = {"model_type": chance.choice(["llava"] * 8 + ["x", 3, None]), chance.choice(["text_config", "llm_config", "language_config"]): config,
                           "vision_config": {"hidden_size": 3}}  # fmt: skip
             case 3:
                 config["model_type"] = chance.choice([*model_types(), "gpt9"])
@@ -103,9 +104,10 @@ def some_options(chance: random.Random) -> list[str]:
              "--weights": ["bf16", "fp8", "int8", "int4", "int4-g64", "int4-g0", "mxfp4", "nvfp4-moe", "fp8-g128", "x", "-", "int4-"], "--group": NUMBERS,
              "--kv": ["fp8", "bf16", "x"], "--ssm": ["bf16", "x"], "--engine": ["vllm", "plain"], "--pool-gib": NUMBERS, "--device-gib": NUMBERS,
              "--utilization": NUMBERS, "--overhead-gib": NUMBERS, "--block-size": NUMBERS, "--max-num-seqs": NUMBERS}  # fmt: skip
-    chosen = chance.sample(list(pairs), k=chance.choice([0, 0, 0, 0, 1, 1, 2, 3]))
     engine = ["--engine=vllm"] if chance.random() < 0.4 else []
-    flags = [flag for flag in ("--json", "--cards", "--formats", "--prefix-caching") if chance.random() < 0.2]
+    names = list(pairs) if engine or chance.random() < 0.1 else [name for name in pairs if name not in VLLM_OPTIONS]
+    chosen = chance.sample(names, k=chance.choice([0, 0, 0, 0, 1, 1, 2, 3]))
+    flags = [flag for flag in ("--json", "--cards", "--formats", *(["--prefix-caching"] if engine else [])) if chance.random() < 0.2]
     return [*engine, *(f"{name}={chance.choice(pairs[name])}" for name in chosen), *flags]
 
 
@@ -138,6 +140,8 @@ def one(seed: str, configs: list[dict[str, Any]]) -> str:
 def main(count: int = 100_000, seed: int = 0) -> int:
     configs = [json.loads(path.read_text()) for path in sorted(CONFIGS.glob("*.json"))]
     configs += [{"model_type": name} for name in model_types()]
+    for path in sorted(CONFIGS.parent.glob("*.json")):  # sets of configs by names
+        configs += [config for group in json.loads(path.read_text()).values() for config in group.values() if isinstance(config, dict) and "model_type" in config]
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + ROOM_BYTES, resource.RLIM_INFINITY))
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError(f"more than {SECONDS} s")))
     ends: Counter[str] = Counter()
