@@ -75,8 +75,9 @@ def tensors_of(names: Iterable[str], read: Reader) -> dict[str, Entry]:
     """Shapes of the tensors in such files. Raises ValueError for a file that is no safetensors file."""
     tensors: dict[str, Entry] = {}
     for name in names:
-        length = int.from_bytes(read(name, 0, 8).ljust(9, b"\xff"), "little")
-        if not 2 <= length <= LARGEST_HEADER:
+        start = read(name, 0, 8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or not 2 <= length <= LARGEST_HEADER:
             raise ValueError(f"{name} must be a safetensors file: its header's length is none")
         tensors |= _entries(name, read(name, 8, length))
     return tensors

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from memory_budget.configs.values import Config
+from memory_budget.configs.values import Config, shown
 from memory_budget.hf_config import read_config
 from memory_budget.sources.hub import HUB_ID, HubModel
 from memory_budget.sources.safetensors import Entry, tensors_of_folder
@@ -25,13 +25,11 @@ def open_source(argument: str) -> Source:
     path = Path(argument)
     try:
         is_here = path.exists()
-    except (OSError, ValueError):  # a name too long, or with a zero byte
-        is_here = False
+    except (OSError, ValueError):
+        raise ValueError(f"config {shown(argument)} is no name of a file") from None
     if not is_here and HUB_ID.fullmatch(argument) and not argument.endswith(".json"):
         model = HubModel(argument)
         return Source(argument, _object(model.config(), argument), model.tensors)
-    if "\0" in argument:
-        raise ValueError("config: a path has no zero bytes")
     folder = path if path.is_dir() else path.parent
     return Source(argument, read_config(path), lambda: tensors_of_folder(folder))
 

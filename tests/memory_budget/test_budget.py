@@ -31,13 +31,13 @@ def test_gib_are_taken_as_people_write_them(text, gib):
     assert parse_budget(text).device_gib == gib
 
 
-@pytest.mark.parametrize(("text", "card"), [("4090", "rtx4090"), ("rtx-4090", "rtx4090"), ("a10", "a10g"), ("h100", "h100-80")])
+@pytest.mark.parametrize(("text", "card"), [("4090", "rtx4090"), ("rtx-4090", "rtx4090"), ("a10", "a10g"), ("h100", "h100-80"), ("5090", "rtx5090")])
 def test_a_card_by_nearly_its_name_is_told_the_name(text, card):
     with pytest.raises(ValueError, match=f"; did you mean {card}"):
         parse_budget(text)
 
 
-@pytest.mark.parametrize("text", ["a11g", "-3", "0", "nan", "inf", "", "19,66"])
+@pytest.mark.parametrize("text", ["a11g", "-3", "0", "nan", "inf", "", "19,66", "1e300"])
 def test_what_is_no_budget_is_refused_with_the_presets(text):
     with pytest.raises(ValueError, match=", ".join(PRESETS)):
         parse_budget(text)
@@ -66,7 +66,8 @@ def test_a_budget_out_of_range_is_refused(sizes):
         ({"batch": 0}, r"batch \(0\)"),
         ({"batch": True}, r"batch \(True\)"),
         ({"activation_tokens": -1}, r"activation_tokens \(-1\)"),
-        ({"weights_dtype": "int8"}, r"weights_dtype \(int8\) must be one of .*int4"),
+        ({"weights_dtype": "int3"}, r"weights_dtype \(int3\) must be one of .*int4"),
+        ({"context_tokens": 2**53 + 1}, r"context_tokens \(9007199254740993\) must be at most 2\*\*53"),
         ({"kv_dtype": "int4"}, r"kv_dtype \(int4\)"),
         ({"ssm_dtype": "fp8"}, r"ssm_dtype \(fp8\)"),
     ],

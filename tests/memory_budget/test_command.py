@@ -44,7 +44,7 @@ def test_json_has_the_contracts_keys_and_the_published_numbers(config_path):
 def test_json_has_the_contracts_keys_for_vllm(config_path):
     done = command(config_path("nemotron-nano-9b-v2"), "--engine", "vllm", "--pool-gib", "3", "--prefix-caching", "--json")
     result = json.loads(done.stdout)
-    assert list(result["vllm"]) == ["block_tokens", "page_bytes", "bytes_per_block", "blocks_per_request", "num_blocks", "kv_cache_tokens", "max_concurrency"]
+    assert list(result["vllm"])[:7] == ["block_tokens", "page_bytes", "bytes_per_block", "blocks_per_request", "num_blocks", "kv_cache_tokens", "max_concurrency"]
     assert result["vllm"]["blocks_per_request"] == 121
 
 
@@ -126,11 +126,6 @@ def test_a_model_whose_windows_fit_has_no_longest_context(config_path):
     assert json.loads(command(config_path("mistral-7b-v0.1"), "--json", "--budget", "13.9").stdout)["max_context_tokens"] == left // (32 * 2 * 8 * 128 * 2)
 
 
-def test_that_windows_are_left_out_of_vllms_blocks_is_said_where_it_is_asked_for(config_path):
-    for name, noted in (("gemma-3-1b", True), ("qwen3-0.6b", False)):
-        assert ("note: vLLM's blocks are counted as if layers within a window kept the whole" in command(config_path(name), "--engine", "vllm").stdout) == noted
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -143,6 +138,9 @@ def test_that_windows_are_left_out_of_vllms_blocks_is_said_where_it_is_asked_for
         (["--engine", "vllm", "--pool-gib", "1", "--overhead-gib", "0"], "--overhead-gib (0.0) must come with --device-gib"),
         (["--engine", "vllm", "--pool-gib", "-1"], "--pool-gib (-1.0) must be at least 0 GiB"),
         (["--engine", "vllm", "--device-gib", "10"], "weights and overhead leave no room"),
+        (["--engine", "vllm", "--pool-gib", "1e300"], "--pool-gib (1e+300) must be at least 0 GiB, and at most 2**33"),
+        (["--group", "64"], "--group (64) must come with --weights int4"),
+        (["--tp", "3"], "tp (3) must divide the 128 heads"),
         (["--pool-gib", "0"], "--pool-gib must come with --engine vllm"),
         (["--prefix-caching"], "--prefix-caching must come with --engine vllm"),
         (["--colour"], "unrecognized arguments: --colour"),
@@ -180,7 +178,7 @@ def test_no_argument_is_an_error_of_one_line():
 
 
 def test_help_lists_the_model_types_that_are_read():
-    assert "Model types: nemotron_h, mamba2, llama, mistral, qwen2, qwen3, gemma3_text." in command("--help", COLUMNS="200").stdout
+    assert "Model types: nemotron_h, mamba2, llama, mistral, qwen2, qwen3, gemma3_text," in command("--help", COLUMNS="200").stdout
 
 
 def test_help_explains_each_option():
@@ -200,6 +198,13 @@ def test_help_explains_each_option():
         "--overhead-gib",
         "--prefix-caching",
         "--activations",
+        "--group",
+        "--tp",
+        "--cards",
+        "--formats",
+        "--plot",
+        "--compare",
+        "--max-num-seqs",
         "--json",
     ):
         explained = [line for line in done.stdout.splitlines() if line.startswith(f"  {option}")]
@@ -221,12 +226,13 @@ def test_a_reader_that_leaves_early_sees_no_traceback(arguments, config_path):
 
 
 def test_no_module_imports_more_than_the_standard_library():
-    modules = [f"memory_budget.{path.stem}" for path in (ROOT / "memory_budget").glob("*.py") if path.stem != "__init__"]
+    paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "memory_budget").rglob("*.py") if path.stem != "__init__"]
+    modules = [".".join(path.parts) for path in paths]
     script = f"import sys, importlib; [importlib.import_module(name) for name in {modules}]; print(*sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert "memory_budget" in loaded
-    assert not loaded & {"numpy", "torch", "transformers", "yaml", "safetensors"}
+    assert not loaded & {"numpy", "torch", "transformers", "yaml", "safetensors", "matplotlib", "huggingface_hub"}
     sees_numpy = subprocess.run([sys.executable, "-c", "import sys, numpy; print(*sys.modules)"], capture_output=True, text=True, check=True)
     assert "numpy" in sees_numpy.stdout.split()

@@ -204,7 +204,7 @@ def test_jobs_are_named_by_what_they_try_alone():
         (["--multi"], "--multi is no option; did you mean --multirun?"),
         (["--cfg"], "--cfg is ''; it must be job"),
         (["--config-dir"], "--config-dir has no value"),
-        (["budget=rtx-4090"], "budget (rtx-4090) must be a number of GiB above 0 or one of a10g, l4, rtx4090, a100-40, a100-80, h100-80; did you mean"),
+        (["budget=rtx-4090"], "budget (rtx-4090) must be a number of GiB above 0 or one of a10g, t4, l4, rtx3090, rtx4090, rtx5090,"),
         (["budget.name=rtx-4090"], "budget.name is 'rtx-4090'; without budget.device_gib it must be one of"),
         (["budget=null"], "budget (null) must be a number of GiB"),
         (["search.hidden=0.5"], "search.hidden is '0.5'; it must be one size or several, e.g. search.hidden=96"),
