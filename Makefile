@@ -7,7 +7,7 @@ STAND_IN_VENV := .venv-gpu-stand-in
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install install-cuda demo real tiny-teacher house test test-slow gpu-check gpu-stand-in gpu-stand-in-kernels gpu-stand-in-walks vllm-check clean
+.PHONY: install install-cuda demo real tiny-teacher house test test-slow gpu-check gpu-stand-in gpu-stand-in-kernels gpu-stand-in-walks vllm-check fuzz fuzz-memory clean
 .PHONY: gpu-carry gpu-carried-site gpu-carried-tests gpu-carried-rows gpu-check-carried
 .DELETE_ON_ERROR:
 
@@ -139,6 +139,13 @@ $(VLLM_VENV)/installed: constraints.txt
 # A tiny student of every family, exported and read by real vLLM on this CPU (it needs AVX-512): about 3 minutes. docs/serving.md
 vllm-check: $(VENV)/installed-test $(VLLM_VENV)/installed
 	HF_HUB_OFFLINE=1 VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -q -s -m vllm $(PYTEST_ARGS)
+
+# Mutated configs, tensors and options through python -m memory_budget: an answer or one line, within 5 seconds and a GiB. About 3 minutes. docs/memory.md
+FUZZ_COUNT ?= 100000
+FUZZ_SEED ?= 0
+fuzz: fuzz-memory
+fuzz-memory:
+	PYTHONPATH=$(CURDIR) $(PYTHON) tests/memory_budget/fuzz.py $(FUZZ_COUNT) $(FUZZ_SEED)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(STAND_IN_VENV) runs/store build *.egg-info
