@@ -77,7 +77,7 @@ KINDS = {
     "qwen3_next": ({**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 64, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
                     "linear_key_head_dim": 32, "linear_value_head_dim": 32}, {"dtype": "bfloat16"}, {}),
     "zamba2": ({"num_hidden_layers": 6, "n_mamba_heads": 8, "mamba_d_state": 16, "mamba_ngroups": 2, "num_mem_blocks": 1, "adapter_rank": 8,
-                "num_key_value_heads": 4, "layers_block_type": ["mamba", "mamba", "hybrid"] * 2}, {}, {}),
+                "num_key_value_heads": 4, "head_dim": 64, "layers_block_type": ["mamba", "mamba", "hybrid"] * 2}, {}, {}),
     "deepseek_v2": ({**LATENT, **EXPERTS, "q_lora_rank": None, "n_shared_experts": 1, "first_k_dense_replace": 1, "topk_method": "greedy"}, BLOCKS_OF_16, {}),
 }  # fmt: skip
 
@@ -358,7 +358,9 @@ def test_where_vllm_stops_is_where_the_calculator_says(model_type, engine, tmp_p
     options = {"max_num_batched_tokens": 4096, "dtype": "float32", "skip_tokenizer_init": True, "enable_prefix_caching": False}
     workload, rest = asked_of_the_calculator(options)
     longest = vllm_longest_context(model_from_config(read_config(tmp_path)), workload, pool_bytes=pool["kv_cache_memory_bytes"], **rest)
-    assert engine.ask(tmp_path, [], **options, **pool, max_model_len=-1)["context"] == longest
+    answer = engine.ask(tmp_path, [], **options, **pool, max_model_len=-1)
+    print(f"\n{model_type}: vLLM {answer.get('context')} tokens; calculator {longest} tokens")
+    assert answer.get("context") == longest, answer
     assert "is larger than the available KV cache memory" in engine.ask(tmp_path, [], **options, **pool, max_model_len=longest + 1)["error"]
 
 

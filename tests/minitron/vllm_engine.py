@@ -20,9 +20,9 @@ def read(folder: str, ids: list[int], options: dict) -> dict:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    space = os.environ["VLLM_CPU_KVCACHE_SPACE"]
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "" if "kv_cache_memory_bytes" in options else space
-    engine = None
+    engine, space = None, os.environ["VLLM_CPU_KVCACHE_SPACE"]
+    if "kv_cache_memory_bytes" in options:
+        del os.environ["VLLM_CPU_KVCACHE_SPACE"]
     try:
         engine = LLM(model=folder, enforce_eager=True, distributed_executor_backend="uni", **options)
         config = engine.llm_engine.vllm_config
