@@ -23,7 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from memory_budget.configs.registry import READERS, model_from_config
 from memory_budget.hf_config import FAMILIES, read_config
 from memory_budget.units import GIB
-from memory_budget.vllm import batch_limits, vllm_allotment, vllm_longest_context
+from memory_budget.vllm.allotment import vllm_allotment, vllm_longest_context
+from memory_budget.vllm.settings import batch_limits
 from memory_budget.workload import Workload
 from minitron.families.known import family_of
 from minitron.generation.generate import generate
