@@ -16,18 +16,9 @@ from memory_budget.hf_config import FAMILIES, architecture_from_config, unmodell
 from memory_budget.model import Model
 from memory_budget.sources.source import Source, open_source
 from memory_budget.units import GIB, format_gib
-from memory_budget.vllm import (
-    BLOCK_SIZE_TOKENS,
-    BatchLimits,
-    VllmAllotment,
-    batch_limits,
-    reserve_bytes,
-    shard,
-    vllm_allotment,
-    vllm_pool_bytes,
-    vllm_ssm_dtype,
-    why_vllm_refuses,
-)
+from memory_budget.vllm.allotment import BLOCK_SIZE_TOKENS, VllmAllotment, vllm_allotment, vllm_pool_bytes
+from memory_budget.vllm.settings import BatchLimits, batch_limits, reserve_bytes, vllm_ssm_dtype, why_vllm_refuses
+from memory_budget.vllm.shards import shard
 from memory_budget.workload import SSM_DTYPES, Workload
 
 KEY_NAMES = ("intermediate_size", "hidden_size", "moe_intermediate_size")  # named first where a size stands under several keys

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from memory_budget.budget import MOST_GIB, PRESETS
 from memory_budget.configs.registry import model_types
-from memory_budget.vllm import BLOCK_SIZE_TOKENS
+from memory_budget.vllm.allotment import BLOCK_SIZE_TOKENS
 from memory_budget.workload import KV_DTYPES, SSM_DTYPES, WEIGHTS_DTYPES
 
 VLLM_OPTIONS = ("pool_gib", "device_gib", "utilization", "overhead_gib", "prefix_caching", "block_size", "max_num_seqs")

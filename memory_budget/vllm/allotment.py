@@ -29,6 +29,8 @@ from memory_budget.vllm.shards import shard
 from memory_budget.workload import Workload
 
 BLOCK_SIZE_TOKENS = 16
+NO_CONTEXT_IS_LONGER = 2**48  # tokens
+MOST_BYTES = 2**63  # of a pool
 BATCHED_TOKENS = 2048  # of vLLM's server on a GPU of less than 70 GiB and on a CPU; settings.batch_limits knows the others
 
 
@@ -88,6 +90,8 @@ def vllm_allotment(
             raise ValueError(f"{name} ({value}) must be at least 1 {unit}")
     if pool_bytes < 0:
         raise ValueError(f"pool ({format_gib(pool_bytes)}) must not be negative: weights and overhead leave no room for caches")
+    if pool_bytes >= MOST_BYTES:
+        raise ValueError(f"pool must be below {MOST_BYTES // GIB:,} GiB")
     model, context = shard(as_model(counted), tp), workload.context_tokens
     groups = layer_groups(model, workload, block_size=block_size, prefix_caching=prefix_caching, hybrid_manager=hybrid_manager)
     num_blocks = pool_bytes // groups.bytes_per_block
@@ -129,9 +133,6 @@ def vllm_longest_context(counted: Architecture | Model, workload: Workload, *, p
     return longest
 
 
-NO_CONTEXT_IS_LONGER = 2**48  # tokens; a byte each is more than any pool
-
-
 def _with_context(workload: Workload, context_tokens: int) -> Workload:
     return Workload(context_tokens, workload.batch, workload.weights_dtype, workload.kv_dtype, workload.ssm_dtype, workload.activation_tokens)
 
@@ -144,10 +145,10 @@ def vllm_pool_bytes(
     utilization is vLLM's --gpu-memory-utilization; overhead is what its profiling run finds besides the weights: peak
     activations, CUDA graphs and the like (settings.reserve_bytes estimates it). Raises ValueError for numbers out of range or what tp does not split.
     """
-    if not 0 < device_gib < float("inf"):
-        raise ValueError(f"device ({device_gib} GiB) must be above 0 GiB")
+    if not 0 < device_gib < MOST_BYTES // GIB:
+        raise ValueError(f"device ({device_gib} GiB) must be above 0 GiB and below {MOST_BYTES // GIB:,} GiB")
     if not 0 < utilization <= 1:
         raise ValueError(f"utilization ({utilization}) must be above 0 and at most 1")
-    if not 0 <= overhead_gib < float("inf"):
-        raise ValueError(f"overhead ({overhead_gib} GiB) must be at least 0 GiB")
+    if not 0 <= overhead_gib < MOST_BYTES // GIB:
+        raise ValueError(f"overhead ({overhead_gib} GiB) must be at least 0 GiB and below {MOST_BYTES // GIB:,} GiB")
     return math.floor((device_gib * utilization - overhead_gib) * GIB) - weight_bytes(shard(as_model(counted), tp), workload.weights_dtype)

@@ -21,7 +21,7 @@ LATENT_BLOCK_MULTIPLE = 128  # vLLM makes the blocks of a hybrid with latent att
 class Page:
     """One layer's part of a block. Layers whose pages are equal may share a group.
 
-    kind: full, window, chunk or state · bytes: with what it is padded by · own_bytes: without · tokens: of a block; 0 for a state, which has no tokens of its own ·
+    kind: full, window, chunk or state · bytes: with what it is padded by · own_bytes: without · tokens: of a block, 0 for a state ·
     window: tokens that a query sees at most · states: blocks of a request · latent: a row a token, which cannot be padded (MLA).
     """
 

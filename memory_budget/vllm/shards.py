@@ -1,6 +1,7 @@
 """What one of several devices holds of a model under vLLM's tensor parallelism (--tensor-parallel-size).
 
-Split are heads, neurons and the vocabulary; norms, routers and biases of outputs are whole on every device. Source: the models of vllm/model_executor/models,
+Split are heads, neurons and the vocabulary; norms, routers and biases of outputs are whole on every device, and here also tables of embeddings that are not of
+words. Source: the models of vllm/model_executor/models,
 layers/vocab_parallel_embedding.py (rows padded to a multiple of 64, on one device too) and layers/mamba/mamba_mixer2.py of vLLM 0.32.0.
 """
 
@@ -40,8 +41,10 @@ def shard(model: Model, tp: int) -> Model:
 def _shard_part(part: Part, tp: int) -> Part:
     names = {field.name for field in fields(part)}
     found = {name: _split(said, getattr(part, name), tp) for name, said in SPLIT.items() if name in names}
-    if not found:
+    if not found or getattr(part, "adapter_rank", 0):
         raise ValueError(f"tp ({tp}) must be 1 for {type(part).__name__}: how vLLM splits it is not known here")
+    if "experts" in names and part.experts < tp:
+        raise ValueError(f"tp ({tp}) must be at most the {part.experts} experts")
     if "key_value_heads" in names:
         found["key_value_heads"] = _shard_key_value_heads(part.key_value_heads, tp)
     if "groups" in names:

@@ -10,7 +10,7 @@ from memory_budget.parts.feed_forward import FeedForward
 from memory_budget.parts.mamba2 import Mamba2
 from memory_budget.parts.part import Part
 from memory_budget.units import GIB
-from memory_budget.vllm import vllm_allotment, vllm_longest_context
+from memory_budget.vllm.allotment import vllm_allotment, vllm_longest_context
 from memory_budget.workload import Workload
 
 HIDDEN = 128

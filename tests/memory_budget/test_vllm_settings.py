@@ -1,13 +1,18 @@
 """Tensor parallelism, vLLM's defaults and what it refuses, by hand."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
-from memory_budget.model import as_model
+from memory_budget.model import Model, as_model
 from memory_budget.parameters import count_total_parameters
+from memory_budget.parts.attention import Attention
+from memory_budget.parts.mamba2 import Mamba2
+from memory_budget.parts.part import Part
 from memory_budget.units import GIB
-from memory_budget.vllm import batch_limits, reserve_bytes, shard, vllm_allotment, vllm_pool_bytes, vllm_ssm_dtype, why_vllm_refuses
+from memory_budget.vllm.allotment import vllm_allotment, vllm_pool_bytes
+from memory_budget.vllm.settings import batch_limits, reserve_bytes, vllm_ssm_dtype, why_vllm_refuses
+from memory_budget.vllm.shards import shard
 from memory_budget.workload import Workload
 
 
@@ -21,6 +26,17 @@ def test_two_devices_split_a_pool_of_caches_and_states(architecture_of):
     """Half the bytes of each layer, so as many blocks of half the size."""
     one, two = (vllm_allotment(architecture_of("nemotron-nano-9b-v2"), Workload(), pool_bytes=3 * GIB // tp, tp=tp) for tp in (1, 2))
     assert (two.block_tokens, two.num_blocks, two.bytes_per_block) == (one.block_tokens, one.num_blocks, one.bytes_per_block // 2)
+
+
+def test_what_vllm_printed_of_two_devices():
+    """vLLM 0.32.0 with two processes on a CPU, 1 GiB each, 2,048 tokens in float32: 1,048,576 tokens of a Llama and 3,532,045 of a NemotronH."""
+    attention = Attention(hidden=128, query_heads=4, key_value_heads=2, head_dim=32)
+    mamba = Mamba2(hidden=128, heads=8, head_dim=32, groups=2, state=16, conv_kernel=4)
+    for layers, tokens in (((4, attention),), 1_048_576), (((3, mamba), (1, attention)), 3_532_045):
+        model = Model(model_type="tiny", vocab=512, hidden=128, tied_embeddings=False, layers=layers, num_layers=4, norms=0)
+        workload = Workload(context_tokens=2048, weights_dtype="float32", kv_dtype="float32")
+        assert vllm_allotment(model, workload, pool_bytes=GIB, block_size=128, tp=2).kv_cache_tokens == tokens
+        assert vllm_allotment(model, workload, pool_bytes=GIB, block_size=128, tp=1).kv_cache_tokens != tokens
 
 
 def test_key_value_heads_are_copied_where_devices_are_more(architecture_of):
@@ -64,6 +80,21 @@ def test_groups_and_key_value_heads_that_do_not_divide_are_refused(architecture_
         shard(replace(llama, layers=((count, replace(attention, key_value_heads=6, query_heads=24)), *rest)), 4)
 
 
+def test_more_devices_than_experts_and_unknown_parts_are_refused(architecture_of):
+    model = as_model(architecture_of("nemotron-3-nano-30b-a3b"))
+    few = [(count, replace(part, experts=2) if part.kind == "moe" else part) for count, part in model.layers if part.kind == "moe"]
+    with pytest.raises(ValueError, match=r"tp \(4\) must be at most the 2 experts"):
+        shard(replace(model, layers=tuple(few)), 4)
+
+    @dataclass(frozen=True)
+    class Unknown(Part):
+        hidden: int
+
+    with pytest.raises(ValueError, match=r"tp \(4\) must be 1 for Unknown: how vLLM splits it is not known here"):
+        shard(replace(model, layers=((1, Unknown(8)),)), 4)
+    assert shard(replace(model, layers=((1, Unknown(8)),)), 1).layers == ((1, Unknown(8)),)
+
+
 def test_a_pool_of_one_of_two_devices(architecture_of):
     architecture = architecture_of("nemotron-nano-9b-v2")
     weights = 8_888_227_328 + 57 * 4480  # of two bytes, on two devices
@@ -80,6 +111,7 @@ def test_a_pool_of_one_of_two_devices(architecture_of):
         ({"device_gib": 179.0}, (16384, 1024)),
         ({"cpu_devices": 1}, (2048, 128)),
         ({"cpu_devices": 1, "server": False}, (4096, 256)),
+        ({"cpu_devices": 2, "server": False}, (8192, 512)),
         ({"device_gib": 22.06, "context_tokens": 4}, (1024, 256)),
     ],
     ids=str,
