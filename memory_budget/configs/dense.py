@@ -57,9 +57,9 @@ def hidden_of(config: Config, decoder: Decoder) -> int:
     return integer(config, "hidden_size", default=decoder.hidden, least=1)
 
 
-def layers_of(config: Config, decoder: Decoder) -> int:
+def layers_of(config: Config, default: int) -> int:
     """Number of blocks. Raises ValueError, also where there are more than any model has."""
-    number = integer(config, "num_hidden_layers", default=decoder.layers, least=1)
+    number = integer(config, "num_hidden_layers", default=default, least=1)
     if number > MOST_LAYERS:
         raise ValueError(f"num_hidden_layers ({number}) must be at most {MOST_LAYERS}")
     return number
@@ -83,7 +83,7 @@ def attention_layers(config: Config, decoder: Decoder) -> list[Part]:
     full = Attention(hidden=hidden, query_heads=heads, key_value_heads=key_value_heads, head_dim=head_dim, sinks=decoder.sinks, input_bias=has_bias,
                      output_bias=has_bias and decoder.output_bias,
                      qk_norms=_norms_of_queries_and_keys(config, decoder.qk_norm, heads, key_value_heads) * head_dim)  # fmt: skip
-    num_layers = layers_of(config, decoder)
+    num_layers = layers_of(config, decoder.layers)
     window = 0 if decoder.flagged and not boolean(config, "use_sliding_window", default=False) else windows.window_of(config, default=decoder.window)
     has_always = decoder.window is not None and not decoder.flagged
     has_window = windows.windowed_layers(config, num_layers, decoder.within(config, num_layers) if window or has_always else [False] * num_layers)
@@ -109,7 +109,7 @@ def feed_forward_of(config: Config, decoder: Decoder) -> FeedForward:
 
 def model_of(config: Config, decoder: Decoder, mixers: Sequence[Part], notes: tuple[str, ...] = ()) -> Model:
     """The model that has these mixers, counted by kind, between embeddings, norms and head."""
-    hidden, num_layers = hidden_of(config, decoder), layers_of(config, decoder)
+    hidden, num_layers = hidden_of(config, decoder), layers_of(config, decoder.layers)
     return Model(
         model_type=config["model_type"],
         vocab=integer(config, "vocab_size", default=decoder.vocab, least=1),
@@ -135,6 +135,7 @@ def _gemma3(config: Config) -> Model:
         text = {}
     if not isinstance(text, dict):
         raise ValueError(f"text_config ({json.dumps(text)[:80]}) must be an object with the sizes of the language model")
+    layers_of(text, 26)  # before they are listed
     tied = boolean(config, "tie_word_embeddings", default=True)
     model = as_model(architecture_from_config({**text, "model_type": "gemma3_text", "tie_word_embeddings": tied}))
     return replace(model, model_type="gemma3", positions=integer(text, "max_position_embeddings", default=131072, least=1),

@@ -30,7 +30,7 @@ def _latent_attention(config: Config, decoder: Decoder) -> LatentAttention:
 
 
 def _read(decoder: Decoder, mixture: Mixture, config: Config) -> Model:
-    mixers = [_latent_attention(config, decoder)] * layers_of(config, decoder)
+    mixers = [_latent_attention(config, decoder)] * layers_of(config, decoder.layers)
     return model_of(config, decoder, [*mixers, *feed_forward_layers(config, decoder, mixture)], prediction_notes(config))
 
 

@@ -22,9 +22,9 @@ from memory_budget.parts.part import Part
 class Mixture:
     """Experts of a type: the keys of its config, and what the class means where they are missing.
 
-    number_keys: keys of the number of experts, of which the last that is there counts · neurons: the key of an expert's width and its default ·
-    shared: of the shared experts' width in all, or with `shared_number` of how many of an expert's width they are · dense: how the layers without experts
-    are said: "listed" (mlp_only_layers and decoder_sparse_step) or by first_k_dense_replace, whose default it then is; None: there are none.
+    number_keys: keys of the number of experts, the class's own and what other versions of transformers write · neurons: the key of an expert's width and
+    its default · shared: of the shared experts' width in all, or with `shared_number` of how many of an expert's width they are · dense: how the layers
+    without experts are said: "listed" (mlp_only_layers and decoder_sparse_step) or by first_k_dense_replace, whose default it then is; None: there are none.
     """
 
     number_keys: tuple[str, ...]
@@ -41,7 +41,7 @@ class Mixture:
 
 def experts_of(config: Config, mixture: Mixture, *, hidden: int, shared_bias: bool = False) -> Experts:
     """One layer of experts. Raises ValueError where a token would go to more of them than there are."""
-    key = [mixture.number_keys[0], *(one for one in mixture.number_keys if one in config)][-1]
+    key = number_key(config, mixture)
     number = integer(config, key, default=mixture.number, least=1)
     per_token = integer(config, "num_experts_per_tok", default=mixture.per_token, least=1)
     if per_token > number:
@@ -56,9 +56,14 @@ def experts_of(config: Config, mixture: Mixture, *, hidden: int, shared_bias: bo
                    shared_neurons=shared, shared_gate=mixture.shared_gate, shared_bias=shared_bias)  # fmt: skip
 
 
+def number_key(config: Config, mixture: Mixture) -> str:
+    """The key that says how many experts there are: where both are there, transformers takes the second."""
+    return next((key for key in reversed(mixture.number_keys) if key in config), mixture.number_keys[0])
+
+
 def feed_forward_layers(config: Config, decoder: Decoder, mixture: Mixture) -> list[Part]:
     """Of every block its experts, or the feed-forward layer in their place."""
-    has_experts, hidden = layers_with_experts(config, layers_of(config, decoder), mixture), hidden_of(config, decoder)
+    has_experts, hidden = layers_with_experts(config, layers_of(config, decoder.layers), mixture), hidden_of(config, decoder)
     dense = None if all(has_experts) else feed_forward_of(config, decoder)
     bias = decoder.ffn_bias and boolean(config, "mlp_bias", default=False)
     experts = experts_of(config, mixture, hidden=hidden, shared_bias=bias) if any(has_experts) else None
@@ -74,7 +79,7 @@ def layers_with_experts(config: Config, num_layers: int, mixture: Mixture) -> li
         return [layer >= first for layer in range(num_layers)]
     step = integer(config, "decoder_sparse_step", default=1, least=1)
     dense = set(_list_of_layers(config, "mlp_only_layers"))
-    has_any = all(config.get(key, mixture.number) != 0 for key in mixture.number_keys)
+    has_any = config.get(number_key(config, mixture), mixture.number) != 0
     return [has_any and layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers)]
 
 
