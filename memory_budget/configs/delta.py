@@ -20,7 +20,7 @@ MTP_KEYS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 
 def _qwen3_next(config: Config) -> Model:
     """Experts in every decoder_sparse_step-th layer but those of mlp_only_layers, which have a feed-forward layer."""
-    hidden, num_layers = integer(config, "hidden_size", default=2048), layer_number(config, default=48)
+    hidden, num_layers = integer(config, "hidden_size", default=2048, least=1), layer_number(config, default=48)
     step, dense = integer(config, "decoder_sparse_step", default=1, least=1), set(indices(config, "mlp_only_layers", num_layers) or ())
     experts = integer(config, "num_experts", default=512)
     sparse = [experts > 0 and index not in dense and (index + 1) % step == 0 for index in range(num_layers)]
@@ -34,14 +34,14 @@ def _qwen3_next(config: Config) -> Model:
 
 def _qwen3_5(config: Config) -> Model:
     config = _text(config)
-    hidden, num_layers = integer(config, "hidden_size", default=4096), layer_number(config, default=32)
+    hidden, num_layers = integer(config, "hidden_size", default=4096, least=1), layer_number(config, default=32)
     forwards = [_feed_forward(config, hidden, default=12288)] * num_layers
     return _model(config, forwards, hidden=hidden, vocab=248320, key_value_heads=4)
 
 
 def _qwen3_5_moe(config: Config) -> Model:
     config = _text(config)
-    hidden, num_layers = integer(config, "hidden_size", default=2048), layer_number(config, default=40)
+    hidden, num_layers = integer(config, "hidden_size", default=2048, least=1), layer_number(config, default=40)
     experts = _experts(config, hidden, experts=integer(config, "num_experts", default=256, least=1), chosen=8)
     return _model(config, [experts] * num_layers, hidden=hidden, vocab=248320, key_value_heads=2)
 
@@ -95,15 +95,15 @@ def _model(config: Config, forwards: list[Part], *, hidden: int, vocab: int, key
 def _delta(config: Config, hidden: int, fused: bool) -> GatedDelta:
     keys, values = integer(config, "linear_num_key_heads", default=16, least=1), integer(config, "linear_num_value_heads", default=32, least=1)
     multiple(config, ("linear_num_value_heads", values), ("linear_num_key_heads", keys))
-    return GatedDelta(hidden=hidden, key_heads=keys, key_head_dim=integer(config, "linear_key_head_dim", default=128), value_heads=values,
-                      value_head_dim=integer(config, "linear_value_head_dim", default=128),
+    return GatedDelta(hidden=hidden, key_heads=keys, key_head_dim=integer(config, "linear_key_head_dim", default=128, least=1), value_heads=values,
+                      value_head_dim=integer(config, "linear_value_head_dim", default=128, least=1),
                       conv_kernel=integer(config, "linear_conv_kernel_dim", default=4, least=1), fused=fused)  # fmt: skip
 
 
 def _attention(config: Config, hidden: int, key_value_heads: int) -> Attention:
     """q gives a gate as wide as the output; norms of queries and keys share one weight over the heads."""
     queries, keys = heads(config, query_heads=16, key_value_heads=key_value_heads, may_be_null=False)
-    head_dim, bias = integer(config, "head_dim", default=256), boolean(config, "attention_bias", default=False)
+    head_dim, bias = integer(config, "head_dim", default=256, least=1), boolean(config, "attention_bias", default=False)
     return Attention(hidden=hidden, query_heads=queries, key_value_heads=keys, head_dim=head_dim, input_bias=bias, output_bias=bias, qk_norms=2 * head_dim,
                      output_gate=True)  # fmt: skip
 

@@ -4,7 +4,6 @@ A missing key means what transformers' (5.23) config class of the model_type mea
 """
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -44,23 +43,23 @@ def _mamba2(config: Config, hidden: int, inner: int, says: str, *, gated_norm: b
     num_heads = integer(config, "mamba_n_heads", default=128, least=1)
     multiple(config, (says, inner), ("mamba_n_heads", num_heads))
     given = config.get("mamba_d_head", "auto")
-    head_dim = inner // num_heads if given == "auto" else integer(config, "mamba_d_head", default=0)
+    head_dim = inner // num_heads if given == "auto" else integer(config, "mamba_d_head", default=0, least=1)
     if head_dim * num_heads != inner:
         raise ValueError(f"mamba_n_heads ({num_heads}) times mamba_d_head ({head_dim}) must be {says} ({inner})")
     groups = integer(config, "mamba_n_groups", default=1, least=1)
     multiple(config, ("mamba_n_heads", num_heads), ("mamba_n_groups", groups))
-    return Mamba2(hidden=hidden, heads=num_heads, head_dim=head_dim, groups=groups, state=integer(config, "mamba_d_state", default=256),
+    return Mamba2(hidden=hidden, heads=num_heads, head_dim=head_dim, groups=groups, state=integer(config, "mamba_d_state", default=256, least=1),
                   conv_kernel=integer(config, "mamba_d_conv", default=4, least=1), conv_bias=boolean(config, "mamba_conv_bias", default=True),
                   projection_bias=boolean(config, "mamba_proj_bias", default=False), gated_norm=gated_norm, output_bias=output_bias)  # fmt: skip
 
 
 def _expanded(config: Config, hidden: int) -> int:
-    return integer(config, "mamba_expand", default=2) * hidden
+    return integer(config, "mamba_expand", default=2, least=1) * hidden
 
 
 def _granite(config: Config) -> Model:
     """Mamba-2 or attention, then experts with a shared one; without experts the shared one alone is the feed-forward layer."""
-    hidden, num_layers = integer(config, "hidden_size", default=4096), layer_number(config, default=32)
+    hidden, num_layers = integer(config, "hidden_size", default=4096, least=1), layer_number(config, default=32)
     types = layer_types(config, ("layer_types", "layers_block_type"), (MAMBA, ATTENTION), num_layers=num_layers, otherwise=lambda index: MAMBA)
     mixers = _mixers(types, {MAMBA: lambda: _mamba2(config, hidden, _expanded(config, hidden), "mamba_expand times hidden_size"),
                              ATTENTION: lambda: plain_attention(config, hidden, key_value_heads=0, bias_key="attention_bias")})  # fmt: skip
@@ -80,9 +79,9 @@ def _mixers(types: list[str], made: dict[str, Callable[[], Part]]) -> list[Part]
 
 def _falcon_h1(config: Config) -> Model:
     """Attention and Mamba-2 in parallel from one norm in every layer, then a feed-forward layer."""
-    hidden, num_layers = integer(config, "hidden_size", default=4096), layer_number(config, default=32)
+    hidden, num_layers = integer(config, "hidden_size", default=4096, least=1), layer_number(config, default=32)
     expands = config.get("mamba_d_ssm", 1024) is None
-    inner = _expanded(config, hidden) if expands else integer(config, "mamba_d_ssm", default=1024)
+    inner = _expanded(config, hidden) if expands else integer(config, "mamba_d_ssm", default=1024, least=1)
     mamba = _mamba2(config, hidden, inner, "mamba_expand times hidden_size" if expands else "mamba_d_ssm",
                     gated_norm=boolean(config, "mamba_rms_norm", default=False), output_bias=boolean(config, "projectors_bias", default=False))  # fmt: skip
     attention = plain_attention(config, hidden, key_value_heads=8, bias_key="attention_bias")
@@ -96,7 +95,7 @@ def _feed_forward(config: Config, hidden: int) -> FeedForward:
 
 def _bamba(config: Config) -> Model:
     """Mamba-2, in the layers of attn_layer_indices attention, then a feed-forward layer."""
-    hidden, num_layers = integer(config, "hidden_size", default=4096), layer_number(config, default=32)
+    hidden, num_layers = integer(config, "hidden_size", default=4096, least=1), layer_number(config, default=32)
     attending = set(indices(config, "attn_layer_indices", num_layers) or ())
     types = [ATTENTION if index in attending else MAMBA for index in range(num_layers)]
     mixers = _mixers(types, {MAMBA: lambda: _mamba2(config, hidden, _expanded(config, hidden), "mamba_expand times hidden_size"),
@@ -106,7 +105,7 @@ def _bamba(config: Config) -> Model:
 
 def _jamba(config: Config) -> Model:
     """Mamba-1, once a period attention; then, once a period of its own, experts, else a feed-forward layer."""
-    hidden, num_layers = integer(config, "hidden_size", default=4096), layer_number(config, default=32)
+    hidden, num_layers = integer(config, "hidden_size", default=4096, least=1), layer_number(config, default=32)
     neurons = integer(config, "intermediate_size", default=14336)
     attends, has_experts = _periodic(config, "attn_layer", period=8, offset=4), _periodic(config, "expert_layer", period=2, offset=1)
     mixers = _mixers([ATTENTION if attends(index) else MAMBA for index in range(num_layers)],
@@ -131,14 +130,14 @@ def _periodic(config: Config, name: str, *, period: int, offset: int) -> Callabl
 
 def _mamba1(config: Config, hidden: int) -> Mamba1:
     rank = -(-hidden // 16) if config.get("mamba_dt_rank", "auto") == "auto" else integer(config, "mamba_dt_rank", default=0)
-    return Mamba1(hidden=hidden, inner=_expanded(config, hidden), state=integer(config, "mamba_d_state", default=16), rank=rank,
+    return Mamba1(hidden=hidden, inner=_expanded(config, hidden), state=integer(config, "mamba_d_state", default=16, least=1), rank=rank,
                   conv_kernel=integer(config, "mamba_d_conv", default=4, least=1), conv_bias=boolean(config, "mamba_conv_bias", default=True),
                   projection_bias=boolean(config, "mamba_proj_bias", default=False))  # fmt: skip
 
 
 def _zamba2(config: Config) -> Model:
     """Mamba-2 in every layer; in front of it, in hybrid ones, a use of one of num_mem_blocks shared transformer blocks, in turn."""
-    hidden, num_layers = integer(config, "hidden_size", default=2560), layer_number(config, default=54)
+    hidden, num_layers = integer(config, "hidden_size", default=2560, least=1), layer_number(config, default=54)
     if num_layers != len(ZAMBA2_TYPES) and all(config.get(key) is None for key in ("layers_block_type", "layer_types")):
         raise ValueError(f"num_hidden_layers ({num_layers}) must be {len(ZAMBA2_TYPES)} unless layers_block_type says what they are")
     types = layer_types(config, ("layers_block_type", "layer_types"), (MAMBA, HYBRID), num_layers=num_layers, otherwise=lambda index: ZAMBA2_TYPES[index])
@@ -159,12 +158,12 @@ def _zamba2(config: Config) -> Model:
 def _zamba2_mamba(config: Config, hidden: int, bias: bool) -> Mamba2:
     """Its convolution has a bias whatever use_conv_bias says."""
     num_heads, inner = integer(config, "n_mamba_heads", default=8, least=1), _expanded(config, hidden)
-    head_dim = integer(config, "mamba_headdim", default=inner // num_heads)
+    head_dim = integer(config, "mamba_headdim", default=inner // num_heads, least=1)
     if num_heads * head_dim != inner:
         raise ValueError(f"n_mamba_heads ({num_heads}) times mamba_headdim ({head_dim}) must be mamba_expand times hidden_size ({inner})")
     groups = integer(config, "mamba_ngroups", default=1, least=1)
     multiple(config, ("n_mamba_heads", num_heads), ("mamba_ngroups", groups))
-    return Mamba2(hidden=hidden, heads=num_heads, head_dim=head_dim, groups=groups, state=integer(config, "mamba_d_state", default=64),
+    return Mamba2(hidden=hidden, heads=num_heads, head_dim=head_dim, groups=groups, state=integer(config, "mamba_d_state", default=64, least=1),
                   conv_kernel=integer(config, "mamba_d_conv", default=4, least=1), projection_bias=bias)  # fmt: skip
 
 
@@ -174,7 +173,7 @@ def _zamba2_use(config: Config, hidden: int, bias: bool, reused: bool) -> tuple[
     width = integer(config, "attention_hidden_size", default=2 * hidden)
     if width != 2 * hidden:
         raise ValueError(f"attention_hidden_size ({width}) must be twice hidden_size ({hidden}): the blocks read the stream and the embedding side by side")
-    head_dim = integer(config, "head_dim" if "head_dim" in config else "attention_head_dim", default=width // queries)
+    head_dim = integer(config, "head_dim" if "head_dim" in config else "attention_head_dim", default=width // queries, least=1)
     rank = integer(config, "adapter_rank", default=128)
     has_adapters = boolean(config, "use_shared_attention_adapter", default=False)
     neurons = integer(config, "intermediate_size", default=0, null=0) or 4 * hidden
@@ -186,7 +185,7 @@ def _zamba2_use(config: Config, hidden: int, bias: bool, reused: bool) -> tuple[
 
 def _lfm2(config: Config) -> Model:
     """Short convolutions, in some layers attention, by layer_types or full_attn_idxs (all); then a feed-forward layer."""
-    hidden, num_layers = integer(config, "hidden_size", default=2560), layer_number(config, default=32)
+    hidden, num_layers = integer(config, "hidden_size", default=2560, least=1), layer_number(config, default=32)
     attending = indices(config, "full_attn_idxs", num_layers)
     types = layer_types(config, ("layer_types",), (CONV, ATTENTION), num_layers=num_layers,
                         otherwise=lambda index: ATTENTION if attending is None or index in attending else CONV)  # fmt: skip
@@ -196,7 +195,7 @@ def _lfm2(config: Config) -> Model:
 
 def _lfm2_moe(config: Config) -> Model:
     """The same with experts from layer num_dense_layers on. Its router's bias is a buffer, which does not count."""
-    hidden, num_layers = integer(config, "hidden_size", default=2048), layer_number(config, default=32)
+    hidden, num_layers = integer(config, "hidden_size", default=2048, least=1), layer_number(config, default=32)
     if config.get("layer_types") is None:
         raise ValueError("layer_types is missing from the config: lfm2_moe has no layers by default")
     types = layer_types(config, ("layer_types",), (CONV, ATTENTION), num_layers=num_layers, otherwise=lambda index: CONV)
@@ -210,7 +209,7 @@ def _lfm2_moe(config: Config) -> Model:
 
 
 def _lfm2_model(config: Config, types: list[str], forwards: list[Part], hidden: int) -> Model:
-    mixers = _mixers(types, {CONV: lambda: ShortConv(hidden=hidden, conv_kernel=integer(config, "conv_L_cache", default=3, least=1),
+    mixers = _mixers(types, {CONV: lambda: ShortConv(hidden=hidden, conv_kernel=integer(config, "conv_L_cache", default=3, least=2),
                                                      bias=boolean(config, "conv_bias", default=False)),
                              ATTENTION: lambda: plain_attention(config, hidden, key_value_heads=8, qk_norm=True)})  # fmt: skip
     tied = boolean(config, "tie_embedding" if "tie_embedding" in config else "tie_word_embeddings", default=True)
@@ -225,7 +224,7 @@ def _lfm2_neurons(config: Config) -> int:
     neurons, factor = int(2 * neurons / 3), config.get("block_ffn_dim_multiplier", 1.0)
     if factor is None:
         return neurons
-    if not isinstance(factor, int | float) or isinstance(factor, bool) or not math.isfinite(factor) or not 0 <= factor <= 2**20:
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 <= factor <= 2**20:
         raise ValueError(f"block_ffn_dim_multiplier ({json.dumps(factor)[:80]}) must be a number from 0 to {2**20:,}")
     step = integer(config, "block_multiple_of", default=256, least=1)
     return -(-int(factor * neurons) // step) * step

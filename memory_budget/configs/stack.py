@@ -72,7 +72,7 @@ def plain_attention(config: Config, hidden: int, *, key_value_heads: int, bias_k
     """Attention whose head dim is the key head_dim's, or hidden over heads. key_value_heads 0: by default as many as query heads; bias_key: of all
     projections."""
     queries, keys = heads(config, query_heads=32, key_value_heads=key_value_heads)
-    head_dim = integer(config, "head_dim", default=hidden // queries, null=hidden // queries)
+    head_dim = integer(config if config.get("head_dim") is not None else {}, "head_dim", default=hidden // queries, least=1)
     bias = boolean(config, bias_key, default=False) if bias_key else False
     return Attention(hidden=hidden, query_heads=queries, key_value_heads=keys, head_dim=head_dim, input_bias=bias, output_bias=bias,
                      qk_norms=2 * head_dim * int(qk_norm))  # fmt: skip
