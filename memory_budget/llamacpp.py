@@ -1,0 +1,108 @@
+"""What llama.cpp allots: the lines "model", "KV", "RS" and "compute buffer size" that it logs when it loads a model.
+
+Sources, of ggml-org/llama.cpp as in llama-cpp-python 0.3.36: src/llama-context.cpp (contexts are made a multiple of 256), src/llama-kv-cache.cpp,
+src/llama-kv-cache-iswa.cpp (windows), src/llama-memory-recurrent.cpp and src/llama-hparams.cpp (`n_embd_r`, `n_embd_s`); the sum over all devices.
+
+    C = 256·ceil(context / 256)                                       cells of a sequence
+    w = min(C, 256·ceil(min(C, window + U) / 256))                    cells of a layer with a window, for types whose windows llama.cpp knows; U = ubatch
+    KV = batch·sum over attention layers of cells·(row of K·H keys + row of K·H values), rows in the caches' types
+    RS = batch·sum over recurrent layers of 4·(convolution's numbers + state's numbers)
+"""
+
+from memory_budget.architecture import Architecture
+from memory_budget.gguf_tensors import F32_BYTES, gguf_bytes
+from memory_budget.gguf_types import BLOCKS, PLAIN, check_cache_type, row_bytes
+from memory_budget.model import Model, as_model
+from memory_budget.parts.attention import Attention
+from memory_budget.parts.experts import Experts
+from memory_budget.parts.feed_forward import FeedForward
+from memory_budget.parts.mamba2 import Mamba2
+from memory_budget.parts.part import Part
+
+CELLS = 256  # contexts are made multiples of it
+DEFAULT_UBATCH = 512
+# Of the other types llama.cpp keeps the whole context in every layer (src/models: swa_type); Phi-3's windows it turns off.
+WINDOWED_TYPES = ("gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gpt_oss", "cohere2", "olmo3", "exaone4", "llama4",
+                  "llama4_text", "smallthinker")  # fmt: skip
+
+
+def llamacpp_allotment(
+    counted: Architecture | Model,
+    *,
+    context: int,
+    batch: int = 1,
+    ubatch: int = DEFAULT_UBATCH,
+    quant: str = "F16",
+    kv_type_k: str = "f16",
+    kv_type_v: str = "f16",
+    flash_attention: bool = True,
+    unified: bool = False,
+    importance: bool = False,
+) -> dict[str, int]:
+    """Bytes by buffer: model, kv, recurrent, compute_estimate. Scalars only.
+
+    context: tokens of each sequence · batch: sequences at once (-np), so that llama.cpp's own -c is context·batch · ubatch: tokens of a forward pass (-ub) ·
+    quant: the file's type, such as Q4_K_M · kv_type_k, kv_type_v: the caches' (-ctk, -ctv) · flash_attention: on unless turned off (-fa off) · unified: one
+    cache for all sequences (--kv-unified) · importance: whether the file was quantised with an importance matrix.
+
+    The model's bytes are those of its tensors; where the head is tied and offloaded, llama.cpp may keep the embedding twice. The compute buffer is an
+    estimate: see compute_estimate. Raises ValueError for types and sizes that llama.cpp would refuse.
+    """
+    for name, value in (("context", context), ("batch", batch), ("ubatch", ubatch)):
+        if value < 1:
+            raise ValueError(f"{name} ({value}) must be at least 1")
+    model = as_model(counted)
+    types = _cache_types(model, kv_type_k, kv_type_v, flash_attention=flash_attention)
+    streams, cells = (1, padded(context * batch)) if unified else (batch, padded(context))
+    tokens = min(ubatch, streams * cells)
+    window_cells = {window: _window_cells(window * (batch if unified else 1), cells, tokens) for window in _windows(model)}
+    return {
+        "model": gguf_bytes(counted, quant, importance=importance),
+        "kv": streams * sum(number * window_cells.get(_window(model, part), cells) * _token_bytes(part, *types) for number, part in model.layers),
+        "recurrent": batch * sum(number * (part.conv_numbers + part.state_numbers) * F32_BYTES for number, part in model.layers),
+        "compute_estimate": compute_estimate(model, tokens=tokens, cells=(cells, *window_cells.values()), sequences=batch, flash_attention=flash_attention),
+    }
+
+
+def padded(tokens: int) -> int:
+    """The multiple of 256 that holds so many tokens."""
+    return -(-tokens // CELLS) * CELLS
+
+
+def _window(model: Model, part: Part) -> int:
+    """The window that llama.cpp keeps the mixer's cache to; 0 for none."""
+    return getattr(part, "window", 0) if model.model_type in WINDOWED_TYPES else 0
+
+
+def _windows(model: Model) -> set[int]:
+    return {window for _, part in model.layers if (window := _window(model, part))}
+
+
+def _window_cells(kept: int, cells: int, tokens: int) -> int:
+    return padded(min(cells, kept + tokens))
+
+
+def _cache_rows(part: Part) -> tuple[int, int]:
+    """Numbers of a token's row of keys and of its row of values. A latent is kept as keys alone."""
+    numbers = part.cache_numbers_per_token
+    return (numbers // 2, numbers // 2) if isinstance(part, Attention) else (numbers, 0)
+
+
+def _token_bytes(part: Part, type_k: str, type_v: str) -> int:
+    keys, values = _cache_rows(part)
+    return row_bytes(type_k, keys) + row_bytes(type_v, values)
+
+
+def _cache_types(model: Model, kv_type_k: str, kv_type_v: str, *, flash_attention: bool) -> tuple[str, str]:
+    """The types by their names in BLOCKS. Raises ValueError as llama.cpp refuses them (src/llama-context.cpp, `llama_init_from_model`)."""
+    types = check_cache_type(kv_type_k, "kv_type_k"), check_cache_type(kv_type_v, "kv_type_v")
+    if types[1] not in PLAIN and not flash_attention:
+        raise ValueError(f"kv_type_v ({kv_type_v}) is quantised, which llama.cpp allows with flash attention alone")
+    for _, part in model.layers:
+        if not part.cache_numbers_per_token:
+            continue
+        width = part.head_dim if isinstance(part, Attention) else part.cache_numbers_per_token
+        for name, setting in zip(types, ("kv_type_k", "kv_type_v"), strict=True):
+            if width % BLOCKS[name][0]:
+                raise ValueError(f"{setting} ({name.lower()}) has blocks of {BLOCKS[name][0]}, which must divide a head's {width} numbers")
+    return types
