@@ -81,11 +81,12 @@ def gguf_tensors(counted: Architecture | Model, *, importance: bool = False) -> 
     seen: Counter[str] = Counter()
     for layer, matrices in rows:
         for role, copies, outputs, inputs in matrices:
-            index = layer if role.startswith("ffn_") and experts > 1 else seen[role]
+            nth = seen[role]
+            index = layer if role.startswith("ffn_") and experts > 1 else nth
             seen[role] += 1
             of = values if role == "attn_v" else model.num_layers
             if copies and outputs and inputs:
-                yield Tensor(rows=copies * outputs, row_length=inputs, place=replace(facts, role=role, index=index, of=of, stacked=copies > 1))
+                yield Tensor(rows=copies * outputs, row_length=inputs, place=replace(facts, role=role, index=index, nth=nth, of=of, stacked=copies > 1))
 
 
 def _matrices(model_type: str, part: Part) -> list[tuple[str, int, int, int]]:

@@ -40,13 +40,14 @@ class Place:
     """What the rules look at of a tensor and its model.
 
     role: one of ROLES; fused q, k and v are attn_v · index, of: which of how many, counted as llama.cpp does: values among themselves, an FFN's tensors
-    among themselves but out of all layers; in a mixture of experts an FFN's index is its layer · stacked: the experts' matrices of a layer in one tensor ·
+    among themselves but out of all layers; in a mixture of experts an FFN's index is its layer · nth: an FFN's number among themselves all the same · stacked: the experts' matrices of a layer in one tensor ·
     tied: token_embd is the output too · queries_per_key: of the first layer, 0 where that has no attention · experts: of a layer, 0 without ·
     is_70b: a type of 80 layers that llama.cpp calls so · importance: an importance matrix is used.
     """
 
     role: str
     index: int = 0
+    nth: int = 0
     of: int = 1
     stacked: bool = False
     tied: bool = False
@@ -145,7 +146,7 @@ def _smallest(file_type: str, place: Place, default: str) -> str:
         return "Q4_K" if place.queries_per_key >= 4 or place.experts >= 4 else better
     if place.role == "attn_k" and place.experts == 8:
         return "Q4_K"
-    if place.role == "ffn_down" and place.first_eighth:
+    if place.role == "ffn_down" and place.nth < place.of // 8:
         return better
     if place.role == "attn_output":
         if place.experts == 8:

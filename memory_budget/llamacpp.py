@@ -37,13 +37,15 @@ def llamacpp_allotment(
     kv_type_v: str = "f16",
     flash_attention: bool = True,
     unified: bool = False,
+    full_windows: bool = False,
     importance: bool = False,
 ) -> dict[str, int]:
     """Bytes by buffer: model, kv, recurrent, compute_estimate. Scalars only.
 
     context: tokens of each sequence · batch: sequences at once (-np), so that llama.cpp's own -c is context·batch · ubatch: tokens of a forward pass (-ub) ·
     quant: the file's type, such as Q4_K_M · kv_type_k, kv_type_v: the caches' (-ctk, -ctv) · flash_attention: on unless turned off (-fa off) · unified: one
-    cache for all sequences (--kv-unified) · importance: whether the file was quantised with an importance matrix.
+    cache for all sequences (--kv-unified) · full_windows: whole contexts in layers with windows too (--swa-full; the default of llama-cpp-python) ·
+    importance: whether the file was quantised with an importance matrix.
 
     The model's bytes are those of its tensors; where the head is tied and offloaded, llama.cpp may keep the embedding twice. The compute buffer is an
     estimate: see compute_estimate. Raises ValueError for types and sizes that llama.cpp would refuse.
@@ -55,7 +57,8 @@ def llamacpp_allotment(
     types = _cache_types(model, kv_type_k, kv_type_v, flash_attention=flash_attention)
     streams, cells = (1, padded(context * batch)) if unified else (batch, padded(context))
     tokens = min(ubatch, streams * cells)
-    window_cells = {window: _window_cells(window * (batch if unified else 1), cells, tokens) for window in _windows(model)}
+    kept = {window: window * (batch if unified else 1) + tokens for window in _windows(model)}
+    window_cells = {window: padded(min(cells, number)) if not full_windows else cells for window, number in kept.items()}
     return {
         "model": gguf_bytes(counted, quant, importance=importance),
         "kv": streams * sum(number * window_cells.get(_window(model, part), cells) * _token_bytes(part, *types) for number, part in model.layers),
@@ -76,10 +79,6 @@ def _window(model: Model, part: Part) -> int:
 
 def _windows(model: Model) -> set[int]:
     return {window for _, part in model.layers if (window := _window(model, part))}
-
-
-def _window_cells(kept: int, cells: int, tokens: int) -> int:
-    return padded(min(cells, kept + tokens))
 
 
 def _cache_rows(part: Part) -> tuple[int, int]:
@@ -106,3 +105,36 @@ def _cache_types(model: Model, kv_type_k: str, kv_type_v: str, *, flash_attentio
             if width % BLOCKS[name][0]:
                 raise ValueError(f"{setting} ({name.lower()}) has blocks of {BLOCKS[name][0]}, which must divide a head's {width} numbers")
     return types
+
+
+def compute_estimate(model: Model, *, tokens: int, cells: tuple[int, ...], sequences: int, flash_attention: bool) -> int:
+    """An estimate of the compute buffer: what a forward pass of so many tokens holds at once, at most, for a CPU alone; cells: of each of the model's caches.
+
+    Numbers are F32. The input's embedding is there all along. Beside it come, until the last mixer, a mask of every cache (tokens·cells numbers, F16 with flash
+    attention) and at most what the largest mixer holds; then the logits of all tokens, the most by far in a model with a large vocabulary. The sums follow
+    the graphs of src/models and src/llama-graph.cpp and the gaps that ggml-alloc leaves in them; make llamacpp-check holds them to 10 %.
+    """
+    recurrent = any(part.state_numbers for _, part in model.layers)
+    masked = sum(cells) if any(part.cache_numbers_per_token for _, part in model.layers) else 0
+    mask = tokens * masked * (F32_BYTES // 2 if flash_attention else F32_BYTES)
+    output = tokens * (model.vocab + (2 + recurrent) * model.hidden) * F32_BYTES
+    mixing = max(_live_numbers(part, model.hidden, tokens, max(cells), sequences, flash_attention) for _, part in model.layers)
+    return max(output, mask + (tokens * model.hidden + mixing) * F32_BYTES)
+
+
+def _live_numbers(part: Part, hidden: int, tokens: int, cells: int, sequences: int, flash_attention: bool) -> int:
+    """The most numbers that a mixer and the stream hold at once."""
+    if isinstance(part, Attention):
+        queries, keys = part.query_heads * part.head_dim, part.key_value_heads * part.head_dim
+        scores = 0 if flash_attention else part.query_heads * cells + 2 * keys
+        return tokens * (3 * hidden + max(queries * (1 + part.output_gate) + 2 * keys, 2 * queries + scores))
+    if isinstance(part, FeedForward):  # gate, up and their product
+        return tokens * (3 * hidden + part.neurons * (3 if part.gated else 1))
+    if isinstance(part, Experts):
+        gates = 3 if part.gated else 1
+        routed = part.experts_per_token * max(part.neurons * gates, part.neurons + part.width)
+        return tokens * (3 * hidden + max(routed, part.shared_neurons * gates))
+    if isinstance(part, Mamba2):  # the projection, the convolution's inputs and outputs, the scan's outputs with the states behind them
+        projected = part.inner + part.conv_channels + part.heads
+        return tokens * (2 * hidden + projected + 2 * part.conv_channels + part.inner) + sequences * (part.state_numbers + 2 * part.conv_numbers)
+    return tokens * 3 * hidden + part.activation_bytes(tokens, 1)

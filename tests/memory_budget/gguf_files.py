@@ -16,7 +16,7 @@ def write_gguf(path: Path, architecture: Architecture, *, type_name: str = "F32"
     """A model with random weights: matrices in that type, all else in F32. empty: the file has its full length but nothing in it, hence no blocks on the disk;
     that is enough for llama.cpp where it is told to allot nothing."""
     tensors = tensors_of(architecture)
-    writer = gguf.GGUFWriter(path, GGUF_NAMES[architecture.model_type])
+    writer = gguf.GGUFWriter(path, GGUF_NAMES[architecture.model_type] + "_moe" * ("E" in architecture.pattern))
     _write_metadata(writer, architecture)
     random, length = np.random.default_rng(0), 0
     for name, shape in tensors.items():
@@ -46,7 +46,7 @@ def tensors_of(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     for layer, letters in enumerate(architecture.layer_kinds):
         of_layer: dict[str, tuple[int, ...]] = {"attn_norm.weight": (hidden,)}
         for letter in letters:
-            of_layer |= {"*": _attention, "W": _attention, "-": _feed_forward, "M": _mamba2}[letter](architecture)
+            of_layer |= {"*": _attention, "W": _attention, "-": _feed_forward, "M": _mamba2, "E": _experts}[letter](architecture)
         if architecture.sublayers_per_layer > 1:
             of_layer["ffn_norm.weight"] = (hidden,)
         if architecture.post_norms:
@@ -59,13 +59,30 @@ def _attention(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     head_dim, hidden = architecture.attention_head_dim, architecture.hidden
     queries, keys = architecture.num_attention_heads * head_dim, architecture.num_key_value_heads * head_dim
     norms = {"attn_q_norm.weight": (head_dim,), "attn_k_norm.weight": (head_dim,)} if architecture.attention_qk_norm else {}
-    return {"attn_q.weight": (queries, hidden), "attn_k.weight": (keys, hidden), "attn_v.weight": (keys, hidden), "attn_output.weight": (hidden, queries)} | norms
+    return norms | {
+        "attn_q.weight": (queries, hidden),
+        "attn_k.weight": (keys, hidden),
+        "attn_v.weight": (keys, hidden),
+        "attn_output.weight": (hidden, queries),
+    }
 
 
 def _feed_forward(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     ffn, hidden = architecture.ffn, architecture.hidden
     gate = {"ffn_gate.weight": (ffn, hidden)} if architecture.ffn_gated else {}
     return {"ffn_up.weight": (ffn, hidden), "ffn_down.weight": (hidden, ffn)} | gate
+
+
+def _experts(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    experts, neurons, shared, hidden = architecture.moe_num_experts, architecture.moe_ffn, architecture.moe_shared_ffn, architecture.hidden
+    return {
+        "ffn_gate_inp.weight": (experts, hidden),
+        "exp_probs_b.bias": (experts,),
+        "ffn_up_exps.weight": (experts, neurons, hidden),
+        "ffn_down_exps.weight": (experts, hidden, neurons),
+        "ffn_up_shexp.weight": (shared, hidden),
+        "ffn_down_shexp.weight": (hidden, shared),
+    }
 
 
 def _mamba2(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -96,7 +113,7 @@ def _write_metadata(writer: gguf.GGUFWriter, architecture: Architecture) -> None
         writer.add_head_count(architecture.num_attention_heads)
         writer.add_head_count_kv(architecture.num_key_value_heads)
     else:
-        writer.add_feed_forward_length([architecture.ffn if kind == "-" else 0 for kind in layers])
+        writer.add_feed_forward_length([{"-": architecture.ffn, "E": architecture.moe_ffn}.get(kind, 0) for kind in layers])
         writer.add_head_count(architecture.num_attention_heads)
         writer.add_head_count_kv([architecture.num_key_value_heads if kind == "*" else 0 for kind in layers])
         writer.add_layer_norm_eps(1e-5)
@@ -104,6 +121,12 @@ def _write_metadata(writer: gguf.GGUFWriter, architecture: Architecture) -> None
         writer.add_key_length(architecture.attention_head_dim)
         writer.add_value_length(architecture.attention_head_dim)
         writer.add_rope_dimension_count(architecture.attention_head_dim)
+    if "E" in architecture.pattern:
+        writer.add_expert_count(architecture.moe_num_experts)
+        writer.add_expert_used_count(architecture.moe_experts_per_token)
+        writer.add_expert_feed_forward_length(architecture.moe_ffn)
+        writer.add_expert_shared_feed_forward_length(architecture.moe_shared_ffn)
+        writer.add_expert_shared_count(1)
     if architecture.window:
         writer.add_sliding_window(architecture.window)
     if "M" in architecture.pattern:

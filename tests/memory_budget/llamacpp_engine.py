@@ -1,7 +1,7 @@
 """Run by an interpreter that has llama-cpp-python, not by pytest: loads or quantises one GGUF after another, and tells what llama.cpp logs.
 
-A line in, JSON: {"path", "context": fields of llama_context_params, "model": fields of llama_model_params}, or {"path", "into", "file_type": llama_ftype};
-a line out, JSON: {"log": [line, …], "model_bytes": the sum of the model's tensors}, or {"error"}.
+A line in, JSON: {"path", "context": fields of llama_context_params, "model": fields of llama_model_params}, or {"path", "file_type": llama_ftype,
+"importance": whether there is an importance matrix}; a line out, JSON: {"log": [line, …], "model_bytes": the sum of the model's tensors}, or {"error"}.
 """
 
 import ctypes
@@ -42,10 +42,16 @@ def load(path: str, context: dict, model: dict) -> dict:
         llama_cpp.llama_model_free(loaded)
 
 
-def quantise(path: str, into: str, file_type: int) -> dict:
+def quantise(path: str, file_type: int, importance: bool) -> dict:
+    """Told only, nothing is written; with an importance matrix, one of a single number."""
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = file_type, 1
-    failed = llama_cpp.llama_model_quantize(path.encode(), into.encode(), ctypes.byref(params))
+    params.ftype, params.nthread, params.dry_run = file_type, 1, True
+    if importance:
+        number = (ctypes.c_float * 1)(1.0)
+        matrix = (llama_cpp.llama_model_imatrix_data * 2)()
+        matrix[0].name, matrix[0].data, matrix[0].size = b"none", ctypes.cast(number, ctypes.POINTER(ctypes.c_float)), 1
+        params.imatrix = ctypes.cast(matrix, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
+    failed = llama_cpp.llama_model_quantize(path.encode(), b"unwritten.gguf", ctypes.byref(params))
     return {"error": "".join(lines)} if failed else {"log": "".join(lines).splitlines()}
 
 
@@ -55,7 +61,7 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         lines.clear()
-        answer = quantise(**asked) if "into" in asked else load(**asked)
+        answer = quantise(**asked) if "file_type" in asked else load(**asked)
         print(json.dumps(answer), file=answers, flush=True)
 
 
