@@ -19,6 +19,7 @@ from memory_budget.parts.part import Part
 F32_BYTES = 4
 LARGEST_BLOCK = 256
 CORRECTED_TYPES = ("nemotron_h", "deepseek_v3", "glm4_moe")  # a number an expert that corrects the router's scores; in transformers no parameter but a buffer
+ALTERNATING_TYPES = ("jamba", "llama4", "llama4_text")  # dense and mixed FFNs take turns
 FUSED_TYPES = ("phi3",)  # q, k and v are one tensor, gate and up are another
 SEVENTY_LAYERS = 80
 SEVENTY_TYPES = ("llama", "mistral", "qwen2")  # types of which llama.cpp calls those with 80 layers "70B" (src/models); of Llama's only with grouped queries
@@ -121,22 +122,25 @@ def _matrices(model_type: str, part: Part) -> list[tuple[str, int, int, int]]:
 def _in_order(counted: Architecture | Model) -> list[tuple[int, Part]]:
     """Every mixer with the number of its layer, first to last.
 
-    A model does not say in which order its kinds of mixers come: they are taken to be spread evenly, the rarer one behind (as every third layer of many is),
-    and FFNs of two kinds that make all layers together in the order in which they are listed (dense ones first).
+    A model does not say in which order its kinds of mixers come: they are taken to be spread evenly, the rarer one behind (as every third layer of many is).
+    FFNs of two kinds, as many as layers together, come in the order in which they are listed, dense ones first, but for types where they take turns.
     """
     if isinstance(counted, Architecture):
         from_letter = {letter: part_of(counted, letter) for letter in dict.fromkeys(counted.pattern)}
         return [(place // counted.sublayers_per_layer, from_letter[letter]) for place, letter in enumerate(counted.pattern)]
-    layers, total = counted.num_layers, sum(number for number, part in counted.layers if part.kind in ("ffn", "moe"))
+    layers, feeds = counted.num_layers, [part for _, part in counted.layers if part.kind in ("ffn", "moe")]
+    one_each = sum(number for number, part in counted.layers if part in feeds) == layers
     placed: list[tuple[float, int, Part]] = []
     first = 0
     for number, part in counted.layers:
-        feeds = part.kind in ("ffn", "moe")
-        for copy in range(number):
-            position = first + copy if feeds and total == layers else (copy + 1) * layers / number - 1
-            placed.append((position, -number, part))
-        first += number * feeds
-    return [(int(position), part) for position, _, part in sorted(placed, key=lambda item: item[:2])]
+        listed = part in feeds and one_each and counted.model_type not in ALTERNATING_TYPES
+        placed += [(first + copy if listed else (copy + 1) * layers / number - 1, -number, part) for copy in range(number)]
+        first += number * (part in feeds)
+    ordered, passed = [], 0
+    for position, _, part in sorted(placed, key=lambda item: item[:2]):
+        ordered.append((passed if part in feeds and one_each else int(position), part))
+        passed += part in feeds
+    return ordered
 
 
 def _queries_per_key(model: Model, ordered: list[tuple[int, Part]]) -> int:

@@ -132,8 +132,8 @@ def _live_numbers(part: Part, hidden: int, tokens: int, cells: int, sequences: i
         return tokens * (3 * hidden + part.neurons * (3 if part.gated else 1))
     if isinstance(part, Experts):
         gates = 3 if part.gated else 1
-        routed = part.experts_per_token * max(part.neurons * gates, part.neurons + part.width)
-        return tokens * (3 * hidden + max(routed, part.shared_neurons * gates))
+        outputs = part.width if not part.gated or part.width > 2 * part.neurons else 0  # else they find room where gate and up were
+        return tokens * (3 * hidden + max(part.experts_per_token * (gates * part.neurons + outputs), part.shared_neurons * gates))
     if isinstance(part, Mamba2):  # the projection, the convolution's inputs and outputs, the scan's outputs with the states behind them
         projected = part.inner + part.conv_channels + part.heads
         return tokens * (2 * hidden + projected + 2 * part.conv_channels + part.inner) + sequences * (part.state_numbers + 2 * part.conv_numbers)

@@ -1,10 +1,6 @@
 """make llamacpp-check: what llama.cpp logs of its buffers and writes as types is what memory_budget says; LLAMACPP_PYTHON names the interpreter that has
 llama-cpp-python. Prints what it measures."""
 
-import json
-import os
-import re
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,14 +13,11 @@ from memory_budget.gguf_tensors import gguf_bytes, gguf_tensors
 from memory_budget.gguf_types import BLOCKS, CACHE_TYPES, FILE_TYPES
 from memory_budget.llamacpp import llamacpp_allotment
 from tests.memory_budget.gguf_files import write_gguf
+from tests.memory_budget.llamacpp_asked import LLAMACPP_PYTHON, MIB, WHOLE, chosen_types, logged, same, started_engine
 
-LLAMACPP_PYTHON = os.environ.get("LLAMACPP_PYTHON")
 pytestmark = [pytest.mark.llamacpp, pytest.mark.skipif(LLAMACPP_PYTHON is None, reason="no llama.cpp: make llamacpp-check")]
 
-MIB = 1 << 20
 COMPUTE_TOLERANCE = 0.10
-WHOLE = {"use_extra_bufts": False, "load_mode": 0}  # read into one buffer: neither mapped nor repacked for the CPU's instructions
-QUANTISED = r"- \[ *(\d+), *(\d+), *(\d+), .* MiB \((\w+)\)"
 
 ATTENTION = {"num_attention_heads": 8, "num_key_value_heads": 2, "attention_head_dim": 64}
 MAMBA = {"mamba_num_heads": 8, "mamba_head_dim": 64, "mamba_num_groups": 2, "mamba_state_size": 128, "mamba_conv_kernel": 4}
@@ -55,21 +48,9 @@ LARGE = {
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory) -> Iterator[Callable[..., dict]]:
-    """Asks llamacpp_engine.py, which serves the whole file."""
-    log = (tmp_path_factory.mktemp("llamacpp") / "engine.log").open("w")
-    command = [LLAMACPP_PYTHON, str(Path(__file__).parent / "llamacpp_engine.py")]
-    with log, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True) as process:
-
-        def ask(**asked) -> dict:
-            process.stdin.write(json.dumps(asked) + "\n")
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
-            assert "error" not in answer, answer["error"][-2000:]
-            return answer
-
+def engine() -> Iterator[Callable[..., dict]]:
+    with started_engine() as ask:
         yield ask
-        process.stdin.close()
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +66,6 @@ def file_of(tmp_path_factory) -> Callable[..., Path]:
         return written[key]
 
     return write
-
-
-def logged(answer: dict, buffer: str) -> float:
-    """MiB of the buffers of that name, together; 0 where none is logged."""
-    return sum(float(found[1]) for line in answer["log"] if (found := re.search(rf" {buffer} buffer size = +([\d.]+) MiB", line)))
-
-
-def same(number_bytes: int, answer: dict, buffer: str) -> bool:
-    """Whether the bytes are the logged MiB with its two decimals, of two buffers at most."""
-    return abs(number_bytes / MIB - logged(answer, buffer)) <= 0.0101
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -131,14 +102,11 @@ def test_types_are_those_that_llamacpps_quantiser_chooses(kind, importance, engi
     source = file_of(architecture, empty=True)
     f32_bytes = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(source).tensors)
     for file_type in FILE_TYPES:
-        number = gguf.LlamaFileType["ALL_F32" if file_type == "F32" else f"MOSTLY_{file_type}"].value
-        log = "\n".join(engine(path=str(source), file_type=number, importance=importance)["log"])
-        chosen = [(int(length), int(rows) * int(experts), name.upper()) for length, rows, experts, name in re.findall(QUANTISED, log)]
+        told[file_type] = chosen_types(engine, source, file_type, importance=importance)
         tensors = list(gguf_tensors(architecture, importance=importance)) if file_type != "F32" else []
-        told[file_type] = Counter(chosen)
         assert Counter((tensor.row_length, tensor.rows, tensor.type_in(file_type)) for tensor in tensors) == told[file_type], file_type
         block = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] for name in BLOCKS}
-        saved = sum(rows * length * 4 - rows * length // block[name][0] * block[name][1] for length, rows, name in chosen)
+        saved = sum(rows * length * 4 - rows * length // block[name][0] * block[name][1] for length, rows, name in told[file_type].elements())
         assert gguf_bytes(architecture, file_type, importance=importance) == f32_bytes - saved, file_type
     assert told["Q4_K_M"] != told["Q4_0"] or kind == "mamba2"
 
