@@ -21,6 +21,7 @@ LARGEST_BLOCK = 256
 CORRECTED_TYPES = ("nemotron_h", "deepseek_v3", "glm4_moe")  # a number an expert that corrects the router's scores; in transformers no parameter but a buffer
 ALTERNATING_TYPES = ("jamba", "llama4", "llama4_text")  # dense and mixed FFNs take turns
 FUSED_TYPES = ("phi3",)  # q, k and v are one tensor, gate and up are another
+MOST_LAYERS = 512  # src/llama-hparams.h, LLAMA_MAX_LAYERS
 SEVENTY_LAYERS = 80
 SEVENTY_TYPES = ("llama", "mistral", "qwen2")  # types of which llama.cpp calls those with 80 layers "70B" (src/models); of Llama's only with grouped queries
 
@@ -70,8 +71,14 @@ def fallbacks(counted: Architecture | Model, file_type: str, *, importance: bool
 
 
 def gguf_tensors(counted: Architecture | Model, *, importance: bool = False) -> Iterator[Tensor]:
-    """Every matrix of the file, in the order in which the quantiser counts them: token_embd, output, then layer by layer."""
-    model, ordered = as_model(counted), _in_order(counted)
+    """Every matrix of the file, in the order in which the quantiser counts them: token_embd, output, then layer by layer.
+
+    Raises ValueError for more layers than llama.cpp takes.
+    """
+    model = as_model(counted)
+    if (layers := max(model.num_layers, *(number for number, _ in model.layers))) > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers ({layers}) must be at most {MOST_LAYERS} for llama.cpp")
+    ordered = _in_order(counted)
     experts = max((part.experts for _, part in ordered if isinstance(part, Experts)), default=0)
     facts = Place(role="other", tied=model.tied_embeddings, queries_per_key=_queries_per_key(model, ordered), experts=experts,
                   is_70b=_is_70b(model, ordered), importance=importance)  # fmt: skip

@@ -40,9 +40,9 @@ class Place:
     """What the rules look at of a tensor and its model.
 
     role: one of ROLES; fused q, k and v are attn_v · index, of: which of how many, counted as llama.cpp does: values among themselves, an FFN's tensors
-    among themselves but out of all layers; in a mixture of experts an FFN's index is its layer · nth: an FFN's number among themselves all the same · stacked: the experts' matrices of a layer in one tensor ·
-    tied: token_embd is the output too · queries_per_key: of the first layer, 0 where that has no attention · experts: of a layer, 0 without ·
-    is_70b: a type of 80 layers that llama.cpp calls so · importance: an importance matrix is used.
+    among themselves but out of all layers; in a mixture of experts an FFN's index is its layer · nth: its number among themselves there too · stacked: the
+    experts' matrices of a layer in one tensor · tied: token_embd is the output too · queries_per_key: of the first layer, 0 where that has no attention ·
+    experts: of a layer, 0 without · is_70b: a type of 80 layers that llama.cpp calls so · importance: an importance matrix is used.
     """
 
     role: str

@@ -10,13 +10,12 @@ src/llama-kv-cache-iswa.cpp (windows), src/llama-memory-recurrent.cpp and src/ll
 """
 
 from memory_budget.architecture import Architecture
-from memory_budget.gguf_tensors import F32_BYTES, gguf_bytes
+from memory_budget.gguf_tensors import F32_BYTES, fallbacks, gguf_bytes
 from memory_budget.gguf_types import BLOCKS, PLAIN, check_cache_type, row_bytes
 from memory_budget.model import Model, as_model
 from memory_budget.parts.attention import Attention
 from memory_budget.parts.experts import Experts
 from memory_budget.parts.feed_forward import FeedForward
-from memory_budget.parts.mamba2 import Mamba2
 from memory_budget.parts.part import Part
 
 CELLS = 256  # contexts are made multiples of it
@@ -65,6 +64,14 @@ def llamacpp_allotment(
         "recurrent": batch * sum(number * (part.conv_numbers + part.state_numbers) * F32_BYTES for number, part in model.layers),
         "compute_estimate": compute_estimate(model, tokens=tokens, cells=(cells, *window_cells.values()), sequences=batch, flash_attention=flash_attention),
     }
+
+
+def llamacpp_notes(counted: Architecture | Model, *, quant: str = "F16", importance: bool = False) -> tuple[str, ...]:
+    """What a person should know of that allotment, a sentence each: tensors that fall back to another type, windows that llama.cpp does not use."""
+    model = as_model(counted)
+    windowed = sum(number for number, part in model.layers if getattr(part, "window", 0) and not _window(model, part))
+    unused = (f"llama.cpp keeps the whole context in the {windowed} layers with a window: it uses none for {model.model_type}",) if windowed else ()
+    return *fallbacks(counted, quant, importance=importance), *unused
 
 
 def padded(tokens: int) -> int:
@@ -134,7 +141,9 @@ def _live_numbers(part: Part, hidden: int, tokens: int, cells: int, sequences: i
         gates = 3 if part.gated else 1
         outputs = part.width if not part.gated or part.width > 2 * part.neurons else 0  # else they find room where gate and up were
         return tokens * (3 * hidden + max(part.experts_per_token * (gates * part.neurons + outputs), part.shared_neurons * gates))
-    if isinstance(part, Mamba2):  # the projection, the convolution's inputs and outputs, the scan's outputs with the states behind them
-        projected = part.inner + part.conv_channels + part.heads
-        return tokens * (2 * hidden + projected + 2 * part.conv_channels + part.inner) + sequences * (part.state_numbers + 2 * part.conv_numbers)
+    channels = getattr(part, "conv_channels", 0)
+    if channels:  # Mamba-2 and delta nets: projections, the convolution's inputs and outputs, the scan's outputs with the states behind them
+        *projections, (_, _, inner) = part.parameters().matrices
+        projected = sum(copies * outputs for copies, outputs, _ in projections)
+        return tokens * (2 * hidden + projected + 2 * channels + inner) + sequences * (part.state_numbers + 2 * part.conv_numbers)
     return tokens * 3 * hidden + part.activation_bytes(tokens, 1)

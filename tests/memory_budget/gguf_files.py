@@ -10,31 +10,47 @@ import numpy as np
 from memory_budget.architecture import Architecture
 
 GGUF_NAMES = {"llama": "llama", "qwen3": "qwen3", "gemma3_text": "gemma3", "nemotron_h": "nemotron_h", "mamba2": "mamba2"}
+Metadata = dict[str, int | float | list[int]]
 
 
-def write_gguf(path: Path, architecture: Architecture, *, type_name: str = "F32", empty: bool = False) -> None:
-    """A model with random weights: matrices in that type, all else in F32. empty: the file has its full length but nothing in it, hence no blocks on the disk;
-    that is enough for llama.cpp where it is told to allot nothing."""
-    tensors = tensors_of(architecture)
-    writer = gguf.GGUFWriter(path, GGUF_NAMES[architecture.model_type] + "_moe" * ("E" in architecture.pattern))
-    _write_metadata(writer, architecture)
-    random, length = np.random.default_rng(0), 0
-    for name, shape in tensors.items():
-        is_matrix = len(shape) > 1 and name.endswith(".weight") and not any(part in name for part in ("_norm", "conv1d", "ffn_gate_inp"))
-        kind = gguf.GGMLQuantizationType[type_name] if is_matrix else gguf.GGMLQuantizationType.F32
-        if empty:
-            block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-            size = math.prod(shape) // block * block_bytes
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
-            length += gguf.GGUFWriter.ggml_pad(size, writer.data_alignment)
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(random.standard_normal(shape, dtype=np.float32) * np.float32(0.02), kind), raw_dtype=kind)
+def write_gguf(path: Path, architecture: Architecture, *, empty: bool = False) -> None:
+    """A model in F32 with random weights; or empty, as write_empty makes it."""
+    name = GGUF_NAMES[architecture.model_type] + "_moe" * ("E" in architecture.pattern)
+    if empty:
+        return write_empty(path, name, metadata_of(architecture), tensors_of(architecture))
+    writer, random = _begun(path, name, metadata_of(architecture)), np.random.default_rng(0)
+    for tensor, shape in tensors_of(architecture).items():
+        writer.add_tensor(tensor, random.standard_normal(shape, dtype=np.float32) * np.float32(0.02))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file() if empty else writer.write_tensors_to_file()
+    writer.write_tensors_to_file()
     writer.close()
-    if empty:
-        os.truncate(path, gguf.GGUFWriter.ggml_pad(path.stat().st_size, writer.data_alignment) + length)
+    return None
+
+
+def write_empty(path: Path, name: str, metadata: Metadata, tensors: dict[str, tuple[int, ...]]) -> None:
+    """A file of F32 tensors of its full length with nothing in it, hence without blocks on the disk: all zeros to who reads it."""
+    writer, length = _begun(path, name, metadata), 0
+    for tensor, shape in tensors.items():
+        size = math.prod(shape) * np.dtype(np.float32).itemsize
+        writer.add_tensor_info(tensor, shape, np.dtype(np.float32), size)
+        length += gguf.GGUFWriter.ggml_pad(size, writer.data_alignment)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    os.truncate(path, gguf.GGUFWriter.ggml_pad(path.stat().st_size, writer.data_alignment) + length)
+
+
+def _begun(path: Path, name: str, metadata: Metadata) -> gguf.GGUFWriter:
+    """With the metadata, whose keys are without the type's name."""
+    writer = gguf.GGUFWriter(path, name)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_layer_norm_rms_eps(1e-5)
+    for key, value in metadata.items():
+        add = writer.add_array if isinstance(value, list) else writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{name}.{key}", value)
+    return writer
 
 
 def tensors_of(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -100,38 +116,30 @@ def _mamba2(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _write_metadata(writer: gguf.GGUFWriter, architecture: Architecture) -> None:
-    layers = architecture.layer_kinds
-    writer.add_block_count(len(layers))
-    writer.add_context_length(1 << 17)
-    writer.add_embedding_length(architecture.hidden)
-    writer.add_vocab_size(architecture.vocab)
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_layer_norm_rms_eps(1e-5)
-    if architecture.sublayers_per_layer > 1:
-        writer.add_feed_forward_length(architecture.ffn)
-        writer.add_head_count(architecture.num_attention_heads)
-        writer.add_head_count_kv(architecture.num_key_value_heads)
-    else:
-        writer.add_feed_forward_length([{"-": architecture.ffn, "E": architecture.moe_ffn}.get(kind, 0) for kind in layers])
-        writer.add_head_count(architecture.num_attention_heads)
-        writer.add_head_count_kv([architecture.num_key_value_heads if kind == "*" else 0 for kind in layers])
-        writer.add_layer_norm_eps(1e-5)
+def metadata_of(architecture: Architecture) -> Metadata:
+    """By the names that GGUF has for them, without the type's before it."""
+    layers, blocks = architecture.layer_kinds, architecture.sublayers_per_layer > 1
+    neurons = {"-": architecture.ffn, "E": architecture.moe_ffn}
+    metadata: Metadata = {
+        "block_count": len(layers),
+        "context_length": 1 << 17,
+        "embedding_length": architecture.hidden,
+        "vocab_size": architecture.vocab,
+        "attention.head_count": architecture.num_attention_heads,
+        "feed_forward_length": architecture.ffn if blocks else [neurons.get(kind, 0) for kind in layers],
+        "attention.head_count_kv": architecture.num_key_value_heads if blocks else [architecture.num_key_value_heads * (kind == "*") for kind in layers],
+    }
+    if not blocks:
+        metadata["attention.layer_norm_epsilon"] = 1e-5
     if architecture.attention_head_dim:
-        writer.add_key_length(architecture.attention_head_dim)
-        writer.add_value_length(architecture.attention_head_dim)
-        writer.add_rope_dimension_count(architecture.attention_head_dim)
+        metadata |= dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), architecture.attention_head_dim)
     if "E" in architecture.pattern:
-        writer.add_expert_count(architecture.moe_num_experts)
-        writer.add_expert_used_count(architecture.moe_experts_per_token)
-        writer.add_expert_feed_forward_length(architecture.moe_ffn)
-        writer.add_expert_shared_feed_forward_length(architecture.moe_shared_ffn)
-        writer.add_expert_shared_count(1)
+        metadata |= {"expert_count": architecture.moe_num_experts, "expert_used_count": architecture.moe_experts_per_token, "expert_shared_count": 1,
+                     "expert_feed_forward_length": architecture.moe_ffn, "expert_shared_feed_forward_length": architecture.moe_shared_ffn}  # fmt: skip
     if architecture.window:
-        writer.add_sliding_window(architecture.window)
+        metadata["attention.sliding_window"] = architecture.window
     if "M" in architecture.pattern:
-        writer.add_ssm_conv_kernel(architecture.mamba_conv_kernel)
-        writer.add_ssm_inner_size(architecture.mamba_inner)
-        writer.add_ssm_state_size(architecture.mamba_state_size)
-        writer.add_ssm_time_step_rank(architecture.mamba_num_heads)
-        writer.add_ssm_group_count(architecture.mamba_num_groups)
+        metadata |= {"ssm.conv_kernel": architecture.mamba_conv_kernel, "ssm.inner_size": architecture.mamba_inner,
+                     "ssm.state_size": architecture.mamba_state_size, "ssm.time_step_rank": architecture.mamba_num_heads,
+                     "ssm.group_count": architecture.mamba_num_groups}  # fmt: skip
+    return metadata

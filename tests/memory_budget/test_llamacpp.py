@@ -9,7 +9,7 @@ import pytest
 from memory_budget.architecture import Architecture
 from memory_budget.gguf_tensors import fallbacks, gguf_bytes, gguf_tensors
 from memory_budget.gguf_types import BLOCKS, FILE_TYPES, Place, tensor_type
-from memory_budget.llamacpp import llamacpp_allotment
+from memory_budget.llamacpp import llamacpp_allotment, llamacpp_notes
 from memory_budget.model import Model, as_model
 from memory_budget.parts.attention import Attention
 from memory_budget.parts.experts import Experts
@@ -128,7 +128,9 @@ def test_a_window_keeps_itself_and_a_forward_pass():
 
 def test_windows_that_llamacpp_does_not_know_keep_everything():
     mistral = replace(WINDOWED, model_type="mistral")
-    assert kv_of(mistral, context=32768) == 2 * 256 * 2 * 3 * 32768
+    assert kv_of(mistral, context=32768) == 2 * 256 * 2 * 3 * 32768 == kv_of(WINDOWED, context=32768, full_windows=True)
+    assert llamacpp_notes(mistral) == ("llama.cpp keeps the whole context in the 2 layers with a window: it uses none for mistral",)
+    assert llamacpp_notes(WINDOWED) == ()
 
 
 def test_states_are_float32_for_every_sequence(architecture_of):
@@ -160,3 +162,9 @@ def test_what_llamacpp_would_refuse_is_refused(options, said):
 def test_a_cache_types_block_must_divide_a_head():
     with pytest.raises(ValueError, match="blocks of 32, which must divide a head's 80 numbers"):
         llamacpp_allotment(replace(LLAMA_3_8B, attention_head_dim=80), context=4096, kv_type_k="q8_0")
+
+
+def test_more_layers_than_llamacpp_takes_are_refused_at_once():
+    endless = replace(MIXTRAL, num_layers=1 << 63, layers=tuple((1 << 63, part) for _, part in MIXTRAL.layers))
+    with pytest.raises(ValueError, match="num_hidden_layers .9223372036854775808. must be at most 512 for llama.cpp"):
+        llamacpp_allotment(endless, context=4096)
