@@ -76,7 +76,7 @@ def gguf_tensors(counted: Architecture | Model, *, importance: bool = False) -> 
     Raises ValueError for more layers than llama.cpp takes.
     """
     model = as_model(counted)
-    if (layers := max(model.num_layers, *(number for number, _ in model.layers))) > MOST_LAYERS:
+    if (layers := max([model.num_layers, *(number for number, _ in model.layers)])) > MOST_LAYERS:
         raise ValueError(f"num_hidden_layers ({layers}) must be at most {MOST_LAYERS} for llama.cpp")
     ordered = _in_order(counted)
     experts = max((part.experts for _, part in ordered if isinstance(part, Experts)), default=0)

@@ -46,8 +46,9 @@ def llamacpp_allotment(
     cache for all sequences (--kv-unified) · full_windows: whole contexts in layers with windows too (--swa-full; the default of llama-cpp-python) ·
     importance: whether the file was quantised with an importance matrix.
 
-    The model's bytes are those of its tensors; where the head is tied and offloaded, llama.cpp may keep the embedding twice. The compute buffer is an
-    estimate: see compute_estimate. Raises ValueError for types and sizes that llama.cpp would refuse.
+    The model's bytes are those of its tensors. llama.cpp holds more where it keeps a tensor twice: a tied embedding whose output side is offloaded to a GPU,
+    and, of a mapped file (its default), what it repacks for the CPU's instructions ("CPU_REPACK"). The compute buffer is an estimate: see compute_estimate.
+    Raises ValueError for types and sizes that llama.cpp would refuse.
     """
     for name, value in (("context", context), ("batch", batch), ("ubatch", ubatch)):
         if value < 1:
