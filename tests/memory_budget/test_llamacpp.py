@@ -33,7 +33,7 @@ def test_blocks_are_those_of_the_gguf_package():
     assert {name: tuple(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]) for name in BLOCKS} == BLOCKS
 
 
-# "CPU buffer size" that llama.cpp logs for files of Llama 3 8B Instruct, in MiB with its decimals (ggml-org/llama.cpp's issues and others' logs).
+# "CPU buffer size" of files of 8B models of Llama 3, in MiB with llama.cpp's decimals, as found in logs that people published.
 LOGGED = {"Q4_0": "4437.80", "Q4_K_M": "4685.30", "Q5_K_M": "5459.93", "Q6_K": "6282.97", "Q8_0": "8137.64"}
 
 
