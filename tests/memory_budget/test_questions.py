@@ -187,7 +187,7 @@ def test_an_unknown_type_without_files_is_refused(refused, written):
         ({"model_type": "mamba2", "num_hidden_layers": 10**9}, (), "num_hidden_layers (1000000000) must be at most 16,384"),
         ({"model_type": "llama", "hidden_size": 2**63}, (), "hidden_size (9223372036854775808) must be a whole number of at least 0, and below 2**53"),
         ({"model_type": "nemotron_h", "layers_block_type": [["mlp"]]}, (), "layers_block_type holds ['mlp']"),
-        ({"model_type": "lfm2", "num_attention_heads": 2**31, "num_key_value_heads": 2, "layer_types": ["full_attention"], "num_hidden_layers": 1}, (), "has keys and values of 0 numbers"),
+        ({"model_type": "lfm2", "num_attention_heads": 2**31, "num_key_value_heads": 2, "layer_types": ["full_attention"], "num_hidden_layers": 1}, (), "head_dim (0) must be a whole number"),
         ({"model_type": "llava", "text_config": []}, (), "text_config ([]) must be an object"),
         ({"model_type": "llama"}, ("--engine", "vllm", "--pool-gib", "1e300"), "--pool-gib (1e+300) must be at least 0 GiB, and at most 2**33"),
         ({"model_type": "llama"}, ("--budget", "1e300"), "budget (1e300) must be a number of GiB above 0"),
