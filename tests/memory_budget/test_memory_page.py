@@ -1,0 +1,24 @@
+"""docs/memory.md: its examples print what it shows."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from memory_budget.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = re.findall(r"^```\n\$ python -m memory_budget (.*?)\n(.*?)^```$", (ROOT / "docs" / "memory.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize(("command", "shown"), EXAMPLES, ids=[command for command, _ in EXAMPLES])
+def test_an_example_prints_what_the_page_shows(command, shown, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(shlex.split(command)) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(shown) > 100 and [line for line in shown.splitlines() if line != "…" and line not in printed] == []
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) >= 4
