@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from memory_budget.architecture import Architecture
 from memory_budget.budget import Budget, parse_budget
 from memory_budget.calculator import MemoryReport, max_batch, max_context_tokens, memory_report, weight_bytes
+from memory_budget.command.llamacpp import Gguf, most
 from memory_budget.command.options import DEFAULT_UTILIZATION, check_options
 from memory_budget.configs.quantisation import stored_format
 from memory_budget.configs.registry import language_config, model_from_config
@@ -51,15 +52,34 @@ class Answer:
     report: MemoryReport
     budget: Budget
     vllm: Vllm | None
+    gguf: Gguf | None
     notes: list[str]
 
     @property
+    def counted(self) -> Architecture | Model:
+        """What llama.cpp's rules, which mind the order of layers, are told: the architecture where there is one."""
+        return self.architecture or self.held
+
+    @property
     def max_context(self) -> int | None:
-        return max_context_tokens(self.held, self.workload, self.budget.bytes)
+        return self.context_within(self.budget.bytes)
 
     @property
     def max_batch(self) -> int | None:
-        return max_batch(self.held, self.workload, self.budget.bytes)
+        if self.gguf is None:
+            return max_batch(self.held, self.workload, self.budget.bytes)
+        return most(lambda batch: self.report_with(batch=batch).total <= self.budget.bytes)
+
+    def context_within(self, budget_bytes: int) -> int | None:
+        """The longest context, in tokens, with which the workload fits into so many bytes; None: no limit."""
+        if self.gguf is None:
+            return max_context_tokens(self.held, self.workload, budget_bytes)
+        return most(lambda context: self.report_with(context_tokens=context).total <= budget_bytes)
+
+    def report_with(self, **changes: int) -> MemoryReport:
+        """The same of another workload."""
+        workload = replace(self.workload, **changes)
+        return memory_report(self.held, workload) if self.gguf is None else self.gguf.report(self.counted, workload)
 
 
 def work_out(options: argparse.Namespace, argument: str) -> Answer:
@@ -73,12 +93,14 @@ def answer_of(options: argparse.Namespace, source: Source) -> Answer:
     budget, config = parse_budget(options.budget), language_config(source.config)
     model = model_from_config(source.config, source.tensors)
     stored, stored_notes = stored_format(config)
-    weights = options.weights or stored or "bf16"
+    architecture = architecture_from_config(config) if config.get("model_type") in FAMILIES else None
+    gguf = _gguf(options, model)
+    weights = "bf16" if gguf else options.weights or stored or "bf16"
     workload = Workload(
         context_tokens=options.context,
         batch=options.batch,
         weights_dtype=weights if options.group is None else re.sub(r"^int4(-g\d+)?", f"int4-g{options.group}", weights),
-        kv_dtype=options.kv,
+        kv_dtype="bf16" if gguf else options.kv or "bf16",
         ssm_dtype=options.ssm or _ssm_dtype(options, config),
         activation_tokens=options.activations,
     )
@@ -87,12 +109,23 @@ def answer_of(options: argparse.Namespace, source: Source) -> Answer:
     notes = [
         *model.notes,
         *unmodelled_settings(config),
-        *(stored_notes if options.weights is None else ()),
+        *(stored_notes if options.weights is None and gguf is None else ()),
+        *(gguf.notes(architecture or model) if gguf else ()),
         *packing_notes(held, workload, config),
         *(vllm.refusals if vllm else position_notes(model, workload, config)),
     ]
-    return Answer(name=source.name, model=model, held=held, tp=options.tp, workload=workload, report=memory_report(held, workload), budget=budget, vllm=vllm,
-                  architecture=architecture_from_config(config) if config.get("model_type") in FAMILIES else None, notes=notes)  # fmt: skip
+    return Answer(name=source.name, model=model, held=held, tp=options.tp, workload=workload, budget=budget, vllm=vllm, gguf=gguf,
+                  report=gguf.report(architecture or held, workload) if gguf else memory_report(held, workload),
+                  architecture=architecture, notes=notes)  # fmt: skip
+
+
+def _gguf(options: argparse.Namespace, model: Model) -> Gguf | None:
+    """The file and the caches of llama.cpp, where it is asked for."""
+    if options.engine != "llamacpp":
+        return None
+    if not model.cache_known:
+        raise ValueError(f"--engine llamacpp: what llama.cpp makes of model_type {model.model_type} is not known")
+    return Gguf(options.weights or "F16", options.kv or "f16")
 
 
 def _ssm_dtype(options: argparse.Namespace, config: Config) -> str:
@@ -163,6 +196,9 @@ def _vllm(options: argparse.Namespace, model: Model, workload: Workload, budget:
 
 
 def with_weights(answer: Answer, dtype: str) -> Answer:
-    """The same workload with weights in another format."""
+    """The same workload with weights in another format, a GGUF's where the engine is llama.cpp."""
+    if answer.gguf is not None:
+        gguf = replace(answer.gguf, quant=dtype)
+        return replace(answer, gguf=gguf, report=gguf.report(answer.counted, answer.workload))
     workload = replace(answer.workload, weights_dtype=dtype)
     return replace(answer, workload=workload, report=replace(answer.report, weights=weight_bytes(answer.held, dtype)))

@@ -26,6 +26,8 @@ def as_json(answer: Answer) -> dict[str, Any]:
     }
     if answer.vllm is not None:
         result["vllm"] = answer.vllm.allotment.as_dict() | {"refuses": list(answer.vllm.refusals), "reserve_bytes_estimate": answer.vllm.reserve_bytes}
+    if answer.gguf is not None:
+        result["llamacpp"] = answer.gguf.buffers(answer.counted, answer.workload)
     if answer.notes:
         result["notes"] = answer.notes
     return result

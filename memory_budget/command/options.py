@@ -55,7 +55,7 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
         f"number format of the weights: {', '.join(WEIGHTS_DTYPES)} (default: what the config's quantization_config says, else bf16). The packed ones hold "
         "for the matrices of the layers, the rest stays bf16; int4-g64 packs in groups of 64, mxfp4-moe the experts alone"))
     group.add_argument("--group", type=int, metavar="N", help="numbers that share a scale in int4 (default 128)")
-    group.add_argument("--kv", default="bf16", metavar="D", help=(
+    group.add_argument("--kv", metavar="D", help=(
         f"number format of the attention cache: {', '.join(KV_DTYPES)} (default bf16)"))
     group.add_argument("--ssm", metavar="D", help=(
         f"number format of recurrent states: {', '.join(SSM_DTYPES)} (default float32; with --engine vllm what vLLM takes for the model)"))
@@ -75,7 +75,8 @@ def add_question_options(parser: argparse.ArgumentParser) -> None:
 
 def add_vllm_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
-    group.add_argument("--engine", choices=("plain", "vllm"), default="plain", help=(
+    group.add_argument("--engine", choices=("plain", "vllm", "llamacpp"), default="plain", help=(
+        "llamacpp: llama.cpp's buffers, --weights being a GGUF's type (Q4_K_M, Q8_0, ...; default F16) and --kv its caches' (f16, q8_0, ...); "
         "vllm: also how vLLM cuts its cache pool into blocks, and what it refuses; all options below are for it (default plain)"))
     group.add_argument("--pool-gib", type=float, metavar="X", help="size of the cache pool in GiB (vLLM's log: Available KV cache memory)")
     group.add_argument("--device-gib", type=float, metavar="X", help=(
@@ -97,6 +98,11 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--group ({options.group}) must come with --weights int4")
     if options.group is not None and not 1 <= options.group <= 2**16:
         raise ValueError(f"--group ({options.group}) must be at least 1, and at most 65,536")
+    if options.engine == "llamacpp":
+        if options.tp != 1 or options.ssm is not None:
+            raise ValueError(f"--{'ssm' if options.ssm is not None else 'tp'} must not come with --engine llamacpp, which has one place and float32 states")
+        if not isinstance(options.activations, int) or options.activations > 2**20:
+            raise ValueError(f"--activations ({options.activations}) must be at most 2**20 tokens with --engine llamacpp, whose -ub it is")
     if not 1 <= options.tp <= 1024:
         raise ValueError(f"--tp ({options.tp}) must be at least 1 GPU, and at most 1,024")
     given = {name for name in VLLM_OPTIONS if getattr(options, name) is not None and getattr(options, name) is not False}

@@ -49,7 +49,8 @@ def _draw(answer: Answer, file: Path) -> str:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{int(value):,}"))
     axes.tick_params(axis="x", rotation=30)
     axes.set(xlabel=f"context (tokens), {answer.workload.batch:,} at once", ylabel="memory (GiB)", xlim=(contexts[0], contexts[-1]), ylim=(0, None))
-    axes.set_title(f"{answer.model.model_type}, weights {answer.workload.weights_dtype}, cache {answer.workload.kv_dtype}")
+    weights, cache = (answer.workload.weights_dtype, answer.workload.kv_dtype) if answer.gguf is None else (answer.gguf.quant, answer.gguf.kv)
+    axes.set_title(f"{answer.model.model_type}, weights {weights}, cache {cache}")
     axes.legend(loc="upper left")
     figure.savefig(file, dpi=120)
     return f"memory against context is drawn in {file}"

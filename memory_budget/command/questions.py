@@ -1,15 +1,13 @@
 """Questions about one answer: which cards it fits, what every number format takes, how memory grows with context."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from memory_budget.budget import PRESETS, Budget
-from memory_budget.calculator import max_context_tokens, memory_report
 from memory_budget.command.answer import Answer, with_weights
 from memory_budget.units import GIB
-from memory_budget.workload import Workload
 
+GGUF_FORMATS = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M")
 FORMATS = ("bf16", "fp8", "int8", "int4", "mxfp4", "nvfp4")
 SHORTEST_CONTEXT, LONGEST_CONTEXT = 1024, 2**40
 
@@ -30,7 +28,7 @@ def cards(answer: Answer) -> dict[str, dict[str, Any]]:
             "budget_bytes": card.bytes,
             "fits": answer.report.total <= card.bytes if known else None,
             "headroom_bytes": card.bytes - answer.report.total if known else None,
-            "max_context_tokens": max_context_tokens(answer.held, answer.workload, card.bytes) if known else None,
+            "max_context_tokens": answer.context_within(card.bytes) if known else None,
         }
         for card in sorted(PRESETS.values(), key=lambda card: card.bytes)
     }
@@ -38,7 +36,8 @@ def cards(answer: Answer) -> dict[str, dict[str, Any]]:
 
 def at_every_format(answer: Answer) -> dict[str, Answer]:
     """The answer with weights in each format, and in the one asked for where it is another."""
-    names = FORMATS if answer.workload.weights_dtype in FORMATS else (*FORMATS, answer.workload.weights_dtype)
+    asked, names = (answer.workload.weights_dtype, FORMATS) if answer.gguf is None else (answer.gguf.quant.upper(), GGUF_FORMATS)
+    names = names if asked in names else (*names, asked)
     return {name: with_weights(answer, name) for name in names}
 
 
@@ -51,11 +50,7 @@ def curve(answer: Answer) -> list[tuple[int, dict[str, int]]]:
     last = min(max(marks), LONGEST_CONTEXT)
     doublings = {SHORTEST_CONTEXT << step for step in range(math.ceil(math.log2(max(last / SHORTEST_CONTEXT, 1))) + 1)}
     contexts = sorted({context for context in doublings | marks if 1 <= context <= 2**40})
-    return [(context, memory_report(answer.held, _at(answer, context)).as_dict()) for context in contexts]
-
-
-def _at(answer: Answer, context: int) -> Workload:
-    return replace(answer.workload, context_tokens=context)
+    return [(context, answer.report_with(context_tokens=context).as_dict()) for context in contexts]
 
 
 def as_text(answer: Answer, *, width: int = 60) -> str:

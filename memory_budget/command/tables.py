@@ -3,6 +3,7 @@
 from memory_budget.architecture import describe_layers
 from memory_budget.budget import PRESETS
 from memory_budget.command.answer import Answer, Vllm
+from memory_budget.command.llamacpp import Gguf
 from memory_budget.command.questions import at_every_format, cards, smallest_card
 from memory_budget.formats import parse_format
 from memory_budget.parameters import count_active_parameters, count_parameters, count_total_parameters
@@ -18,6 +19,8 @@ def as_table(answer: Answer) -> str:
     sections = [model_rows(answer), memory_rows(answer), budget_rows(answer)]
     if answer.vllm is not None:
         sections.append(vllm_rows(answer, answer.vllm))
+    if answer.gguf is not None:
+        sections.append(llamacpp_rows(answer, answer.gguf))
     return "\n\n".join([_aligned(sections), *(["\n".join(f"note: {note}" for note in answer.notes)] if answer.notes else [])])
 
 
@@ -56,12 +59,15 @@ def memory_rows(answer: Answer) -> list[Row]:
     report, workload, known = answer.report, answer.workload, answer.model.cache_known
     sequences = format_count(workload.batch, "sequences" if workload.batch > 1 else "sequence")
     served = f"{format_count(workload.context_tokens, 'tokens')} x {sequences}{kept_in_windows(answer)}"
+    gguf = answer.gguf
+    weights, kv = (parse_format(workload.weights_dtype).describe(), workload.kv_dtype) if gguf is None else (f"GGUF {gguf.quant.upper()}", gguf.kv.lower())
+    ssm, conv = (workload.ssm_dtype, workload.compute_dtype) if gguf is None else ("float32", "float32")
     rows = [
-        ("weights", format_gib(report.weights), parse_format(workload.weights_dtype).describe()),
-        ("KV cache", format_gib(report.kv_cache) if known else UNKNOWN, f"{workload.kv_dtype}, {served}"),
+        ("weights", format_gib(report.weights), weights),
+        ("KV cache", format_gib(report.kv_cache) if known else UNKNOWN, f"{kv}, {served}"),
     ]
     if answer.model.count_of("mamba"):
-        rows += [("SSM state", format_gib(report.ssm_state), workload.ssm_dtype), ("conv state", format_gib(report.conv_state), workload.compute_dtype)]
+        rows += [("SSM state", format_gib(report.ssm_state), ssm), ("conv state", format_gib(report.conv_state), conv)]
     if workload.activation_tokens:
         chunk = format_count(workload.activation_tokens, "tokens")
         rows.append(("activations", format_gib(report.activations), f"estimate, a prefill chunk of {chunk}"))
@@ -125,6 +131,17 @@ def vllm_rows(answer: Answer, vllm: Vllm) -> list[Row]:
     if vllm.reserve_bytes is not None:
         rows.append(("reserve", format_gib(vllm.reserve_bytes), "estimate of activations and CUDA graphs, not taken off the pool: --overhead-gib does"))
     return rows
+
+
+def llamacpp_rows(answer: Answer, gguf: Gguf) -> list[Row]:
+    """Its buffers by the words of its log."""
+    buffers = gguf.buffers(answer.counted, answer.workload)
+    return [
+        ("llama.cpp model", format_gib(buffers["model"]), "model buffer size"),
+        ("llama.cpp KV", format_gib(buffers["kv"]), "KV buffer size, of contexts made multiples of 256"),
+        ("llama.cpp recurrent", format_gib(buffers["recurrent"]), "RS buffer size"),
+        ("llama.cpp compute", format_gib(buffers["compute_estimate"]), "estimate of the compute buffer; in the total with --activations N, its -ub"),
+    ]
 
 
 def columns(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -1,7 +1,7 @@
 """Mutated configs, tensors and options through the whole command, in one process: `python tests/memory_budget/fuzz.py [COUNT] [SEED]`; behind make fuzz-memory.
 
-Each must end in an answer, or in one line and exit code 2, within SECONDS and a GiB. The last line is a JSON object; the first failure of each kind is shown with
-the config and the options that it takes to see it again. Exit code 1 if there was one.
+Each must end in an answer, or in one line and exit code 2, within SECONDS and a GiB. The last line is a JSON object; the first failure of each kind is shown with the config
+and the options that it takes to see it again. Exit code 1 if there was one.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ from memory_budget.sources.source import Source, _object
 
 CONFIGS = Path(__file__).parent / "configs"
 SECONDS, ROOM_BYTES = 5, 2**30
-VALUES = [None, True, False, -1, 0, 1, 2, 3, 7, 8, 64, 127, 128, 1000, 4096, 2**31, 2**53 - 1, 2**53, 2**63, 2**64, -(2**63), 10**40, 10**400, 1e300, -1e300, 0.5,
-          float("nan"), float("inf"), "", "x", "full_attention", "sliding_attention", "mamba", "bfloat16", "\ud800", "\x1b[31m", "a" * 5000, [], {}, [None], [[]],
-          [1] * 3, ["mamba", "attention"], ["full_attention"] * 40, {"model_type": "llama"}, {"a": {"b": []}}, [2**63] * 5, "M" * 200, "M*-E" * 10]  # fmt: skip
+VALUES = [None, True, False, -1, 0, 1, 2, 3, 7, 8, 64, 127, 128, 1000, 4096, 2**31, 2**53 - 1, 2**53, 2**63, 2**64, -(2**63), 10**40, 10**400, 1e300, -1e300,
+          0.5, float("nan"), float("inf"), "", "x", "full_attention", "sliding_attention", "mamba", "bfloat16", "\ud800", "\x1b[31m", "a" * 5000, [], {}, [None],
+          [[]], [1] * 3, ["mamba", "attention"], ["full_attention"] * 40, {"model_type": "llama"}, {"a": {"b": []}}, [2**63] * 5, "M" * 200, "M*-E" * 10]  # fmt: skip
 QUANTISATIONS = [{"quant_method": "fp8", "weight_block_size": [128, 128]}, {"quant_method": "gptq", "bits": 4, "group_size": 128}, {"quant_method": "mxfp4"},
                  {"quant_method": "awq", "bits": 4, "group_size": -1}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_algo": "NVFP4"},
                  {"quant_method": "compressed-tensors", "config_groups": {"0": {"weights": {"num_bits": 4, "type": "int", "group_size": 64}}},
                   "ignore": ["lm_head"]}, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}]  # fmt: skip
-KEYS = ["model_type", "num_hidden_layers", "hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size", "layer_types",
-        "sliding_window", "quantization_config", "text_config", "llm_config", "rope_scaling", "max_position_embeddings", "tie_word_embeddings",
+KEYS = ["model_type", "num_hidden_layers", "hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+        "layer_types", "sliding_window", "quantization_config", "text_config", "llm_config", "rope_scaling", "max_position_embeddings", "tie_word_embeddings",
         "num_experts", "num_local_experts", "num_experts_per_tok", "kv_lora_rank", "hybrid_override_pattern", "mlp_only_layers"]  # fmt: skip
 VLLM_OPTIONS = ("--pool-gib", "--device-gib", "--utilization", "--overhead-gib", "--block-size", "--max-num-seqs")
 NUMBERS = ["1", "2", "64", "1000", "-1", "0", "1", "7", "131072", str(2**53), str(2**63), str(10**40), "1e300", "nan", "inf", "x", ""]
@@ -86,8 +86,13 @@ def mutated_config(config: dict[str, Any], chance: random.Random) -> dict[str, A
 def some_tensors(chance: random.Random):
     """What gives shapes: none, some, or out of a header that is none."""
     sizes = [0, 1, 7, 64, 128, 4096, 2**31, 2**53 - 1]
-    entries = {f"model.layers.{layer}.{name}": (chance.choice(["BF16", "F8_E4M3", "I32", "U8", "I8", "BOOL"]), tuple(chance.choices(sizes, k=chance.randrange(5))))
-               for layer in range(chance.randrange(4)) for name in ("q.weight", "q.qweight", "q.scales", "experts.up_blocks", "experts.up_scales", "embed_tokens.weight")}  # fmt: skip
+    names = ("q.weight", "q.qweight", "q.scales", "experts.up_blocks", "experts.up_scales", "embed_tokens.weight")
+    dtypes = ["BF16", "F8_E4M3", "I32", "U8", "I8", "BOOL"]
+    entries = {
+        f"model.layers.{layer}.{name}": (chance.choice(dtypes), tuple(chance.choices(sizes, k=chance.randrange(5))))
+        for layer in range(chance.randrange(4))
+        for name in names
+    }
     header = chance.choice([b"{}", b"[]", b"{", json.dumps({"a": {"dtype": "BF16", "shape": chance.choice(VALUES)}}).encode(), chance.randbytes(40)])
     content = len(header).to_bytes(8, "little") + header
 
@@ -105,9 +110,12 @@ def some_options(chance: random.Random) -> list[str]:
              "--kv": ["fp8", "bf16", "x"], "--ssm": ["bf16", "x"], "--engine": ["vllm", "plain"], "--pool-gib": NUMBERS, "--device-gib": NUMBERS,
              "--utilization": NUMBERS, "--overhead-gib": NUMBERS, "--block-size": NUMBERS, "--max-num-seqs": NUMBERS}  # fmt: skip
     engine = ["--engine=vllm"] if chance.random() < 0.4 else []
-    names = list(pairs) if engine or chance.random() < 0.1 else [name for name in pairs if name not in VLLM_OPTIONS]
+    if not engine and chance.random() < 0.3:
+        engine = ["--engine=llamacpp"]
+        pairs |= {"--weights": ["Q4_K_M", "q8_0", "F16", "bf17", "IQ2_XS", "Q4_0", ""], "--kv": ["q8_0", "f16", "q4_0", "x"], "--tp": ["1", "2"]}
+    names = list(pairs) if engine == ["--engine=vllm"] or chance.random() < 0.1 else [name for name in pairs if name not in VLLM_OPTIONS]
     chosen = chance.sample(names, k=chance.choice([0, 0, 0, 0, 1, 1, 2, 3]))
-    flags = [flag for flag in ("--json", "--cards", "--formats", *(["--prefix-caching"] if engine else [])) if chance.random() < 0.2]
+    flags = [flag for flag in ("--json", "--cards", "--formats", *(["--prefix-caching"] if engine == ["--engine=vllm"] else [])) if chance.random() < 0.2]
     return [*engine, *(f"{name}={chance.choice(pairs[name])}" for name in chosen), *flags]
 
 
@@ -141,7 +149,8 @@ def main(count: int = 100_000, seed: int = 0) -> int:
     configs = [json.loads(path.read_text()) for path in sorted(CONFIGS.glob("*.json"))]
     configs += [{"model_type": name} for name in model_types()]
     for path in sorted(CONFIGS.parent.glob("*.json")):  # sets of configs by names
-        configs += [config for group in json.loads(path.read_text()).values() for config in group.values() if isinstance(config, dict) and "model_type" in config]
+        entries = [entry for group in json.loads(path.read_text()).values() for entry in group.values()]
+        configs += [entry for entry in entries if isinstance(entry, dict) and "model_type" in entry]
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + ROOM_BYTES, resource.RLIM_INFINITY))
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError(f"more than {SECONDS} s")))
     ends: Counter[str] = Counter()
@@ -151,7 +160,7 @@ def main(count: int = 100_000, seed: int = 0) -> int:
         signal.alarm(SECONDS)
         try:
             ends[one(f"{seed}-{number}", configs)] += 1
-        except BaseException as error:  # noqa: BLE001: all that is no answer is a failure
+        except BaseException as error:  # all that is no answer is a failure
             if isinstance(error, KeyboardInterrupt):
                 raise
             where = traceback.extract_tb(error.__traceback__)[-1]

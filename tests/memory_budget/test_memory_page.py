@@ -9,7 +9,8 @@ import pytest
 from memory_budget.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = re.findall(r"^```\n\$ python -m memory_budget (.*?)\n(.*?)^```$", (ROOT / "docs" / "memory.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+PAGE = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```\n\$ python -m memory_budget (.*?)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize(("command", "shown"), EXAMPLES, ids=[command for command, _ in EXAMPLES])

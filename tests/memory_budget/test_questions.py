@@ -94,7 +94,7 @@ def test_without_matplotlib_the_curve_is_text(ask, config_path, tmp_path, monkey
     assert "matplotlib is not installed" in said and "131,072 tokens" in said and not (tmp_path / "a.png").exists()
 
 
-@pytest.mark.parametrize(("name", "says"), [("a.jpg", "must end in .png or .txt"), ("no/such/a.txt", "cannot be written"), ("no/such/a.png", "cannot be written")])
+@pytest.mark.parametrize(("name", "says"), [("a.jpg", "must end in .png or .txt"), ("no/such/a.txt", "cannot be"), ("no/such/a.png", "cannot be")])
 def test_a_plot_that_cannot_be_is_refused(name, says, refused, config_path, tmp_path):
     assert says in refused(config_path("nemotron-nano-9b-v2"), "--plot", tmp_path / name)
 
@@ -105,6 +105,18 @@ def test_two_models_stand_side_by_side(ask, config_path):
     assert row(table, "fits").split() == ["fits", "no", "yes"]
     both = json.loads(ask(config_path("nemotron-nano-12b-v2"), "--compare", config_path("nemotron-nano-9b-v2"), "--json"))
     assert both["compare"] == json.loads(ask(config_path("nemotron-nano-9b-v2"), "--json"))
+
+
+def test_llama_cpps_buffers_are_the_parts_of_the_report(ask, config_path):
+    """Its longest context is a multiple of 256 cells, and the next does not fit."""
+    options = ("--engine", "llamacpp", "--weights", "q4_k_m", "--kv", "q8_0", "--json")
+    result = json.loads(ask(config_path("nemotron-nano-9b-v2"), *options))
+    assert list(result["llamacpp"]) == ["model", "kv", "recurrent", "compute_estimate"]
+    assert result["bytes"]["total"] == sum(result["llamacpp"][name] for name in ("model", "kv", "recurrent"))
+    longest = result["max_context_tokens"]
+    fits = [json.loads(ask(config_path("nemotron-nano-9b-v2"), *options, "--context", context))["fits"] for context in (longest, longest + 1)]
+    assert fits == [True, False] and longest % 256 == 0
+    assert json.loads(ask(config_path("nemotron-nano-9b-v2"), *options, "--activations", 512))["bytes"]["activations"] == result["llamacpp"]["compute_estimate"]
 
 
 LANGUAGE = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 100, "num_hidden_layers": 2, "vocab_size": 90}
@@ -163,8 +175,9 @@ def test_an_unknown_types_parameters_come_from_its_files(ask, tmp_path):
 def test_a_cache_that_the_config_does_not_give_is_not_guessed(settings, why, ask, refused, tmp_path):
     folder = with_weights(tmp_path, STRANGE | settings, SHAPES)
     result = json.loads(ask(folder, "--json"))
-    unknown = (result["bytes"]["kv_cache"], result["bytes"]["total"], result["fits"], result["headroom_bytes"], result["max_context_tokens"], result["max_batch"])
-    assert set(unknown) == {None} and "the cache is not known: " + why in result["notes"][1]
+    assert {result["bytes"]["kv_cache"], result["bytes"]["total"]} == {None} and all(
+        result[name] is None for name in ("fits", "headroom_bytes", "max_context_tokens", "max_batch"))  # fmt: skip
+    assert "the cache is not known: " + why in result["notes"][1]
     table = ask(folder, "--formats", "--cards")
     assert "not known" in row(table, "KV cache") and "not known" in row(table, "fits") and "longest context  " not in table.split("card ")[0]
     assert "is not known" in refused(folder, "--engine", "vllm")
@@ -187,7 +200,8 @@ def test_an_unknown_type_without_files_is_refused(refused, written):
         ({"model_type": "mamba2", "num_hidden_layers": 10**9}, (), "num_hidden_layers (1000000000) must be at most 16,384"),
         ({"model_type": "llama", "hidden_size": 2**63}, (), "hidden_size (9223372036854775808) must be a whole number of at least 0, and below 2**53"),
         ({"model_type": "nemotron_h", "layers_block_type": [["mlp"]]}, (), "layers_block_type holds ['mlp']"),
-        ({"model_type": "lfm2", "num_attention_heads": 2**31, "num_key_value_heads": 2, "layer_types": ["full_attention"], "num_hidden_layers": 1}, (), "head_dim (0) must be a whole number"),
+        ({"model_type": "lfm2", "num_attention_heads": 2**31, "num_key_value_heads": 2, "layer_types": ["full_attention"], "num_hidden_layers": 1},
+         (), "head_dim (0) must be a whole number"),
         ({"model_type": "llava", "text_config": []}, (), "text_config ([]) must be an object"),
         ({"model_type": "llama"}, ("--engine", "vllm", "--pool-gib", "1e300"), "--pool-gib (1e+300) must be at least 0 GiB, and at most 2**33"),
         ({"model_type": "llama"}, ("--budget", "1e300"), "budget (1e300) must be a number of GiB above 0"),
@@ -232,6 +246,11 @@ class TestReports:
         said = row(ask(config_path(self.STUDENT), "--weights", "int4"), "note:")
         assert "intermediate_size 15,680 (25 matrices) are no multiple of 128" in said and "--group 64 packs them" in said
         assert "note:" not in ask(config_path(self.STUDENT), "--weights", "int4", "--group", "64")
+
+    def test_16_rows_that_k_quants_cannot_pack(self, ask, config_path):
+        said = ask(config_path(self.STUDENT), "--engine", "llamacpp", "--weights", "Q4_K_M")
+        assert "ffn_up tensors in Q5_0: rows of 4,480 are no multiple of 256, Q4_K's block" in said and "note:" not in ask(
+            config_path(self.STUDENT), "--engine", "llamacpp", "--weights", "Q8_0")  # fmt: skip
 
     def test_17_what_older_versions_log(self, ask, config_path):
         options = ("--engine", "vllm", "--device-gib", "22.06", "--overhead-gib", "1", "--prefix-caching")
