@@ -7,6 +7,7 @@ type (conversion/base.py, `prepare_tensors`; src/llama-quant.cpp, `tensor_allows
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from memory_budget.architecture import Architecture
 from memory_budget.gguf_types import BLOCKS, Place, check_file_type, row_bytes, tensor_type, wanted_type
@@ -42,6 +43,7 @@ class Tensor:
         return self.rows * row_bytes(self.type_in(file_type), self.row_length)
 
 
+@lru_cache(maxsize=256)  # of one model at many contexts
 def gguf_bytes(counted: Architecture | Model, file_type: str, *, importance: bool = False) -> int:
     """Bytes of all tensors of a file, without its header. Raises ValueError for a type that is not known.
 

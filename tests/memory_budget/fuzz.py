@@ -1,7 +1,7 @@
 """Mutated configs, tensors and options through the whole command, in one process: `python tests/memory_budget/fuzz.py [COUNT] [SEED]`; behind make fuzz-memory.
 
-Each must end in an answer, or in one line and exit code 2, within SECONDS and a GiB. The last line is a JSON object; the first failure of each kind is shown with the config
-and the options that it takes to see it again. Exit code 1 if there was one.
+Each must end in an answer, or in one line and exit code 2, within SECONDS and a GiB. The last line is a JSON object; the first failure of each
+kind is shown with the config and the options that it takes to see it again. Exit code 1 if there was one.
 """
 
 import contextlib
@@ -28,8 +28,9 @@ from memory_budget.sources.source import Source, _object
 CONFIGS = Path(__file__).parent / "configs"
 SECONDS, ROOM_BYTES = 5, 2**30
 VALUES = [None, True, False, -1, 0, 1, 2, 3, 7, 8, 64, 127, 128, 1000, 4096, 2**31, 2**53 - 1, 2**53, 2**63, 2**64, -(2**63), 10**40, 10**400, 1e300, -1e300,
-          0.5, float("nan"), float("inf"), "", "x", "full_attention", "sliding_attention", "mamba", "bfloat16", "\ud800", "\x1b[31m", "a" * 5000, [], {}, [None],
-          [[]], [1] * 3, ["mamba", "attention"], ["full_attention"] * 40, {"model_type": "llama"}, {"a": {"b": []}}, [2**63] * 5, "M" * 200, "M*-E" * 10]  # fmt: skip
+          0.5, float("nan"), float("inf"), "", "x", "full_attention", "sliding_attention", "mamba", "bfloat16", "\ud800", "\x1b[31m", "a" * 5000, [],
+          {}, [None], [[]], [1] * 3, ["mamba", "attention"], ["full_attention"] * 40, {"model_type": "llama"},
+          {"a": {"b": []}}, [2**63] * 5, "M" * 200, "M*-E" * 10]  # fmt: skip
 QUANTISATIONS = [{"quant_method": "fp8", "weight_block_size": [128, 128]}, {"quant_method": "gptq", "bits": 4, "group_size": 128}, {"quant_method": "mxfp4"},
                  {"quant_method": "awq", "bits": 4, "group_size": -1}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_algo": "NVFP4"},
                  {"quant_method": "compressed-tensors", "config_groups": {"0": {"weights": {"num_bits": 4, "type": "int", "group_size": 64}}},
