@@ -72,7 +72,7 @@ def why_vllm_refuses(
 
 
 def vllm_ssm_dtype(model_type: str, config_dtype: str | None, compute_dtype: str) -> str:
-    """The number format that vLLM gives recurrent states unless --mamba-ssm-cache-dtype says another.
+    """The number format that vLLM gives recurrent states unless --mamba-ssm-cache-dtype says another; on a CPU it is float32 in any case.
 
     config_dtype: the config's mamba_ssm_cache_dtype (NemotronH) or mamba_ssm_dtype (Qwen3.5), which hold for these types alone; else it is compute_dtype, the
     model's own.

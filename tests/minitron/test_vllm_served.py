@@ -77,6 +77,7 @@ KINDS = {
     "jamba, prefix caching": ({"attn_layer_offset": 2, "attn_layer_period": 4, "num_experts": 2, "mamba_d_state": 16}, CACHED, {}),
     "qwen3_next": ({**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 64, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
                     "linear_key_head_dim": 32, "linear_value_head_dim": 32}, {"dtype": "bfloat16"}, {}),
+    "lfm2": ({"layer_types": ["conv", "conv", "full_attention", "conv"], "block_ff_dim": 256}, {}, {"conv_dim": 128, "block_dim": 128}),
     "zamba2": ({"num_hidden_layers": 6, "n_mamba_heads": 8, "mamba_d_state": 16, "mamba_ngroups": 2, "num_mem_blocks": 1, "adapter_rank": 8,
                 "num_key_value_heads": 4, "head_dim": 64, "layers_block_type": ["mamba", "mamba", "hybrid"] * 2}, {}, {}),
     "deepseek_v2": ({**LATENT, **EXPERTS, "q_lora_rank": None, "n_shared_experts": 1, "first_k_dense_replace": 1, "topk_method": "greedy"}, BLOCKS_OF_16, {}),
