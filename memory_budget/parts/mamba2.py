@@ -11,7 +11,10 @@ from memory_budget.parts.part import SCAN_CHUNK_TOKENS, LayerParameters, Part
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mamba2(Part):
-    """in_proj rows z M·P, x M·P, B G·N, C G·N, dt M; a convolution over x, B and C; out_proj D × M·P. `gated_norm`: a norm of M·P channels before it."""
+    """in_proj rows z M·P, x M·P, B G·N, C G·N, dt M; a convolution over x, B and C; out_proj D × M·P. `gated_norm`: a norm of M·P channels before it.
+
+    projection_bias: of in_proj · output_bias: of out_proj, None: as projection_bias.
+    """
 
     kind: ClassVar[str] = "mamba"
     letter: ClassVar[str] = "M"
@@ -24,6 +27,7 @@ class Mamba2(Part):
     conv_kernel: int
     conv_bias: bool = True
     projection_bias: bool = False
+    output_bias: bool | None = None
     gated_norm: bool = True
 
     @property
@@ -40,7 +44,8 @@ class Mamba2(Part):
         projected = self.inner + self.conv_channels + self.heads
         conv = self.conv_channels * (self.conv_kernel + int(self.conv_bias))
         head_vectors = 3 * self.heads  # dt_bias, A_log, D
-        biases = (projected + self.hidden) * int(self.projection_bias)
+        output_bias = self.projection_bias if self.output_bias is None else self.output_bias
+        biases = projected * int(self.projection_bias) + self.hidden * int(output_bias)
         return LayerParameters(
             matrices=((1, projected, self.hidden), (1, self.hidden, self.inner)),
             others=conv + head_vectors + self.inner * int(self.gated_norm) + biases,
