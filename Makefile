@@ -1,13 +1,15 @@
-# make demo | real | test | tiny-teacher | install | install-cuda | house | gpu-check | gpu-stand-in | vllm-check.
+# make demo | real | test | tiny-teacher | install | install-cuda | house | gpu-check | gpu-stand-in | vllm-check |
+# llamacpp-check.
 # Each target sets up .venv first if pyproject.toml or constraints.txt changed.
 PYTHON ?= python3
 VENV := .venv
 VLLM_VENV := .venv-vllm
+LLAMACPP_VENV := .venv-llamacpp
 STAND_IN_VENV := .venv-gpu-stand-in
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install install-cuda demo real tiny-teacher house test test-slow gpu-check gpu-stand-in gpu-stand-in-kernels gpu-stand-in-walks vllm-check clean
+.PHONY: install install-cuda demo real tiny-teacher house test test-slow gpu-check gpu-stand-in gpu-stand-in-kernels gpu-stand-in-walks vllm-check llamacpp-check clean
 .PHONY: gpu-carry gpu-carried-site gpu-carried-tests gpu-carried-rows gpu-check-carried
 .DELETE_ON_ERROR:
 
@@ -140,5 +142,15 @@ $(VLLM_VENV)/installed: constraints.txt
 vllm-check: $(VENV)/installed-test $(VLLM_VENV)/installed
 	HF_HUB_OFFLINE=1 VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -q -s -m vllm $(PYTEST_ARGS)
 
+# llama.cpp for CPUs in an environment of its own: its package compiles it, which takes a quarter of an hour on two cores (C++ compiler needed, once).
+$(LLAMACPP_VENV)/installed: constraints.txt
+	test -x $(LLAMACPP_VENV)/bin/python || $(PYTHON) -m venv $(LLAMACPP_VENV)
+	$(LLAMACPP_VENV)/bin/pip install --quiet "$$(grep '^llama-cpp-python==' constraints.txt)"
+	touch $@
+
+# What memory_budget says of llama.cpp's buffers and of its quantiser's types against what llama.cpp logs for tiny GGUFs: seconds.
+llamacpp-check: $(VENV)/installed-test $(LLAMACPP_VENV)/installed
+	HF_HUB_OFFLINE=1 LLAMACPP_PYTHON=$(CURDIR)/$(LLAMACPP_VENV)/bin/python $(BIN)/python -m pytest -q -s -m llamacpp $(PYTEST_ARGS)
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(STAND_IN_VENV) runs/store build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(LLAMACPP_VENV) $(STAND_IN_VENV) runs/store build *.egg-info
