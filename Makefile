@@ -138,7 +138,8 @@ $(VLLM_VENV)/installed: constraints.txt
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-# A tiny student of every family, exported and read by real vLLM on this CPU (it needs AVX-512): about 3 minutes. docs/serving.md
+# A tiny student of every family, exported and read by real vLLM on this CPU (it needs AVX-512), and caches of tiny models of other kinds: about 8 minutes on
+# two cores. docs/serving.md
 vllm-check: $(VENV)/installed-test $(VLLM_VENV)/installed
 	HF_HUB_OFFLINE=1 VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -q -s -m vllm $(PYTEST_ARGS)
 

@@ -21,7 +21,7 @@ from memory_budget.calculator import MemoryReport, max_batch, max_context_tokens
 from memory_budget.hf_config import FAMILIES, architecture_from_config, read_config, unmodelled_settings
 from memory_budget.parameters import count_active_parameters, count_parameters, count_total_parameters
 from memory_budget.units import GIB, format_count, format_gib
-from memory_budget.vllm import BLOCK_SIZE_TOKENS, VllmAllotment, vllm_allotment, vllm_pool_bytes
+from memory_budget.vllm.allotment import BLOCK_SIZE_TOKENS, VllmAllotment, vllm_allotment, vllm_pool_bytes
 from memory_budget.workload import KV_DTYPES, QUANTISED_DTYPES, SSM_DTYPES, WEIGHTS_DTYPES, Workload
 
 VLLM_OPTIONS = ("pool_gib", "device_gib", "utilization", "overhead_gib", "prefix_caching", "block_size")

@@ -7,7 +7,7 @@ import pytest
 
 from memory_budget.architecture import Architecture
 from memory_budget.units import GIB
-from memory_budget.vllm import vllm_allotment, vllm_pool_bytes
+from memory_budget.vllm.allotment import vllm_allotment, vllm_pool_bytes
 from memory_budget.workload import Workload
 
 
@@ -96,6 +96,11 @@ def test_weights_that_leave_no_pool_are_refused(architecture_of):
         vllm_allotment(architecture, Workload(), pool_bytes=pool)
 
 
+def test_a_pool_beyond_all_memory_is_refused(architecture_of):
+    with pytest.raises(ValueError, match="pool must be below 8,589,934,592 GiB"):
+        vllm_allotment(architecture_of("llama-3-8b"), Workload(), pool_bytes=2**1024)
+
+
 def test_a_model_with_nothing_to_cache_is_refused():
     architecture = Architecture(model_type="nemotron_h", pattern="-", hidden=8, vocab=16, ffn=8)
     with pytest.raises(ValueError, match="neither attention nor Mamba"):
@@ -107,6 +112,7 @@ def test_a_model_with_nothing_to_cache_is_refused():
     [
         {"device_gib": 0},
         {"device_gib": math.nan},
+        {"device_gib": 1e300},
         {"device_gib": 1, "utilization": 1.1},
         {"device_gib": 1, "overhead_gib": -1},
     ],

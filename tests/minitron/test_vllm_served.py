@@ -1,7 +1,7 @@
 """make vllm-check: real vLLM reads exported students of every family unchanged; VLLM_PYTHON names the interpreter that has it. Prints what it measures.
 
 Its server answers for a NemotronH; starting one takes 40 s, so the other families' students are read one after another by a single process of vLLM
-(vllm_engine.py), seconds each.
+(vllm_engine.py), seconds each; and after them tiny models of kinds that memory_budget counts and nothing here cuts.
 """
 
 import json
@@ -18,9 +18,14 @@ from pathlib import Path
 import openai
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from memory_budget.hf_config import read_config
+from memory_budget.configs.registry import READERS, model_from_config
+from memory_budget.hf_config import FAMILIES, read_config
+from memory_budget.units import GIB
+from memory_budget.vllm.allotment import vllm_allotment, vllm_longest_context
+from memory_budget.vllm.settings import batch_limits
+from memory_budget.workload import Workload
 from minitron.families.known import family_of
 from minitron.generation.generate import generate
 from minitron.generation.prompts import Tags, write_prompt
@@ -49,6 +54,33 @@ STUDENTS = {
     "gemma3_text": (True, CUT_BLOCKS, ("model.layers.1.post_feedforward_layernorm.weight", "model.rotary_emb.full_attention_inv_freq",
                                        "model.rotary_emb.sliding_attention_inv_freq")),
     "mamba2": (True, "layers: 3, hidden: 96", ("backbone.layers.1.mixer.out_proj.weight", "backbone.layers.1.mixer.A_log")),
+}  # fmt: skip
+
+# Of random weights: sizes that differ from the common ones, what vLLM is asked for, and keys that it reads and transformers does not write.
+COMMON = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
+          "head_dim": 32, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_expand": 2}
+LATENT = {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "num_key_value_heads": 4, "n_routed_experts": 4}
+CACHED, BLOCKS_OF_16 = {"enable_prefix_caching": True}, {"block_size": 16}
+GRANITE = {"layer_types": ["mamba", "mamba", "attention", "mamba", "mamba", "mamba"]}  # transformers 5.23 writes other words, which vLLM does not know
+GRANITE_SIZES = {**MAMBA, **GRANITE, "num_hidden_layers": 6, "shared_intermediate_size": 256, "num_local_experts": 0}
+KINDS = {
+    "qwen3_moe": ({**EXPERTS, "num_experts": 4}, {}, {}),
+    "mixtral": ({"num_local_experts": 4}, {}, {}),
+    "mistral": ({"sliding_window": 64}, {"max_num_batched_tokens": 512, "max_model_len": 4096}, {}),
+    "gemma2": ({"sliding_window": 64, "num_hidden_layers": 5}, {}, {}),
+    "gpt_oss": ({"sliding_window": 64, "num_local_experts": 4}, {}, {}),
+    "granitemoehybrid": (GRANITE_SIZES, {}, GRANITE),
+    "granitemoehybrid, prefix caching": (GRANITE_SIZES, CACHED, GRANITE),
+    "falcon_h1": ({**MAMBA, "mamba_d_ssm": 256}, {}, {}),
+    "jamba, prefix caching": ({"attn_layer_offset": 2, "attn_layer_period": 4, "num_experts": 2, "mamba_d_state": 16}, CACHED, {}),
+    "qwen3_next": ({**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 64, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+                    "linear_key_head_dim": 32, "linear_value_head_dim": 32}, {"dtype": "bfloat16"}, {}),
+    "lfm2": ({"layer_types": ["conv", "conv", "full_attention", "conv"], "block_ff_dim": 256}, {}, {"conv_dim": 128, "block_dim": 128}),
+    "zamba2": ({"num_hidden_layers": 6, "n_mamba_heads": 8, "mamba_d_state": 16, "mamba_ngroups": 2, "num_mem_blocks": 1, "adapter_rank": 8,
+                "num_key_value_heads": 4, "head_dim": 64, "layers_block_type": ["mamba", "mamba", "hybrid"] * 2}, {}, {}),
+    "deepseek_v2": ({**LATENT, **EXPERTS, "q_lora_rank": None, "n_shared_experts": 1, "first_k_dense_replace": 1, "topk_method": "greedy"}, BLOCKS_OF_16, {}),
 }  # fmt: skip
 
 
@@ -96,13 +128,17 @@ class Engine:
 
     def read(self, folder: Path, ids: list[int], **options) -> tuple[torch.Tensor, tuple[int, float]]:
         """log p of every id but the first, nats; and cache tokens with the maximum concurrency."""
+        answer = self.ask(folder, ids, **options)
+        assert "error" not in answer, answer["error"]
+        return torch.tensor(answer["log_probabilities"]), (answer["cache_tokens"], round(answer["concurrency"], 2))
+
+    def ask(self, folder: Path, ids: list[int], **options) -> dict:
+        """What the process says of a new engine, or of why there is none."""
         asked = {"folder": str(folder), "ids": ids, "options": {"max_model_len": CONTEXT, **options}}
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
-        answer = json.loads(line) if line else {"error": self.log.read_text()[-4000:]}
-        assert "error" not in answer, answer["error"]
-        return torch.tensor(answer["log_probabilities"]), (answer["cache_tokens"], round(answer["concurrency"], 2))
+        return json.loads(line) if line else {"error": self.log.read_text()[-4000:]}
 
 
 @pytest.fixture(scope="module")
@@ -267,12 +303,69 @@ def test_prompt_log_probabilities_of_every_other_family_are_transformers(read):
         assert differences(read.log_probabilities, model, read.ids).max() > TOLERANCE_NATS
 
 
-def test_cache_size_and_concurrency_of_every_other_family_are_the_calculators(read, environment):
-    """The control: the teacher's caches take more, so fewer tokens fit. Not where there are windows, for which vLLM counts blocks of its own."""
-    if getattr(AutoConfig.from_pretrained(read.folder), "sliding_window", None):
-        pytest.skip("vLLM keeps for a window what its scheduler batches")
-    options = ("--weights", "float32", "--kv", "float32")
-    predicted = predicted_sizes(read.folder, environment, *options)
+def allotted(folder: Path, **options) -> tuple[int, float]:
+    """The calculator's two numbers for vLLM's class on a CPU, of the options that vLLM is given."""
+    workload, rest = asked_of_the_calculator(options)
+    allotment = vllm_allotment(model_from_config(read_config(folder)), workload, pool_bytes=POOL_GIB * GIB, **rest)
+    return allotment.kv_cache_tokens, round(allotment.max_concurrency, 2)
+
+
+def asked_of_the_calculator(options: dict) -> tuple[Workload, dict]:
+    context = options.get("max_model_len", CONTEXT)
+    dtype = {"float32": "float32", "bfloat16": "bf16"}[options.get("dtype", "float32")]
+    tokens = options.get("max_num_batched_tokens", batch_limits(cpu_devices=1, server=False, context_tokens=context).tokens)
+    return Workload(context, weights_dtype=dtype, kv_dtype=dtype), {
+        "block_size": options.get("block_size", BLOCK_SIZE), "max_num_batched_tokens": tokens, "async_scheduling": False,
+        "prefix_caching": options.get("enable_prefix_caching", False)}  # fmt: skip
+
+
+def test_cache_size_and_concurrency_of_every_other_family_are_the_calculators(read):
+    """The controls: the teacher's caches take more, so fewer tokens fit; and within a window it matters what is in flight."""
+    predicted = allotted(read.folder)
     print(f"\n{read.family}: vLLM {read.sizes[0]:,} tokens, {read.sizes[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
     assert predicted == read.sizes
-    assert predicted_sizes(read.folder.parents[2] / "teacher", environment, *options)[0] < 0.8 * predicted[0]
+    assert allotted(read.folder.parents[2] / "teacher")[0] < 0.8 * predicted[0]
+    is_within_a_window = bool(getattr(AutoConfig.from_pretrained(read.folder), "sliding_window", None))
+    assert (allotted(read.folder, max_num_batched_tokens=128) != predicted) == is_within_a_window
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cache_size_and_concurrency_of_other_kinds_are_the_calculators(kind, engine, tmp_path):
+    """The control: a context of 1,000 tokens more gives other numbers."""
+    sizes, options, keys = KINDS[kind]
+    model_type = kind.partition(",")[0]
+    if model_type not in (*FAMILIES, *READERS):
+        pytest.skip(f"memory_budget does not read {model_type}")
+    write_random(model_type, sizes, keys, tmp_path)
+    _, printed = engine.read(tmp_path, [], **{"dtype": "float32", "enable_prefix_caching": False, **options}, skip_tokenizer_init=True)
+    predicted = allotted(tmp_path, **options)
+    print(f"\n{kind}: vLLM {printed[0]:,} tokens, {printed[1]}x; calculator {predicted[0]:,} tokens, {predicted[1]}x")
+    assert predicted == printed != allotted(tmp_path, **{**options, "max_model_len": options.get("max_model_len", CONTEXT) + 1000})
+
+
+def write_random(model_type: str, sizes: dict, keys: dict, folder: Path) -> None:
+    """A model of random weights as transformers writes it, and keys beside it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**COMMON, **sizes}), dtype=torch.float32)
+    model.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_where_vllm_stops_is_where_the_calculator_says(model_type, engine, tmp_path):
+    """A pool of 16 blocks of 4 layers: vLLM's own longest context is the calculator's, and it refuses one token more."""
+    write_random(model_type, KINDS["mistral"][0] if model_type == "mistral" else {}, {}, tmp_path)
+    pool = {"kv_cache_memory_bytes": 16 * 262_144}
+    options = {"max_num_batched_tokens": 4096, "dtype": "float32", "skip_tokenizer_init": True, "enable_prefix_caching": False}
+    workload, rest = asked_of_the_calculator(options)
+    longest = vllm_longest_context(model_from_config(read_config(tmp_path)), workload, pool_bytes=pool["kv_cache_memory_bytes"], **rest)
+    answer = engine.ask(tmp_path, [], **options, **pool, max_model_len=-1)
+    print(f"\n{model_type}: vLLM {answer.get('context')} tokens; calculator {longest} tokens")
+    assert answer.get("context") == longest, answer
+    assert "is larger than the available KV cache memory" in engine.ask(tmp_path, [], **options, **pool, max_model_len=longest + 1)["error"]
+
+
+def test_the_limits_are_vllms_own(engine, folder):
+    limits = batch_limits(cpu_devices=1, server=False, context_tokens=CONTEXT)
+    assert engine.ask(folder, [], dtype="float32", mamba_ssm_cache_dtype="float32")["limits"] == [limits.tokens, limits.sequences]

@@ -1,7 +1,9 @@
 """Run by an interpreter that has vLLM, not by pytest: reads one model folder after another in one process, and tells the log-probabilities of a prompt.
 
-A line in, JSON: {"folder", "ids", "options"}, the options being those of vllm.LLM; a line out, JSON: {"log_probabilities", "cache_tokens", "concurrency"},
-nats of every id but the first and what vLLM logs of its caches; or {"error"}. What vLLM itself prints goes to standard error.
+A line in, JSON: {"folder", "ids", "options"}, the options being those of vllm.LLM; without ids only the caches are asked for, and kv_cache_memory_bytes takes
+the place of VLLM_CPU_KVCACHE_SPACE. A line out, JSON: {"log_probabilities", "cache_tokens", "concurrency", "context", "limits"}, nats of every id but the
+first, what vLLM logs of its caches, and its --max-model-len and [--max-num-batched-tokens, --max-num-seqs] as it settled them; or {"error"}. What vLLM itself
+prints goes to standard error.
 """
 
 import json
@@ -15,19 +17,32 @@ os.dup2(2, 1)
 
 def read(folder: str, ids: list[int], options: dict) -> dict:
     """Of a new engine in this process, which is gone afterwards."""
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    engine = LLM(model=folder, enforce_eager=True, distributed_executor_backend="uni", **options)
+    engine, space = None, os.environ["VLLM_CPU_KVCACHE_SPACE"]
+    if "kv_cache_memory_bytes" in options:
+        del os.environ["VLLM_CPU_KVCACHE_SPACE"]
     try:
-        (got,) = engine.generate([{"prompt_token_ids": ids}], SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0), use_tqdm=False)
-        found, caches = zip(got.prompt_logprobs[1:], ids[1:], strict=True), engine.llm_engine.vllm_config.cache_config
-        return {"log_probabilities": [row[token].logprob for row, token in found], "cache_tokens": caches.kv_cache_size_tokens,
-                "concurrency": caches.kv_cache_max_concurrency}  # fmt: skip
+        engine = LLM(model=folder, enforce_eager=True, distributed_executor_backend="uni", **options)
+        config = engine.llm_engine.vllm_config
+        caches, limits = config.cache_config, config.scheduler_config
+        return {"log_probabilities": log_probabilities(engine, ids) if ids else [], "cache_tokens": caches.kv_cache_size_tokens,
+                "concurrency": caches.kv_cache_max_concurrency, "context": config.model_config.max_model_len,
+                "limits": [limits.max_num_batched_tokens, limits.max_num_seqs]}  # fmt: skip
     finally:
-        engine.llm_engine.engine_core.shutdown()
-        del engine
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = space
+        if engine is not None:
+            engine.llm_engine.engine_core.shutdown()
+            del engine
         cleanup_dist_env_and_memory()
+
+
+def log_probabilities(engine, ids: list[int]) -> list[float]:
+    from vllm import SamplingParams
+
+    (got,) = engine.generate([{"prompt_token_ids": ids}], SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0), use_tqdm=False)
+    return [row[token].logprob for row, token in zip(got.prompt_logprobs[1:], ids[1:], strict=True)]
 
 
 def main() -> None:
