@@ -8,8 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
-
 from memory_budget.architecture import Architecture
 
 
@@ -104,5 +102,7 @@ def completed(student: Architecture, teacher: Architecture, follows: Mapping[str
 
 def combined(teacher: Architecture, widths: Mapping[str, Sequence[int]], follows: Mapping[str, Coupling]) -> Architecture:
     """Every combination of options at once: the teacher with arrays, the options of a field along a dimension of their own, and with what follows."""
+    import numpy as np  # only where there are candidates to weigh
+
     arrays = np.ix_(*(np.array(options, dtype=np.int64) for options in widths.values()))
     return completed(replace(teacher, **dict(zip(widths, arrays, strict=True))), teacher, follows)

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from math import gcd, lcm
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from memory_budget.architecture import Architecture
 from minitron.families import config_json, nemotron_h
 from minitron.families.base import Family
@@ -44,7 +42,7 @@ class Expansion:
     def holds(self, student: Architecture, teacher: Architecture) -> Any:
         """Number by number where sizes are arrays; not where one that follows is larger than the teacher's."""
         inner, within = student.mamba_inner, (student.hidden <= teacher.hidden) & (student.mamba_num_heads <= teacher.mamba_num_heads)
-        return within & (inner > 0) & (student.hidden > 0) & (inner % np.maximum(student.hidden, 1) == 0)
+        return within & (inner > 0) & (student.hidden > 0) & (inner % (student.hidden + (student.hidden == 0)) == 0)
 
     def follower(self, given: Collection[str]) -> str | None:
         if "hidden" in given:

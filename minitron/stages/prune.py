@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from minitron.settings.derived import base_stage, check_rotates, rotates
+from minitron.settings.derived import base_stage, check_rotates
 from minitron.settings.rules import key_settings
 from minitron.settings.run import PruneMethod, Settings
 from minitron.settings.teachers import base_architecture
@@ -22,7 +22,7 @@ def needs(settings: Settings) -> tuple[str, ...]:
 def what(settings: Settings) -> Any:
     if settings.prune.method is PruneMethod.slice:
         return {}  # nothing else to choose
-    return {**key_settings(settings.prune), "rotate": rotates(settings), "held_out": settings.search.screen_samples, **BALANCED}
+    return {**key_settings(settings.prune), "rotate": settings.prune.rotate is not False, "held_out": settings.search.screen_samples, **BALANCED}
 
 
 def cut_from(settings: Settings, inputs: Mapping[str, Result], candidate: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from distill.engines.sharing import check_sharing
 from minitron.machine import processes
-from minitron.settings.derived import asked_candidate_samples, base_stage, rotates
+from minitron.settings.derived import asked_candidate_samples, base_stage
 from minitron.settings.rules import key_settings
 from minitron.settings.run import PruneMethod, Settings
 from minitron.stages.prune import BALANCED, cut_from
@@ -21,7 +21,7 @@ def needs(settings: Settings) -> tuple[str, ...]:
 def what(settings: Settings) -> Any:
     cut = {}
     if settings.prune.method is PruneMethod.compensated:
-        own = {"rotate": rotates(settings), "samples": asked_candidate_samples(settings), **BALANCED}
+        own = {"rotate": settings.prune.rotate is not False, "samples": asked_candidate_samples(settings), **BALANCED}
         cut = {"prune": {**key_settings(settings.prune), **own}}
     short = {name: value for name, value in key_settings(settings.screen).items() if name != "cut_samples"}
     return {"held_out": settings.search.screen_samples, "seed": settings.seed, **short, **cut}
