@@ -1,0 +1,53 @@
+"""Bytes that vLLM allots for LoRA adapters: when it starts, for every slot, at the largest rank, whether an adapter is loaded or not.
+
+Source: vllm/lora/model_manager.py (every linear layer and mixture of experts is wrapped, embedding and head where the model's class names them) and
+vllm/lora/layers (lora_a_stacked, lora_b_stacked) of vLLM 0.32.0, without --fully-sharded-loras. Of N slots of rank R, with the matrices that one device holds:
+
+    a projection of n inputs             N·R·(n + outputs), for each that is packed with others too (q, k and v; gate and up)
+    an expert                            as its own projections; gpt_oss reads gate and up of an expert through one A: N·R·n less
+    a router, a shared expert's gate     N·R·(D + outputs), whole on every device; NemotronH's router has none
+    Mamba-2's in_proj                    N·R·(5·D + outputs): z, x, B, C and dt have each an A
+    Mamba-2's convolution                N·R·(3·kernel + channels): x, B and C
+    embedding, head                      N·R·(V + D) each, whole on every device, tied or not
+
+    in the number format of the model (lora_dtype "auto"), not of its packed weights.
+"""
+
+from memory_budget.model import Model
+from memory_budget.parts.experts import Experts
+from memory_budget.parts.mamba2 import Mamba2
+from memory_budget.parts.part import Part
+from memory_budget.workload import BYTES_PER_NUMBER
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank may be
+DEFAULT_RANK = 16
+MOST_SLOTS = 2**20
+# How many of embedding and head the class of a type has wrapped (embedding_modules); types that are not here are not known to be as above.
+TABLES = {"llama": 2}
+
+
+def check_lora(slots: int, rank: int) -> None:
+    """Raises ValueError for slots and ranks that vLLM would refuse."""
+    if not 1 <= slots <= MOST_SLOTS:
+        raise ValueError(f"--lora ({str(slots)[:40]}) must be at least 1 adapter slot, and at most {MOST_SLOTS:,}")
+    if rank not in RANKS:
+        raise ValueError(f"--lora-rank ({str(rank)[:40]}) must be one of {', '.join(map(str, RANKS))}, as vLLM's --max-lora-rank")
+
+
+def lora_bytes(model: Model, held: Model, *, slots: int, rank: int, dtype: str) -> int:
+    """Bytes on one device, which holds `held` of the model; dtype: the model's. Scalars only. Raises ValueError for a type that is not known to be so."""
+    if model.model_type not in TABLES:
+        raise ValueError(f"--lora ({slots}): what vLLM wraps in adapters of model_type {model.model_type} is not known here; known: {', '.join(TABLES)}")
+    layers = sum(count * _layer_numbers(part, model.model_type) for count, part in held.layers)
+    return slots * rank * (layers + TABLES[model.model_type] * (model.vocab + model.hidden)) * BYTES_PER_NUMBER[dtype]
+
+
+def _layer_numbers(part: Part, model_type: str) -> int:
+    """Numbers of one slot of rank 1 in one layer."""
+    numbers = sum(copies * (outputs + inputs) for copies, outputs, inputs in part.parameters().matrices if outputs * inputs)
+    if isinstance(part, Mamba2):
+        return numbers + 4 * part.hidden + 3 * part.conv_kernel + part.conv_channels
+    if isinstance(part, Experts):
+        numbers += (part.hidden + part.experts) * (model_type != "nemotron_h") + (part.hidden + 1) * part.shared_gate
+        numbers -= part.experts * part.width * (model_type == "gpt_oss")
+    return numbers
