@@ -38,8 +38,9 @@ class MemoryReport:
 
     @property
     def total(self) -> int:
-        beside = (self.lora or 0) + (self.draft or 0) + (self.mtp or 0)
-        return self.weights + self.kv_cache + self.ssm_state + self.conv_state + self.activations + beside
+        own = self.weights + self.kv_cache + self.ssm_state + self.conv_state + self.activations
+        beside = [size for size in (self.lora, self.draft, self.mtp) if size is not None]
+        return own + sum(beside) if beside else own
 
     def as_dict(self) -> dict[str, int]:
         """The parts and the total, in bytes, under their names."""

@@ -171,6 +171,19 @@ def test_a_prediction_layer_joins_the_groups_and_its_note_goes(ask, written):
     assert not any("multi-token prediction" in note for note in more.get("notes", []))
 
 
+@pytest.mark.parametrize(("name", "block_size", "tokens", "parameters"), [("glm4_moe", 128, 1_398_016, 57_920), ("deepseek_v3", 16, 1_864_128, 61_560)])
+def test_prediction_layers_are_as_vllm_made_them(name, block_size, tokens, parameters):
+    """vLLM 0.32.0 on a CPU, method mtp: the tensors that the drafter has and the model not (without correction biases), and 1 GiB of 256 tokens in float32."""
+    config = MEASURED[name]["config"] | {"num_nextn_predict_layers": 1}
+    model = model_from_config(config)
+    mtp, own = (prediction_model(config, model, shared_tables=is_shared) for is_shared in (True, False))
+    workload = Workload(context_tokens=256, weights_dtype="float32", kv_dtype="float32")
+    found = [vllm_allotment(one, workload, pool_bytes=GIB, block_size=block_size, max_num_batched_tokens=256, async_scheduling=False).kv_cache_tokens
+             for one in (replace(model, layers=(*model.layers, *mtp.layers)), model)]  # fmt: skip
+    assert count_total_parameters(mtp) == parameters != count_total_parameters(own)
+    assert found[0] == tokens != found[1]
+
+
 def test_nemotron_h_says_what_its_prediction_layers_are(ask, config_path, written):
     """nemotron_h_mtp.py of vLLM: attention and experts, a norm before each, three more and a matrix 2·D → D."""
     config = json.loads(config_path("nemotron-3-nano-30b-a3b").read_text()) | {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
