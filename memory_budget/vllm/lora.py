@@ -8,7 +8,7 @@ vllm/lora/layers (lora_a_stacked, lora_b_stacked) of vLLM 0.32.0, without --full
     a router, a shared expert's gate     N·R·(D + outputs), whole on every device; NemotronH's router has none
     Mamba-2's in_proj                    N·R·(5·D + outputs): z, x, B, C and dt have each an A
     Mamba-2's convolution                N·R·(3·kernel + channels): x, B and C
-    a delta net's convolution            N·R·(kernel + channels)
+    Mamba-1's, a delta net's             N·R·(kernel + channels)
     embedding, head                      N·R·(V + D) each, whole on every device, tied or not
 
     in the number format of the model (lora_dtype "auto"), not of its packed weights.
@@ -19,6 +19,7 @@ from memory_budget.parts.attention import Attention
 from memory_budget.parts.delta import GatedDelta
 from memory_budget.parts.experts import Experts
 from memory_budget.parts.feed_forward import FeedForward
+from memory_budget.parts.mamba1 import Mamba1
 from memory_budget.parts.mamba2 import Mamba2
 from memory_budget.parts.part import Part
 from memory_budget.workload import BYTES_PER_NUMBER
@@ -29,7 +30,7 @@ MOST_SLOTS = 2**20
 FUSED = ("phi3", "granitemoehybrid")  # whose gate and up (of granitemoehybrid the shared experts') are stored as one, and so have one A
 # How many of embedding and head the class of a type has wrapped (embedding_modules); types that are not here are not known to be as above.
 TABLES = {
-    **dict.fromkeys(("llama", "qwen3", "qwen3_moe", "mixtral", "granite", "granitemoehybrid", "falcon_h1", "nemotron", "nemotron_h", "phi3"), 2),
+    **dict.fromkeys(("llama", "qwen3", "qwen3_moe", "mixtral", "granite", "granitemoehybrid", "falcon_h1", "jamba", "nemotron", "nemotron_h", "phi3"), 2),
     "cohere2": 1,  # the embedding
     **dict.fromkeys(("mistral", "qwen2", "qwen2_moe", "qwen3_next", "gemma2", "gemma3_text", "olmoe", "gpt_oss", "glm4_moe", "deepseek_v2", "deepseek_v3"), 0),
 }
@@ -56,6 +57,8 @@ def _layer_numbers(part: Part, model_type: str) -> int:
     numbers = sum(copies * (outputs + inputs) for copies, outputs, inputs in part.parameters().matrices if outputs * inputs)
     if isinstance(part, Mamba2):
         return numbers + 4 * part.hidden + 3 * part.conv_kernel + part.conv_channels
+    if isinstance(part, Mamba1):
+        return numbers + part.conv_kernel + part.inner
     if isinstance(part, GatedDelta):
         return numbers + part.conv_kernel + part.conv_channels
     if isinstance(part, Attention):

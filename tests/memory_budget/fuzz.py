@@ -119,7 +119,8 @@ def some_options(chance: random.Random) -> list[str]:
         pairs |= {"--weights": ["Q4_K_M", "q8_0", "F16", "bf17", "IQ2_XS", "Q4_0", ""], "--kv": ["q8_0", "f16", "q4_0", "x"], "--tp": ["1", "2"]}
     names = list(pairs) if engine == ["--engine=vllm"] or chance.random() < 0.1 else [name for name in pairs if name not in VLLM_OPTIONS]
     chosen = chance.sample(names, k=chance.choice([0, 0, 0, 0, 1, 1, 2, 3]))
-    flags = [flag for flag in ("--json", "--cards", "--formats", "--mtp", *(["--prefix-caching"] if engine == ["--engine=vllm"] else [])) if chance.random() < 0.2]
+    flags = ["--json", "--cards", "--formats", "--mtp", *(["--prefix-caching"] if engine == ["--engine=vllm"] else [])]
+    flags = [flag for flag in flags if chance.random() < 0.2]
     return [*engine, *(f"{name}={chance.choice(pairs[name])}" for name in chosen), *flags]
 
 
