@@ -26,7 +26,8 @@ ALLOWED = {
     "distill": ({"distill"}, None),
     "minitron": (set(PACKAGES), None),
 }
-ONLY_IN = {"matplotlib": ("minitron/", "memory_budget/command/plot.py"), "hydra": "minitron/door/", "omegaconf": "minitron/door/", "wandb": "minitron/walk/tracking.py"}
+ONLY_IN = {"matplotlib": ("minitron/", "memory_budget/command/plot.py"), "hydra": "minitron/door/", "omegaconf": "minitron/door/",
+           "wandb": "minitron/walk/tracking.py"}  # fmt: skip
 MOST_LINES, MOST_MODULES = 400, 16
 
 
