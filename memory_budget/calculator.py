@@ -16,27 +16,37 @@ from memory_budget.parameters import count_total_parameters
 from memory_budget.parts.part import Part, larger
 from memory_budget.workload import Workload
 
+BESIDE = ("lora", "draft", "mtp")  # parts of a report that are there when they are asked for
 NO_LIMIT = 2**63 - 1  # in an array of contexts, where a single one is None: numpy's largest integer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryReport:
-    """Bytes per part (integers; arrays where the architecture's sizes are). activations is 0 unless the workload asks for them."""
+    """Bytes per part (integers; arrays where the architecture's sizes are). activations is 0 unless the workload asks for them.
+
+    lora, draft, mtp: of what is served beside the model (command/beside.py); None where it is not asked for.
+    """
 
     weights: int
     kv_cache: int
     ssm_state: int
     conv_state: int
     activations: int
+    lora: int | None = None
+    draft: int | None = None
+    mtp: int | None = None
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv_cache + self.ssm_state + self.conv_state + self.activations
+        own = self.weights + self.kv_cache + self.ssm_state + self.conv_state + self.activations
+        beside = [size for size in (self.lora, self.draft, self.mtp) if size is not None]
+        return own + sum(beside) if beside else own
 
     def as_dict(self) -> dict[str, int]:
         """The parts and the total, in bytes, under their names."""
-        parts = ("weights", "kv_cache", "ssm_state", "conv_state", "activations", "total")
-        return {name: getattr(self, name) for name in parts}
+        parts = ("weights", "kv_cache", "ssm_state", "conv_state", "activations")
+        beside = {name: size for name in BESIDE if (size := getattr(self, name)) is not None}
+        return {name: getattr(self, name) for name in parts} | beside | {"total": self.total}
 
 
 def memory_report(counted: Architecture | Model, workload: Workload) -> MemoryReport:

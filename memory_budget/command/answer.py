@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from memory_budget.architecture import Architecture
 from memory_budget.budget import Budget, parse_budget
-from memory_budget.calculator import MemoryReport, max_batch, max_context_tokens, memory_report, weight_bytes
+from memory_budget.calculator import MemoryReport, max_batch, max_context_tokens, memory_report
+from memory_budget.command.beside import Beside, beside_of
 from memory_budget.command.llamacpp import Gguf, most
 from memory_budget.command.options import DEFAULT_UTILIZATION, check_options
 from memory_budget.configs.quantisation import stored_format
@@ -53,6 +54,7 @@ class Answer:
     budget: Budget
     vllm: Vllm | None
     gguf: Gguf | None
+    beside: Beside
     notes: list[str]
 
     @property
@@ -61,25 +63,31 @@ class Answer:
         return self.architecture or self.held
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the limits are those of the model alone, for which there are formulas; else they are found by halving."""
+        return self.gguf is None and not self.beside.is_there
+
+    @property
     def max_context(self) -> int | None:
         return self.context_within(self.budget.bytes)
 
     @property
     def max_batch(self) -> int | None:
-        if self.gguf is None:
+        if self.is_plain:
             return max_batch(self.held, self.workload, self.budget.bytes)
         return most(lambda batch: self.report_with(batch=batch).total <= self.budget.bytes)
 
     def context_within(self, budget_bytes: int) -> int | None:
         """The longest context, in tokens, with which the workload fits into so many bytes; None: no limit."""
-        if self.gguf is None:
+        if self.is_plain:
             return max_context_tokens(self.held, self.workload, budget_bytes)
         return most(lambda context: self.report_with(context_tokens=context).total <= budget_bytes)
 
     def report_with(self, **changes: int) -> MemoryReport:
         """The same of another workload."""
         workload = replace(self.workload, **changes)
-        return memory_report(self.held, workload) if self.gguf is None else self.gguf.report(self.counted, workload)
+        report = memory_report(self.held, workload) if self.gguf is None else self.gguf.report(self.counted, workload)
+        return self.beside.added_to(report, workload, self.gguf)
 
 
 def work_out(options: argparse.Namespace, argument: str) -> Answer:
@@ -105,18 +113,19 @@ def answer_of(options: argparse.Namespace, source: Source) -> Answer:
         activation_tokens=options.activations,
     )
     held = model if options.tp == 1 else shard(model, options.tp)
-    vllm = _vllm(options, model, workload, budget) if options.engine == "vllm" else None
+    beside = beside_of(options, config, model, held)
+    vllm = _vllm(options, model, workload, budget, beside) if options.engine == "vllm" else None
     notes = [
-        *model.notes,
-        *unmodelled_settings(config),
+        *(note for note in (*model.notes, *unmodelled_settings(config)) if not (options.mtp and note.startswith("multi-token prediction"))),
         *(stored_notes if options.weights is None and gguf is None else ()),
         *(gguf.notes(architecture or model) if gguf else ()),
         *packing_notes(held, workload, config),
         *(vllm.refusals if vllm else position_notes(model, workload, config)),
+        *beside.notes(workload, options.engine),
     ]
-    return Answer(name=source.name, model=model, held=held, tp=options.tp, workload=workload, budget=budget, vllm=vllm, gguf=gguf,
-                  report=gguf.report(architecture or held, workload) if gguf else memory_report(held, workload),
-                  architecture=architecture, notes=notes)  # fmt: skip
+    report = gguf.report(architecture or held, workload) if gguf else memory_report(held, workload)
+    return Answer(name=source.name, model=model, held=held, tp=options.tp, workload=workload, budget=budget, vllm=vllm, gguf=gguf, beside=beside,
+                  report=beside.added_to(report, workload, gguf), architecture=architecture, notes=notes)  # fmt: skip
 
 
 def _gguf(options: argparse.Namespace, model: Model) -> Gguf | None:
@@ -175,8 +184,9 @@ def _row_name(inputs: int, config: Config) -> str:
     return f"{named} {inputs:,}" if named else f"{inputs:,} numbers"
 
 
-def _vllm(options: argparse.Namespace, model: Model, workload: Workload, budget: Budget) -> Vllm:
-    """vLLM on the device that is given, else the budget's; its limits are its own defaults unless given."""
+def _vllm(options: argparse.Namespace, model: Model, workload: Workload, budget: Budget, beside: Beside) -> Vllm:
+    """vLLM on the device that is given, else the budget's; its limits are its own defaults unless given. What is beside the model takes from the pool, and its
+    layers join those of the model."""
     if not model.cache_known:
         raise ValueError(f"--engine vllm: the cache of model_type {model.model_type} is not known")
     device_gib = budget.device_gib if options.device_gib is None else options.device_gib
@@ -187,8 +197,10 @@ def _vllm(options: argparse.Namespace, model: Model, workload: Workload, budget:
     else:
         utilization = DEFAULT_UTILIZATION if options.utilization is None else options.utilization
         pool_bytes = vllm_pool_bytes(model, workload, device_gib=device_gib, utilization=utilization, overhead_gib=options.overhead_gib or 0.0, tp=options.tp)
+        pool_bytes -= beside.fixed_bytes(workload)
     block_size = BLOCK_SIZE_TOKENS if options.block_size is None else options.block_size
-    allotment = vllm_allotment(model, workload, pool_bytes=pool_bytes, prefix_caching=options.prefix_caching, block_size=block_size,
+    keeping = replace(model, layers=(*model.layers, *beside.layers))
+    allotment = vllm_allotment(keeping, workload, pool_bytes=pool_bytes, prefix_caching=options.prefix_caching, block_size=block_size,
                                max_num_batched_tokens=limits.tokens, tp=options.tp)  # fmt: skip
     given = options.pool_gib is not None or options.overhead_gib is not None
     return Vllm(pool_bytes=pool_bytes, allotment=allotment, limits=limits, refusals=why_vllm_refuses(model, workload, allotment, max_num_seqs=limits.sequences),
@@ -198,7 +210,7 @@ def _vllm(options: argparse.Namespace, model: Model, workload: Workload, budget:
 def with_weights(answer: Answer, dtype: str) -> Answer:
     """The same workload with weights in another format, a GGUF's where the engine is llama.cpp."""
     if answer.gguf is not None:
-        gguf = replace(answer.gguf, quant=dtype)
-        return replace(answer, gguf=gguf, report=gguf.report(answer.counted, answer.workload))
-    workload = replace(answer.workload, weights_dtype=dtype)
-    return replace(answer, workload=workload, report=replace(answer.report, weights=weight_bytes(answer.held, dtype)))
+        other = replace(answer, gguf=replace(answer.gguf, quant=dtype))
+    else:
+        other = replace(answer, workload=replace(answer.workload, weights_dtype=dtype))
+    return replace(other, report=other.report_with())

@@ -7,6 +7,7 @@ from typing import NoReturn
 from memory_budget.budget import MOST_GIB, PRESETS
 from memory_budget.configs.registry import model_types
 from memory_budget.vllm.allotment import BLOCK_SIZE_TOKENS
+from memory_budget.vllm.lora import DEFAULT_RANK
 from memory_budget.workload import KV_DTYPES, SSM_DTYPES, WEIGHTS_DTYPES
 
 VLLM_OPTIONS = ("pool_gib", "device_gib", "utilization", "overhead_gib", "prefix_caching", "block_size", "max_num_seqs")
@@ -42,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"what there is: a card ({', '.join(PRESETS)}) less a cushion of 5 %% and, for a10g, 1.3 GiB of other models; "
         "or a number of GiB as it is (default a10g)"))
     add_workload_options(parser)
+    add_beside_options(parser)
     add_question_options(parser)
     add_vllm_options(parser)
     return parser
@@ -63,6 +65,14 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
         "tensor parallel over N GPUs, split as vLLM does: bytes and budget are those of one of them (default 1)"))
     group.add_argument("--activations", type=int, default=0, metavar="N", help=(
         "also count the activations of a prefill chunk of N tokens, an estimate (default 0: left out)"))
+
+
+def add_beside_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("served beside the model")
+    group.add_argument("--lora", type=int, metavar="N", help="slots for N LoRA adapters, as vLLM allots them (its --max-loras)")
+    group.add_argument("--lora-rank", type=int, metavar="R", help=f"the largest rank of an adapter, vLLM's --max-lora-rank (default {DEFAULT_RANK})")
+    group.add_argument("--draft", metavar="OTHER", help="a draft model, named as the first is: its weights and, for the same contexts and batch, its caches")
+    group.add_argument("--mtp", action="store_true", help="also the multi-token prediction layers that the config names, weights and caches")
 
 
 def add_question_options(parser: argparse.ArgumentParser) -> None:

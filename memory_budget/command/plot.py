@@ -8,7 +8,8 @@ from memory_budget.command.questions import as_text, curve
 from memory_budget.units import GIB
 
 PARTS = {"weights": ("weights", "#0072B2"), "kv_cache": ("KV cache", "#E69F00"), "ssm_state": ("SSM state", "#009E73"),
-         "conv_state": ("convolution state", "#CC79A7"), "activations": ("activations", "#56B4E9")}  # fmt: skip
+         "conv_state": ("convolution state", "#CC79A7"), "activations": ("activations", "#56B4E9"),
+         "lora": ("LoRA slots", "#D55E00"), "draft": ("draft model", "#F0E442"), "mtp": ("token prediction", "#999999")}  # fmt: skip
 
 
 def write_plot(answer: Answer, path: str) -> str:
@@ -37,7 +38,7 @@ def _draw(answer: Answer, file: Path) -> str:
     except ImportError:
         return f"matplotlib is not installed, so {file} is not drawn; memory against context as text:\n{as_text(answer)}"
     contexts = [context for context, _ in points]
-    shown = [name for name in PARTS if any(parts[name] for _, parts in points)]
+    shown = [name for name in PARTS if any(parts.get(name) for _, parts in points)]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.stackplot(contexts, [[parts[name] / GIB for _, parts in points] for name in shown], labels=[PARTS[name][0] for name in shown],

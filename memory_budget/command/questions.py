@@ -64,4 +64,5 @@ def as_text(answer: Answer, *, width: int = 60) -> str:
         bar = list(("#" * fixed + "=" * (total - fixed)).ljust(width))
         bar[mark] = "|"
         lines.append(f"{context:>16,} tokens  {''.join(bar)}  {parts['total'] / GIB:,.2f} GiB")
-    return "\n".join([*lines, f"{'':>16}         # weights and states, = KV cache, | the budget ({answer.budget.bytes / GIB:,.2f} GiB)"])
+    beside = " and what is beside the model" if answer.beside.is_there else ""
+    return "\n".join([*lines, f"{'':>16}         # weights and states{beside}, = KV cache, | the budget ({answer.budget.bytes / GIB:,.2f} GiB)"])

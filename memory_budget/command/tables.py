@@ -71,7 +71,23 @@ def memory_rows(answer: Answer) -> list[Row]:
     if workload.activation_tokens:
         chunk = format_count(workload.activation_tokens, "tokens")
         rows.append(("activations", format_gib(report.activations), f"estimate, a prefill chunk of {chunk}"))
+    rows += [(name, format_gib(size), remark) for name, size, remark in beside_rows(answer)]
     return [*rows, ("total", format_gib(report.total) if known else UNKNOWN, _of_what(answer))]
+
+
+def beside_rows(answer: Answer) -> list[tuple[str, int, str]]:
+    """What is served beside the model: its name, bytes, and what they are."""
+    report, beside, rows = answer.report, answer.beside, []
+    if report.lora is not None:
+        slots = f"{format_count(beside.slots or 0, 'slots' if (beside.slots or 0) > 1 else 'slot')} of rank {beside.rank}"
+        rows.append(("LoRA slots", report.lora, f"{answer.workload.compute_dtype}, {slots}"))
+    if report.draft is not None and beside.draft is not None:
+        weights = parse_format(beside.draft.weights).dtype if answer.gguf is None else answer.gguf.quant.upper()
+        rows.append(("draft model", report.draft, f"{beside.draft.model.model_type}, weights in {weights}, and caches"))
+    if report.mtp is not None and beside.mtp is not None:
+        number = format_count(beside.mtp.num_layers, "layers" if beside.mtp.num_layers > 1 else "layer")
+        rows.append(("token prediction", report.mtp, f"{number}, weights and caches"))
+    return rows
 
 
 def _of_what(answer: Answer) -> str:
@@ -190,7 +206,7 @@ def compare_table(first: Answer, second: Answer) -> str:
     counts += [(f"  {kind}", *(found.get(kind, 0) for found in kinds)) for kind in dict.fromkeys((*kinds[0], *kinds[1]))]
     pairs += [(name, f"{one:,}", f"{other:,}", f"{other - one:+,}") for name, one, other in counts if one or other]
     reports = [one.report.as_dict() for one in (first, second)]
-    for part in ("weights", "kv_cache", "ssm_state", "conv_state", "activations", "total"):
+    for part in reports[0]:
         known = [one.model.cache_known or part == "weights" for one in (first, second)]
         sizes = [report[part] for report in reports]
         if any(sizes):

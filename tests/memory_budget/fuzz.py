@@ -37,7 +37,8 @@ QUANTISATIONS = [{"quant_method": "fp8", "weight_block_size": [128, 128]}, {"qua
                   "ignore": ["lm_head"]}, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}]  # fmt: skip
 KEYS = ["model_type", "num_hidden_layers", "hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
         "layer_types", "sliding_window", "quantization_config", "text_config", "llm_config", "rope_scaling", "max_position_embeddings", "tie_word_embeddings",
-        "num_experts", "num_local_experts", "num_experts_per_tok", "kv_lora_rank", "hybrid_override_pattern", "mlp_only_layers"]  # fmt: skip
+        "num_experts", "num_local_experts", "num_experts_per_tok", "kv_lora_rank", "hybrid_override_pattern", "mlp_only_layers",
+        "num_nextn_predict_layers", "mtp_num_hidden_layers", "mtp_hybrid_override_pattern"]  # fmt: skip
 VLLM_OPTIONS = ("--pool-gib", "--device-gib", "--utilization", "--overhead-gib", "--block-size", "--max-num-seqs")
 NUMBERS = ["1", "2", "64", "1000", "-1", "0", "1", "7", "131072", str(2**53), str(2**63), str(10**40), "1e300", "nan", "inf", "x", ""]
 
@@ -109,14 +110,17 @@ def some_options(chance: random.Random) -> list[str]:
     pairs = {"--context": NUMBERS, "--batch": NUMBERS, "--activations": NUMBERS, "--tp": ["1", "2", "3", "8", "0", "2000"], "--budget": ["l4", "24", *NUMBERS],
              "--weights": ["bf16", "fp8", "int8", "int4", "int4-g64", "int4-g0", "mxfp4", "nvfp4-moe", "fp8-g128", "x", "-", "int4-"], "--group": NUMBERS,
              "--kv": ["fp8", "bf16", "x"], "--ssm": ["bf16", "x"], "--engine": ["vllm", "plain"], "--pool-gib": NUMBERS, "--device-gib": NUMBERS,
-             "--utilization": NUMBERS, "--overhead-gib": NUMBERS, "--block-size": NUMBERS, "--max-num-seqs": NUMBERS}  # fmt: skip
+             "--utilization": NUMBERS, "--overhead-gib": NUMBERS, "--block-size": NUMBERS, "--max-num-seqs": NUMBERS,
+             "--lora": ["1", "8", *NUMBERS], "--lora-rank": ["16", "24", *NUMBERS],
+             "--draft": [str(CONFIGS / "qwen2-0.5b.json"), str(CONFIGS / "mamba2-2.7b.json"), "x"]}  # fmt: skip
     engine = ["--engine=vllm"] if chance.random() < 0.4 else []
     if not engine and chance.random() < 0.3:
         engine = ["--engine=llamacpp"]
         pairs |= {"--weights": ["Q4_K_M", "q8_0", "F16", "bf17", "IQ2_XS", "Q4_0", ""], "--kv": ["q8_0", "f16", "q4_0", "x"], "--tp": ["1", "2"]}
     names = list(pairs) if engine == ["--engine=vllm"] or chance.random() < 0.1 else [name for name in pairs if name not in VLLM_OPTIONS]
     chosen = chance.sample(names, k=chance.choice([0, 0, 0, 0, 1, 1, 2, 3]))
-    flags = [flag for flag in ("--json", "--cards", "--formats", *(["--prefix-caching"] if engine == ["--engine=vllm"] else [])) if chance.random() < 0.2]
+    flags = ["--json", "--cards", "--formats", "--mtp", *(["--prefix-caching"] if engine == ["--engine=vllm"] else [])]
+    flags = [flag for flag in flags if chance.random() < 0.2]
     return [*engine, *(f"{name}={chance.choice(pairs[name])}" for name in chosen), *flags]
 
 
