@@ -38,7 +38,7 @@ class MemoryReport:
 
     @property
     def total(self) -> int:
-        own = self.weights + self.kv_cache + self.ssm_state + self.conv_state + self.activations
+        own = self.kv_cache + self.ssm_state + self.conv_state + self.activations + self.weights  # the one of most dimensions last, where they are arrays
         beside = [size for size in (self.lora, self.draft, self.mtp) if size is not None]
         return own + sum(beside) if beside else own
 
