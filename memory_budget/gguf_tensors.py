@@ -13,8 +13,10 @@ from memory_budget.architecture import Architecture
 from memory_budget.gguf_types import BLOCKS, Place, check_file_type, row_bytes, tensor_type, wanted_type
 from memory_budget.model import Model, as_model, part_of
 from memory_budget.parts.attention import Attention
+from memory_budget.parts.delta import GatedDelta
 from memory_budget.parts.experts import Experts
 from memory_budget.parts.feed_forward import FeedForward
+from memory_budget.parts.latent import LatentAttention
 from memory_budget.parts.part import Part
 
 F32_BYTES = 4
@@ -116,13 +118,12 @@ def _matrices(model_type: str, part: Part) -> list[tuple[str, int, int, int]]:
         if model_type in FUSED_TYPES:
             return [("attn_v", 1, read[0] + copies * kept[0], read[1]), ("attn_output", *write)]
         return [("attn_q", 1, *read), *((role, 1, *kept) for role in ("attn_k", "attn_v")[:copies]), ("attn_output", *write)]
-    kind = type(part).__name__
-    if kind == "LatentAttention":  # keys and values are read out of the latent by a tensor each, that of the keys transposed
+    if type(part) is LatentAttention:  # keys and values are read out of the latent by a tensor each, that of the keys transposed
         *reading, (_, _, latent), write = matrices
         keys, values = ("other", part.heads, latent, part.plain_dim), ("other", part.heads, part.value_dim, latent)
         first = "attn_q" if len(reading) == 2 else "other"
         return [(first, *reading[0]), *(("other", *matrix) for matrix in reading[1:]), keys, values, ("attn_output", *write)]
-    if kind == "GatedDelta":  # q, k and v are one tensor, attn_qkv, which counts among the values, and z is another
+    if type(part) is GatedDelta:  # q, k and v are one tensor, attn_qkv, which counts among the values, and z is another
         convolved, values = ("attn_v", 1, part.conv_channels, part.hidden), ("other", 1, part.values, part.hidden)
         return [convolved, values, *(("other", *matrix) for matrix in matrices[1 if part.fused else 2 :])]
     return [("other", copies, outputs, inputs) for copies, outputs, inputs in matrices]

@@ -1,10 +1,10 @@
 """Which reader knows which model_type, and what stands around a language model's sizes."""
 
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from memory_budget.configs import delta, dense, hybrids, latent, mixtures
 from memory_budget.configs.nested import language_part
 from memory_budget.configs.quantisation import positions
 from memory_budget.configs.unknown import unknown_model
@@ -18,10 +18,8 @@ MOST_LAYERS = 2**14
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_nextn_predict_layers", "max_window_layers", "first_k_dense_replace",
                 "num_kv_shared_layers", "sliding_window_pattern")  # fmt: skip
 
-READERS: dict[str, Callable[[Config], Model]] = {}  # beside those that can be cut
-for _name in ("dense", "mixtures", "latent", "hybrids", "delta"):
-    if importlib.util.find_spec(f"memory_budget.configs.{_name}"):
-        READERS |= importlib.import_module(f"memory_budget.configs.{_name}").MODELS
+# Beside those that can be cut.
+READERS: dict[str, Callable[[Config], Model]] = {**dense.MODELS, **mixtures.MODELS, **latent.MODELS, **hybrids.MODELS, **delta.MODELS}
 
 
 def model_types() -> tuple[str, ...]:

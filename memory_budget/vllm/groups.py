@@ -7,6 +7,7 @@ Source: vllm/v1/core/kv_cache_utils.py (get_kv_cache_groups), vllm/v1/kv_cache_i
 from dataclasses import dataclass, replace
 
 from memory_budget.model import Model
+from memory_budget.parts.latent import LatentAttention
 from memory_budget.parts.mamba2 import Mamba2
 from memory_budget.parts.part import Part
 from memory_budget.workload import BYTES_PER_NUMBER, Workload
@@ -133,8 +134,8 @@ def _pages(model: Model, workload: Workload, block_size: int, prefix_caching: bo
 
 
 def _is_latent(part: Part) -> bool:
-    """Whether one row serves all heads; only such a part says what the heads' own keys and values would be."""
-    return hasattr(part, "spread_numbers_per_token")
+    """Whether one row serves all heads."""
+    return isinstance(part, LatentAttention)
 
 
 def _state_bytes(part: Part, workload: Workload) -> int:

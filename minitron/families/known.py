@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from memory_budget.architecture import Architecture
-from memory_budget.hf_config import FAMILIES as COUNTED
 from minitron.families.base import Family
 from minitron.families.gemma3_text import FAMILY as GEMMA3_TEXT
 from minitron.families.llama import FAMILY as LLAMA
@@ -21,9 +20,7 @@ def family_of(config: dict) -> Family:
     """The family of a parsed config.json. Raises ValueError for one that cannot be cut, or that a cut could not honour."""
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
-        counted = ", ".join(name for name in COUNTED if name not in FAMILIES)
-        only = f" (only counted, by python -m memory_budget: {counted})" if counted else ""
-        raise ValueError(f"model_type {model_type!r} cannot be pruned; supported: {', '.join(FAMILIES)}{only}")
+        raise ValueError(f"model_type {model_type!r} cannot be pruned; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     if quantised := quantised_by_config(config):
         raise ValueError(f"{quantised} in config.json: a quantised checkpoint, and stages cut, train and merge plain weights; give the bf16 one")

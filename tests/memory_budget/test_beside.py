@@ -46,20 +46,6 @@ def ask(capsys):
 
 
 @pytest.fixture
-def refused(capsys):
-    """Runs the command here and gives the one line that it refuses with."""
-
-    def run(*arguments: object) -> str:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        assert end.value.code == 2 and said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
-        return said.err
-
-    return run
-
-
-@pytest.fixture
 def written(tmp_path):
     """Path of a config that is written for the test."""
 

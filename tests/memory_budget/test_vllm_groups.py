@@ -7,6 +7,7 @@ import pytest
 from memory_budget.model import Model
 from memory_budget.parts.attention import Attention
 from memory_budget.parts.feed_forward import FeedForward
+from memory_budget.parts.latent import LatentAttention
 from memory_budget.parts.mamba2 import Mamba2
 from memory_budget.parts.part import Part
 from memory_budget.units import GIB
@@ -20,13 +21,6 @@ MAMBA = Mamba2(hidden=HIDDEN, heads=8, head_dim=32, groups=2, state=16, conv_ker
 NEURONS = FeedForward(hidden=HIDDEN, neurons=256)
 IN_FLOAT32 = Workload(context_tokens=2048, weights_dtype="float32", kv_dtype="float32")
 ON_A_CPU = {"block_size": 128, "max_num_batched_tokens": 4096, "async_scheduling": False}
-
-
-class Latent(Attention):
-    """Keeps a row of 96 numbers for all heads."""
-
-    cache_numbers_per_token = 96
-    spread_numbers_per_token = 384
 
 
 class Chunked(Attention):
@@ -53,7 +47,7 @@ class Recurrent(Part):
 
 
 CHUNKED = Chunked(hidden=HIDDEN, query_heads=4, key_value_heads=2, head_dim=32)
-LATENT = Latent(hidden=HIDDEN, query_heads=4, key_value_heads=4, head_dim=32)
+LATENT = LatentAttention(hidden=HIDDEN, heads=4, query_rank=0, latent=64, plain_dim=32, rotated_dim=32, value_dim=32)  # keeps a row of 96 numbers for all heads
 MAMBA1 = Recurrent(256 * 16, 256 * 3)
 DELTA = Recurrent(4 * 32 * 32, 256 * 3)
 
