@@ -2,7 +2,7 @@
 
 Legend of pattern letters: M Mamba-2 · * attention · W attention within a window · - FFN · E mixture of experts (MoE) FFN.
 A letter is a sublayer: a norm and a mixer whose output is added to the residual stream. A layer, what config.json's
-num_hidden_layers counts, is one sublayer in NemotronH and Mamba-2, and two, `*-` or `W-`, in a transformer block of Llama's kind.
+num_hidden_layers counts, is one sublayer in NemotronH and Mamba-2, and two, attention and `-` or `E`, in a transformer block of Llama's kind.
 W is the same mixer as *, with the same tensors, but for what it looks at.
 
 Sizes may be numpy arrays instead of int where the search evaluates many architectures of one pattern
@@ -15,9 +15,9 @@ from typing import Any
 
 LAYER_KINDS = {"M": "mamba", "*": "attention", "-": "ffn", "E": "moe"}  # mixers, by their letters
 WINDOWED = "W"  # attention that sees the last `window` tokens alone
-BLOCK, WINDOWED_BLOCK = "*-", "W-"
-BLOCKS = (BLOCK, WINDOWED_BLOCK)
-BLOCK_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")  # model types whose layers are such blocks
+BLOCK, WINDOWED_BLOCK, MOE_BLOCK, WINDOWED_MOE_BLOCK = "*-", "W-", "*E", "WE"
+BLOCKS = (BLOCK, WINDOWED_BLOCK, MOE_BLOCK, WINDOWED_MOE_BLOCK)
+BLOCK_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text")  # model types whose layers are such blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,9 @@ class Architecture:
 
     window: tokens that a query of a W layer sees, its own among them; 0 in a model without such layers.
     post_norms: whether a second norm follows every mixer, before its output is added.
+    moe_*: of a layer of experts their number, how many a token goes to, the neurons of one and those of the shared expert that all tokens see (0: there is
+    none), the width that experts read and write where it is another than `hidden` (0: it is not), and the groups of neighbours that the router sees experts
+    in, of which it takes so many for a token. Experts are gated and biased as the FFN is.
     """
 
     model_type: str
@@ -60,6 +63,8 @@ class Architecture:
     moe_ffn: int = 0
     moe_shared_ffn: int = 0
     moe_latent: int = 0
+    moe_groups: int = 1
+    moe_groups_per_token: int = 1
 
     def __post_init__(self) -> None:
         if self.window and WINDOWED not in self.pattern:  # so that a cut to other layers is what its own config.json says
@@ -99,6 +104,16 @@ class Architecture:
         return tuple(per_layer * layer + part for layer in layers for part in range(per_layer))
 
     @property
+    def experts_read_stream(self) -> bool:
+        """Whether routed experts read and write the residual stream, and no latent of it."""
+        return self.moe_latent == 0
+
+    @property
+    def moe_latent_bias(self) -> bool:
+        """Whether the matrices to and from the experts' latent have biases."""
+        return self.moe_latent > 0 and self.ffn_bias
+
+    @property
     def has_own_head(self) -> bool:
         """Whether the output projection is a matrix of its own."""
         return not self.tied_embeddings
@@ -120,14 +135,15 @@ def as_dict(architecture: Architecture) -> dict[str, Any]:
             if (value := getattr(architecture, field.name)) != field.default or field.name not in LATER or field.default is MISSING}  # fmt: skip
 
 
-LATER = ("window", "post_norms")  # so that what was stored of an architecture without them stays what it was
+LATER = ("window", "post_norms", "moe_groups", "moe_groups_per_token")  # so that what was stored of an architecture without them stays what it was
 
 
 def describe_layers(architecture: Architecture) -> str:
     """What the layers are, for a person: their pattern, or how many blocks."""
     if not set(architecture.layer_kinds) <= set(BLOCKS):
         return f"pattern {architecture.pattern}"
-    windowed, said = architecture.num_layers_of(WINDOWED), f"{architecture.num_layers} blocks of attention and FFN"
+    windowed, moe = architecture.num_layers_of(WINDOWED), architecture.num_layers_of("E")
+    said = f"{architecture.num_layers} blocks of attention and {'FFN' if not moe else 'experts' if moe == architecture.num_layers else 'FFN or experts'}"
     if not windowed:
         return said
     which = "all" if windowed == architecture.num_layers else f"{windowed}"
@@ -146,7 +162,7 @@ def check_architecture(architecture: Architecture) -> None:
             + (f"; unknown: {' '.join(unknown)}" if unknown else "; it is empty")
         )
     if architecture.model_type in BLOCK_TYPES and not set(architecture.layer_kinds) <= set(BLOCKS):
-        raise ValueError(f"pattern {architecture.pattern!r} must be blocks of attention and FFN, {' or '.join(BLOCKS)}, for {architecture.model_type}")
+        raise ValueError(f"pattern {architecture.pattern!r} must be blocks of attention and FFN or experts, {' or '.join(BLOCKS)}, for {architecture.model_type}")
     needed = {"hidden": True, "vocab": True, "ffn": "-" in architecture.pattern, **_needed_by_kind(architecture)}
     for name, is_needed in needed.items():
         if is_needed and getattr(architecture, name) < 1:
@@ -155,10 +171,22 @@ def check_architecture(architecture: Architecture) -> None:
         _check_divides("mamba heads", architecture.mamba_num_heads, "groups", architecture.mamba_num_groups)
     if "*" in architecture.mixers:
         _check_divides("attention heads", architecture.num_attention_heads, "key-value heads", architecture.num_key_value_heads)
-    if "E" in architecture.pattern and architecture.moe_experts_per_token > architecture.moe_num_experts:
-        raise ValueError(
-            f"experts per token ({architecture.moe_experts_per_token}) must be at most the number of experts ({architecture.moe_num_experts})"
-        )
+    if "E" in architecture.pattern:
+        _check_experts(architecture)
+
+
+def _check_experts(architecture: Architecture) -> None:
+    """A token must find as many experts as it goes to, in the groups that the router takes for it; a group is judged by the best two of its experts."""
+    experts, per_token, groups, taken = (getattr(architecture, f"moe_{name}") for name in ("num_experts", "experts_per_token", "groups", "groups_per_token"))
+    if per_token > experts:
+        raise ValueError(f"experts per token ({per_token}) must be at most the number of experts ({experts})")
+    if not 1 <= taken <= groups:
+        raise ValueError(f"routing groups of a token ({taken}) must be at least 1 and at most the routing groups ({groups})")
+    _check_divides("experts", experts, "routing groups", groups)
+    if groups > 1 and (experts < 2 * groups or per_token > taken * (experts // groups)):
+        least = groups * max(2, -(-per_token // taken))
+        raise ValueError(f"experts ({experts}) in {groups} routing groups, {taken} of which a token sees, must be at least {least}: two in a group, and "
+                         f"{per_token} in those of a token")  # fmt: skip
 
 
 def _needed_by_kind(architecture: Architecture) -> dict[str, bool]:

@@ -6,10 +6,11 @@ is read though transformers does not: `attention_head_dim` of older Nemotron-H c
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from memory_budget.architecture import BLOCK, LAYER_KINDS, WINDOWED_BLOCK, Architecture, check_architecture
+from memory_budget.architecture import LAYER_KINDS, WINDOWED, Architecture, check_architecture
 
 Config = dict[str, Any]
 
@@ -101,6 +102,8 @@ def _nemotron_h_moe(config: Config, ffn: int) -> dict[str, int]:
         "moe_ffn": _integer(config, "moe_intermediate_size", default=7688),
         "moe_shared_ffn": _integer(config, "moe_shared_expert_intermediate_size", default=7688) or ffn,  # 0 means the FFN's there
         "moe_latent": _integer(config, "moe_latent_size", default=0, null=0),
+        "moe_groups": _integer(config, "n_group", default=1),
+        "moe_groups_per_token": _integer(config, "topk_group", default=1),
     }
 
 
@@ -185,6 +188,24 @@ def _qwen3(config: Config) -> Architecture:
                         qk_norm=True, **_qwen_windows(config))
 
 
+def _qwen3_moe(config: Config) -> Architecture:
+    """Experts in every block, but where mlp_only_layers and decoder_sparse_step say otherwise. A window, where there is one, is that of all layers."""
+    has_bias, num_blocks = _boolean(config, "attention_bias", default=False), _num_blocks(config, default=24)
+    window = _window(config, default=4096) if _boolean(config, "use_sliding_window", default=False) else 0
+    listed, step = config.get("mlp_only_layers") or [], _integer(config, "decoder_sparse_step", default=1)
+    if not isinstance(listed, list) or not all(isinstance(one, int) and not isinstance(one, bool) for one in listed):
+        raise ValueError(f"mlp_only_layers ({json.dumps(listed)[:80]}) must be a list of layers by number")
+    if step < 1:
+        raise ValueError(f"decoder_sparse_step ({step}) must be at least 1")
+    number = _integer(config, "num_local_experts" if "num_local_experts" in config else "num_experts", default=128)
+    with_experts = [number > 0 and block not in listed and (block + 1) % step == 0 for block in range(num_blocks)]
+    architecture = _transformer(config, hidden=2048, vocab=151936, ffn=6144, key_value_heads=4, input_bias=has_bias, output_bias=has_bias, qk_norm=True,
+                                windowed=[window > 0] * num_blocks, window=window, with_experts=with_experts)
+    experts = {"moe_num_experts": number, "moe_experts_per_token": _integer(config, "num_experts_per_tok", default=8),
+               "moe_ffn": _integer(config, "moe_intermediate_size", default=768)}
+    return replace(architecture, **experts if any(with_experts) else {})
+
+
 def _qwen_windows(config: Config) -> dict[str, Any]:
     """By layer_types, else in the layers from max_window_layers on; none at all unless use_sliding_window says so."""
     window = _window(config, default=4096) if _boolean(config, "use_sliding_window", default=False) else 0
@@ -249,21 +270,23 @@ def _transformer(
     windowed: list[bool] | None = None,
     window: int = 0,
     post_norms: bool = False,
+    with_experts: list[bool] | None = None,
 ) -> Architecture:
     """Llama's kind: attention and gated FFN in turn. The numbers are the family's defaults; None means derived as below.
 
-    `windowed` says of every block whether its attention is within the window; None: none is.
+    `windowed` says of every block whether its attention is within the window, `with_experts` whether it has experts in place of an FFN; None: none is, none has.
     """
     hidden = _integer(config, "hidden_size", default=hidden)
     num_heads = _integer(config, "num_attention_heads", default=num_heads)
     if num_heads < 1:
         raise ValueError(f"num_attention_heads ({num_heads}) must be at least 1")
-    per_head, windowed = hidden // num_heads, windowed or [False] * _num_blocks(config, default=num_blocks)
+    num_blocks = _num_blocks(config, default=num_blocks)
+    per_head, windowed, with_experts = hidden // num_heads, windowed or [False] * num_blocks, with_experts or [False] * num_blocks
     if any(windowed) and not window:
         raise ValueError("layer_types holds sliding_attention, but there is no window: sliding_window, and with Qwen use_sliding_window, must say one")
     return Architecture(
         model_type=config["model_type"],
-        pattern="".join(WINDOWED_BLOCK if one else BLOCK for one in windowed),
+        pattern="".join((WINDOWED if near else "*") + ("E" if moe else "-") for near, moe in zip(windowed, with_experts, strict=True)),
         hidden=hidden,
         vocab=_integer(config, "vocab_size", default=vocab),
         tied_embeddings=_boolean(config, "tie_word_embeddings", default=tied),
@@ -299,5 +322,6 @@ def _boolean(config: Config, key: str, *, default: bool) -> bool:
 
 
 FAMILIES = {
-    "nemotron_h": _nemotron_h, "mamba2": _mamba2, "llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3, "gemma3_text": _gemma3_text,
+    "nemotron_h": _nemotron_h, "mamba2": _mamba2, "llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3, "qwen3_moe": _qwen3_moe,
+    "gemma3_text": _gemma3_text,
 }  # fmt: skip

@@ -68,5 +68,5 @@ def part_of(architecture: Architecture, letter: str) -> Part:
     if letter == "-":
         return FeedForward(hidden=architecture.hidden, neurons=architecture.ffn, gated=architecture.ffn_gated, bias=architecture.ffn_bias)
     return Experts(hidden=architecture.hidden, experts=architecture.moe_num_experts, experts_per_token=architecture.moe_experts_per_token,
-                   neurons=architecture.moe_ffn, gated=False, shared_neurons=architecture.moe_shared_ffn, shared_bias=architecture.ffn_bias,
+                   neurons=architecture.moe_ffn, gated=architecture.ffn_gated, shared_neurons=architecture.moe_shared_ffn, shared_bias=architecture.ffn_bias,
                    latent=architecture.moe_latent)  # fmt: skip

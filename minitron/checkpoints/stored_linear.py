@@ -47,12 +47,15 @@ class StoredLinear(nn.Linear):
 def load_to_compute(module: nn.Module, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
     """Gives a module built without memory (on the meta device) these tensors, to compute in a floating point dtype, in eval mode and without gradients.
 
-    Matrices of linear layers stay as they are stored where that is narrower; all other floating point tensors become `dtype`.
+    Matrices of linear layers stay as they are stored where that is narrower; buffers become float32, all other floating point tensors `dtype`. A tensor that
+    `state` lacks stays without memory.
     """
-    linears = {f"{name}.weight".lstrip("."): part for name, part in module.named_modules() if type(part) is nn.Linear}
+    linears = {f"{name}.weight".lstrip("."): part for name, part in module.named_modules() if type(part) is nn.Linear and f"{name}.weight".lstrip(".") in state}
+    buffers = {name for name, _ in module.named_buffers()}
     narrow = {name: part for name, part in linears.items() if state[name].itemsize < dtype.itemsize}
     for part in narrow.values():
         part.__class__ = StoredLinear  # the same parameters; only its product is another
-    widened = {name: tensor.to(dtype) if tensor.is_floating_point() and name not in narrow else tensor for name, tensor in state.items()}
-    module.load_state_dict(widened, assign=True)
+    widened = {name: tensor.to(torch.float32 if name in buffers else dtype) if tensor.is_floating_point() and name not in narrow else tensor
+               for name, tensor in state.items()}  # fmt: skip
+    module.load_state_dict(widened, assign=True, strict=len(state) == len(module.state_dict()))
     return module.eval().requires_grad_(False)

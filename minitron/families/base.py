@@ -26,22 +26,26 @@ Dimension = tuple[Segment, ...]
 # Axes that a plan may cut. Every other axis (vocabulary, groups, state, …) is kept whole.
 HIDDEN, FFN, MAMBA_HEAD, MAMBA_CHANNEL = "hidden", "ffn", "mamba_head", "mamba_channel"
 ATTENTION_HEAD, KEY_VALUE_HEAD = "attention_head", "key_value_head"
+EXPERT, EXPERT_FFN, SHARED_FFN = "expert", "expert_ffn", "shared_ffn"
+ROUTER = "mixer.gate.weight"  # scores of experts, a row each
 POST_NORM = "post_norm.weight"  # of a norm between a mixer and the residual stream
 
 
 @dataclass(frozen=True, slots=True)
 class TensorAxes:
-    """One row of a family's table: tensors whose canonical name ends so, and the axes of their dimensions.
+    """One row of a family's table: tensors whose canonical name ends so, and the axes of their dimensions; `experts.*` stands for every expert's number.
 
     `suffix` is the name without the sublayer's prefix ("mixer.in_proj.weight"); `kind` is the letter of the mixer (Architecture.mixers) it
     belongs to, or "" for a tensor outside the sublayers and "any" for one that every sublayer has. `only_if` names
-    the field of Architecture that says whether the model has it; "" for a tensor that it always has.
+    the field of Architecture that says whether the model has it; "" for a tensor that it always has. `buffer`: it is stored, but no parameter, and float32
+    whatever the model computes in.
     """
 
     suffix: str
     kind: str
     dimensions: tuple[Dimension, ...]
     only_if: str = ""
+    buffer: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What families of transformer blocks have in common: a block is two sublayers, x + attention(norm(x)), then x + ffn(norm(x)).
+"""What families of transformer blocks have in common: a block is two sublayers, x + attention(norm(x)), then x + ffn(norm(x)), or experts in the FFN's place.
 
 A family says which classes of transformers it is made of, what they call a block's parts, and what its config.json holds; names, halves of blocks,
 loading and building are here. Canonically block b is the sublayers 2b (attention) and 2b + 1 (FFN), and their parts are called norm and mixer, and
@@ -13,10 +13,13 @@ import importlib
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memory_budget.architecture import BLOCK, WINDOWED, Architecture
-from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, POST_NORM, Family, ModelParts, Tap, TensorAxes
+from minitron.families.base import (
+    ATTENTION_HEAD, EXPERT, EXPERT_FFN, FFN, HIDDEN, KEY_VALUE_HEAD, POST_NORM, ROUTER, Family, ModelParts, Tap, TensorAxes,
+)  # fmt: skip
 from minitron.families.config_json import build, kept_config, load, transformers_config
 
 if TYPE_CHECKING:
@@ -50,6 +53,15 @@ TABLE = (
     TensorAxes("mixer.gate_proj.bias", "-", (_FFN,), only_if="ffn_bias"),
     TensorAxes("mixer.up_proj.bias", "-", (_FFN,), only_if="ffn_bias"),
     TensorAxes("mixer.down_proj.bias", "-", (_HIDDEN,), only_if="ffn_bias"),
+)
+_EXPERTS, _NEURONS = ((EXPERT,),), ((EXPERT_FFN,),)
+# Of a family whose blocks have experts: a router without a bias, and gated experts.
+EXPERTS_TABLE = (
+    *TABLE,
+    TensorAxes(ROUTER, "E", (_EXPERTS, _HIDDEN)),
+    TensorAxes("mixer.experts.*.gate_proj.weight", "E", (_NEURONS, _HIDDEN)),
+    TensorAxes("mixer.experts.*.up_proj.weight", "E", (_NEURONS, _HIDDEN)),
+    TensorAxes("mixer.experts.*.down_proj.weight", "E", (_HIDDEN, _NEURONS)),
 )
 HALVES = ({"norm": "input_layernorm", "mixer": "self_attn"}, {"norm": "post_attention_layernorm", "mixer": "mlp"})  # of most
 DEFAULT_THETA = 10_000.0  # of transformers' rotary positions, where config.json has none
@@ -103,6 +115,16 @@ class Blocks:
         ours, _, rest = canonical.partition(".")
         return f"{OUTSIDE[ours]}.{rest}"
 
+    def load(self, folder: Path, **how: Any) -> nn.Module:
+        return self._ours(load(folder, **how))
+
+    def build(self, config: dict) -> nn.Module:
+        return self._ours(build(config))
+
+    def _ours(self, model: nn.Module) -> nn.Module:
+        self.parts(model)
+        return model
+
     def parts(self, model: nn.Module) -> ModelParts:
         rotary = model.model.rotary_emb
         sublayers = [half for block in model.model.layers for half in self._sublayers(block, lambda: rotary)]
@@ -127,20 +149,24 @@ class Blocks:
         return getattr(importlib.import_module(f"transformers.models.{self.module}.modeling_{self.module}"), self.prefix + name)
 
     def _sublayers(self, block: nn.Module, make_rotary: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
-        """A block's two sublayers, which share its modules."""
+        """A block's two sublayers, which share its modules; experts one by one (experts.py)."""
+        from minitron.families.experts import Experts, unstacked
         from minitron.families.halves import Attention, FeedForward
 
         attention, ffn = ({ours: getattr(block, theirs) for ours, theirs in names.items()} for names in self.halves)
+        experts = getattr(ffn["mixer"], "experts", None)
+        if experts is not None and not isinstance(experts, Experts):
+            ffn["mixer"].experts = unstacked(experts, gated=True)
         return Attention(**attention, make_rotary=make_rotary, by_type=self.rope_by_type), FeedForward(**ffn)
 
 
 def block_family(model_type: str, blocks: Blocks, *, config: Callable[[dict, Architecture], dict], dropped: Collection[str] = (),
-                 computing_too: Collection[str] = (), handed_over: Callable[[dict], dict] = with_both_spellings, **more: Any) -> Family:  # fmt: skip
+                 computing_too: Collection[str] = (), table: tuple[TensorAxes, ...] = TABLE, handed_over: Callable[[dict], dict] = with_both_spellings, **more: Any) -> Family:  # fmt: skip
     """A family of blocks. `config` gives, from the teacher's config.json and an architecture, what beside the sizes common to all the student's must
     hold, and `dropped` what it must not; `computing_too` the keys beside COMPUTING that a forward pass depends on; `more` are other fields of Family."""
     return Family(
         model_type=model_type,
-        table=TABLE,
+        table=table,
         axis_sizes=axis_sizes,
         hf_config=lambda teacher, architecture: {key: value for key, value in _sizes(teacher, architecture).items() if key not in dropped}
         | config(teacher, architecture),
@@ -148,8 +174,8 @@ def block_family(model_type: str, blocks: Blocks, *, config: Callable[[dict, Arc
         file_name=blocks.file_name,
         parts=blocks.parts,
         layer_taps=layer_taps,
-        load=load,
-        build=build,
+        load=blocks.load,
+        build=blocks.build,
         build_layer=blocks.build_layer,
         build_outside=blocks.build_outside,
         outside_names={"embed": "embeddings.", "norm": "norm_f.", "head": "lm_head."},
@@ -167,6 +193,8 @@ def axis_sizes(architecture: Architecture) -> Mapping[str, int]:
         FFN: architecture.ffn,
         ATTENTION_HEAD: architecture.num_attention_heads,
         KEY_VALUE_HEAD: architecture.num_key_value_heads,
+        EXPERT: architecture.moe_num_experts,
+        EXPERT_FFN: architecture.moe_ffn,
         "attention_channel": architecture.attention_head_dim,
         "vocab": architecture.vocab,
     }
@@ -192,8 +220,10 @@ def computing(full: Mapping) -> frozenset[str]:
 
 
 def layer_taps(architecture: Architecture, layer: int, block: nn.Module) -> list[Tap]:
-    """Where a sublayer's width importance is read: what its norm gives, and what its last matrix is given."""
+    """Where a sublayer's width importance is read: what its norm gives, and what its last matrix is given; what experts do is watched (experts.Routed)."""
     found = [Tap(HIDDEN, layer, block.norm, "output", 0, (architecture.hidden,))]
+    if architecture.mixers[layer] == "E":
+        return found
     if architecture.mixers[layer] == "*":
         heads = (architecture.num_attention_heads, architecture.attention_head_dim)
         return [*found, Tap(ATTENTION_HEAD, layer, block.mixer.o_proj, "input", 0, heads)]

@@ -10,10 +10,10 @@ from minitron.families.llama import FAMILY as LLAMA
 from minitron.families.mamba2 import FAMILY as MAMBA2
 from minitron.families.mistral import FAMILY as MISTRAL
 from minitron.families.nemotron_h import FAMILY as NEMOTRON_H
+from minitron.families.qwen import QWEN3, QWEN3_MOE
 from minitron.families.qwen2 import FAMILY as QWEN2
-from minitron.families.qwen3 import FAMILY as QWEN3
 
-FAMILIES = {family.model_type: family for family in (NEMOTRON_H, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3_TEXT, MAMBA2)}
+FAMILIES = {family.model_type: family for family in (NEMOTRON_H, LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA3_TEXT, MAMBA2)}
 
 
 def family_of(config: dict) -> Family:

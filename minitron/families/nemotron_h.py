@@ -1,6 +1,7 @@
-"""NemotronH: Mamba-2, attention and squared-ReLU FFN layers in one residual stream (N2, arXiv 2508.14444).
+"""NemotronH: Mamba-2, attention, squared-ReLU FFN and expert layers in one residual stream (N2, arXiv 2508.14444; experts: Nemotron 3).
 
-Letters: M Mamba heads, P head dim, G groups, N state, D hidden, F ffn, Q query heads, K KV heads, H head dim.
+Experts are no gated ones. Routed ones read the stream, or a latent of it that is kept whole; the router and the shared expert read the stream.
+Letters: M Mamba heads, P head dim, G groups, N state, D hidden, F ffn, Q query heads, K KV heads, H head dim, E experts.
 Tensor names on disk are NVIDIA's (`backbone.…`); transformers' in-memory names say `model.…`; here both
 lose that prefix ("canonical").
 """
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from memory_budget.architecture import Architecture
 from minitron.families import config_json
-from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD, Family, ModelParts, Tap, TensorAxes
+from minitron.families.base import (
+    ATTENTION_HEAD, EXPERT, EXPERT_FFN, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD, ROUTER, SHARED_FFN, Family, ModelParts, Tap, TensorAxes,
+)  # fmt: skip
 from minitron.families.config_json import kept_config, transformers_config
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ _STATES = ("mamba_group", "mamba_state")
 _CONV = (*_INNER, _STATES, _STATES)
 _QUERY = ((ATTENTION_HEAD, "attention_channel"),)
 _KEY_VALUE = ((KEY_VALUE_HEAD, "attention_channel"),)
+_EXPERTS, _NEURONS, _SHARED, _LATENT = ((EXPERT,),), ((EXPERT_FFN,),), ((SHARED_FFN,),), (("moe_latent",),)
 
 # What a Mamba-2 model has, whatever else its layers are; without a head of its own where that is the table of embeddings.
 MAMBA_TABLE = (
@@ -57,13 +61,28 @@ TABLE = (
     TensorAxes("mixer.k_proj.weight", "*", (_KEY_VALUE, _HIDDEN)),
     TensorAxes("mixer.v_proj.weight", "*", (_KEY_VALUE, _HIDDEN)),
     TensorAxes("mixer.o_proj.weight", "*", (_HIDDEN, _QUERY)),
+    TensorAxes(ROUTER, "E", (_EXPERTS, _HIDDEN)),
+    TensorAxes("mixer.gate.e_score_correction_bias", "E", (_EXPERTS,), buffer=True),
+    TensorAxes("mixer.experts.*.up_proj.weight", "E", (_NEURONS, _HIDDEN), only_if="experts_read_stream"),
+    TensorAxes("mixer.experts.*.down_proj.weight", "E", (_HIDDEN, _NEURONS), only_if="experts_read_stream"),
+    TensorAxes("mixer.experts.*.up_proj.weight", "E", (_NEURONS, _LATENT), only_if="moe_latent"),
+    TensorAxes("mixer.experts.*.down_proj.weight", "E", (_LATENT, _NEURONS), only_if="moe_latent"),
+    TensorAxes("mixer.fc1_latent_proj.weight", "E", (_LATENT, _HIDDEN), only_if="moe_latent"),
+    TensorAxes("mixer.fc1_latent_proj.bias", "E", (_LATENT,), only_if="moe_latent_bias"),
+    TensorAxes("mixer.fc2_latent_proj.weight", "E", (_HIDDEN, _LATENT), only_if="moe_latent"),
+    TensorAxes("mixer.fc2_latent_proj.bias", "E", (_HIDDEN,), only_if="moe_latent_bias"),
+    TensorAxes("mixer.shared_experts.up_proj.weight", "E", (_SHARED, _HIDDEN)),
+    TensorAxes("mixer.shared_experts.up_proj.bias", "E", (_SHARED,), only_if="ffn_bias"),
+    TensorAxes("mixer.shared_experts.down_proj.weight", "E", (_HIDDEN, _SHARED)),
+    TensorAxes("mixer.shared_experts.down_proj.bias", "E", (_HIDDEN,), only_if="ffn_bias"),
 )
 # What the modules read of their configuration in a forward pass in eval mode. time_step_limit is read by the code that NVIDIA publishes, not by transformers';
 # time_step_min, by which transformers clamps while it reads a prompt, is lifted here and in what is handed over. chunk_size only orders the additions.
 COMPUTING = frozenset({
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "layers_block_type", "num_attention_heads", "num_key_value_heads", "head_dim",
     "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "use_conv_bias", "use_bias", "mlp_bias", "mlp_hidden_act",
-    "mamba_hidden_act", "layer_norm_epsilon", "time_step_limit",
+    "mamba_hidden_act", "layer_norm_epsilon", "time_step_limit", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size", "moe_latent_size", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor",
 })  # fmt: skip
 OUTSIDE_NAMES = {"embed": "embeddings.", "norm": "norm_f.", "head": "lm_head."}
 LAYER_NORM_EPSILON = 1e-5  # of transformers' configuration class, where config.json has none
@@ -91,6 +110,10 @@ def axis_sizes(architecture: Architecture) -> Mapping[str, int]:
         "conv_kernel": architecture.mamba_conv_kernel,
         KEY_VALUE_HEAD: architecture.num_key_value_heads,
         "attention_channel": architecture.attention_head_dim,
+        EXPERT: architecture.moe_num_experts,
+        EXPERT_FFN: architecture.moe_ffn,
+        SHARED_FFN: architecture.moe_shared_ffn,
+        "moe_latent": architecture.moe_latent,
         "one": 1,
     }
 
@@ -131,14 +154,25 @@ def hf_config(teacher_config: dict, architecture: Architecture) -> dict:
     }
     if "attention_head_dim" in config:
         config["attention_head_dim"] = architecture.attention_head_dim
-    if "E" not in architecture.pattern:
-        for key in MOE_KEYS:
-            config.pop(key, None)
-    return config
+    if "E" in architecture.pattern:
+        return {key: value for key, value in config.items() if key != "num_local_experts"} | _expert_sizes(architecture)
+    return {key: value for key, value in config.items() if key not in MOE_KEYS}
+
+
+def _expert_sizes(architecture: Architecture) -> dict:
+    return {
+        "n_routed_experts": architecture.moe_num_experts,
+        "num_experts_per_tok": architecture.moe_experts_per_token,
+        "moe_intermediate_size": architecture.moe_ffn,
+        "moe_shared_expert_intermediate_size": architecture.moe_shared_ffn,
+        "moe_latent_size": architecture.moe_latent or None,
+        "n_group": architecture.moe_groups,
+        "topk_group": architecture.moe_groups_per_token,
+    }
 
 
 def handed_over(config: dict) -> dict:
-    """transformers clamps time steps from below at time_step_min, which elsewhere is but the least initial step; see _unclamped.
+    """transformers clamps time steps from below at time_step_min, which elsewhere is but the least initial step; see _block.
 
     Nearly 0 clamps nothing; 0 itself would have no logarithm where someone initialises a model from it.
     """
@@ -172,24 +206,26 @@ def layer_taps(architecture: Architecture, layer: int, block: nn.Module) -> list
     elif kind == "*":
         heads = (architecture.num_attention_heads, architecture.attention_head_dim)
         found.append(Tap(ATTENTION_HEAD, layer, block.mixer.o_proj, "input", 0, heads))
+    elif kind == "E":
+        found.append(Tap(SHARED_FFN, layer, block.mixer.shared_experts.down_proj, "input", 0, (architecture.moe_shared_ffn,)))
     return found
 
 
 def load(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
-    """The checkpoint as transformers' own model, in eval mode; dtype None keeps the stored one."""
-    return _without_step_clamp(config_json.load(folder, dtype=dtype, device=device))
+    """The checkpoint as transformers' own model, in eval mode, with experts one by one (experts.py); dtype None keeps the stored one."""
+    return _ours(config_json.load(folder, dtype=dtype, device=device))
 
 
 def build(config: dict) -> nn.Module:
     """A freshly initialised float32 model of a config.json dict; on the meta device there is nothing to initialise."""
-    return _without_step_clamp(config_json.build(config))
+    return _ours(config_json.build(config))
 
 
 def build_layer(config: dict, layer: int) -> nn.Module:
     """One layer alone, freshly initialised on the current default device."""
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
 
-    return _unclamped(NemotronHBlock(transformers_config(config), layer_idx=layer))
+    return _block(NemotronHBlock(transformers_config(config), layer_idx=layer))
 
 
 def build_outside(config: dict, part: str) -> nn.Module:
@@ -208,30 +244,28 @@ def outside_module(sizes: Any, part: str, norm: type[nn.Module]) -> nn.Module:
     return nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
 
 
-def refused(config: dict) -> str | None:
-    """Mixtures of experts."""
-    if "E" in str(config.get("hybrid_override_pattern", "")) or "moe" in config.get("layers_block_type", []):
-        return "pattern has MoE layers (E), which cannot be pruned yet; supported layers: M (Mamba-2), * (attention), - (FFN)"
-    return None
-
-
 def rms_epsilon(config: dict) -> float:
     return transformers_config(config).layer_norm_epsilon
 
 
-def _without_step_clamp(model: nn.Module) -> nn.Module:
-    for block in model.model.layers:
-        _unclamped(block)
+def _ours(model: nn.Module) -> nn.Module:
+    for block in model.base_model.layers:
+        _block(block)
     return model
 
 
-def _unclamped(block: nn.Module) -> nn.Module:
-    """transformers clamps dt from below in its chunked path only, so decoding would differ from prefill by 6e-3.
+def _block(block: nn.Module) -> nn.Module:
+    """A layer that decodes as it reads a prompt, with experts one by one.
 
-    (0, inf) is what the original code and vLLM use; with it both paths agree to 2e-6.
+    transformers clamps dt from below in its chunked path only, so decoding would differ from prefill by 6e-3. (0, inf) is what the original code and vLLM
+    use; with it both paths agree to 2e-6.
     """
     if hasattr(block.mixer, "time_step_limit"):
         block.mixer.time_step_limit = (0.0, float("inf"))
+    if hasattr(block.mixer, "experts"):
+        from minitron.families.experts import unstacked
+
+        block.mixer.experts = unstacked(block.mixer.experts, gated=False)
     return block
 
 
@@ -252,5 +286,4 @@ FAMILY = Family(
     rms_epsilon=rms_epsilon,
     handed_over=handed_over,
     computing=lambda _full: COMPUTING,
-    refused=refused,
 )

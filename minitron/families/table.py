@@ -9,6 +9,7 @@ from minitron.families.base import Family, TensorAxes
 
 # Heads that foretell further tokens, and tables of rotary positions that older versions stored: transformers loads neither.
 LEFT_OUT = re.compile(r"(^|\.)mtp(\.|_)|rotary_emb\.inv_freq$")
+_EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
 
 def split_layer(name: str) -> tuple[int | None, str]:
@@ -21,13 +22,24 @@ def split_layer(name: str) -> tuple[int | None, str]:
     return int(match[1]), match[2]
 
 
+def expert_of(suffix: str) -> int | None:
+    """The expert's number in a name such as "mixer.experts.5.up_proj.weight"; None where there is none."""
+    match = _EXPERT.search(suffix)
+    return int(match[1]) if match else None
+
+
 def row_of(family: Family, architecture: Architecture, name: str) -> TensorAxes:
     """The table's row for a canonical tensor name. Raises ValueError where none or two match."""
     layer, suffix = split_layer(name)
     if layer is not None and layer >= architecture.num_sublayers:
         raise ValueError(f"tensor {name} belongs to layer {layer}; the pattern has {architecture.num_sublayers} layers")
     kinds = ("",) if layer is None else (architecture.mixers[layer], "any")
+    if (expert := expert_of(suffix)) is not None and expert >= architecture.moe_num_experts:
+        raise ValueError(f"tensor {name} belongs to expert {expert}; config.json says {architecture.moe_num_experts} experts")
+    suffix = _EXPERT.sub("experts.*.", suffix)
     rows = [row for row in family.table if row.suffix == suffix and row.kind in kinds]
+    if len(rows) > 1:  # that are there in one kind of model each
+        rows = [row for row in rows if _has(architecture, row)]
     if len(rows) != 1:
         raise ValueError(f"tensor {name} is matched by {len(rows)} rows of the {family.model_type} axis table; it must be exactly 1")
     return rows[0]
@@ -88,7 +100,13 @@ def required_names(family: Family, architecture: Architecture) -> Iterator[str]:
     rows = [row for row in family.table if _has(architecture, row)]
     yield from (row.suffix for row in rows if row.kind == "")
     for layer, kind in enumerate(architecture.mixers):  # a letter a sublayer
-        yield from (f"layers.{layer}.{row.suffix}" for row in rows if row.kind in (kind, "any"))
+        yield from (f"layers.{layer}.{suffix}" for row in rows if row.kind in (kind, "any") for suffix in _suffixes(architecture, row))
+
+
+def _suffixes(architecture: Architecture, row: TensorAxes) -> list[str]:
+    if "experts.*" not in row.suffix:
+        return [row.suffix]
+    return [row.suffix.replace("*", str(number)) for number in range(architecture.moe_num_experts)]
 
 
 def _has(architecture: Architecture, row: TensorAxes) -> bool:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from minitron.families.base import Dimension, Family
+from minitron.families.base import EXPERT, Dimension, Family
 from minitron.families.state import load_tensors, stored_state
-from minitron.families.table import check_tensors, row_of, split_layer
+from minitron.families.table import check_tensors, expert_of, row_of, split_layer
 from minitron.pruning.plan import PruningPlan
 
 # numpy knows no bf16 and no fp8; moving numbers needs only their size.
@@ -85,6 +85,10 @@ def plan_cuts(family: Family, plan: PruningPlan, shapes: Mapping[str, tuple[int,
         layer, suffix = split_layer(name)
         if layer is not None and layer not in new_position:
             continue
+        if (expert := expert_of(suffix)) is not None and (experts := plan.kept(EXPERT, layer)) is not None:
+            if expert not in experts:
+                continue
+            suffix = suffix.replace(f"experts.{expert}.", f"experts.{experts.index(expert)}.")
         keep = kept_indices(family, plan, name)
         new_shape = tuple(size if indices is None else len(indices) for size, indices in zip(shape, keep, strict=True))
         target = name if layer is None else f"layers.{new_position[layer]}.{suffix}"
@@ -106,8 +110,9 @@ def _rescaled(family: Family, plan: PruningPlan, name: str) -> tuple[float, floa
 
 def kept_indices(family: Family, plan: PruningPlan, name: str) -> tuple[torch.Tensor | None, ...]:
     """What a plan keeps of each dimension of the tensor of this canonical name; None where all stays."""
-    sizes, (layer, _) = family.axis_sizes(plan.teacher), split_layer(name)
-    return tuple(_kept_of_dimension(dimension, sizes, lambda axis: plan.kept(axis, layer)) for dimension in row_of(family, plan.teacher, name).dimensions)
+    sizes, (layer, suffix) = family.axis_sizes(plan.teacher), split_layer(name)
+    expert = expert_of(suffix)
+    return tuple(_kept_of_dimension(dimension, sizes, lambda axis: plan.kept(axis, layer, expert)) for dimension in row_of(family, plan.teacher, name).dimensions)
 
 
 def _kept_of_dimension(dimension: Dimension, sizes: Mapping[str, int], kept: Callable[[str], tuple[int, ...] | None]) -> torch.Tensor | None:

@@ -10,28 +10,30 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from memory_budget.architecture import Architecture
-from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD
+from minitron.families.base import ATTENTION_HEAD, EXPERT, EXPERT_FFN, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD, SHARED_FFN
 from minitron.importance.scores import ImportanceScores
 from minitron.settings.run import PruneSettings
 from nas.depth import check_is_cut
 
 Indices = tuple[int, ...]
 SUMS_BYTES = 2**32  # of all sums of second moments: where they are more, neighbouring norms share one
-AXIS_OF_KIND = {"M": (MAMBA_HEAD, MAMBA_CHANNEL), "-": (FFN,), "*": (KEY_VALUE_HEAD, ATTENTION_HEAD)}
+AXIS_OF_KIND = {"M": (MAMBA_HEAD, MAMBA_CHANNEL), "-": (FFN,), "*": (KEY_VALUE_HEAD, ATTENTION_HEAD), "E": (EXPERT, SHARED_FFN)}
 
 
 @dataclass(frozen=True, slots=True)
 class PruningPlan:
     """`kept_layers` are layers as config.json counts them. `units` maps an axis to the kept indices per sublayer of the teacher; hidden has one entry,
-    under -1, for all of them."""
+    under -1, for all of them, and the neurons of experts one for every expert, under `expert_place`."""
 
     teacher: Architecture
     student: Architecture
     kept_layers: Indices
     units: Mapping[str, Mapping[int, Indices]]
 
-    def kept(self, axis: str, layer: int) -> Indices | None:
-        """Kept indices of an axis in a sublayer of the teacher; None where all stay."""
+    def kept(self, axis: str, layer: int | None, expert: int | None = None) -> Indices | None:
+        """Kept indices of an axis in a sublayer of the teacher, or in an expert of it; None where all stay."""
+        if axis == EXPERT_FFN:
+            return self.units.get(axis, {}).get(expert_place(self.teacher, layer, expert))
         return self.units.get(axis, {}).get(-1 if axis == HIDDEN else layer)
 
     @property
@@ -40,6 +42,11 @@ class PruningPlan:
 
     def to_json(self) -> dict:
         return asdict(self)
+
+
+def expert_place(teacher: Architecture, layer: int, expert: int) -> int:
+    """The number of an expert among those of all sublayers."""
+    return layer * teacher.moe_num_experts + expert
 
 
 def make_plan(teacher: Architecture, student: Architecture, kept_layers: Indices, scores: ImportanceScores) -> PruningPlan:
@@ -56,6 +63,10 @@ def make_plan(teacher: Architecture, student: Architecture, kept_layers: Indices
             kept = _choose(axis, layer, teacher, student, scores)
             if kept is not None:
                 units.setdefault(axis, {})[layer] = kept
+        if teacher.mixers[layer] == "E" and student.moe_ffn < teacher.moe_ffn:
+            experts = units.get(EXPERT, {}).get(layer, range(teacher.moe_num_experts))
+            neurons = {expert_place(teacher, layer, expert): top(scores.expert_neurons(layer)[expert], student.moe_ffn) for expert in experts}
+            units.setdefault(EXPERT_FFN, {}).update(neurons)
     return PruningPlan(teacher=teacher, student=student, kept_layers=tuple(kept_layers), units=units)
 
 
@@ -72,6 +83,10 @@ def _choose(axis: str, layer: int, teacher: Architecture, student: Architecture,
     if axis == ATTENTION_HEAD and student.num_attention_heads < teacher.num_attention_heads:
         groups = _choose(KEY_VALUE_HEAD, layer, teacher, student, scores)
         return top_per_group(scores.attention_heads(layer), teacher.num_key_value_heads, student.num_attention_heads, groups)
+    if axis == EXPERT and student.moe_num_experts < teacher.moe_num_experts:
+        return top_per_group(scores.experts(layer), teacher.moe_groups, student.moe_num_experts)
+    if axis == SHARED_FFN and student.moe_shared_ffn < teacher.moe_shared_ffn:
+        return top(scores.shared_neurons(layer), student.moe_shared_ffn)
     return None
 
 

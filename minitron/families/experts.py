@@ -1,0 +1,132 @@
+"""Routed experts as modules of their own, whatever transformers stacks them into: one tensor each on disk, in memory and where they are cut or fitted.
+
+A mixer of experts has a router, `gate`, that gives of N tokens the K experts of each and what their outputs are multiplied by, and `experts`, which
+transformers calls with those. Here that is a list of them. It sorts tokens by their expert, so that each expert is asked once, with all the tokens that are sent to it, and
+one that no token is sent to is not asked at all: where experts are read from disk (`source`) it is never read.
+
+Letters: N tokens, K experts of a token, D what experts read and write, F neurons of one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What one expert did with the tokens that were sent to it: which tokens [n], what its output was multiplied by [n], its neurons [n, F] as the last matrix
+    reads them, and its output [n, D] before the multiplication."""
+
+    expert: int
+    tokens_n: torch.Tensor
+    weights_n: torch.Tensor
+    inner_nF: torch.Tensor
+    output_nD: torch.Tensor
+
+
+class Expert(nn.Module):
+    """One expert: down(act(up x)), or gated down(act(gate x) · up x). No biases."""
+
+    def __init__(self, width: int, neurons: int, *, gated: bool, activation: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        if gated:
+            self.gate_proj = nn.Linear(width, neurons, bias=False)
+        self.up_proj = nn.Linear(width, neurons, bias=False)
+        self.down_proj = nn.Linear(neurons, width, bias=False)
+        self.gated, self.activation = gated, activation
+
+    def inner(self, given_nD: torch.Tensor) -> torch.Tensor:
+        """[n, D] to what the last matrix reads, [n, F]."""
+        if self.gated:
+            return self.activation(self.gate_proj(given_nD)) * self.up_proj(given_nD)
+        return self.activation(self.up_proj(given_nD))
+
+    def forward(self, given_nD: torch.Tensor) -> torch.Tensor:
+        """[n, D] to [n, D]."""
+        return self.down_proj(self.inner(given_nD))
+
+
+class Source(Protocol):
+    """Where experts are that are not in memory."""
+
+    def open(self, numbers: Sequence[int]) -> Iterator[tuple[int, Expert]]:
+        """These experts in this order, each ready to compute until the next is asked for."""
+
+
+class Experts(nn.ModuleList):
+    """The experts of a layer by number. `source`: where they come from, None if they are here. `watch` hears what each one did in every forward pass."""
+
+    def __init__(self, experts: Sequence[nn.Module]):
+        super().__init__(experts)
+        self.source: Source | None = None
+        self.watch: Callable[[Routed], None] | None = None
+
+    def opened(self, numbers: Sequence[int]) -> Iterator[tuple[int, Expert]]:
+        """Some experts by number, wherever they are."""
+        return self.source.open(numbers) if self.source is not None else ((number, self[number]) for number in numbers)
+
+    def forward(self, hidden_ND: torch.Tensor, experts_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+        """[N, D] to [N, D]: of every token the sum over its experts of weight · output, added up in float32 at least.
+
+        Where gradients are wanted all experts are asked, if need be with no token: engines that add up gradients over processes expect one of each.
+        """
+        total_ND = torch.zeros_like(hidden_ND, dtype=torch.promote_types(hidden_ND.dtype, weights_NK.dtype))
+        sent = Sent(experts_NK, len(self))
+        wanted = range(len(self)) if torch.is_grad_enabled() and self.source is None else sent.reached
+        for number, expert in self.opened(wanted):
+            tokens_n, places_n = sent.of(number)
+            inner_nF = expert.inner(hidden_ND[tokens_n])
+            output_nD = expert.down_proj(inner_nF)
+            weights_n = weights_NK.flatten()[places_n]
+            if self.watch is not None:
+                self.watch(Routed(number, tokens_n, weights_n, inner_nF, output_nD))
+            total_ND.index_add_(0, tokens_n, (output_nD * weights_n[:, None]).to(total_ND.dtype))
+        return total_ND.to(hidden_ND.dtype)
+
+
+class Sent:
+    """Tokens by the expert that they are sent to, from the experts [N, K] of every token."""
+
+    def __init__(self, experts_NK: torch.Tensor, num_experts: int):
+        flat = experts_NK.flatten()
+        self.places, self.per_token = flat.argsort(stable=True), experts_NK.shape[1]
+        self.counts: list[int] = torch.bincount(flat, minlength=num_experts).tolist()
+        self.firsts = [0, *torch.tensor(self.counts).cumsum(0).tolist()]
+
+    @property
+    def reached(self) -> list[int]:
+        """The experts that have a token, in order."""
+        return [number for number, count in enumerate(self.counts) if count]
+
+    def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of an expert the tokens that go to it [n], ascending, and their places [n] among all N·K."""
+        places_n = self.places[self.firsts[expert] : self.firsts[expert + 1]]
+        return places_n // self.per_token, places_n
+
+
+def unstacked(stacked: nn.Module, *, gated: bool) -> Experts:
+    """The experts of a module of transformers that has them stacked, as views of its tensors: up [E, F, D], or gate and up [E, 2F, D], and down [E, D, F]."""
+    down_EDF = stacked.down_proj
+    up_EFD = stacked.gate_up_proj if gated else stacked.up_proj
+    neurons = down_EDF.shape[2]
+    with torch.device("meta"):
+        experts = [Expert(down_EDF.shape[1], neurons, gated=gated, activation=stacked.act_fn) for _ in range(len(down_EDF))]
+    for number, expert in enumerate(experts):
+        expert.down_proj.weight = _view(down_EDF, down_EDF[number])
+        expert.up_proj.weight = _view(up_EFD, up_EFD[number, -neurons:])
+        if gated:
+            expert.gate_proj.weight = _view(up_EFD, up_EFD[number, :neurons])
+    return Experts(experts)
+
+
+def _view(whole: nn.Parameter, part: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(part.detach(), requires_grad=whole.requires_grad)
+
+
+def experts_of(block: nn.Module) -> Experts | None:
+    """The experts of a sublayer, None where it has none."""
+    experts = getattr(block.mixer, "experts", None)
+    return experts if isinstance(experts, Experts) else None
