@@ -19,6 +19,7 @@ from minitron.checkpoints.local_paths import is_local
 from minitron.checkpoints.weight_files import INDEX_FILE, WeightFiles, read_header_rows, weight_files
 from minitron.checkpoints.weight_files import SINGLE_FILE as SINGLE_FILE
 from minitron.families.config_json import CODE_KEYS
+from minitron.families.table import BUFFER
 
 DTYPES = {
     "F64": torch.float64,
@@ -126,7 +127,8 @@ class Checkpoint:
 
     @property
     def num_parameters(self) -> int:
-        return sum(entry.num_elements for entry in self.entries.values())
+        """As transformers counts them: without buffers, of which routers store some."""
+        return sum(entry.num_elements for entry in self.entries.values() if not BUFFER.search(entry.name))
 
 
 def bytes_of(tensor: torch.Tensor) -> np.ndarray:

@@ -5,6 +5,7 @@ arithmetic is the same modules on the same shapes, so on CPU the scores are equa
 """
 
 import ctypes
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,9 +21,11 @@ from distill.products import as_head_takes, logits_of
 from memory_budget.architecture import Architecture
 from minitron.checkpoints.files import Checkpoint, PlannedWeights
 from minitron.checkpoints.stored_linear import StoredLinear, load_to_compute
+from minitron.checkpoints.streamed_experts import StreamedExperts
 from minitron.families.base import Family
+from minitron.families.experts import experts_of
 from minitron.families.state import model_tensors
-from minitron.families.table import names_by_canonical
+from minitron.families.table import expert_of, names_by_canonical, split_layer
 
 ROWS_BYTES = 2**25  # of a vocabulary's matrix, which is never in memory whole where it is only looked up and rewritten
 
@@ -55,6 +58,13 @@ def look_up(ids_BT: torch.Tensor, first: int, rows_VD: torch.Tensor, into_BTD: t
     here_BT = (ids_BT >= first) & (ids_BT < first + len(rows_VD))
     looked_up = rows_VD[ids_BT[here_BT] - first].to(into_BTD.dtype)
     into_BTD[here_BT] = looked_up if scale == 1 else looked_up * torch.tensor(scale, dtype=into_BTD.dtype, device=into_BTD.device)
+
+
+def run_layer(block: nn.Module, residuals: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What a layer makes of every batch [B, T, D]. One with experts takes all rows at once, so that each of them is read once and asked once."""
+    if experts_of(block) is None:
+        return [block(residual_BTD) for residual_BTD in residuals]
+    return list(block(torch.cat(list(residuals))).split([len(residual_BTD) for residual_BTD in residuals]))
 
 
 class PlacedModel(Protocol):
@@ -103,7 +113,7 @@ class WholeModel:
 
 
 class StreamedModel:
-    """placement=stream: one layer in memory, the next one being read; embeddings and head only while they are used.
+    """placement=stream: one layer in memory, the next one being read, and of its experts one and the next; embeddings and head only while they are used.
 
     `weights` is where tensors are read from, the folder when None.
     """
@@ -113,6 +123,10 @@ class StreamedModel:
         self.family, self.architecture, self.config, self.device = family, architecture, dict(config), device
         self.checkpoint = weights or Checkpoint(folder)
         self.names = names_by_canonical(family, architecture, self.checkpoint.entries)
+        self._of_layers: dict[int | None, dict[str, str]] = defaultdict(dict)  # by layer, names in the files by those in the layer
+        for name, file_name in self.names.items():
+            layer, suffix = split_layer(name)
+            self._of_layers[layer][suffix] = file_name
         self.dtype = _model_dtype(self.config, self.checkpoint)
         keep_freed_memory()
 
@@ -136,8 +150,10 @@ class StreamedModel:
                 begun = None if following is None else self._begin_reading(reader, following)
                 block = self._load(lambda layer=layer: self.family.build_layer(self.config, layer), stored)
                 del stored
+                if (experts := experts_of(block)) is not None:
+                    experts.source = StreamedExperts(experts, self._named(layer, experts=True), self.checkpoint, self.dtype, self.device)
                 yield layer, block
-                del block
+                del block, experts
 
     @contextmanager
     def open_head(self) -> Iterator[Head]:
@@ -145,19 +161,25 @@ class StreamedModel:
         yield Head(*(self._load_outside(part) for part in ("norm", "head")))
 
     def _begin_reading(self, reader: ThreadPoolExecutor, layer: int) -> Future[dict[str, torch.Tensor]]:
-        """A layer's tensors as stored. Their memory is asked for here, in the thread that lets it go again: another thread's does not come back to it."""
-        empty = self._empty(f"layers.{layer}.")
-        return reader.submit(self._fill, f"layers.{layer}.", empty)
+        """A layer's tensors as stored, but for its experts'. Their memory is asked for here, in the thread that lets it go again: another thread's does not come
+        back to it."""
+        names = self._named(layer, experts=False)
+        return reader.submit(self._fill, names, self._empty(names))
 
-    def _empty(self, prefix: str) -> dict[str, torch.Tensor]:
-        return {name[len(prefix) :]: self.checkpoint.empty(file_name) for name, file_name in self.names.items() if name.startswith(prefix)}
+    def _named(self, layer: int, *, experts: bool) -> dict[str, str]:
+        """Names in the files by those in a layer: of its experts, or of all else."""
+        return {name: file_name for name, file_name in self._of_layers[layer].items() if (expert_of(name) is not None) == experts}
 
-    def _fill(self, prefix: str, empty: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: self.checkpoint.read(self.names[prefix + name], into=tensor).to(self.device) for name, tensor in empty.items()}
+    def _empty(self, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+        return {name: self.checkpoint.empty(file_name) for name, file_name in names.items()}
+
+    def _fill(self, names: Mapping[str, str], empty: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: self.checkpoint.read(names[name], into=tensor).to(self.device) for name, tensor in empty.items()}
 
     def _load_outside(self, part: str) -> nn.Module:
         prefix = self.family.outside_names["embed" if part == "head" and self.architecture.tied_embeddings else part]
-        return self._load(lambda: self.family.build_outside(self.config, part), self._fill(prefix, self._empty(prefix)))
+        names = {name[len(prefix) :]: file_name for name, file_name in self._of_layers[None].items() if name.startswith(prefix)}
+        return self._load(lambda: self.family.build_outside(self.config, part), self._fill(names, self._empty(names)))
 
     def _load(self, build: Callable[[], nn.Module], state: dict[str, torch.Tensor]) -> nn.Module:
         """A module of these tensors that computes in the model's dtype."""

@@ -9,6 +9,7 @@ from minitron.families.base import Family, TensorAxes
 
 # Heads that foretell further tokens, and tables of rotary positions that older versions stored: transformers loads neither.
 LEFT_OUT = re.compile(r"(^|\.)mtp(\.|_)|rotary_emb\.inv_freq$")
+BUFFER = re.compile(r"\.e_score_correction_bias$")  # stored, but no parameter
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from distill.batches import PADDING, split_padding
 from distill.losses import next_token_labels
-from minitron.checkpoints.placement import PlacedModel
+from minitron.checkpoints.placement import PlacedModel, run_layer
 from minitron.text.samples import check_predicted
 
 
@@ -19,7 +19,7 @@ def walked_loss(model: PlacedModel, batches: Sequence[torch.Tensor]) -> float:
     """
     residuals = model.embed([split_padding(rows_BT)[0] for rows_BT in batches])
     for _, block in model.visit(range(model.architecture.num_sublayers)):
-        residuals = [block(residual_BTD) for residual_BTD in residuals]
+        residuals = run_layer(block, residuals)
     total, tokens = 0.0, 0
     with model.open_head() as head:
         for residual_BTD, rows_BT in zip(residuals, batches, strict=True):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from memory_budget.architecture import Architecture
-from minitron.checkpoints.placement import PlacedModel, ids_and_mask
+from minitron.checkpoints.placement import PlacedModel, ids_and_mask, run_layer
 from minitron.families.base import HIDDEN, POST_NORM, Family, TensorAxes
 from minitron.pruning.basis import Basis
 
@@ -85,7 +85,7 @@ def norm_inputs(base: PlacedModel, batches: Sequence[torch.Tensor], on_layer: Ca
 
     for layer, block in base.visit(range(base.architecture.num_sublayers)):
         yield from ((layer, tokens_ND) for tokens_ND in tokens(f"layer {layer}"))
-        residuals = [block(residual_BTD) for residual_BTD in residuals]
+        residuals = run_layer(block, residuals)
         on_layer()
     yield from ((None, tokens_ND) for tokens_ND in tokens("the output head"))
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from memory_budget.architecture import Architecture
-from minitron.checkpoints.placement import Head, PlacedModel, ids_and_mask
+from minitron.checkpoints.placement import Head, PlacedModel, ids_and_mask, run_layer
 from minitron.families.base import Family
 from minitron.families.table import row_of
 from minitron.pruning.plan import num_sites
@@ -111,7 +111,7 @@ def _walk_forward(base: PlacedModel, ids: Sequence[torch.Tensor], folder: Path, 
     residuals, num_layers = base.embed(ids), base.architecture.num_sublayers
     for layer, block in base.visit(range(num_layers)):
         torch.save([residual_BTD.bfloat16() for residual_BTD in residuals], _file(folder, layer))
-        residuals = [block(residual_BTD) for residual_BTD in residuals]
+        residuals = run_layer(block, residuals)
         if not all(torch.isfinite(residual_BTD).all() for residual_BTD in residuals):
             raise ValueError(f"prune: the residuals before {place(layer + 1, num_layers)} are not finite")
         on_layer()

@@ -23,7 +23,7 @@ from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_total_parameters
 from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD, Family
 from minitron.families.state import load_tensors, model_tensors
-from minitron.families.table import row_of, split_layer
+from minitron.families.table import BUFFER, row_of, split_layer
 from minitron.importance.scores import ImportanceScores
 from minitron.pruning.cut import TensorCut, is_run, kept_indices, plan_cuts
 from minitron.pruning.plan import Indices, PruningPlan, top, top_per_group
@@ -181,7 +181,7 @@ class SortedTeacher:
                 block.get_submodule(name.split(".", 2)[2].removesuffix(".weight")).register_forward_pre_hook(_by_rank_hook(groups, heads // groups))
 
     def _check(self, tensors: Mapping[str, torch.Tensor], student: Architecture) -> None:
-        planned, effective = count_total_parameters(student), sum(tensor.numel() for tensor in tensors.values())
+        planned, effective = count_total_parameters(student), sum(tensor.numel() for name, tensor in tensors.items() if not BUFFER.search(name))
         if planned != effective:
             raise RuntimeError(f"the view of a candidate has {effective:,} parameters, its plan {planned:,}")
 
