@@ -208,7 +208,7 @@ GEMMA = {"model_type": "gemma3_text"}
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "gpt2"}, r"'gpt2' cannot be pruned; supported: nemotron_h, llama, mistral, qwen2, qwen3, gemma3_text"),
+        ({"model_type": "gpt2"}, r"'gpt2' cannot be pruned; supported: nemotron_h, llama, mistral, qwen2, qwen3, qwen3_moe, gemma3_text"),
         ({}, r"None cannot be pruned; supported: nemotron_h, llama, "),
         ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, r"quantization_config is there \(gptq\)"),
         ({"model_type": "llama", "quantization_config": None}, None),
