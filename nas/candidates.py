@@ -41,6 +41,9 @@ class Candidates:
     mamba_head_dim: np.ndarray | None = None
     num_attention_heads: np.ndarray | None = None
     num_key_value_heads: np.ndarray | None = None
+    moe_num_experts: np.ndarray | None = None
+    moe_ffn: np.ndarray | None = None
+    moe_shared_ffn: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name in WIDTHS:

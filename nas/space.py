@@ -17,8 +17,9 @@ Floors = Mapping[str, int]
 class SearchSpace:
     """Options per axis, each ascending; `floors` is the least number of layers of each kind, by its letter.
 
-    mamba_head_dim (channels of a Mamba head), num_attention_heads (query heads) and num_key_value_heads are None where only the teacher's value is
-    allowed. `couplings` are equations that every candidate keeps; `given` the fields whose axes somebody gave options, from which others may follow.
+    mamba_head_dim (channels of a Mamba head), num_attention_heads (query heads), num_key_value_heads and the sizes of experts are None where only the
+    teacher's value is allowed. `couplings` are equations that every candidate keeps; `given` the fields whose axes somebody gave options, from which others
+    may follow.
     """
 
     num_layers: tuple[int, ...]
@@ -29,6 +30,9 @@ class SearchSpace:
     mamba_head_dim: tuple[int, ...] | None = None
     num_attention_heads: tuple[int, ...] | None = None
     num_key_value_heads: tuple[int, ...] | None = None
+    moe_num_experts: tuple[int, ...] | None = None
+    moe_ffn: tuple[int, ...] | None = None
+    moe_shared_ffn: tuple[int, ...] | None = None
     couplings: tuple[Coupling, ...] = ()
     given: frozenset[str] = frozenset()
 

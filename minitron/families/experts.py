@@ -30,15 +30,28 @@ class Routed:
     output_nD: torch.Tensor
 
 
+class _Undrawn(nn.Linear):
+    """A matrix whose numbers will be given: to draw those of thousands of experts takes seconds, even on the meta device."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+def _matrix(inputs: int, outputs: int) -> nn.Linear:
+    linear = _Undrawn(inputs, outputs, bias=False)
+    linear.__class__ = nn.Linear
+    return linear
+
+
 class Expert(nn.Module):
-    """One expert: down(act(up x)), or gated down(act(gate x) · up x). No biases."""
+    """One expert: down(act(up x)), or gated down(act(gate x) · up x). No biases; its matrices are for others to fill."""
 
     def __init__(self, width: int, neurons: int, *, gated: bool, activation: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()
         if gated:
-            self.gate_proj = nn.Linear(width, neurons, bias=False)
-        self.up_proj = nn.Linear(width, neurons, bias=False)
-        self.down_proj = nn.Linear(neurons, width, bias=False)
+            self.gate_proj = _matrix(width, neurons)
+        self.up_proj = _matrix(width, neurons)
+        self.down_proj = _matrix(neurons, width)
         self.gated, self.activation = gated, activation
 
     def inner(self, given_nD: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from nas.space import Floors, axis_options
 from nas.throughput import DEVICES
 
 TOKENS_PER_INPUT, MOST_CALIBRATION_TOKENS = 43, 2**18  # docs/compensated.md has what fewer and more are worth
-KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}
+KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-", "moe": "E"}
 
 
 def couplings_of(architecture: Architecture) -> tuple[Coupling, ...]:
