@@ -161,6 +161,7 @@ def pattern_lines(summary: Summary) -> str:
     student = "".join(" " if layer in removed else letter for layer, letter in enumerate(pattern)).rstrip()
     lines = [f"layer    {ruler.rstrip()}", f"{cut:<7}  {pattern}", f"removed  {marks}", f"student  {student}"]
     of = "the given base's " if summary["base"] else ""
-    letters = ", ".join(legend for kind, legend in LEGENDS.items() if kind in kinds) or "Letters: M Mamba-2, `*` attention, - FFN" + ", E experts" * ("E" in kinds)
+    single = "Letters: M Mamba-2, `*` attention, - FFN" + ", E experts" * ("E" in kinds)
+    letters = ", ".join(legend for kind, legend in LEGENDS.items() if kind in kinds) or single
     listed = f"{len(removed)} of {of}{len(pattern)} layers removed: {', '.join(map(str, removed))}. {letters}."
     return "```\n" + "\n".join(lines) + "\n```\n\n" + listed
