@@ -6,9 +6,9 @@ Weights and states of the residual stream are exact counts; what a layer makes o
 from dataclasses import dataclass
 
 from memory_budget.architecture import Architecture
-from memory_budget.parameters import count_parameters, count_total_parameters, layer_parameters
+from memory_budget.parameters import count_parameters, count_total_parameters
 from memory_budget.units import GIB
-from minitron.checkpoints.forward_memory import layer_bytes
+from minitron.checkpoints.forward_memory import layer_bytes, streamed_bytes
 from minitron.machine.memory_plan import MemoryPlan
 from minitron.settings.run import Criterion, Placement, ScoringSettings
 
@@ -87,8 +87,7 @@ class ScoringNeeds:
         """All weights, or of those that are streamed the layer at work and the one that is read."""
         if scoring.placement is Placement.device:
             return self.bytes_per_number * count_total_parameters(self.architecture)
-        layers = [layer_parameters(self.architecture, letter).total for letter in set(self.architecture.pattern)]
-        return self.bytes_per_number * 2 * max(layers)
+        return streamed_bytes(self.architecture, self.bytes_per_number)
 
     def _head_weights(self, scoring: ScoringSettings) -> int:
         if scoring.placement is Placement.device:
