@@ -67,8 +67,13 @@ class Architecture:
     moe_groups_per_token: int = 1
 
     def __post_init__(self) -> None:
-        if self.window and WINDOWED not in self.pattern:  # so that a cut to other layers is what its own config.json says
+        """What no layer of the pattern has is as if it had not been given, so that a cut to other layers is what its own config.json says."""
+        if self.window and WINDOWED not in self.pattern:
             object.__setattr__(self, "window", 0)
+        if "E" not in self.pattern:
+            for field in fields(self):
+                if field.name.startswith("moe_"):
+                    object.__setattr__(self, field.name, 0 * getattr(self, field.name) + field.default)  # an array stays one
 
     def num_layers_of(self, kind: str) -> int:
         """Number of sublayers of one kind, by its letter; * is all attention, W that of it which is within a window."""
