@@ -5,10 +5,11 @@ Mamba-2 and feed-forward layers go by blocks, it is less, and nothing is refused
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from memory_budget.architecture import WINDOWED, Architecture
 from memory_budget.parameters import count_total_parameters, expert_parameters, layer_parameters
-from minitron.checkpoints.forward_work import has_mask
+from minitron.checkpoints.forward_work import busiest_share, has_mask
 from minitron.machine.memory_plan import MemoryPlan
 from minitron.mamba import block_sizes
 from minitron.mamba.kernel_memory import ScanMemory
@@ -53,6 +54,12 @@ def layer_bytes(model: Architecture, width: int, rows: int, tokens: int, *, auto
     return 2 * states + max(kinds)
 
 
+def walked_bytes(model: Architecture, width: int, rows: int, tokens: int, all_rows: int, *, tapped: bool = False) -> int:
+    """`layer_bytes` of a walk through the layers (placement.run_layer), which gives so many rows at a time to each, but all at once to one with experts."""
+    kinds = [(letter, all_rows if letter == "E" else rows) for letter in set(model.pattern)]
+    return max(layer_bytes(replace(model, pattern=letter), width, at_once, tokens, tapped=tapped) for letter, at_once in kinds)
+
+
 def streamed_bytes(model: Architecture, width: int) -> int:
     """Of a model that is read layer by layer the layer at work and the next, `width` bytes a number, at the most; of experts those that are kept, the one at
     work and the next (checkpoints/streamed_experts.py)."""
@@ -80,8 +87,8 @@ def _mixer_bytes(model: Architecture, letter: str, width: int, rows: int, tokens
     float32 [T, I] at once (two where the scan gives float32). Attention: queries, keys, values, their weighted sum, and what comes of it; a mask, as
     it is made, of a byte each, and as it is added, with keys and values for every query head.
     Feed-forward: up's output, its relu and the square, which autocast makes of a float32 copy. A tap: magnitudes of what it reads, and again in float32.
-    Experts: the router's float32 copy of what it reads and six numbers an expert; then the sum in float32, and of one expert at a time, as if all tokens were
-    sent to it, what it reads, its neurons, its output and that weighted; then the shared expert beside the sum.
+    Experts: the router's float32 copy of what it reads and six numbers an expert; then the sum in float32, and of the busiest expert what it reads, its neurons,
+    its output and that weighted; then the shared expert beside the sum.
     """
     all_tokens = rows * tokens
     taps = 0 if not tapped else width if width == FLOAT32 else width + FLOAT32  # bytes of a number that is read
@@ -104,6 +111,6 @@ def _mixer_bytes(model: Architecture, letter: str, width: int, rows: int, tokens
         return all_tokens * model.ffn * of_neuron
     reads = model.moe_latent or model.hidden
     router = model.hidden * (FLOAT32 if width < FLOAT32 else 0) + 6 * FLOAT32 * model.moe_num_experts
-    expert = reads * (2 * width + 2 * FLOAT32) + model.moe_ffn * of_neuron
+    busiest = FLOAT32 * reads + busiest_share(model) * (reads * (2 * width + FLOAT32) + model.moe_ffn * of_neuron)
     shared = model.hidden * width + model.moe_shared_ffn * of_neuron
-    return all_tokens * (model.moe_latent * width + max(router, expert, shared))
+    return int(all_tokens * (model.moe_latent * width + max(router, busiest, (FLOAT32 + width) * reads, shared)))

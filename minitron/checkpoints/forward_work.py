@@ -81,6 +81,22 @@ def _experts_numbers(model: Architecture, *, by_blocks: bool) -> int:
     return 2 * model.moe_num_experts + routed + model.moe_latent + shared
 
 
+def passing_numbers(model: Architecture, letter: str, length: int) -> float:
+    """Numbers a token that one layer makes on its way on a CPU where nothing is kept for a backward pass. Of experts the router's, then their sum and what
+    the busiest one has, then the shared one's; of other layers as many as they would keep."""
+    if letter != "E":
+        return layer_numbers(model, letter, length, by_blocks=True)
+    reads, of_neuron = model.moe_latent or model.hidden, 4 if model.ffn_gated else 3
+    busiest = reads + busiest_share(model) * (3 * reads + of_neuron * model.moe_ffn)
+    shared = model.hidden + (of_neuron if model.ffn_gated else 1) * model.moe_shared_ffn
+    return 2 * (1 + model.post_norms) * model.hidden + model.moe_latent + max(model.hidden + 6 * model.moe_num_experts, busiest, shared)
+
+
+def busiest_share(model: Architecture) -> float:
+    """Of a layer's tokens, those that are sent to its busiest expert: taken to be four times what an even router would send there."""
+    return min(1.0, 4 * model.moe_experts_per_token / model.moe_num_experts)
+
+
 def _scan_flops(model: Architecture) -> int:
     """Of a token in every Mamba-2 layer: into the state and out of it, and within chunks (SSD, arXiv 2405.21060, §6)."""
     inner, groups = model.mamba_inner, model.mamba_num_groups * model.mamba_state_size
