@@ -157,9 +157,9 @@ OF_FAMILY = {
         "rope_parameters": POSITIONS, "use_sliding_window": True, "norm_topk_prob": True, "decoder_sparse_step": 2, "num_experts": 8, "num_experts_per_tok": 2,
         "moe_intermediate_size": 64, **WINDOW}),
     "nemotron_h": ("NemotronH", {
-        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "mamba_num_heads": 16, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2,
-        "chunk_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 96,
-        "routed_scaling_factor": 2.5}),
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "mamba_num_heads": 16, "mamba_head_dim": 16, "ssm_state_size": 16,
+        "n_groups": 2, "chunk_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "moe_intermediate_size": 64,
+        "moe_shared_expert_intermediate_size": 96, "routed_scaling_factor": 2.5}),
     "mamba2": ("Mamba2", {"num_heads": 16, "head_dim": 16, "n_groups": 2, "state_size": 16, "expand": 2, "chunk_size": 64}),
 }  # fmt: skip
 BLOCK_SIZES = {"intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096}

@@ -167,9 +167,11 @@ def model_card(title: str, *, lines: list[str], architecture: Architecture, base
         ("attention", f"{architecture.num_attention_heads} query heads, {architecture.num_key_value_heads} KV heads × {architecture.attention_head_dim}"),
         ("Mamba-2", f"{architecture.mamba_num_heads} heads × {architecture.mamba_head_dim}, {architecture.mamba_num_groups} groups, "
                     f"state {architecture.mamba_state_size}"),
+        ("experts", f"{architecture.moe_num_experts:,} a layer × {architecture.moe_ffn:,} neurons, {architecture.moe_experts_per_token} of them for a token"
+                    + (f"; one of {architecture.moe_shared_ffn:,} that all tokens share" if architecture.moe_shared_ffn else "")),
         ("vocabulary", f"{architecture.vocab:,}" + ("; embeddings and output head are one matrix (tied)" if architecture.tied_embeddings else "")),
     ]  # fmt: skip
-    absent = {name for name, letter in (("FFN", "-"), ("attention", "*"), ("Mamba-2", "M")) if letter not in architecture.mixers}
+    absent = {name for name, letter in (("FFN", "-"), ("attention", "*"), ("Mamba-2", "M"), ("experts", "E")) if letter not in architecture.mixers}
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in sizes if name not in absent)]
-    letters = [] if of_blocks else ["", "Pattern letters: M Mamba-2, `*` attention, - FFN."]
+    letters = [] if of_blocks else ["", "Pattern letters: M Mamba-2, `*` attention, - FFN, E experts."]
     return "\n".join([*head, "---", "", f"# {title}", "", *lines, "", *table, *letters, ""])

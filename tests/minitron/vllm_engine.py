@@ -1,9 +1,9 @@
 """Run by an interpreter that has vLLM, not by pytest: reads one model folder after another in one process, and tells the log-probabilities of a prompt.
 
-A line in, JSON: {"folder", "ids", "options"}, the options being those of vllm.LLM; without ids only the caches are asked for, kv_cache_memory_bytes takes
-the place of VLLM_CPU_KVCACHE_SPACE, and plain_experts is this file's: see there. A line out, JSON: {"log_probabilities", "cache_tokens", "concurrency", "context", "limits"}, nats of every id but the
-first, what vLLM logs of its caches, and its --max-model-len and [--max-num-batched-tokens, --max-num-seqs] as it settled them; or {"error"}. What vLLM itself
-prints goes to standard error.
+A line in, JSON: {"folder", "ids", "options"}, the options being those of vllm.LLM, and plain_experts, which is this file's; without ids only the caches are
+asked for, and kv_cache_memory_bytes takes the place of VLLM_CPU_KVCACHE_SPACE. A line out, JSON: {"log_probabilities", "cache_tokens", "concurrency",
+"context", "limits"}, nats of every id but the first, what vLLM logs of its caches, and its --max-model-len and [--max-num-batched-tokens, --max-num-seqs] as
+it settled them; or {"error"}. What vLLM itself prints goes to standard error.
 """
 
 import json
