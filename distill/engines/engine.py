@@ -64,6 +64,24 @@ class Caller(nn.Module):
         return function(self.model, *arguments)
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The model's layers: its longest list of modules that is in no other one."""
+    return list(max(_lists_of(model)[0], key=len))
+
+
+def choices_of(model: nn.Module) -> list[nn.ModuleList]:
+    """Lists of modules within layers, such as experts: which of them are called depends on the tokens, so it differs between processes."""
+    return _lists_of(model)[1]
+
+
+def _lists_of(model: nn.Module) -> tuple[list[nn.ModuleList], list[nn.ModuleList]]:
+    """The model's lists of modules that are in no other one, and those that are."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    inner = [any(name.startswith(f"{other}.") for other in lists) for name in lists]
+    outermost, within = ([module for module, is_inner in zip(lists.values(), inner, strict=True) if is_inner == wanted] for wanted in (False, True))
+    return outermost, within
+
+
 class Engine:
     """One process. The others override what differs."""
 

@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill.engines.engine import Caller, Engine, Entry, Stored
+from distill.engines.engine import Caller, Engine, Entry, Stored, choices_of
 from distill.optimizers import build_optimizers
 from distill.plan import TrainPlan
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KEPT_WHOLE = {"stage3_param_persistence_threshold": 100_000}  # parameters of at most so many numbers stay whole in every process: DeepSpeed's own default
 
 
 @cache
@@ -51,6 +52,7 @@ class Zero(Engine):
         if self.plan.optimizer != "adamw":
             raise ValueError(f"train.optimizer is {self.plan.optimizer}; under DeepSpeed it must be adamw")
         (optimizer,) = build_optimizers(caller.model, self.plan)
+        _fetch_together(caller)
         with _float_buffers_kept(caller):
             self.deepspeed, *_ = load_deepspeed().initialize(model=caller, optimizer=optimizer, config=_config(self.launch.engine, self.plan))
         if self.launch.is_sharded:
@@ -161,11 +163,18 @@ class Zero(Engine):
 def place_in_slices(caller: Caller) -> nn.Module:
     """A frozen model under ZeRO-3: a layer is whole only while it runs."""
     bf16 = next(caller.parameters()).dtype == torch.bfloat16
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": bf16}, "steps_per_print": 2**31}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **KEPT_WHOLE}, "bf16": {"enabled": bf16}, "steps_per_print": 2**31}
+    _fetch_together(caller)
     with _float_buffers_kept(caller):
         placed, *_ = load_deepspeed().initialize(model=caller, config=config)
     _keep_output_matrix(caller)
     return placed
+
+
+def _fetch_together(caller: Caller) -> None:
+    """Has stage 3 fetch all experts of a layer before any is called: every process takes part in every fetch, though its tokens go to others."""
+    for choices in choices_of(caller.model):
+        load_deepspeed().utils.set_z3_leaf_module(choices, True)
 
 
 @contextmanager
@@ -187,7 +196,7 @@ def _config(engine: str, plan: TrainPlan) -> dict:
     return {
         "train_micro_batch_size_per_gpu": 1,  # rows are shared out by the trainer, which marks the boundaries of accumulation itself
         "gradient_clipping": plan.clip_norm,
-        "zero_optimization": {"stage": int(engine[-1]), "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True},
+        "zero_optimization": {"stage": int(engine[-1]), **KEPT_WHOLE, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": plan.precision == "bf16"},
