@@ -77,8 +77,9 @@ class _Watch:
 def measure_width(model: PlacedModel, batches: Sequence[torch.Tensor], on_layer=lambda: None) -> WidthSums:
     """Sums for every unit of every axis, and each layer's block influence, from batches of ids [B, T] (padding −1).
 
-    All batches walk the layers together, so that each layer is loaded once, and through one with experts as one, so that each expert is. Block influence is Σ over tokens of
-    1 − cos(residual before, residual after), of a layer as config.json counts them. Raises ValueError naming the layer whose activations are not finite.
+    All batches walk the layers together, so that each layer is loaded once, and through one with experts as one, so that each expert is. Block influence
+    is Σ over tokens of 1 − cos(residual before, residual after), of a layer as config.json counts them. Raises ValueError naming the layer whose
+    activations are not finite.
     """
     architecture = model.architecture
     ids_and_masks = [ids_and_mask(batch) for batch in batches]

@@ -24,9 +24,8 @@ def expert_scores(width: WidthSums, architecture: Architecture) -> dict[int, dic
     found = {}
     for (axis, sublayer), rows in sorted(aggregate(width).sites.items()):
         if axis == EXPERT:
-            tokens, *scores = (rows[EXPERT_ROWS[name]].tolist() for name in ("frequency", "reap", "activation"))
-            rounded = ([float(f"{score:.6g}") for score in one] for one in scores)
-            found[sublayer // architecture.sublayers_per_layer] = {"tokens": [int(number) for number in tokens]} | dict(zip(("reap", "activation"), rounded, strict=True))
+            scores = {name: [float(f"{score:.6g}") for score in rows[EXPERT_ROWS[name]]] for name in ("reap", "activation")}
+            found[sublayer // architecture.sublayers_per_layer] = {"tokens": rows[EXPERT_ROWS["frequency"]].astype(int).tolist(), **scores}
     return found
 
 

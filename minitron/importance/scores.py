@@ -1,6 +1,6 @@
 """Importance scores: what calibration measured, and the rankings derived from it.
 
-Letters: D hidden, F ffn (with E: neurons of one expert), M Mamba heads, P head dim, Q query heads, H attention head dim, E experts, S neurons of the shared one.
+Letters: D hidden, F ffn (with E: of one expert), M Mamba heads, P head dim, Q query heads, H attention head dim, E experts, S neurons of the shared one.
 """
 
 from collections.abc import Mapping, Sequence

@@ -70,7 +70,8 @@ def _take_last(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 def is_run(indices: torch.Tensor) -> bool:
     """Whether indices are neighbours in ascending order."""
-    return len(indices) > 0 and torch.equal(indices, torch.arange(int(indices[0]), int(indices[0]) + len(indices)))
+    numbers = indices.numpy()
+    return len(numbers) > 0 and numbers[-1] - numbers[0] == len(numbers) - 1 and bool((np.diff(numbers) == 1).all())
 
 
 def plan_cuts(family: Family, plan: PruningPlan, shapes: Mapping[str, tuple[int, ...]]) -> list[TensorCut]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from minitron.importance.removal import check_rules, layer_rules
+from minitron.importance.scores import protected_experts
 from minitron.search.space import space_of
 from minitron.settings.derived import base_stage, fewest_layers, floors
 from minitron.settings.rules import key_settings
@@ -27,6 +28,7 @@ def width_scoring(settings: Settings, score: Result, *, of_experts: bool = False
 def check(settings: Settings) -> None:
     base = base_architecture(settings)
     space_of(settings, base)  # its depths say how many layers are removed
+    protected_experts(settings)
     check_rules(base.layer_kinds, fewest_layers(settings), layer_rules(settings, base.layer_kinds))
 
 

@@ -139,6 +139,12 @@ def test_the_sum_is_the_published_one(name):
     assert count_total_parameters(replace(model, layers=tuple(wider))) + published.get("beside", 0) != published["total"]
 
 
+@pytest.mark.parametrize("experts", [96, 64])
+def test_a_search_that_keeps_fewer_experts_has_the_architecture_whose_sum_is_published(experts):
+    teacher, student = (architecture_from_config(PUBLISHED[f"qwen3-30b-a3b{which}"]["config"]) for which in ("", f"-{experts}-experts"))
+    assert replace(teacher, moe_num_experts=experts) == student != teacher
+
+
 @pytest.mark.parametrize("name", ["gemma-3-4b", "gemma-3-12b", "gemma-3-27b"])
 def test_what_a_multimodal_checkpoint_holds_beside_its_language_model_is_named_and_known(name):
     """SigLIP-So400m has one size in all of them; the projector goes from its 1152 channels to the language model's."""

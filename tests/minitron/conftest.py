@@ -38,7 +38,7 @@ TINY = Architecture(
 )  # fmt: skip
 
 # Experts in two groups, of which a token sees one, and a shared one; with all biases that there can be.
-TINY_EXPERTS = replace(TINY, pattern="ME*E-", ffn_bias=True, moe_num_experts=8, moe_experts_per_token=2, moe_ffn=12, moe_shared_ffn=20, moe_groups=2)
+TINY_EXPERTS = replace(TINY, pattern="M*E-E", ffn_bias=True, moe_num_experts=8, moe_experts_per_token=2, moe_ffn=16, moe_shared_ffn=20, moe_groups=2)
 _ROUTING = {"norm_topk_prob": True, "routed_scaling_factor": 2.5}
 
 # One of each kind that can be cut: head tied or not, biases where a family has any, heads that are not hidden size over heads, windows shorter than the rows
@@ -60,7 +60,7 @@ MODELS = {
     "qwen3 tied": {"model_type": "qwen3", **_SIZES, "num_key_value_heads": 3, "head_dim": 10, "tie_word_embeddings": True, "use_sliding_window": False,
                    "sliding_window": None, "max_window_layers": 4, "layer_types": [_FULL] * 4},
     "qwen3_moe": {"model_type": "qwen3_moe", **_SIZES, "num_key_value_heads": 3, "head_dim": 10, "tie_word_embeddings": False, "attention_bias": True,
-                  "use_sliding_window": True, "sliding_window": 9, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+                  "use_sliding_window": True, "sliding_window": 9, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
                   "decoder_sparse_step": 2, "norm_topk_prob": True},
     "gemma3_text": {"model_type": "gemma3_text", **_SIZES, "num_key_value_heads": 3, "head_dim": 10, "query_pre_attn_scalar": 12, "sliding_window": 9,
                     "layer_types": [_SLIDING, _SLIDING, _SLIDING, _FULL]},
@@ -108,6 +108,8 @@ def _randomise(family: Family, architecture: Architecture, model: nn.Module, see
             value = uniform(parameter, -1.0, 1.5)
         elif last == "dt_bias":
             value = uniform(parameter, -3.0, 0.5)
+        elif last == "e_score_correction_bias":
+            value = normal(parameter, 0.2)
         else:  # D and biases
             value = normal(parameter, 0.5)
         parameter.copy_(value)
