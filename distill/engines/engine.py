@@ -17,6 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from distill.engines.host_memory import keep_in_host_memory
 from distill.engines.launch import Launch
+from distill.engines.loads import Loads
 from distill.optimizers import build_optimizers
 from distill.plan import TrainPlan
 
@@ -88,6 +89,10 @@ class Engine:
     def __init__(self, launch: Launch, model: nn.Module, plan: TrainPlan):
         self.launch, self.model, self.plan = launch, model, plan
         self.device = next(model.parameters()).device
+        self.loads = Loads(model)
+        for name, parameter in model.named_parameters():
+            if plan.frozen and name.endswith(plan.frozen):
+                parameter.requires_grad_(False)
         self._keep_activations(plan)
         self.wrapped = self._wrap(Caller(model))
         self.parameters = dict(model.named_parameters())

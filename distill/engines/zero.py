@@ -46,13 +46,15 @@ def load_deepspeed() -> ModuleType:
 
 
 class Zero(Engine):
-    """Gradients and optimiser in slices (stage 2), weights too (stage 3)."""
+    """Gradients and optimiser in slices (stage 2), weights too (stage 3). Of `frozen` parameters, which DeepSpeed casts, the numbers that they came with are kept.
+    """
 
     def _wrap(self, caller: Caller) -> nn.Module:
         if self.plan.optimizer != "adamw":
             raise ValueError(f"train.optimizer is {self.plan.optimizer}; under DeepSpeed it must be adamw")
         (optimizer,) = build_optimizers(caller.model, self.plan)
         _fetch_together(caller)
+        self.frozen = {name: parameter.detach().cpu().clone() for name, parameter in caller.model.named_parameters() if not parameter.requires_grad}
         with _float_buffers_kept(caller):
             self.deepspeed, *_ = load_deepspeed().initialize(model=caller, optimizer=optimizer, config=_config(self.launch.engine, self.plan))
         if self.launch.is_sharded:
@@ -95,10 +97,11 @@ class Zero(Engine):
     def weights(self) -> list[Entry]:
         stored, utils = set(self.model.state_dict()), load_deepspeed().utils
         buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in stored}
+        kept = {**self.frozen, **buffers}
         return [
             Entry(f"model.{name}", _shape(parameter), torch.float32, lambda parameter=parameter: utils.safe_get_full_fp32_param(parameter).cpu())
-            for name, parameter in self.parameters.items()
-        ] + [Entry(f"model.{name}", tuple(buffer.shape), buffer.dtype, lambda buffer=buffer: buffer.cpu()) for name, buffer in buffers.items()]
+            for name, parameter in self.parameters.items() if name not in kept
+        ] + [Entry(f"model.{name}", tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor.cpu()) for name, tensor in kept.items()]  # fmt: skip
 
     def optimizer_state(self) -> list[Entry]:
         if not self.zero.optimizer.state:
@@ -107,6 +110,8 @@ class Zero(Engine):
         steps = torch.tensor(float(next(iter(self.zero.optimizer.state.values()))["step"]))
         entries, utils = [], load_deepspeed().utils
         for name, parameter in self.parameters.items():
+            if name in self.frozen:
+                continue
             entries.append(Entry(f"optimizer.{name}.step", (), torch.float32, lambda: steps))
             for key in MOMENTS:
                 gather = lambda parameter=parameter, key=key: utils.safe_get_full_optimizer_state(parameter, key).cpu()  # noqa: E731
@@ -119,7 +124,10 @@ class Zero(Engine):
         self._make_moments(read(f"optimizer.{name}.step") if f"optimizer.{name}.step" in names else torch.tensor(0.0))
         for name, parameter in self.parameters.items():
             whole = read(f"model.{name}").float()
-            self._set(parameter, whole, None)
+            if name in self.frozen:
+                self.frozen[name] = whole
+            else:
+                self._set(parameter, whole, None)
             with load_deepspeed().zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
                 if parameter.numel():
                     parameter.data.copy_(whole)
