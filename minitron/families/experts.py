@@ -90,7 +90,7 @@ class Experts(nn.ModuleList):
         Where gradients are wanted every expert gets them, zeros if it has no token: engines that add up gradients over processes expect one of each.
         """
         sent = Sent(experts_NK, len(self))
-        if torch.is_grad_enabled() and self.source is None and self.watch is None:
+        if torch.is_grad_enabled() and self.source is None:
             return self._together(hidden_ND, weights_NK, sent)
         total_ND = torch.zeros_like(hidden_ND, dtype=torch.promote_types(hidden_ND.dtype, weights_NK.dtype))
         for number, expert in self.opened(sent.reached):
@@ -104,15 +104,19 @@ class Experts(nn.ModuleList):
         return total_ND.to(hidden_ND.dtype)
 
     def _together(self, hidden_ND: torch.Tensor, weights_NK: torch.Tensor, sent: "Sent") -> torch.Tensor:
-        """The same to the bit, of all experts at once: for training, where what is sent to them is kept anyway, and a step for each of them takes longer than
+        """The same, of all experts at once: for training, where what is sent to them is kept anyway, and a step for each of them takes longer than
         its products."""
         first = self[0]
         given_nD = Spread.apply(hidden_ND, sent)
         inner_nF = first.activation(self._products(given_nD, "gate_proj" if first.gated else "up_proj", sent))
         if first.gated:
             inner_nF = inner_nF * self._products(given_nD, "up_proj", sent)
-        output_nD = self._products(inner_nF, "down_proj", sent)
-        weighted_nD = output_nD * weights_NK.flatten()[sent.places][:, None]
+        output_nD, weights_n = self._products(inner_nF, "down_proj", sent), weights_NK.flatten()[sent.places]
+        if self.watch is not None:
+            for number in sent.reached:
+                here = slice(*sent.firsts[number : number + 2])
+                self.watch(Routed(number, sent.of(number)[0], weights_n[here], inner_nF[here], output_nD[here]))
+        weighted_nD = output_nD * weights_n[:, None]
         return Collect.apply(weighted_nD, sent).to(hidden_ND.dtype)
 
     def _products(self, given_nI: torch.Tensor, name: str, sent: "Sent") -> torch.Tensor:
