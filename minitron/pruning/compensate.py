@@ -27,9 +27,10 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from minitron.checkpoints.placement import PlacedModel, ids_and_mask, look_up
+from minitron.checkpoints.placement import PlacedModel, ids_and_mask, look_up, run_layer
 from minitron.checkpoints.stored_linear import load_to_compute
 from minitron.families.base import HIDDEN, POST_NORM
+from minitron.families.experts import experts_of
 from minitron.families.state import load_tensors
 from minitron.families.table import expected_shape, required_names, row_of
 from minitron.pruning.basis import Basis
@@ -120,7 +121,7 @@ class CompensatedCut:
                     yield from self._finish(begun)
                     begun = None  # its memory is the next one's
                 begun = self._begin(base_block, layer, positions[layer])
-            self.base_residuals = [base_block(residual_BTD) for residual_BTD in self.base_residuals]
+            self.base_residuals = run_layer(base_block, self.base_residuals)
             self.on_layer()
         yield from self._finish(begun)
         del begun
@@ -163,7 +164,7 @@ class CompensatedCut:
 
     def _begin(self, base_block: nn.Module, layer: int, position: int) -> _Begun:
         """The student's layer with its readers refitted. What is fitted in _finish is as the base has it, unless all of it is stored."""
-        state = {f"layers.{layer}.{name}": tensor for name, tensor in base_block.state_dict().items()}
+        state = {f"layers.{layer}.{name}": tensor for name, tensor in base_block.state_dict().items() if f"layers.{layer}.{name}" in self.cuts}
         targets = {name: self.cuts[name].target for name in state}
         unfinished = [name for name in self._fitted_last(state) if targets[name] not in self.stored]
         known = {name for name in state if targets[name] in self.stored} - set(self._fitted_last(state) if unfinished else ())
@@ -184,14 +185,21 @@ class CompensatedCut:
     def _finish(self, begun: _Begun) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
         """Refits the layer's writer, moves the student's residuals behind the layer and gives the layer's tensors."""
         block = begun.block
-        if self.recipe.refit_writing and begun.unfinished:
+        if experts_of(block) is not None and begun.unfinished:
+            from minitron.pruning.refits.experts import refit
+            def store(name, tensor):
+                begun.tensors[name] = tensor.to(begun.tensors[name].dtype)
+                block.get_parameter(name).data = begun.tensors[name].to(block.get_parameter(name).dtype)
+            missing = (self.basis.project(b) - s for b, s in zip(self.base_residuals, self.student_residuals))
+            refit(block, self.student_residuals, missing, self.masks, self.recipe, store, f"layer {begun.layer}")
+        elif self.recipe.refit_writing and begun.unfinished:
             (name,) = [name for name in block.state_dict() if self.roles[f"layers.{begun.layer}.{name}"] == WRITE]
             writer, place = block.get_submodule(name.removesuffix(".weight")), f"layer {begun.layer}"
             fitted = self._behind_norm(block, writer, name, place) if self.plan.student.post_norms else {name: self._writing(block, writer, place)}
             for name, tensor in fitted.items():
                 begun.tensors[name] = tensor.to(begun.tensors[name].dtype)
                 block.get_parameter(name).data = begun.tensors[name].to(block.get_parameter(name).dtype)
-        self.student_residuals = [block(residual_BTK) for residual_BTK in self.student_residuals]
+        self.student_residuals = run_layer(block, self.student_residuals)
         named = ((f"layers.{begun.position}.{name}", tensor) for name, tensor in begun.tensors.items())
         yield from ((name, [tensor]) for name, tensor in named if name not in self.stored)
 

@@ -113,6 +113,8 @@ class Recipe:
     ridge: float = 1e-3
     direction_samples: int = 8
     balanced: bool = True
+    refit_experts: bool = True
+    refit_shared: bool = True
 
 
 def _directions(settings: PruneSettings, student: Architecture) -> str:
