@@ -12,7 +12,7 @@ from torch import nn
 from distill.states import TENSORS_FILE
 from memory_budget.architecture import Architecture, describe_layers
 from memory_budget.hf_config import architecture_from_config, read_config
-from memory_budget.parameters import count_total_parameters
+from memory_budget.parameters import count_active_parameters, count_total_parameters
 from memory_budget.units import format_gib
 from minitron.checkpoints.files import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, copy_companions, same_bits
 from minitron.checkpoints.placement import StreamedModel
@@ -164,12 +164,15 @@ def model_card(title: str, *, lines: list[str], architecture: Architecture, base
         ("layers", describe_layers(architecture) if of_blocks else f"{architecture.num_layers} (`{architecture.pattern}`)"),
         ("hidden", str(architecture.hidden)),
         ("FFN", str(architecture.ffn)),
+        ("experts", f"{architecture.moe_num_experts} × {architecture.moe_ffn:,} neurons, {architecture.moe_experts_per_token} a token"
+                    + f", and a shared one × {architecture.moe_shared_ffn:,}" * (architecture.moe_shared_ffn > 0)
+                    + f"; {count_active_parameters(architecture):,} parameters active per token"),
         ("attention", f"{architecture.num_attention_heads} query heads, {architecture.num_key_value_heads} KV heads × {architecture.attention_head_dim}"),
         ("Mamba-2", f"{architecture.mamba_num_heads} heads × {architecture.mamba_head_dim}, {architecture.mamba_num_groups} groups, "
                     f"state {architecture.mamba_state_size}"),
         ("vocabulary", f"{architecture.vocab:,}" + ("; embeddings and output head are one matrix (tied)" if architecture.tied_embeddings else "")),
     ]  # fmt: skip
-    absent = {name for name, letter in (("FFN", "-"), ("attention", "*"), ("Mamba-2", "M")) if letter not in architecture.mixers}
+    absent = {name for name, letter in (("FFN", "-"), ("experts", "E"), ("attention", "*"), ("Mamba-2", "M")) if letter not in architecture.mixers}
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in sizes if name not in absent)]
     letters = [] if of_blocks else ["", "Pattern letters: M Mamba-2, `*` attention, - FFN."]
     return "\n".join([*head, "---", "", f"# {title}", "", *lines, "", *table, *letters, ""])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from memory_budget.architecture import BLOCK, WINDOWED_BLOCK
+from memory_budget.architecture import BLOCK, MOE_BLOCK, WINDOWED_BLOCK, WINDOWED_MOE_BLOCK
 from memory_budget.units import format_gib, to_gib
 from minitron.report import plot_style, plots_data, plots_evaluation, plots_search
 from minitron.report.plot_style import GREY, MODELS, RED, draw_curve, new_axes, new_figure, viridis, viridis_map
@@ -22,7 +22,8 @@ PARTS = {
     "conv_state": ("convolution state", "#CC79A7"),
     "activations": ("activations", "#56B4E9"),
 }
-KIND_COLOURS = {"M": "#0072B2", "*": "#D55E00", "-": "#009E73", "E": "#CC79A7", BLOCK: "#56B4E9", WINDOWED_BLOCK: "#E69F00"}
+KIND_COLOURS = {"M": "#0072B2", "*": "#D55E00", "-": "#009E73", "E": "#CC79A7", BLOCK: "#56B4E9", WINDOWED_BLOCK: "#E69F00",
+                MOE_BLOCK: "#CC79A7", WINDOWED_MOE_BLOCK: "#999999"}  # fmt: skip
 AXES = {"hidden": "hidden channels", "ffn": "FFN neurons", "mamba_head": "Mamba-2 heads", "attention_head": "attention heads"}
 CRITERIA = {
     "mse": "squared change of the logits\nover their square (ratio)",

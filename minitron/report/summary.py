@@ -10,10 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from memory_budget.architecture import BLOCK, WINDOWED_BLOCK, Architecture, as_dict
+from memory_budget.architecture import BLOCK, MOE_BLOCK, WINDOWED_BLOCK, WINDOWED_MOE_BLOCK, Architecture, as_dict
 from memory_budget.calculator import memory_report
 from memory_budget.hf_config import architecture_from_config, read_config
-from memory_budget.parameters import count_total_parameters
+from memory_budget.parameters import count_active_parameters, count_total_parameters
 from minitron.settings.derived import budget_of, workload_of
 from minitron.settings.run import Settings
 from minitron.settings.teachers import base_architecture, teacher_architecture
@@ -31,8 +31,9 @@ MORE_ROWS = ("phase_rows", "whole_rows")  # stages that make rows beside the dat
 SLICE_FACTS = ("models", "tokens", "learning_rate")  # of summary["against_slice"]: the plain slice as cut and as distilled
 REASONERS = {"teacher": "teacher", "student": "student", "student_whole": "student of whole traces alone"}  # of summary["reasoning"]
 RUNGS = ("short_distill_loss", "zero_shot_loss")  # the highest first
-KIND_NAMES = {"M": "Mamba-2", "*": "attention", "-": "FFN", "E": "MoE", BLOCK: "attention + FFN",
-              WINDOWED_BLOCK: "attention within a window + FFN"}  # of layers, by their letters  # fmt: skip
+KIND_NAMES = {"M": "Mamba-2", "*": "attention", "-": "FFN", "E": "experts", BLOCK: "attention + FFN",
+              WINDOWED_BLOCK: "attention within a window + FFN", MOE_BLOCK: "attention + experts",
+              WINDOWED_MOE_BLOCK: "attention within a window + experts"}  # of layers, by their letters  # fmt: skip
 
 
 def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:
@@ -132,6 +133,7 @@ def _models(settings: Settings, results: Mapping[str, Result], budget_bytes: int
         models[name] = {
             "path": None if folder is None else str(folder),
             "parameters": count_total_parameters(architecture),
+            **({"active_parameters": count_active_parameters(architecture)} if "E" in architecture.pattern else {}),
             "architecture": as_dict(architecture),
             "memory_bytes": memory.as_dict(),
             "fits": memory.total <= budget_bytes,
