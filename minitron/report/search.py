@@ -11,7 +11,8 @@ from minitron.report.text import Summary, change, duration, escaped, nats, speed
 
 Candidate = Mapping[str, Any]
 
-BLOCK_LETTERS = {BLOCK: "B", WINDOWED_BLOCK: "W", MOE_BLOCK: "E", WINDOWED_MOE_BLOCK: "X"}  # of the picture of layers, where a block is one character
+# Of the picture of layers, where a block is one character, and what it stands for.
+BLOCK_LETTERS = {BLOCK: "B", WINDOWED_BLOCK: "W", MOE_BLOCK: "E", WINDOWED_MOE_BLOCK: "X"}
 LEGENDS = {BLOCK: "B is a block of attention and FFN", WINDOWED_BLOCK: "W is a block of attention within a window and FFN",
            MOE_BLOCK: "E is a block of attention and experts", WINDOWED_MOE_BLOCK: "X is a block of attention within a window and experts"}  # fmt: skip
 SIZES = (
@@ -25,11 +26,10 @@ SIZES = (
     ("num_key_value_heads", "KV heads", "*"),
     ("attention_head_dim", "attention head dim", "*"),
     ("window", "window of attention (tokens)", "W"),
-    ("moe_num_experts", "experts", "E"),
-    ("moe_experts_per_token", "experts a token", "E"),
+    ("moe_num_experts", "routed experts", "E"),
+    ("moe_experts_per_token", "experts of a token", "E"),
     ("moe_ffn", "neurons of an expert", "E"),
     ("moe_shared_ffn", "neurons of the shared expert", "E"),
-    ("moe_latent", "latent of experts", "E"),
     ("vocab", "vocabulary", "M*-E"),
 )
 RUNG_NAMES = {"short_distill_loss": "after a short distillation", "zero_shot_loss": "zero-shot"}
@@ -147,8 +147,7 @@ def architecture_table(summary: Summary, student: Mapping[str, Any]) -> str:
     else:
         rows += [(f"– {name}", kinds.count(kind), left.count(kind)) for kind, name in KIND_NAMES.items() if kind in kinds]
     there = set(before.pattern + before.mixers)
-    rows += [(label, getattr(before, name), getattr(after, name)) for name, label, letters in SIZES
-             if set(letters) & there and getattr(before, name)]  # fmt: skip
+    rows += [(label, getattr(before, name), getattr(after, name)) for name, label, letters in SIZES if set(letters) & there and getattr(before, name)]
     rows += [("parameters", teacher["parameters"], student["parameters"])]
     if "E" in there:
         rows += [("– active per token", count_active_parameters(before), count_active_parameters(after))]
