@@ -1,5 +1,6 @@
 """Mixtures of experts in the search: their axes, rules, limits on active parameters, and what decoding reads of them."""
 
+import shutil
 from dataclasses import replace
 from itertools import combinations, product
 
@@ -13,8 +14,10 @@ from memory_budget.workload import Workload
 from minitron.importance.removal import layer_rules, removable_layers
 from minitron.search.space import check_search, space_of
 from minitron.settings.derived import axis_of, floors
-from minitron.settings.run import BudgetSettings, ScoringSettings, Settings
+from minitron.settings.run import BudgetSettings, DepthLapSettings, ScoringSettings, Settings, TeacherSettings
 from minitron.settings.search import AxisSettings, FixedSettings, SearchSettings
+from minitron.settings.teachers import CONF_FOLDER
+from minitron.walk.laps import depth_lap
 from nas.axes import WIDTHS, identifier
 from nas.candidates import enumerate_candidates, enumerate_fitting
 from nas.depth import check_is_cut, kept_layers, spelled
@@ -124,6 +127,15 @@ def test_a_floor_is_of_the_blocks_that_have_the_mixer():
     assert spelled(BLOCKS, kept_layers(BLOCKS.layer_kinds, [0, 1, 2, 3], 5, {})) == "*E" * 5, "the control"
     rules = layer_rules(asked, BLOCKS.layer_kinds)
     assert rules.ceilings == {"*E": 4} and removable_layers(BLOCKS.layer_kinds, range(6), 5, rules) == [1, 2, 3, 4, 5]
+
+
+def test_the_first_of_two_laps_reckons_with_the_fewest_experts_that_the_second_may_keep(tmp_path):
+    shutil.copy(CONF_FOLDER / "architectures" / "nemotron-3-nano-30b-a3b.json", tmp_path / "config.json")
+    laps = replace(settings(layers=[46, 52], experts=[96, 128], max_active_parameters=10**9), depth_lap=DepthLapSettings(enabled=True),
+                   teacher=TeacherSettings(path=str(tmp_path)))  # fmt: skip
+    first = depth_lap(laps).search
+    assert first.later_widths.given() == {"hidden": 2688, "ffn": 1856, "mamba_num_heads": 64, "moe_num_experts": 96}
+    assert first.experts == AxisSettings() and first.max_active_parameters is None
 
 
 # Active parameters.
