@@ -102,6 +102,11 @@ def expected_shape(family: Family, architecture: Architecture, row: TensorAxes) 
     return tuple(sum(prod(sizes[axis] for axis in segment) for segment in dimension) for dimension in row.dimensions)
 
 
+def has_router_bias(family: Family, architecture: Architecture) -> bool:
+    """Whether experts are chosen by scores with a bias that no gradient trains."""
+    return any(row.buffer and row.kind in architecture.mixers for row in family.table if row.kind)
+
+
 def check_tensors(family: Family, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Hold a checkpoint's tensors against its config. Raises ValueError naming the tensor that is wrong, missing or too many."""
     for name, shape in shapes.items():

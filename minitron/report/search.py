@@ -10,7 +10,7 @@ from minitron.report.text import Summary, change, duration, escaped, nats, speed
 
 Candidate = Mapping[str, Any]
 
-# Of the picture of layers, where a block is one character.
+# Of the picture of layers, where a block is one character, and what it stands for.
 BLOCK_LETTERS = {BLOCK: "B", WINDOWED_BLOCK: "W", MOE_BLOCK: "E", WINDOWED_MOE_BLOCK: "X"}
 LEGENDS = {BLOCK: "B is a block of attention and FFN", WINDOWED_BLOCK: "W is a block of attention within a window and FFN",
            MOE_BLOCK: "E is a block of attention and experts", WINDOWED_MOE_BLOCK: "X is a block of attention within a window and experts"}  # fmt: skip
@@ -25,9 +25,10 @@ SIZES = (
     ("num_key_value_heads", "KV heads", "*"),
     ("attention_head_dim", "attention head dim", "*"),
     ("window", "window of attention (tokens)", "W"),
-    ("moe_num_experts", "experts", "E"),
-    ("moe_ffn", "expert neurons", "E"),
-    ("moe_shared_ffn", "shared expert's neurons", "E"),
+    ("moe_num_experts", "routed experts", "E"),
+    ("moe_experts_per_token", "experts of a token", "E"),
+    ("moe_ffn", "neurons of an expert", "E"),
+    ("moe_shared_ffn", "neurons of the shared expert", "E"),
     ("vocab", "vocabulary", "M*-E"),
 )
 RUNG_NAMES = {"short_distill_loss": "after a short distillation", "zero_shot_loss": "zero-shot"}
@@ -160,6 +161,6 @@ def pattern_lines(summary: Summary) -> str:
     student = "".join(" " if layer in removed else letter for layer, letter in enumerate(pattern)).rstrip()
     lines = [f"layer    {ruler.rstrip()}", f"{cut:<7}  {pattern}", f"removed  {marks}", f"student  {student}"]
     of = "the given base's " if summary["base"] else ""
-    letters = ", ".join(legend for kind, legend in LEGENDS.items() if kind in kinds) or "Letters: M Mamba-2, `*` attention, - FFN, E experts"
+    letters = ", ".join(legend for kind, legend in LEGENDS.items() if kind in kinds) or "Letters: M Mamba-2, `*` attention, - FFN" + ", E experts" * ("E" in kinds)
     listed = f"{len(removed)} of {of}{len(pattern)} layers removed: {', '.join(map(str, removed))}. {letters}."
     return "```\n" + "\n".join(lines) + "\n```\n\n" + listed

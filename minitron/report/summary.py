@@ -31,9 +31,8 @@ MORE_ROWS = ("phase_rows", "whole_rows")  # stages that make rows beside the dat
 SLICE_FACTS = ("models", "tokens", "learning_rate")  # of summary["against_slice"]: the plain slice as cut and as distilled
 REASONERS = {"teacher": "teacher", "student": "student", "student_whole": "student of whole traces alone"}  # of summary["reasoning"]
 RUNGS = ("short_distill_loss", "zero_shot_loss")  # the highest first
-KIND_NAMES = {"M": "Mamba-2", "*": "attention", "-": "FFN", "E": "MoE", BLOCK: "attention + FFN",
-              WINDOWED_BLOCK: "attention within a window + FFN", MOE_BLOCK: "attention + experts",
-              WINDOWED_MOE_BLOCK: "attention within a window + experts"}  # of layers, by their letters  # fmt: skip
+KIND_NAMES = {"M": "Mamba-2", "*": "attention", "-": "FFN", "E": "experts", BLOCK: "attention + FFN", WINDOWED_BLOCK: "attention within a window + FFN",
+              MOE_BLOCK: "attention + experts", WINDOWED_MOE_BLOCK: "attention within a window + experts"}  # of layers, by their letters  # fmt: skip
 
 
 def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:
