@@ -8,11 +8,10 @@ from copy import deepcopy
 import torch
 
 from minitron.checkpoints.files import Checkpoint, PlannedWeights
+from minitron.checkpoints.forward_memory import KEPT_BYTES
 from minitron.checkpoints.stored_linear import load_to_compute
 from minitron.families.experts import Expert, Experts
 from minitron.families.table import expert_of
-
-KEPT_BYTES = 2**27  # of a layer's experts, as stored: so many stay for the next tokens, which spares small models from reading anew
 
 
 class StreamedExperts:

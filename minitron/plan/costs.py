@@ -98,7 +98,7 @@ def _scoring_bytes(view: LapView, needs: ScoringNeeds, block_tokens: int) -> int
     """On a processor: what the stage's own plan says, but for the layer at work, and for states kept from round to round no more than there can be."""
     scoring, base = view.settings.scoring, view.base
     kept = base.num_layers * (1 + base.num_layers) * scoring.layer_samples * view.length * base.hidden * view.width // 2
-    own = view.layer_bytes(base, max(scoring.batch * view.length, min(scoring.branch_tokens, block_tokens)))
+    own = view.layer_bytes(base, max(scoring.batch * view.length, min(scoring.branch_tokens, block_tokens)), needs.width_tokens(scoring))
 
     def moment(parts: Mapping[str, int]) -> int:
         capped = {name: min(size, kept) if name == "kept for the next round" else size for name, size in parts.items() if name != "a layer's own"}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from memory_budget.architecture import BLOCK, WINDOWED_BLOCK
+from memory_budget.architecture import BLOCK, MOE_BLOCK, WINDOWED_BLOCK, WINDOWED_MOE_BLOCK
 from memory_budget.units import format_gib, to_gib
 from minitron.report import plot_style, plots_data, plots_evaluation, plots_search
 from minitron.report.plot_style import GREY, MODELS, RED, draw_curve, new_axes, new_figure, viridis, viridis_map
@@ -22,8 +22,10 @@ PARTS = {
     "conv_state": ("convolution state", "#CC79A7"),
     "activations": ("activations", "#56B4E9"),
 }
-KIND_COLOURS = {"M": "#0072B2", "*": "#D55E00", "-": "#009E73", "E": "#CC79A7", BLOCK: "#56B4E9", WINDOWED_BLOCK: "#E69F00"}
-AXES = {"hidden": "hidden channels", "ffn": "FFN neurons", "mamba_head": "Mamba-2 heads", "attention_head": "attention heads"}
+KIND_COLOURS = {"M": "#0072B2", "*": "#D55E00", "-": "#009E73", "E": "#CC79A7", BLOCK: "#56B4E9", WINDOWED_BLOCK: "#E69F00", MOE_BLOCK: "#CC79A7",
+                WINDOWED_MOE_BLOCK: "#882255"}  # fmt: skip
+AXES = {"hidden": "hidden channels", "ffn": "FFN neurons", "mamba_head": "Mamba-2 heads", "attention_head": "attention heads",
+        "expert": "routed experts", "expert_ffn": "experts' neurons", "shared_ffn": "shared neurons"}  # fmt: skip
 CRITERIA = {
     "mse": "squared change of the logits\nover their square (ratio)",
     "kl": "KL from the full model\n(nats/token)",
@@ -140,13 +142,15 @@ def _width_importance(summary: Summary):
         return None
     import matplotlib
 
-    figure = new_figure(8, 2.9)
+    rows = -(-len(curves) // 4)
+    columns = -(-len(curves) // rows)
+    figure = new_figure(8, 2.9 * rows)
     pattern = summary["importance"]["pattern"]
     depth = len(kinds_of(summary, pattern))
     per_layer = len(pattern) // depth
     for position, axis in enumerate([axis for axis in AXES if axis in curves], start=1):
-        y = "score (share of the highest)" if position == 1 else ""
-        axes = new_axes(figure, 1, len(curves), position, title=AXES[axis], x="rank (share of units)", y=y)
+        y = "score (share of the highest)" if (position - 1) % columns == 0 else ""
+        axes = new_axes(figure, rows, columns, position, title=AXES[axis], x="rank (share of units)", y=y)
         for sublayer, curve in curves[axis].items():
             axes.plot([rank / (len(curve) - 1) for rank in range(len(curve))], curve, color=viridis(int(sublayer) // per_layer / depth), linewidth=1.0)
         axes.set_ylim(0, 1.02)

@@ -3,15 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from memory_budget.architecture import BLOCK, WINDOWED_BLOCK, Architecture
+from memory_budget.architecture import BLOCK, MOE_BLOCK, WINDOWED_BLOCK, WINDOWED_MOE_BLOCK, Architecture
 from memory_budget.units import format_gib
 from minitron.report.summary import KIND_NAMES, best_first, chosen_candidate, cut_kinds, highest_rung, removed_layers
 from minitron.report.text import Summary, change, duration, escaped, nats, speed, table
 
 Candidate = Mapping[str, Any]
 
-BLOCK_LETTERS = {BLOCK: "B", WINDOWED_BLOCK: "W"}  # of the picture of layers, where a block is one character
-LEGENDS = {BLOCK: "B is a block of attention and FFN", WINDOWED_BLOCK: "W is a block of attention within a window and FFN"}
+# Of the picture of layers, where a block is one character, and what it stands for.
+BLOCK_LETTERS = {BLOCK: "B", WINDOWED_BLOCK: "W", MOE_BLOCK: "E", WINDOWED_MOE_BLOCK: "X"}
+LEGENDS = {BLOCK: "B is a block of attention and FFN", WINDOWED_BLOCK: "W is a block of attention within a window and FFN",
+           MOE_BLOCK: "E is a block of attention and experts", WINDOWED_MOE_BLOCK: "X is a block of attention within a window and experts"}  # fmt: skip
 SIZES = (
     ("hidden", "hidden width", "M*-E"),
     ("ffn", "FFN neurons", "-"),
@@ -23,8 +25,10 @@ SIZES = (
     ("num_key_value_heads", "KV heads", "*"),
     ("attention_head_dim", "attention head dim", "*"),
     ("window", "window of attention (tokens)", "W"),
-    ("moe_num_experts", "experts", "E"),
-    ("moe_ffn", "expert neurons", "E"),
+    ("moe_num_experts", "routed experts", "E"),
+    ("moe_experts_per_token", "experts of a token", "E"),
+    ("moe_ffn", "neurons of an expert", "E"),
+    ("moe_shared_ffn", "neurons of the shared expert", "E"),
     ("vocab", "vocabulary", "M*-E"),
 )
 RUNG_NAMES = {"short_distill_loss": "after a short distillation", "zero_shot_loss": "zero-shot"}
@@ -141,7 +145,7 @@ def architecture_table(summary: Summary, student: Mapping[str, Any]) -> str:
     else:
         rows += [(f"– {name}", kinds.count(kind), left.count(kind)) for kind, name in KIND_NAMES.items() if kind in kinds]
     there = set(before.pattern + before.mixers)
-    rows += [(label, getattr(before, name), getattr(after, name)) for name, label, letters in SIZES if set(letters) & there]
+    rows += [(label, getattr(before, name), getattr(after, name)) for name, label, letters in SIZES if set(letters) & there and getattr(before, name)]
     rows += [("parameters", teacher["parameters"], student["parameters"])]
     return table(("", "teacher", "student", "change"), [(label, f"{old:,}", f"{new:,}", change(old, new)) for label, old, new in rows])
 
@@ -157,6 +161,6 @@ def pattern_lines(summary: Summary) -> str:
     student = "".join(" " if layer in removed else letter for layer, letter in enumerate(pattern)).rstrip()
     lines = [f"layer    {ruler.rstrip()}", f"{cut:<7}  {pattern}", f"removed  {marks}", f"student  {student}"]
     of = "the given base's " if summary["base"] else ""
-    letters = ", ".join(legend for kind, legend in LEGENDS.items() if kind in kinds) or "Letters: M Mamba-2, `*` attention, - FFN"
+    letters = ", ".join(legend for kind, legend in LEGENDS.items() if kind in kinds) or "Letters: M Mamba-2, `*` attention, - FFN" + ", E experts" * ("E" in kinds)
     listed = f"{len(removed)} of {of}{len(pattern)} layers removed: {', '.join(map(str, removed))}. {letters}."
     return "```\n" + "\n".join(lines) + "\n```\n\n" + listed

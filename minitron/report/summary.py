@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from memory_budget.architecture import BLOCK, WINDOWED_BLOCK, Architecture, as_dict
+from memory_budget.architecture import BLOCK, MOE_BLOCK, WINDOWED_BLOCK, WINDOWED_MOE_BLOCK, Architecture, as_dict
 from memory_budget.calculator import memory_report
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
@@ -32,8 +32,8 @@ DISTILL_FACTS = ("tokens", "steps", "seconds", "final_kl_nats_per_token", "exper
 SLICE_FACTS = ("models", "tokens", "learning_rate")  # of summary["against_slice"]: the plain slice as cut and as distilled
 REASONERS = {"teacher": "teacher", "student": "student", "student_whole": "student of whole traces alone"}  # of summary["reasoning"]
 RUNGS = ("short_distill_loss", "zero_shot_loss")  # the highest first
-KIND_NAMES = {"M": "Mamba-2", "*": "attention", "-": "FFN", "E": "MoE", BLOCK: "attention + FFN",
-              WINDOWED_BLOCK: "attention within a window + FFN"}  # of layers, by their letters  # fmt: skip
+KIND_NAMES = {"M": "Mamba-2", "*": "attention", "-": "FFN", "E": "experts", BLOCK: "attention + FFN", WINDOWED_BLOCK: "attention within a window + FFN",
+              MOE_BLOCK: "attention + experts", WINDOWED_MOE_BLOCK: "attention within a window + experts"}  # of layers, by their letters  # fmt: skip
 
 
 def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:

@@ -107,6 +107,7 @@ def _moment_bytes(student: Architecture, optimizer: Optimizer) -> int:
         return numbers + numbers * FLOAT32 // 256
     if optimizer is Optimizer.muon:
         numbers -= sum(copies * out * into for letter in student.pattern for copies, out, into in layer_parameters(student, letter).matrices)
+        numbers -= student.num_layers_of("E") * student.moe_num_experts * student.hidden  # routers, which no format packs
     return numbers * FLOAT32
 
 

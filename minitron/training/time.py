@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from memory_budget.architecture import Architecture
-from memory_budget.parameters import count_parameters, count_total_parameters, layer_parameters
+from memory_budget.parameters import count_active_parameters, count_parameters, count_total_parameters, layer_parameters
 from minitron.checkpoints.forward_work import forward_work, head_work, seen_numbers
 from minitron.machine.pace import Work
 from minitron.machine.rate import duration, gpu_product_rate, product_rate
@@ -48,7 +48,7 @@ def _orthogonalised(letter: str, model: Architecture) -> int:
 
 
 def training_flops(student: Architecture, teacher: Architecture | None, phases: Sequence[tuple[TrainSettings, int]]) -> int:
-    """Of all phases, (settings, sequence length) each: 2 a parameter forward and 4 backward for every token (arXiv 2001.08361, §2.1), the
+    """Of all phases, (settings, sequence length) each: 2 an active parameter forward and 4 backward for every token (arXiv 2001.08361, §2.1), the
     teacher's forward pass (none: it is absent), and attention's two products over half the sequence, or as much as it computes of it."""
 
     def forward(model: Architecture | None, length: int) -> int:
@@ -56,7 +56,7 @@ def training_flops(student: Architecture, teacher: Architecture | None, phases: 
             return 0
         attention = int(attention_flops(model, seen_numbers(model, length)))
         looked_up = count_parameters(model)["embedding"] if model.has_own_head else 0  # a tied table is the head's matrix too
-        return 2 * (count_total_parameters(model) - looked_up) + attention
+        return 2 * (count_active_parameters(model) - looked_up) + attention
 
     return sum(train.tokens * (3 * forward(student, length) + forward(teacher, length)) for train, length in phases)
 
