@@ -1,8 +1,8 @@
 """Routed experts as modules of their own, whatever transformers stacks them into: one tensor each on disk, in memory and where they are cut or fitted.
 
 A mixer of experts has a router, `gate`, that gives of N tokens the K experts of each and what their outputs are multiplied by, and `experts`, which
-transformers calls with those. Here that is a list of them. It sorts tokens by their expert, so that each expert is asked once, with all the tokens that are sent to it, and
-one that no token is sent to is not asked at all: where experts are read from disk (`source`) it is never read.
+transformers calls with those. Here that is a list of them. It sorts tokens by their expert, so that each expert is asked once, with all the tokens that are
+sent to it, and one that no token is sent to is not asked at all: where experts are read from disk (`source`) it is never read.
 
 Letters: N tokens, K experts of a token, D what experts read and write, F neurons of one.
 """

@@ -14,8 +14,8 @@ STEPS = 20  # at the beginning and at the end, over which means are taken
 
 
 def expert_load(metrics: Path, student: Architecture, train: TrainSettings) -> dict[str, Any]:
-    """From every step's line of metrics.jsonl (distill.engines.loads), of the first and the last steps: how many times the mean the busiest expert was sent, how
-    many experts were sent nothing, and a `sentence` of both. Empty for a student without experts."""
+    """From every step's line of metrics.jsonl (distill.engines.loads), of the first and the last steps: how many times the mean the busiest expert was sent,
+    how many experts were sent nothing, and a `sentence` of both. Empty for a student without experts."""
     if "E" not in student.mixers:
         return {}
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
