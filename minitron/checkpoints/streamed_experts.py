@@ -30,7 +30,7 @@ class StreamedExperts:
     def open(self, numbers: Sequence[int]) -> Iterator[tuple[int, Expert]]:
         """These experts in this order; memory of one that is not kept is the next one's."""
         missing = [number for number in numbers if number not in self._kept]
-        following = dict(zip(missing, [*missing[1:], None], strict=True))
+        following = dict(zip(missing, [*missing[1:], None], strict=False))
         with ThreadPoolExecutor(max_workers=1) as reader:
             begun = self._begin(reader, missing[0]) if missing else None
             for number in numbers:

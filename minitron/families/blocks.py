@@ -18,7 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from memory_budget.architecture import BLOCK, WINDOWED, Architecture
 from minitron.families.base import (
-    ATTENTION_HEAD, EXPERT, EXPERT_FFN, FFN, HIDDEN, KEY_VALUE_HEAD, POST_NORM, ROUTER, Family, ModelParts, Tap, TensorAxes,
+    ATTENTION_HEAD,
+    EXPERT,
+    EXPERT_FFN,
+    FFN,
+    HIDDEN,
+    KEY_VALUE_HEAD,
+    POST_NORM,
+    ROUTER,
+    Family,
+    ModelParts,
+    Tap,
+    TensorAxes,
 )  # fmt: skip
 from minitron.families.config_json import build, kept_config, load, transformers_config
 
@@ -161,7 +172,8 @@ class Blocks:
 
 
 def block_family(model_type: str, blocks: Blocks, *, config: Callable[[dict, Architecture], dict], dropped: Collection[str] = (),
-                 computing_too: Collection[str] = (), table: tuple[TensorAxes, ...] = TABLE, handed_over: Callable[[dict], dict] = with_both_spellings, **more: Any) -> Family:  # fmt: skip
+                 computing_too: Collection[str] = (), table: tuple[TensorAxes, ...] = TABLE,
+                 handed_over: Callable[[dict], dict] = with_both_spellings, **more: Any) -> Family:  # fmt: skip
     """A family of blocks. `config` gives, from the teacher's config.json and an architecture, what beside the sizes common to all the student's must
     hold, and `dropped` what it must not; `computing_too` the keys beside COMPUTING that a forward pass depends on; `more` are other fields of Family."""
     return Family(

@@ -13,7 +13,7 @@ from minitron.checkpoints.placement import WholeModel
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.activations import measure_width
 from minitron.importance.scores import aggregate
-from minitron.pruning.refit import NormalEquations
+from minitron.pruning.refits.least_squares import NormalEquations
 from minitron.pruning.views import SortedTeacher
 from minitron.pruning.width_refits import refit_widths
 from minitron.settings.run import PruneMethod, PruneSettings, Settings, TeacherSettings, TinyTeacherSettings
