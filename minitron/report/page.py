@@ -173,7 +173,9 @@ def _shortlist_blocks(part: Part) -> list[str]:
 
 def _distill_blocks(part: Part) -> list[str]:
     caption = "KL to the teacher while distilling, and held-out loss"
-    return [] if part.which is Which.depth else [part.plot("distillation.png", caption)]
+    load = part.lap["distillation"].get("expert_load")
+    plot = [] if part.which is Which.depth else [part.plot("distillation.png", caption)]
+    return [*plot, *([load["sentence"]] if load else [])]
 
 
 def _evaluate_blocks(part: Part) -> list[str]:

@@ -28,6 +28,7 @@ SEARCH_FILES = ("candidates.csv", "candidates.jsonl", "export_config.json")
 MOST_CURVE_POINTS = 200
 DATA_FACTS = ("source", "vocab", *(f"{split}_{what}" for split in ("train", "heldout") for what in ("documents", "tokens", "rows")))
 MORE_ROWS = ("phase_rows", "whole_rows")  # stages that make rows beside the data stage's
+DISTILL_FACTS = ("tokens", "steps", "seconds", "final_kl_nats_per_token", "expert_load")  # the last of a mixture of experts
 SLICE_FACTS = ("models", "tokens", "learning_rate")  # of summary["against_slice"]: the plain slice as cut and as distilled
 REASONERS = {"teacher": "teacher", "student": "student", "student_whole": "student of whole traces alone"}  # of summary["reasoning"]
 OF_WIDTHS = ("width_curves", "experts")  # of summary["importance"], what the last of two laps says
@@ -83,7 +84,7 @@ def _lap(lap: Lap) -> dict[str, Any]:
         "candidates": search.facts["shortlist"] if search else _unchosen(results),
         "search": {name: search.facts[name] for name in ("num_candidates", "num_fitting", "reason")} | {"later_widths": later} if search else {},
         "removed_layers": prune.facts["removed_layers"] if prune else [],
-        "distillation": {name: distill.facts[name] for name in ("tokens", "steps", "seconds", "final_kl_nats_per_token")} if distill else {},
+        "distillation": {name: distill.facts[name] for name in DISTILL_FACTS if name in distill.facts} if distill else {},
         "importance": _importance(results["score"], _teacher(lap.settings, results)[1]) if "score" in results else {},
         "curves": _curves(results),
         "more_rows": {name: list(results[name].facts.get("rows", {}).values()) for name in MORE_ROWS if name in results},
