@@ -214,8 +214,8 @@ def test_the_plot_of_experts_says_who_got_no_token_and_how_many_stay():
     layers = {"1": {"tokens": [4, 0, 9], "reap": [1.0, 0.0, 2.0]}, "3": {"tokens": [5, 5, 3], "reap": [1.0, 3.0, 2.0]}}
     models = {name: {"architecture": {"moe_num_experts": number}} for name, number in (("teacher", 3), ("student", 2))}
     summary = {"importance": {"experts": layers}, "models": models, "candidates": []}
-    titles = [axes.get_title(loc="left") for axes in _experts(summary).axes]
-    assert titles[:2] == ["Tokens sent to each expert (red: none)", "Scores, best expert first; 2 stay"]
+    titles = [axes.get_title(loc="left") for axes in _experts(summary).axes[::2]]
+    assert titles == ["Tokens sent to each expert (red: none)", "Scores, best expert first; 2 stay"]
     layers["1"]["tokens"][1] = 1
-    titles = [axes.get_title(loc="left") for axes in _experts(summary | {"models": {"teacher": models["teacher"]}}).axes]
-    assert titles[:2] == ["Tokens sent to each expert", "Scores, best expert first"] and _experts({"importance": {}}) is None
+    titles = [axes.get_title(loc="left") for axes in _experts(summary | {"models": {"teacher": models["teacher"]}}).axes[::2]]
+    assert titles == ["Tokens sent to each expert", "Scores, best expert first"] and _experts({"importance": {}}) is None
