@@ -121,7 +121,7 @@ def _run_layer(model: PlacedModel, sublayer: int, block: nn.Module, taps: list[T
         mask_N = torch.cat([batch.new_ones(batch.shape[:2], dtype=torch.bool).flatten() if mask is None else mask.flatten()
                             for batch, mask in zip(hidden, masks, strict=True)])  # fmt: skip
     sums = ExpertSums(len(experts), architecture.moe_ffn, mask_N, model.device)
-    with asked_once(block, experts, hidden, sums):
+    with asked_once(block, hidden, sums.hear):
         yield from _run_tapped(block, taps, hidden, masks, found)
     found.add(f"the experts' outputs in layer {sublayer}", (EXPERT, sublayer), sums.sums_3E)
     found.add(f"the experts' neurons in layer {sublayer}", (EXPERT_FFN, sublayer), sums.sums_2EF)

@@ -3,13 +3,13 @@
 Letters: B samples of a batch, T tokens, D hidden; N tokens of all batches, n those sent to an expert, E experts, F neurons of one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
 
-from minitron.families.experts import Experts, Routed
+from minitron.families.experts import Routed, experts_of
 
 
 class ExpertSums:
@@ -39,10 +39,14 @@ class _Asked(Exception):
 
 
 @contextmanager
-def asked_once(block: nn.Module, experts: Experts, hidden: list[torch.Tensor], sums: ExpertSums) -> Iterator[None]:
+def asked_once(block: nn.Module, hidden: Sequence[torch.Tensor], watch: Callable[[Routed], None] | None = None) -> Iterator[None]:
     """Within it `block` is to run on every batch [B, T, D] in turn, and its experts give what they have made of the tokens of all of them at once: so each is
-    read once and asked once, and of the rest of the layer there is one batch at a time. What comes before the experts, norm and router, runs twice."""
-    given: list[tuple[torch.Tensor, ...]] = []
+    read once and asked once, and of the rest of the layer there is one batch at a time. What comes before the experts, norm and router, runs twice. `watch`
+    hears what each one did; a layer without experts runs as it is."""
+    experts, given = experts_of(block), []
+    if experts is None:
+        yield
+        return
 
     def ask(*given_NX: torch.Tensor) -> None:
         given.append(given_NX)
@@ -56,7 +60,7 @@ def asked_once(block: nn.Module, experts: Experts, hidden: list[torch.Tensor], s
         del experts.forward
         sizes, together = [len(of_batch[0]) for of_batch in given], [torch.cat(parts) for parts in zip(*given, strict=True)]
         given.clear()
-        experts.watch = sums.hear
+        experts.watch = watch
         made = iter(experts(*together).split(sizes))
         del together
         experts.forward = lambda *_: next(made)
