@@ -216,7 +216,7 @@ def _trained(view: LapView, student: Architecture, teacher: Architecture | None,
     trains = [need.with_checkpointing(train, view.available) for need, train in needs]
     held = max(need.of(train).total for (need, _), train in zip(needs, trains, strict=True))
     work = sum((training_work(student, teacher, train, length) for train, (_, length) in zip(trains, phases, strict=True)), more)
-    state = max(state_bytes(student, train.optimizer) for train in trains)
+    state = max(state_bytes(student, train) for train in trains)
     kept = view.weights(student)
     return Cost(work=work + Work(written=2 * state, serial=0.5), shared=True, held=view.process_bytes + held, kept=kept,
                 scratch=(max(train.keep_states for train in trains) + 1) * state, tokens=sum(train.tokens for train in trains))  # fmt: skip
