@@ -87,8 +87,8 @@ def _mixer_bytes(model: Architecture, letter: str, width: int, rows: int, tokens
     float32 [T, I] at once (two where the scan gives float32). Attention: queries, keys, values, their weighted sum, and what comes of it; a mask, as
     it is made, of a byte each, and as it is added, with keys and values for every query head.
     Feed-forward: up's output, its relu and the square, which autocast makes of a float32 copy. A tap: magnitudes of what it reads, and again in float32.
-    Experts: the router's float32 copy of what it reads and six numbers an expert; then the sum in float32, and of the busiest expert what it reads, its neurons,
-    its output and that weighted; then the shared expert beside the sum.
+    Experts: the router's float32 copy of what it reads and six numbers an expert; then the sum in float32, and of the busiest expert what it reads, its
+    neurons, its output and that weighted; then the shared expert beside the sum.
     """
     all_tokens = rows * tokens
     taps = 0 if not tapped else width if width == FLOAT32 else width + FLOAT32  # bytes of a number that is read
