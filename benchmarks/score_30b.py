@@ -1,8 +1,8 @@
 """Experts of a 30B-A3B-shaped checkpoint scored and 128 of a layer cut to 96, from disk to disk on a small machine, each against its floor.
 
-Scoring's floor is the larger of two: reading the experts that tokens reach and all other tensors that it needs, at the rate of a plain read of one shard; and
-the products of matrices (2 · active parameters of the layers · tokens) at the measured bf16 rate of a matrix of an expert's shape. The cut's is prune_12b.py's: a
-plain copy of the bytes that it reads and writes. All is measured in this run. A random router sends about as many tokens to each expert.
+Scoring's floor is the larger of two: reading the experts that tokens reach and all other tensors that it needs, at the rate of a plain read of one shard;
+and the products of matrices (2 · active parameters of the layers · tokens) at the measured bf16 rate of a matrix of an expert's shape. The cut's is that of
+prune_12b.py, a plain copy of the bytes that it reads and writes. All is measured in this run. A random router sends about as many tokens to each expert.
 Run: .venv/bin/python benchmarks/score_30b.py DIR   (the first 10 of 52 layers, 4 of experts, are made in DIR if they are not there, 12.3 GB; 10 GB more to cut)
 """
 
@@ -45,7 +45,7 @@ from minitron.pruning.plan import PruningPlan, make_plan  # noqa: E402
 LAYERS, EXPERTS = 10, 96
 
 
-def matrix_rate(architecture: Architecture, tokens: int, seconds: float = 5.0) -> float:
+def matrix_rate(architecture: Architecture, tokens: int, seconds: float = 4.0) -> float:
     """FLOP/s of bf16 products of one expert's matrix with so many tokens, all threads."""
     given, matrix = torch.randn(tokens, architecture.hidden).bfloat16(), torch.randn(architecture.moe_ffn, architecture.hidden).bfloat16()
     torch.nn.functional.linear(given, matrix)
@@ -82,13 +82,15 @@ def scored(model: StreamedModel, ids: torch.Tensor) -> tuple[WidthSums, float]:
 
 
 def score(model: StreamedModel, ids: torch.Tensor, repeats: int) -> tuple[WidthSums, dict]:
-    """Width and expert scores, and how long they took, the best of some runs, each with its own floor."""
+    """Width and expert scores, and how long they took, the best of some runs, each with its own floor by the rates before and after it."""
     architecture, found = model.architecture, []
     per_expert = ids.numel() * architecture.moe_experts_per_token // architecture.moe_num_experts
     flops = 2 * ids.numel() * sum(layer_parameters(architecture, letter, active_only=True).total for letter in architecture.pattern)
     for _ in range(repeats):
-        flops_rate, bytes_rate = matrix_rate(architecture, per_expert), read_rate(model.checkpoint.files[0])
+        before = matrix_rate(architecture, per_expert), read_rate(model.checkpoint.files[0], 2**31)
         sums, seconds = scored(model, ids)
+        after = matrix_rate(architecture, per_expert), read_rate(model.checkpoint.files[0], 2**31)
+        flops_rate, bytes_rate = (statistics.mean(rates) for rates in zip(before, after, strict=True))
         size = bytes_needed(model, sums)
         floor = max(size / bytes_rate, flops / flops_rate)
         found.append({"over_floor": seconds / floor, "seconds": seconds, "floor_seconds": floor, "flops_per_second": flops_rate,
@@ -134,8 +136,8 @@ def smaller_plan(architecture: Architecture, scores: ImportanceScores) -> Prunin
 def made(folder: Path) -> Path:
     """The checkpoint, made by another process if it is not there."""
     if not (folder / "config.json").exists():
-        subprocess.run([sys.executable, str(REPOSITORY / "benchmarks" / "make_teacher.py"), "--preset", "nano3-30b", "--layers", str(LAYERS), "--out", str(folder)],
-                       check=True)  # fmt: skip
+        script = REPOSITORY / "benchmarks" / "make_teacher.py"
+        subprocess.run([sys.executable, str(script), "--preset", "nano3-30b", "--layers", str(LAYERS), "--out", str(folder)], check=True)
     return folder
 
 
@@ -153,7 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ids = torch.randint(architecture.vocab, (options.tokens // options.row, options.row), generator=torch.Generator().manual_seed(0))
     sums, scoring = score(model, ids, options.repeats)
     tokens = [rows[0].astype(int) for (axis, _), rows in sums.sums.items() if axis == EXPERT]
-    print(f"{len(tokens)} layers of {architecture.moe_num_experts} experts, {min(one.min() for one in tokens)} to {max(one.max() for one in tokens)} tokens each")
+    fewest, most = min(one.min() for one in tokens), max(one.max() for one in tokens)
+    print(f"{len(tokens)} layers of {architecture.moe_num_experts} experts, {fewest} to {most} tokens each")
     cutting = cut_and_copy(model.checkpoint, config, smaller_plan(architecture, aggregate(sums)), options.folder / "cut", options.repeats)
     ratios = {"over_floor": scoring["over_floor"], "cut_over_copy": cutting["cut_over_copy"]}
     print(json.dumps({"benchmark": "score_30b", "ratios": ratios, **scoring, **cutting, "tokens": sums.num_tokens, "threads": torch.get_num_threads()}))

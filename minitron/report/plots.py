@@ -160,6 +160,43 @@ def _width_importance(summary: Summary):
     return figure
 
 
+def _experts(summary: Summary):
+    """Where tokens went, expert by expert, and how fast scores fall from a layer's best expert on."""
+    layers = summary["importance"].get("experts")
+    if not layers:
+        return None
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import MaxNLocator
+
+    figure, number = new_figure(8, 2.2 + 0.13 * max(8, len(layers))), len(next(iter(layers.values()))["tokens"])
+    times = [[tokens * number / sum(one["tokens"]) if tokens else float("nan") for tokens in one["tokens"]] for one in layers.values()]
+    scores = [[score / max(*one["reap"], 1e-300) for score in sorted(one["reap"], reverse=True)] for one in layers.values()]
+    colours = viridis_map().with_extremes(bad=RED)
+    none, kept = any(0 in one["tokens"] for one in layers.values()), _kept_experts(summary)
+    panels = ((times, LogNorm(1 / 8, 8), "Tokens sent to each expert" + " (red: none)" * none, "expert", "times an even share"),
+              (scores, Normalize(0, 1), "Scores, best expert first" + f"; {kept} stay" * (kept < number), "rank", "share of the layer's best"))  # fmt: skip
+    for position, (values, norm, title, x, label) in enumerate(panels, start=1):
+        axes = new_axes(figure, 1, 2, position, title=title, x=x, y="layer" if position == 1 else "")
+        drawn = axes.imshow(values, norm=norm, cmap=colours, aspect="auto", interpolation="nearest", extent=(-0.5, number - 0.5, len(layers) - 0.5, -0.5))
+        step = -(-len(layers) // 12)
+        axes.set_yticks(range(0, len(layers), step), list(layers)[::step])
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        bar = figure.colorbar(drawn, ax=axes, label=label, orientation="horizontal", shrink=0.9, aspect=30)
+        if position == 1:
+            bar.set_ticks([1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], labels=["⅛", "¼", "½", "1", "2", "4", "8"])
+            bar.minorticks_off()
+    if kept < number:
+        axes.axvline(kept - 0.5, color=RED, linestyle="--", linewidth=2)
+    return figure
+
+
+def _kept_experts(summary: Summary) -> int:
+    """Experts that each layer keeps; before there is a student those that the chosen candidate will, before the choice all."""
+    models = summary["models"]
+    shown = next((models[name] for name in ("student", "pruned") if name in models), chosen_candidate(summary) or models["teacher"])
+    return shown["architecture"]["moe_num_experts"]
+
+
 def _distillation(summary: Summary):
     curve = summary["curves"].get("distillation")
     losses = {name: model["evaluation"]["loss_nats_per_token"] for name, model in summary["models"].items() if model["evaluation"]}
@@ -210,6 +247,7 @@ PLOTS: Mapping[str, Callable[[Summary], Any]] = {
     "lengths.png": plots_data.lengths,
     "layer_importance.png": _layer_importance,
     "width_importance.png": _width_importance,
+    "experts.png": _experts,
     "depth_lap.png": depths,
     "candidates.png": candidates,
     "pareto.png": pareto,

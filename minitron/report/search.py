@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from memory_budget.architecture import BLOCK, MOE_BLOCK, WINDOWED_BLOCK, WINDOWED_MOE_BLOCK, Architecture
+from memory_budget.parameters import count_active_parameters
 from memory_budget.units import format_gib
 from minitron.report.summary import KIND_NAMES, best_first, chosen_candidate, cut_kinds, highest_rung, removed_layers
 from minitron.report.text import Summary, change, duration, escaped, nats, speed, table
@@ -75,13 +76,14 @@ def _rivals(chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
 def candidates_table(candidates: Sequence[Candidate]) -> str:
     """The shortlist, those that got furthest first and of them the lowest loss; a column for every rung that was measured."""
     known = [measure for measure in MEASURES if any(candidate[measure[0]] is not None for candidate in candidates)]
-    rows = []
+    has_experts, rows = any("active_parameters" in candidate for candidate in candidates), []
     for place, candidate in enumerate(best_first(candidates), start=1):
         cells = ["–" if candidate[name] is None else text(candidate[name]) for name, _, text in known]
         name = f"{place}. **{escaped(candidate['id'])}**" if candidate["chosen"] else f"{place}. {escaped(candidate['id'])}"
-        sizes = (f"{candidate['parameters']:,}", format_gib(candidate["memory_bytes"]["total"]).removesuffix(" GiB"))
+        active = [f"{candidate['active_parameters']:,}"] if has_experts else []
+        sizes = (f"{candidate['parameters']:,}", *active, format_gib(candidate["memory_bytes"]["total"]).removesuffix(" GiB"))
         rows.append((name, *cells, *sizes, _note(candidate)))
-    return table(("candidate", *(title for _, title, _ in known), "parameters", "memory (GiB)", "note"), rows)
+    return table(("candidate", *(title for _, title, _ in known), "parameters", *(["active per token"] if has_experts else []), "memory (GiB)", "note"), rows)
 
 
 def _note(candidate: Candidate) -> str:
@@ -147,6 +149,8 @@ def architecture_table(summary: Summary, student: Mapping[str, Any]) -> str:
     there = set(before.pattern + before.mixers)
     rows += [(label, getattr(before, name), getattr(after, name)) for name, label, letters in SIZES if set(letters) & there and getattr(before, name)]
     rows += [("parameters", teacher["parameters"], student["parameters"])]
+    if "E" in there:
+        rows += [("– active per token", count_active_parameters(before), count_active_parameters(after))]
     return table(("", "teacher", "student", "change"), [(label, f"{old:,}", f"{new:,}", change(old, new)) for label, old, new in rows])
 
 

@@ -13,7 +13,7 @@ from memory_budget.units import GIB
 from minitron.families.known import family_of
 from minitron.mamba import dispatch
 from minitron.settings.teachers import CONF_FOLDER
-from minitron.settings.training import Optimizer, Precision, TrainSettings
+from minitron.settings.training import Optimizer, Precision, Router, TrainSettings
 from minitron.training.memory import FLOAT32, PhaseMemory, activation_bytes_per_token, check_fits, check_host, loss_bytes, training_memory
 from minitron.training.steps import train_plan
 
@@ -33,15 +33,15 @@ EXPERTS = {"pattern": "ME*E-", "moe_num_experts": 8, "moe_experts_per_token": 2,
 
 
 @pytest.mark.parametrize("optimizer", [Optimizer.adamw, Optimizer.muon])
-@pytest.mark.parametrize("sizes", [{}, EXPERTS], ids=["dense", "experts"])
-def test_weights_gradients_and_optimiser_are_counted_to_the_byte(sizes, optimizer, tiny, build_model, token_ids):
+@pytest.mark.parametrize(("sizes", "router"), [({}, Router.trained), (EXPERTS, Router.trained), (EXPERTS, Router.frozen)], ids=["dense", "experts", "frozen"])
+def test_weights_gradients_and_optimiser_are_counted_to_the_byte(sizes, router, optimizer, tiny, build_model, token_ids):
     tiny, model = replace(tiny, **sizes), build_model(**sizes)
-    engine = open_engine(Launch(), model, train_plan(TrainSettings(optimizer=optimizer)))
+    engine = open_engine(Launch(), model, train_plan(TrainSettings(optimizer=optimizer, router=router)))
     model(token_ids(), use_cache=False).logits.mean().backward()
-    gradients = num_bytes(parameter.grad for parameter in model.parameters())
+    gradients = num_bytes(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
     engine.update(1e-3)
     moments = num_bytes(value for item in engine.optimizers for state in item.state.values() for key, value in state.items() if key != "step")
-    planned = plan(tiny, optimizer=optimizer)
+    planned = plan(tiny, optimizer=optimizer, router=router)
     assert (planned.weights, planned.gradients, planned.optimizer) == (num_bytes(model.parameters()), gradients, moments)
     assert planned.teacher * 2 == planned.weights
 
