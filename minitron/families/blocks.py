@@ -55,9 +55,9 @@ TABLE = (
     TensorAxes("mixer.down_proj.bias", "-", (_HIDDEN,), only_if="ffn_bias"),
 )
 _EXPERTS, _NEURONS = ((EXPERT,),), ((EXPERT_FFN,),)
-# Of a family whose blocks have experts: a router without a bias, and gated experts.
+# Of a family whose blocks have experts: a router without a bias, and gated experts, which have none either, nor has an FFN beside them.
 EXPERTS_TABLE = (
-    *TABLE,
+    *(row for row in TABLE if row.only_if not in ("post_norms", "ffn_bias")),
     TensorAxes(ROUTER, "E", (_EXPERTS, _HIDDEN)),
     TensorAxes("mixer.experts.*.gate_proj.weight", "E", (_NEURONS, _HIDDEN)),
     TensorAxes("mixer.experts.*.up_proj.weight", "E", (_NEURONS, _HIDDEN)),

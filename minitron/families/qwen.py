@@ -46,5 +46,6 @@ def _moe_config(teacher: dict, architecture: Architecture) -> dict:
 QWEN3 = block_family("qwen3", Blocks("qwen3", "Qwen3"), config=_config, computing_too=COMPUTING)
 QWEN3_MOE = block_family(
     "qwen3_moe", Blocks("qwen3_moe", "Qwen3Moe"), config=_moe_config, dropped=("num_local_experts",), table=EXPERTS_TABLE,
-    computing_too=("sliding_window", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob"),
+    computing_too=("sliding_window", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers",
+                   "norm_topk_prob"),  # num_local_experts: what transformers calls num_experts
 )  # fmt: skip

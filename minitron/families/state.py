@@ -26,7 +26,13 @@ def load_tensors(family: Family, model: nn.Module, tensors: Mapping[str, torch.T
     names = {family.canonical_name(name): name for name in model.state_dict() if name not in tied}
     if missing := set(names) ^ set(tensors):
         raise RuntimeError(f"tensors that a model of {family.model_type} and what is loaded into it do not share: {', '.join(sorted(missing))}")
-    model.load_state_dict({names[name]: tensor for name, tensor in tensors.items()}, assign=True, strict=False)
+    modules = dict(model.named_modules())
+    for name, tensor in tensors.items():  # load_state_dict looks at all of a module's names for each of its children: seconds for thousands of experts
+        place, _, last = names[name].rpartition(".")
+        empty = getattr(modules[place], last)
+        if empty.shape != tensor.shape:
+            raise RuntimeError(f"tensor {names[name]} is of shape {list(empty.shape)} in a model of {family.model_type}; loaded was {list(tensor.shape)}")
+        setattr(modules[place], last, nn.Parameter(tensor, requires_grad=empty.requires_grad) if isinstance(empty, nn.Parameter) else tensor)
     if tied:
         model.tie_weights()
     _make_buffers(model)

@@ -6,7 +6,7 @@ flash_attn.py); llama.cpp's convert_hf_to_gguf.py of 2026 (NemotronHForCausalLM 
 class beside NVIDIA's published weights does with layers_block_type: huggingface/transformers #45300, ml-explore/mlx-lm #1857, NVIDIA/TensorRT-LLM #19168.
 """
 
-from memory_budget.hf_config import BLOCK_TYPE_LETTERS
+from memory_budget.configs.mamba import BLOCK_TYPE_LETTERS
 from minitron.hand_over.compatibility import (
     LLAMA_CPP,
     MLX_LM,

@@ -74,4 +74,4 @@ def _at(settings: Settings, base: Architecture, space: SearchSpace, share: float
 def _of_depth(settings: Settings, model: Architecture, depth: int) -> Architecture:
     """The model with so many layers. Which ones go nobody knows yet: those in the middle, from where most go."""
     middle = sorted(range(model.num_layers), key=lambda layer: abs(layer - model.num_layers / 2))
-    return replace(model, pattern=spelled(model, kept_layers(model.layer_kinds, middle, depth, floors(settings))))
+    return replace(model, pattern=spelled(model, kept_layers(model.layer_kinds, middle, depth, floors(settings, model))))

@@ -64,8 +64,8 @@ def make_plan(teacher: Architecture, student: Architecture, kept_layers: Indices
             if kept is not None:
                 units.setdefault(axis, {})[layer] = kept
         if teacher.mixers[layer] == "E" and student.moe_ffn < teacher.moe_ffn:
-            experts = units.get(EXPERT, {}).get(layer, range(teacher.moe_num_experts))
-            neurons = {expert_place(teacher, layer, expert): top(scores.expert_neurons(layer)[expert], student.moe_ffn) for expert in experts}
+            experts, neurons_EF = units.get(EXPERT, {}).get(layer, range(teacher.moe_num_experts)), scores.expert_neurons(layer)
+            neurons = {expert_place(teacher, layer, expert): top(neurons_EF[expert], student.moe_ffn) for expert in experts}
             units.setdefault(EXPERT_FFN, {}).update(neurons)
     return PruningPlan(teacher=teacher, student=student, kept_layers=tuple(kept_layers), units=units)
 

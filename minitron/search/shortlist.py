@@ -108,7 +108,7 @@ def _fixed_candidate(settings: Settings, teacher: Architecture, order: list[int]
     fixed = fixed_sizes(settings, teacher)
     student = fixed_student(settings, teacher)
     if "num_layers" in fixed:
-        layers = kept_layers(teacher.layer_kinds, order, fixed["num_layers"], floors(settings))
+        layers = kept_layers(teacher.layer_kinds, order, fixed["num_layers"], floors(settings, teacher))
     else:
         layers = subsequence_layers(teacher.layer_kinds, student.layer_kinds, {layer: rank for rank, layer in enumerate(order)})
     widths = {name: (getattr(student, name),) for name in WIDTHS}

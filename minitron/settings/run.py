@@ -108,6 +108,7 @@ class ScoringSettings:
     normalised: bool = True
     protect: list[int] = field(default_factory=list)
     ceilings: dict[str, int | None] = field(default_factory=dict)
+    least_expert_tokens: int = how(64)
     placement: Placement = how(Placement.device)
     block_tokens: int = how(65536)
     branch_tokens: int = how(16384)
@@ -116,8 +117,10 @@ class ScoringSettings:
 
     def __post_init__(self) -> None:
         at_least(self, "scoring", 1, "samples", "batch", "layer_samples", "block_tokens", "branch_tokens", "logits_tokens")
-        at_least(self, "scoring", 0, "reuse_gib")
+        at_least(self, "scoring", 0, "reuse_gib", "least_expert_tokens")
         check_kinds("scoring.ceilings", self.ceilings)
+        if self.ceilings.get("moe") is None:
+            self.ceilings.pop("moe", None)  # it came later than keys that are in use
 
 
 @dataclass(kw_only=True, slots=True)
