@@ -1,10 +1,9 @@
 """A tiny mixture of experts to prune, benchmarks/tiny_moe/: a NemotronH with expert layers, trained as the tiny teacher is, on its text in its tokens.
 
-Run: make tiny-moe       (forty minutes of one thread; interrupted, it goes on where it was)
+Run: make tiny-moe       (three quarters of an hour of one thread; interrupted, it goes on where it was)
      .venv/bin/python benchmarks/make_tiny_moe.py [--out DIR] [--runs DIR] [--now]
 
-While it is trained the load of the experts is balanced without a loss of its own (DeepSeek-V3, arXiv 2412.19437, §2.1.2; arXiv 2408.15664): after every step
-the correction bias of each expert that was sent more tokens than the mean falls by BIAS_STEP, that of the others rises. It falls to 0 with the learning rate.
+The experts' load is kept even by their correction biases alone (`balance_rate`).
 """
 
 import argparse
@@ -13,9 +12,10 @@ import math
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from minitron.families.nemotron_h import FAMILY  # noqa: E402
 from minitron.families.table import BUFFER  # noqa: E402
 from minitron.machine.device import pick_device  # noqa: E402
 from minitron.measures.held_out import by_position, held_out_loss, token_sums  # noqa: E402
+from minitron.settings.rules import key_settings  # noqa: E402
 from minitron.settings.run import Stage  # noqa: E402
 from minitron.settings.teachers import STORED_FOLDER, TRAINING_FILE, digest_of  # noqa: E402
 from minitron.sources.embedded import text_fingerprint  # noqa: E402
@@ -60,42 +61,31 @@ ARCHITECTURE = Architecture(
 ROUTER = {"n_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
 SEED, ROWS, HELD_OUT_EVERY = 0, 16, 100  # rows of 256 tokens a step; steps between measurements
 PLAN = TrainPlan(tokens=3_400_000, optimizer="muon", learning_rate=0.006, final_learning_rate_share=0.02, warmup_share=0.025, weight_decay=0.1, clip_norm=1.0,
-                 schedule="wsd", decay_share=0.5, save_every_seconds=120, keep_states=2)  # fmt: skip
-BIAS_STEP = 0.001
+                 schedule="wsd", decay_share=0.5, balance_rate=0.001, save_every_seconds=120, keep_states=2)  # fmt: skip
+OFTEN = 10  # times as many experts that a token must have been sent to as a layer has, for its own shares of them to be known
 METRICS_FILE = "metrics.jsonl"
 
 
-class Loads:
-    """How many tokens each layer has sent to each of its experts: with `training` in passes of which gradients are wanted, else in the others."""
+class Heard:
+    """How many tokens of each kind every layer has sent to each of its experts, by layer: `counts`, int64 [V, E] of V tokens of the vocabulary, E experts."""
 
-    def __init__(self, model: nn.Module, num_experts: int, *, training: bool):
-        self.gates = {layer: block.mixer.gate for layer, block in enumerate(model.base_model.layers) if experts_of(block) is not None}
-        self.counts = {layer: torch.zeros(num_experts, dtype=torch.int64) for layer in self.gates}
-        self.training = training
-        for layer, counts_E in self.counts.items():
-            experts_of(model.base_model.layers[layer]).watch = self._counter(counts_E)
+    def __init__(self, model: nn.Module):
+        lists = {layer: experts for layer, block in enumerate(model.base_model.layers) if (experts := experts_of(block)) is not None}
+        self.counts = {layer: torch.zeros(ARCHITECTURE.vocab, len(experts), dtype=torch.int64) for layer, experts in lists.items()}
+        self.ids_N = torch.empty(0, dtype=torch.int64)
+        model.base_model.embeddings.register_forward_pre_hook(self._hear_ids)
+        for layer, experts in lists.items():
+            experts.watch = partial(self._hear, self.counts[layer])
 
-    def _counter(self, counts_E: torch.Tensor) -> Callable[[Routed], None]:
-        def heard(routed: Routed) -> None:
-            if torch.is_grad_enabled() == self.training:  # the held-out rows of a training leave its counts alone
-                counts_E[routed.expert] += len(routed.tokens_n)
+    def _hear_ids(self, _embeddings: nn.Module, given: tuple[torch.Tensor]) -> None:
+        self.ids_N = given[0].flatten()
 
-        return heard
-
-    def balance(self, step: float) -> None:
-        """Moves each correction bias by a step against the load since the last time, all of a layer by as much together that their mean stays 0."""
-        for layer, counts_E in self.counts.items():
-            bias_E = self.gates[layer].e_score_correction_bias
-            bias_E += step * torch.sign(counts_E.float().mean() - counts_E)
-            bias_E -= bias_E.mean()
-
-    def clear(self) -> None:
-        for counts_E in self.counts.values():
-            counts_E.zero_()
+    def _hear(self, counts_VE: torch.Tensor, routed: Routed) -> None:
+        counts_VE[:, routed.expert] += torch.bincount(self.ids_N[routed.tokens_n], minlength=len(counts_VE))
 
     def shares(self) -> dict[int, torch.Tensor]:
         """By layer the share of each expert in what is sent, float64 [E]; uniform is 1/E."""
-        return {layer: counts_E.double() / counts_E.sum() for layer, counts_E in self.counts.items()}
+        return {layer: counts_VE.sum(0).double() / counts_VE.sum() for layer, counts_VE in self.counts.items()}
 
 
 def entropy_share(shares_E: torch.Tensor) -> float:
@@ -103,23 +93,26 @@ def entropy_share(shares_E: torch.Tensor) -> float:
     return (torch.special.entr(shares_E).sum() / math.log(len(shares_E))).item()
 
 
+def entropy_within_tokens(counts_VE: torch.Tensor) -> float:
+    """The same where the token is known: the mean over tokens of the text that came often enough for their own shares to be known."""
+    often_VE = counts_VE[counts_VE.sum(1) >= OFTEN * counts_VE.shape[1]].double()
+    sent_V = often_VE.sum(1)
+    entropies_V = torch.tensor([entropy_share(counts_E / counts_E.sum()) for counts_E in often_VE], dtype=torch.float64)
+    return (entropies_V * sent_V).sum().item() / sent_V.sum().item()
+
+
 def train(folder: Path, rows_RT: np.ndarray, held_out_RT: np.ndarray, num_tokens: int) -> None:
     """Trains from the newest state in the folder on; its last state has the weights, metrics.jsonl every step."""
     torch.manual_seed(SEED)
     model = FAMILY.build(tiny_config("float32"))
-    loads, path = Loads(model, ARCHITECTURE.moe_num_experts, training=True), folder / METRICS_FILE
     folder.mkdir(parents=True, exist_ok=True)
-    state = newest_state(folder)
+    path, state = folder / METRICS_FILE, newest_state(folder)
     done = state.facts["record"]["step"] if state else -1
     kept = [line for line in (path.read_text().splitlines() if path.exists() else []) if line.endswith("}") and json.loads(line)["step"] <= done]
     path.write_text("".join(f"{line}\n" for line in kept))
 
     def on_step(record: StepRecord) -> None:
-        loads.balance(BIAS_STEP * record.learning_rate / PLAN.learning_rate)
-        entropies = {f"entropy_{layer}": round(entropy_share(shares_E), 4) for layer, shares_E in loads.shares().items()}
-        least = {f"least_{layer}": round(shares_E.min().item(), 5) for layer, shares_E in loads.shares().items()}
-        loads.clear()
-        line = {name: value for name, value in asdict(record).items() if name != "watched"} | record.watched | entropies | least
+        line = {name: value for name, value in asdict(record).items() if name != "watched"} | record.watched
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if record.step % 50 == 0:
@@ -166,16 +159,16 @@ def random_routing(model: nn.Module) -> Iterator[None]:
 def measured(folder: Path, held_out_RT: np.ndarray) -> dict[str, Any]:
     """What a checkpoint does on the held-out rows that grade students: loss by position, how it routes, and the loss with experts drawn at random."""
     model = FAMILY.load(folder, dtype=torch.float32, device="cpu")
-    loads = Loads(model, ARCHITECTURE.moe_num_experts, training=False)
+    heard = Heard(model)
     batches = batches_of(spread_rows(evaluation_rows(held_out_RT), HELD_OUT_ROWS), BATCH, "cpu")
     sums = token_sums(model, model, batches)
-    shares = loads.shares()
-    with random_routing(model):
-        at_random = held_out_loss(model, batches)
     held_out = {"loss_nats_per_token": sums.means().loss_nats_per_token, "tokens": sums.means().tokens, "row_tokens": held_out_RT.shape[1],
                 "by_position": [{name: place[name] for name in ("from", "to", "loss_nats_per_token")} for place in by_position(sums)]}  # fmt: skip
     layers = [{"layer": layer, "least": shares_E.min().item(), "median": shares_E.median().item(), "most": shares_E.max().item(),
-               "entropy_of_uniform": entropy_share(shares_E)} for layer, shares_E in shares.items()]  # fmt: skip
+               "entropy_of_uniform": entropy_share(shares_E), "entropy_within_tokens": entropy_within_tokens(heard.counts[layer])}
+              for layer, shares_E in heard.shares().items()]  # fmt: skip
+    with random_routing(model):
+        at_random = held_out_loss(model, batches)
     return {"held_out": held_out, "routing": {"uniform_share": 1 / ARCHITECTURE.moe_num_experts, "layers": layers, "loss_with_random_experts": at_random}}
 
 
@@ -204,7 +197,7 @@ def main() -> int:
         "seconds": round(record["seconds"]),
         "machine": f"{torch.get_num_threads()} thread, {torch.backends.cpu.get_cpu_capability()}", "torch": torch.__version__,
         "text": {"python": platform.python_version(), "fingerprint": text_fingerprint(), "train_tokens": data.facts["train_tokens"]},
-        "settings": {"train": asdict(PLAN), "rows": ROWS, "bias_step": BIAS_STEP, "seed": SEED},
+        "settings": {"data": key_settings(settings.data), "train": asdict(PLAN), "rows": ROWS, "seed": SEED},
         **measured(made, held_out_RT),
         "curve": curve_of(lines),
     }  # fmt: skip

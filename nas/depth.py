@@ -65,6 +65,8 @@ def check_is_cut(teacher: Architecture, student: Architecture, kept_layers: tupl
     for name in WIDTHS:
         if getattr(student, name) > getattr(teacher, name):
             raise ValueError(f"{name} of the student ({getattr(student, name)}) must be at most the teacher's ({getattr(teacher, name)})")
+    if "E" in student.pattern and teacher.moe_shared_ffn and student.moe_shared_ffn < 1:
+        raise ValueError(f"moe_shared_ffn of the student ({student.moe_shared_ffn}) must be at least 1: a {teacher.model_type} has a shared expert")
     for name in (*UNCUT, *(UNCUT_OF_EXPERTS if "E" in student.pattern else ())):
         if getattr(student, name) != getattr(teacher, name):
             raise ValueError(f"{name} of the student ({getattr(student, name)}) must equal the teacher's ({getattr(teacher, name)}); it is not a cut axis")

@@ -1,8 +1,8 @@
 """Routed experts as modules of their own, whatever transformers stacks them into: one tensor each on disk, in memory and where they are cut or fitted.
 
 A mixer of experts has a router, `gate`, that gives of N tokens the K experts of each and what their outputs are multiplied by, and `experts`, which
-transformers calls with those. Here that is a list of them. It sorts tokens by their expert, so that each expert is asked once, with all the tokens that are sent to it, and
-one that no token is sent to is not asked at all: where experts are read from disk (`source`) it is never read.
+transformers calls with those. Here that is a list of them. It sorts tokens by their expert, so that each expert is asked once, with all the tokens that are
+sent to it, and one that no token is sent to is not asked at all: where experts are read from disk (`source`) it is never read.
 
 Letters: N tokens, K experts of a token, D what experts read and write, F neurons of one.
 """
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +74,14 @@ class Source(Protocol):
 
 
 class Experts(nn.ModuleList):
-    """The experts of a layer by number. `source`: where they come from, None if they are here. `watch` hears what each one did in every forward pass."""
+    """The experts of a layer by number. `source`: where they come from, None if they are here. `watch` hears what each one did in every forward pass.
+    `one_by_one`: gradients go through one expert after another, as they do where experts come from elsewhere."""
 
     def __init__(self, experts: Sequence[nn.Module]):
         super().__init__(experts)
         self.source: Source | None = None
         self.watch: Callable[[Routed], None] | None = None
+        self.one_by_one = False
 
     def opened(self, numbers: Sequence[int]) -> Iterator[tuple[int, Expert]]:
         """Some experts by number, wherever they are."""
@@ -90,8 +93,9 @@ class Experts(nn.ModuleList):
         Where gradients are wanted every expert gets them, zeros if it has no token: engines that add up gradients over processes expect one of each.
         """
         sent = Sent(experts_NK, len(self))
-        if torch.is_grad_enabled() and self.source is None and self.watch is None:
-            return self._together(hidden_ND, weights_NK, sent)
+        if torch.is_grad_enabled():
+            asked = self._one_by_one if self.one_by_one or self.source is not None else self._together
+            return asked(hidden_ND, weights_NK, sent)
         total_ND = torch.zeros_like(hidden_ND, dtype=torch.promote_types(hidden_ND.dtype, weights_NK.dtype))
         for number, expert in self.opened(sent.reached):
             tokens_n, places_n = sent.of(number)
@@ -103,16 +107,33 @@ class Experts(nn.ModuleList):
             total_ND.index_add_(0, tokens_n, (output_nD * weights_n[:, None]).to(total_ND.dtype))
         return total_ND.to(hidden_ND.dtype)
 
+    def _one_by_one(self, hidden_ND: torch.Tensor, weights_NK: torch.Tensor, sent: "Sent") -> torch.Tensor:
+        """The same; each expert is opened again in the backward pass, so that none has to be kept until then."""
+        total_ND = torch.zeros_like(hidden_ND, dtype=torch.promote_types(hidden_ND.dtype, weights_NK.dtype))
+        for number in sent.reached:
+            tokens_n, places_n = sent.of(number)
+            output_nD = checkpoint(self._output, number, hidden_ND[tokens_n], use_reentrant=False, preserve_rng_state=False)
+            total_ND = total_ND.index_add(0, tokens_n, (output_nD * weights_NK.flatten()[places_n][:, None]).to(total_ND.dtype))
+        return total_ND.to(hidden_ND.dtype)
+
+    def _output(self, number: int, given_nD: torch.Tensor) -> torch.Tensor:
+        ((_, expert),) = self.opened([number])
+        return expert(given_nD)
+
     def _together(self, hidden_ND: torch.Tensor, weights_NK: torch.Tensor, sent: "Sent") -> torch.Tensor:
-        """The same to the bit, of all experts at once: for training, where what is sent to them is kept anyway, and a step for each of them takes longer than
+        """The same, of all experts at once: for training, where what is sent to them is kept anyway, and a step for each of them takes longer than
         its products."""
         first = self[0]
         given_nD = Spread.apply(hidden_ND, sent)
         inner_nF = first.activation(self._products(given_nD, "gate_proj" if first.gated else "up_proj", sent))
         if first.gated:
             inner_nF = inner_nF * self._products(given_nD, "up_proj", sent)
-        output_nD = self._products(inner_nF, "down_proj", sent)
-        weighted_nD = output_nD * weights_NK.flatten()[sent.places][:, None]
+        output_nD, weights_n = self._products(inner_nF, "down_proj", sent), weights_NK.flatten()[sent.places]
+        if self.watch is not None:
+            for number in sent.reached:
+                here = slice(*sent.firsts[number : number + 2])
+                self.watch(Routed(number, sent.of(number)[0], weights_n[here], inner_nF[here], output_nD[here]))
+        weighted_nD = output_nD * weights_n[:, None]
         return Collect.apply(weighted_nD, sent).to(hidden_ND.dtype)
 
     def _products(self, given_nI: torch.Tensor, name: str, sent: "Sent") -> torch.Tensor:

@@ -43,9 +43,12 @@ def _second_names(model: nn.Module) -> Iterable[str]:
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A model on the meta device with its parameters in a dtype, and by name the tables that no checkpoint stores, which keep their own."""
-    buffers = {}
+    """A model on the meta device with its parameters in a dtype, and by name the tables that no checkpoint stores. Buffers keep their own, stored ones too."""
+    buffers, stored = {}, {name: buffer.dtype for name, buffer in model.named_buffers()}
     model = model.to(dtype)
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(path, recurse=False):
+            setattr(module, name.rpartition(".")[2], buffer.to(stored[name]))
     for prefix, parent, name, module in _unstored(model):
         exact = _made_anew(module)
         buffers |= {f"{prefix}{buffer_name}": buffer for buffer_name, buffer in exact.named_buffers()}
@@ -61,11 +64,11 @@ def _make_buffers(model: nn.Module) -> None:
 
 
 def _unstored(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
-    """Prefix of names, parent, name and module of those with buffers on the meta device."""
+    """Prefix of names, parent, name and module of those with buffers on the meta device that are not stored."""
     return [
         (f"{path}.{name}." if path else f"{name}.", parent, name, module)
         for path, parent in model.named_modules() for name, module in parent.named_children()
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False))
+        if any(buffer.is_meta for buffer_name, buffer in module.named_buffers(recurse=False) if buffer_name in module._non_persistent_buffers_set)
     ]  # fmt: skip
 
 

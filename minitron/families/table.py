@@ -9,8 +9,13 @@ from math import prod
 from memory_budget.architecture import WINDOWED, Architecture
 from minitron.families.base import Family, TensorAxes
 
-# Heads that foretell further tokens, and tables of rotary positions that older versions stored: transformers loads neither.
-LEFT_OUT = re.compile(r"(^|\.)mtp(\.|_)|rotary_emb\.inv_freq$")
+# What transformers does not load: layers that foretell further tokens, experts among them, which are of no use to a student as they are; and tables of rotary
+# positions that older versions stored. The first are made anew by Megatron-LM (NVIDIA/Megatron-LM #4785) or replaced by a draft model (docs.vllm.ai,
+# projects/speculators).
+FORETELLING = re.compile(r"(^|\.)mtp(\.|_)")
+LEFT_OUT = re.compile(rf"{FORETELLING.pattern}|rotary_emb\.inv_freq$")
+ANEW = ("they foretell the teacher's tokens, and none are trained here: for a student, Megatron-LM trains such layers alone (--mtp-num-layers, "
+        "--freeze-base-for-mtp), vLLM's speculators an EAGLE-3 draft in their place")  # fmt: skip
 BUFFER = re.compile(r"\.e_score_correction_bias$")  # stored, but no parameter
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
@@ -71,6 +76,8 @@ def left_out(family: Family, architecture: Architecture, file_names: Iterable[st
     names = [name for name in file_names if _is_left_out(architecture, family.canonical_name(name))]
     unread = [name for name in names if LEFT_OUT.search(name)]
     notes = [f"tensors that transformers does not load are left out: {len(unread):,}, {unread[0]} the first"] if unread else []
+    if any(FORETELLING.search(name) for name in unread):
+        notes[0] += f"; {ANEW}"
     beyond = sorted({layer_of(family.canonical_name(name)) for name in names if not LEFT_OUT.search(name)})
     if beyond:
         each, stored = architecture.sublayers_per_layer, (beyond[-1] + 1) // architecture.sublayers_per_layer
@@ -93,6 +100,11 @@ def layer_of(name: str) -> int:
 def expected_shape(family: Family, architecture: Architecture, row: TensorAxes) -> tuple[int, ...]:
     sizes = family.axis_sizes(architecture)
     return tuple(sum(prod(sizes[axis] for axis in segment) for segment in dimension) for dimension in row.dimensions)
+
+
+def has_router_bias(family: Family, architecture: Architecture) -> bool:
+    """Whether experts are chosen by scores with a bias that no gradient trains."""
+    return any(row.buffer and row.kind in architecture.mixers for row in family.table if row.kind)
 
 
 def check_tensors(family: Family, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:

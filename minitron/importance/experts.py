@@ -48,12 +48,13 @@ def best_first(scores: list[float]) -> list[int]:
     return np.argsort(-np.array(scores), kind="stable").tolist()
 
 
-def reach(experts: Mapping[int, Mapping[str, list[float]]]) -> dict[str, int]:
-    """How far tokens reached: numbers of layers, of experts of one, of `unreached` ones in all, and the least reached expert of all with its tokens."""
+def reach(experts: Mapping[int, Mapping[str, list[float]]], least: int) -> dict[str, int]:
+    """How far tokens reached: numbers of layers, of experts of one, of `unreached` ones in all, of those with fewer than `least` tokens (`few`), and the least
+    reached expert of all with its tokens."""
     tokens, layer, expert = min((number, layer, expert) for layer, one in experts.items() for expert, number in enumerate(one["tokens"]))
-    unreached = sum(number == 0 for one in experts.values() for number in one["tokens"])
-    return {"layers": len(experts), "experts": len(next(iter(experts.values()))["tokens"]), "unreached": unreached, "least_tokens": tokens,
-            "least_layer": layer, "least_expert": expert}  # fmt: skip
+    every = [number for one in experts.values() for number in one["tokens"]]
+    return {"layers": len(experts), "experts": len(every) // len(experts), "unreached": every.count(0), "few": sum(number < least for number in every),
+            "least_tokens": tokens, "least_layer": layer, "least_expert": expert}  # fmt: skip
 
 
 def describe_reach(found: Mapping[str, int]) -> str:
@@ -61,19 +62,16 @@ def describe_reach(found: Mapping[str, int]) -> str:
     of = f"{found['experts']} experts in each of {found['layers']} layers" if found["layers"] > 1 else f"{found['experts']} experts in one layer"
     if found["unreached"]:
         return f"{of}, {found['unreached']} of them in all reached by no token and ranked last"
-    return f"{of}, each reached by {found['least_tokens']:,} tokens at least"
+    return f"{of}, each reached by {found['least_tokens']:,} token{'s' * (found['least_tokens'] > 1)} at least"
 
 
 def few_tokens_note(found: Mapping[str, int], scoring: ScoringSettings, num_samples: int) -> str | None:
-    """What to say where an expert saw fewer tokens than scoring.least_expert_tokens; `num_samples` were scored. None where all saw as many."""
-    seen, least = found["least_tokens"], scoring.least_expert_tokens
-    if seen >= least:
+    """What to say where experts saw fewer tokens than scoring.least_expert_tokens; `num_samples` were scored. None where all saw as many."""
+    if not found["few"]:
         return None
-    where = f"expert {found['least_expert']} of layer {found['least_layer']}"
-    if seen == 0:
-        others = f", {found['unreached'] - 1} others neither" if found["unreached"] > 1 else ""
-        return (f"{where} saw none of the tokens{others}: what no token reaches is ranked last, which is right only if the text is what the model is for; "
-                f"more than scoring.samples={scoring.samples} may reach it")  # fmt: skip
-    needed = -(-num_samples * least // seen)
-    return (f"{where} saw {seen:,} token{'s' * (seen > 1)}, and scoring.least_expert_tokens is {least}: too few to be sure of its place among the others; "
-            f"scoring.samples={needed} would do")  # fmt: skip
+    seen, least, number = found["least_tokens"], scoring.least_expert_tokens, found["layers"] * found["experts"]
+    said = (f"{found['few']} of {number} experts saw fewer tokens than scoring.least_expert_tokens, {least}: too few to be sure of their places; "
+            f"expert {found['least_expert']} of layer {found['least_layer']} the fewest, {seen:,}")  # fmt: skip
+    if seen:
+        return f"{said}; scoring.samples={-(-num_samples * least // seen)} would do for it"
+    return f"{said}, and what no token reaches is ranked last, which is right only if the text is what the model is for; more scoring.samples may reach it"

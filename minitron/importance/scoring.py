@@ -59,7 +59,7 @@ def score_model(context: StageContext) -> dict:
 
 def _reached(context: StageContext, of_experts: Mapping[int, Mapping[str, list[float]]], width: WidthSums) -> dict[str, int]:
     """Writes the experts' ranking, and says where too few tokens reached one."""
-    reached = experts.reach(of_experts)
+    reached = experts.reach(of_experts, context.settings.scoring.least_expert_tokens)
     if rank() == 0:
         experts.write_ranking(context.folder / experts.RANKING_FILE, of_experts)
     if note := experts.few_tokens_note(reached, context.settings.scoring, width.num_samples):

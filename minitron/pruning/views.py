@@ -1,9 +1,9 @@
 """Candidates as prefix views of a teacher whose units were sorted once: no weight is copied per candidate.
 
 Sorting changes no logit. Hidden channels and neurons go by descending score, Mamba and attention heads and experts by descending
-score inside their group. A candidate is then a prefix of every axis, and of the layers some. Experts are whole modules, which change places without a
-number moved, each with its neurons in an order of their own; of experts in groups the router's rows are copied, once for every number of experts. Tensors that *read*
-a grouped axis of heads (`out_proj`, `o_proj`) keep their columns with a group's best heads side by side (rank first, then group), so that
+score inside their group. A candidate is then a prefix of every axis, and of the layers some. Experts are modules that change places as
+they are, each with its neurons in an order of its own; where they are in groups, the router's rows are copied, once for every number of
+experts. Tensors that *read* heads in groups (`out_proj`, `o_proj`) keep their columns with a group's best heads side by side (rank first, then group), so that
 they too are cut to a prefix; the activation is brought into that order on its way in. Tensors that *write* one
 (Mamba's fused in-projection, its convolution, `q_proj`) must be group by group; where heads are cut they are copied,
 once for every number of heads. Of a rotated model (rotated.py) the hidden channels are the stream's principal directions,
@@ -23,9 +23,7 @@ from torch import nn
 
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_total_parameters
-from minitron.families.base import (
-    ATTENTION_HEAD, EXPERT, EXPERT_FFN, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD, SHARED_FFN, Family,
-)  # fmt: skip
+from minitron.families.base import ATTENTION_HEAD, EXPERT, EXPERT_FFN, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD, SHARED_FFN, Family
 from minitron.families.experts import experts_of
 from minitron.families.state import load_tensors, model_tensors
 from minitron.families.table import BUFFER, row_of, split_layer

@@ -21,7 +21,7 @@ from memory_budget.architecture import Architecture
 from minitron.checkpoints.placement import WholeModel, ids_and_mask, run_layer
 from minitron.families.base import EXPERT_FFN, MAMBA_HEAD, SHARED_FFN
 from minitron.families.experts import Routed, experts_of
-from minitron.pruning.refit import NormalEquations
+from minitron.pruning.refits.least_squares import NormalEquations
 from minitron.pruning.rotation import WRITE, real_tokens, stream_role
 from minitron.pruning.views import ColumnsKey, SortedTeacher
 

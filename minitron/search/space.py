@@ -1,10 +1,12 @@
 """What the search may choose from, by the settings and config.json alone: options, limits, the throughput model. Loads no torch."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 from memory_budget.architecture import Architecture, check_architecture
 from memory_budget.calculator import memory_report
+from memory_budget.parameters import count_active_parameters, count_total_parameters
 from memory_budget.units import GIB, format_gib
 from minitron.settings.derived import axis_of, budget_of, couplings_of, fixed_sizes, floors, given_widths, serving_device, workload_of
 from minitron.settings.run import Settings
@@ -54,6 +56,13 @@ def filters_of(settings: Settings) -> Filters:
                    max_bytes=most, min_tokens_per_second=search.min_tokens_per_second, serving=serving_of(settings))  # fmt: skip
 
 
+def parameter_limits(settings: Settings) -> dict[str, tuple[int, Callable[[Architecture], int]]]:
+    """The most parameters that a candidate may have, and what counts them, by the settings that say so."""
+    limits = {"search.max_parameters": (settings.search.max_parameters, count_total_parameters),
+              "search.max_active_parameters": (settings.search.max_active_parameters, count_active_parameters)}  # fmt: skip
+    return {name: (most, count) for name, (most, count) in limits.items() if most is not None}
+
+
 def check_search(settings: Settings, teacher: Architecture) -> None:
     """Refuse a space, budget or workload before any work is done. Raises ValueError."""
     space, workload, budget = space_of(settings, teacher), workload_of(settings), budget_of(settings)
@@ -66,18 +75,24 @@ def check_search(settings: Settings, teacher: Architecture) -> None:
         fixed_student(settings, teacher)
         return
     # Any layers that the floors allow do for a lower bound: the depth's true pattern is not known before scoring.
-    kinds = teacher.layer_kinds
-    cheapest = sorted(range(teacher.num_layers), key=lambda layer: -memory_report(replace(teacher, pattern=kinds[layer]), workload).total)
-    layers = kept_layers(kinds, cheapest, space.num_layers[0], space.floors)
     sizes = {name: options[0] for name, options in space.sizes(teacher).items()}
-    smallest = replace(teacher, pattern=spelled(teacher, layers), **sizes | settings.search.later_widths.given())
-    needed = memory_report(smallest, workload).total
-    name = identifier(teacher, {"num_layers": len(layers), **sizes})
+    name = identifier(teacher, {"num_layers": space.num_layers[0], **sizes})
+
+    def smallest(weigh: Callable[[Architecture], int], **later: int) -> Architecture:
+        narrow, kinds = replace(teacher, **sizes | later), teacher.layer_kinds
+        dearest = sorted(range(teacher.num_layers), key=lambda layer: -weigh(replace(narrow, pattern=kinds[layer])))
+        return replace(narrow, pattern=spelled(teacher, kept_layers(kinds, dearest, space.num_layers[0], space.floors)))
+
+    lightest = smallest(lambda one: memory_report(one, workload).total, **settings.search.later_widths.given())
+    needed = memory_report(lightest, workload).total
     if needed > budget.bytes:
         raise ValueError(
             f"budget of {format_gib(budget.bytes)} fits none of the {space.size:,} candidates; the smallest, {name}, "
-            f"needs at least {format_gib(needed)}; {advice(smallest, space, workload)}"
+            f"needs at least {format_gib(needed)}; {advice(lightest, space, workload)}"
         )
+    for setting, (most, count) in parameter_limits(settings).items():
+        if (least := count(smallest(count))) > most:
+            raise ValueError(f"{setting} ({most:,}) lets none of the {space.size:,} candidates pass; the smallest, {name}, has at least {least:,}")
 
 
 def check_protected_experts(settings: Settings, teacher: Architecture) -> None:

@@ -13,7 +13,7 @@ from minitron.settings.data import DataSettings
 from minitron.settings.evaluate import EvaluateSettings
 from minitron.settings.hand_over import ExportSettings, MergeSettings
 from minitron.settings.reasoning import ReasoningSettings
-from minitron.settings.rules import Choice, at_least, check_kinds, how
+from minitron.settings.rules import Choice, added, at_least, check_kinds, how
 from minitron.settings.search import SearchSettings, ThroughputSettings
 from minitron.settings.training import DistillSettings, Rows, TrainSettings
 
@@ -188,6 +188,8 @@ class PruneSettings:
     direction_samples: int = 8
     refit_reading: bool = True
     refit_writing: bool = True
+    refit_experts: bool = added(True)
+    refit_shared: bool = added(True)
     ridge: float = 1e-3
     batch: int = how(8)
     max_shard_gib: float = how(4.5)

@@ -82,7 +82,8 @@ class TinyModel:
 
 @torch.no_grad()
 def _randomise(family: Family, architecture: Architecture, model: nn.Module, seed: int) -> None:
-    """Every parameter, and what corrects a router's choice, drawn anew, the same by name and shape for a seed; norms about what multiplies by 1, embedded tokens about as large as 1."""
+    """Every parameter, and what corrects a router's choice, drawn anew, the same by name and shape for a seed; norms about what multiplies by 1, embedded
+    tokens about as large as 1."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(parameter, scale):

@@ -14,9 +14,14 @@ from minitron.families.state import model_tensors
 from minitron.importance import experts
 from minitron.importance.activations import measure_width
 from minitron.importance.scores import WidthSums, aggregate, load_sums
-from minitron.importance.scoring import _reduced, _width_curves
+from minitron.importance.scoring import _reduced, _width_curves, score_model
 from minitron.pruning.plan import top_per_group
-from minitron.settings.run import ScoringSettings
+from minitron.report.plots import _experts
+from minitron.settings.data import DataSettings
+from minitron.settings.run import Criterion, ScoringSettings, Settings, TeacherSettings
+from minitron.walk.console import Console
+from minitron.walk.stage import StageContext
+from minitron.walk.store import Result
 
 SIGMOID = {"hybrid_override_pattern": "ME*E", "num_hidden_layers": 4, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12,
            "moe_shared_expert_intermediate_size": 20, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0}  # fmt: skip
@@ -167,15 +172,50 @@ def test_ranking_jsonl_names_each_layers_experts_best_first(sums, build, tmp_pat
 
 
 def test_too_few_tokens_of_an_expert_are_said():
-    reach = experts.reach({1: {"tokens": [40, 7]}, 3: {"tokens": [5, 90]}})
-    says = experts.few_tokens_note(reach, ScoringSettings(least_expert_tokens=20), 6)
-    assert "expert 0 of layer 3 saw 5 tokens, and scoring.least_expert_tokens is 20" in says and says.endswith("scoring.samples=24 would do")
-    assert experts.few_tokens_note(reach, ScoringSettings(least_expert_tokens=5), 6) is None
-    unreached = experts.reach({1: {"tokens": [0, 7]}, 3: {"tokens": [0, 90]}})
-    assert "expert 0 of layer 1 saw none of the tokens, 1 others neither" in experts.few_tokens_note(unreached, ScoringSettings(), 6)
-    assert "2 of them in all reached by no token" in experts.describe_reach(unreached)
+    def note(tokens, least):
+        return experts.few_tokens_note(experts.reach(tokens, least), ScoringSettings(least_expert_tokens=least), 6)
+
+    tokens = {1: {"tokens": [40, 7]}, 3: {"tokens": [5, 90]}}
+    assert "2 of 4 experts saw fewer tokens than scoring.least_expert_tokens, 20" in note(tokens, 20)
+    assert note(tokens, 20).endswith("expert 0 of layer 3 the fewest, 5; scoring.samples=24 would do for it")
+    assert note(tokens, 5) is None
+    unreached = {1: {"tokens": [0, 7]}, 3: {"tokens": [0, 90]}}
+    assert "expert 0 of layer 1 the fewest, 0, and what no token reaches is ranked last" in note(unreached, 20)
+    assert "2 of them in all reached by no token" in experts.describe_reach(experts.reach(unreached, 20))
+
+
+def test_an_interrupted_stage_ends_with_the_same_files_and_numbers_layers_as_config_json(build, token_ids, write_checkpoint, tmp_path):
+    one = build("softmax")
+    write_checkpoint(tmp_path / "teacher", one.model, one.config)
+    for name in ("data", "score"):
+        (tmp_path / name).mkdir()
+    np.save(tmp_path / "data" / "train.npy", token_ids(rows=6, tokens=20, seed=43).int().numpy())
+    settings = Settings(device="cpu", teacher=TeacherSettings(path=str(tmp_path / "teacher")), data=DataSettings(sequence_length=20),
+                        scoring=ScoringSettings(block_tokens=40, criterion=Criterion.block_influence))  # fmt: skip
+    inputs = {name: Result(tmp_path / name, {"key": name, "facts": {"path": "."}}) for name in ("data", "teacher")}
+    context = StageContext(settings, tmp_path / "score", inputs, Console(quiet=True))
+    facts = score_model(context)
+    files = [tmp_path / "score" / name for name in ("scores.safetensors", "layers.json", "ranking.jsonl")]
+    made = [path.read_bytes() for path in files]
+    last = sorted((tmp_path / "score" / "parts-1" / "0").glob("width-*"))[-1]
+    for path in (*files, last):
+        path.unlink()
+    assert score_model(context) == facts and [path.read_bytes() for path in files] == made
+    assert list(json.loads(made[1])["experts"]) == ["0", "2", "3"] and facts["experts"]["experts"] == 8  # block 1 is dense
+    assert "8 experts in each of 3 layers" in facts["headline"]
 
 
 def test_curves_of_experts_fall_from_the_best(sums):
     curves = _width_curves(sums)
     assert all(curve[0] == 1 and curve == sorted(curve, reverse=True) for axis in (EXPERT, EXPERT_FFN, SHARED_FFN) for curve in curves[axis].values())
+
+
+def test_the_plot_of_experts_says_who_got_no_token_and_how_many_stay():
+    layers = {"1": {"tokens": [4, 0, 9], "reap": [1.0, 0.0, 2.0]}, "3": {"tokens": [5, 5, 3], "reap": [1.0, 3.0, 2.0]}}
+    models = {name: {"architecture": {"moe_num_experts": number}} for name, number in (("teacher", 3), ("student", 2))}
+    summary = {"importance": {"experts": layers}, "models": models, "candidates": []}
+    titles = [axes.get_title(loc="left") for axes in _experts(summary).axes]
+    assert titles[:2] == ["Tokens sent to each expert (red: none)", "Scores, best expert first; 2 stay"]
+    layers["1"]["tokens"][1] = 1
+    titles = [axes.get_title(loc="left") for axes in _experts(summary | {"models": {"teacher": models["teacher"]}}).axes]
+    assert titles[:2] == ["Tokens sent to each expert", "Scores, best expert first"] and _experts({"importance": {}}) is None

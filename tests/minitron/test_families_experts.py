@@ -115,7 +115,7 @@ def test_a_student_keeps_the_latent_of_its_experts(build_tiny, token_ids, tmp_pa
     """Hidden size, experts, their neurons and the shared expert's are fewer; transformers' own class gives the same logits, summed in another order."""
     one = build_tiny("nemotron_h latent")
     student = replace(one.architecture, hidden=24, moe_num_experts=6, moe_ffn=12, moe_shared_ffn=15)
-    experts = {layer: (0, 2, 3, 4, 5, 7) for layer in layers_of_experts(one)}
+    experts = dict.fromkeys(layers_of_experts(one), (0, 2, 3, 4, 5, 7))
     neurons = {expert_place(one.architecture, layer, expert): tuple(range(expert % 4, expert % 4 + 12)) for layer, kept in experts.items() for expert in kept}
     units = {HIDDEN: {-1: tuple(range(8, 32))}, EXPERT: experts, EXPERT_FFN: neurons, SHARED_FFN: dict.fromkeys(experts, tuple(range(5, 20)))}
     cut = build_pruned(one.family, one.model, PruningPlan(one.architecture, student, (0, 1, 2, 3, 4), units), one.config)

@@ -119,10 +119,10 @@ def test_the_mixtures_experts_have_uneven_work_that_others_do_worse(mixture, rep
     ids = tokenizer(inspect.getsource(json.decoder), return_tensors="pt")["input_ids"][:, :1024]
 
     def most_and_loss() -> tuple[list[float], float]:
-        loads = made.Loads(model, made.ARCHITECTURE.moe_num_experts, training=False)
+        heard = made.Heard(model)
         with torch.no_grad():
             loss = model(ids, labels=ids).loss.item()
-        return [shares_E.max().item() * len(shares_E) for shares_E in loads.shares().values()], loss
+        return [shares_E.max().item() * len(shares_E) for shares_E in heard.shares().values()], loss
 
     most, loss = most_and_loss()
     with made.random_routing(model):

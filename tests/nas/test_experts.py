@@ -88,6 +88,8 @@ REFUSED = {
     "an expert beyond": (BLOCKS, {"protect_experts": {"1": [16]}}, r"has 1: \[16\]; a layer has the experts 0 to 15"),
     "more than stay": (BLOCKS, {"experts": [4], "protect_experts": {"1": [0, 1, 2, 3, 9]}}, r"search.experts leaves 4 experts in a layer, so no more can be"),
     "more than stay of a group": (GROUPED, {"experts": [24], "protect_experts": {"1": [0, 1, 2, 15]}}, r"leaves 24 experts in a layer of 8 routing groups, 3"),
+    "few active parameters": (NANO, {"experts": [96], "max_active_parameters": 3_000_000_000},
+                              r"search.max_active_parameters \(3,000,000,000\) lets none of the 1 candidates pass; the smallest, L52-.*-E96, has at least 3,5"),
     "a floor of the other kind": (NANO, {"floors": {"ffn": 1}}, r"search.floors keeps 1 layers of kind '-'; .* of the kinds \['\*', 'E', 'M'\]"),
     "a floor above": (BLOCKS, {"floors": {"moe": 6}}, r"search.floors keeps 6 layers of kind '\*E'; the teacher has 5"),
     "a floor of all": (BLOCKS, {"floors": {"attention": 2}}, r"search.floors keeps 2 layers of kind '\*'; the teacher's layers are of the kinds"),
