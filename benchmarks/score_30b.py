@@ -45,7 +45,7 @@ from minitron.pruning.plan import PruningPlan, make_plan  # noqa: E402
 LAYERS, EXPERTS = 10, 96
 
 
-def matrix_rate(architecture: Architecture, tokens: int, seconds: float = 5.0) -> float:
+def matrix_rate(architecture: Architecture, tokens: int, seconds: float = 4.0) -> float:
     """FLOP/s of bf16 products of one expert's matrix with so many tokens, all threads."""
     given, matrix = torch.randn(tokens, architecture.hidden).bfloat16(), torch.randn(architecture.moe_ffn, architecture.hidden).bfloat16()
     torch.nn.functional.linear(given, matrix)
@@ -82,13 +82,15 @@ def scored(model: StreamedModel, ids: torch.Tensor) -> tuple[WidthSums, float]:
 
 
 def score(model: StreamedModel, ids: torch.Tensor, repeats: int) -> tuple[WidthSums, dict]:
-    """Width and expert scores, and how long they took, the best of some runs, each with its own floor."""
+    """Width and expert scores, and how long they took, the best of some runs, each with its own floor by the rates before and after it."""
     architecture, found = model.architecture, []
     per_expert = ids.numel() * architecture.moe_experts_per_token // architecture.moe_num_experts
     flops = 2 * ids.numel() * sum(layer_parameters(architecture, letter, active_only=True).total for letter in architecture.pattern)
     for _ in range(repeats):
-        flops_rate, bytes_rate = matrix_rate(architecture, per_expert), read_rate(model.checkpoint.files[0])
+        before = matrix_rate(architecture, per_expert), read_rate(model.checkpoint.files[0], 2**31)
         sums, seconds = scored(model, ids)
+        after = matrix_rate(architecture, per_expert), read_rate(model.checkpoint.files[0], 2**31)
+        flops_rate, bytes_rate = (statistics.mean(rates) for rates in zip(before, after, strict=True))
         size = bytes_needed(model, sums)
         floor = max(size / bytes_rate, flops / flops_rate)
         found.append({"over_floor": seconds / floor, "seconds": seconds, "floor_seconds": floor, "flops_per_second": flops_rate,

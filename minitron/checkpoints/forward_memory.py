@@ -5,7 +5,6 @@ Mamba-2 and feed-forward layers go by blocks, it is less, and nothing is refused
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from memory_budget.architecture import WINDOWED, Architecture
 from memory_budget.parameters import count_total_parameters, expert_parameters, layer_parameters
@@ -55,9 +54,22 @@ def layer_bytes(model: Architecture, width: int, rows: int, tokens: int, *, auto
 
 
 def walked_bytes(model: Architecture, width: int, rows: int, tokens: int, all_rows: int, *, tapped: bool = False) -> int:
-    """`layer_bytes` of a walk through the layers (placement.run_layer), which gives so many rows at a time to each, but all at once to one with experts."""
-    kinds = [(letter, all_rows if letter == "E" else rows) for letter in set(model.pattern)]
-    return max(layer_bytes(replace(model, pattern=letter), width, at_once, tokens, tapped=tapped) for letter, at_once in kinds)
+    """`layer_bytes` of scoring's walks, which give so many rows at a time to each layer, but experts the tokens of all rows at once; what they make of them is
+    there until the last of the rows has left the layer."""
+    layer = layer_bytes(model, width, rows, tokens, tapped=tapped)
+    if "E" not in model.pattern:
+        return layer
+    given = all_rows * tokens * (model.moe_latent or model.hidden) * width
+    return max(layer + given, rows * tokens * model.hidden * width + asked_bytes(model, width, all_rows * tokens))
+
+
+def asked_bytes(model: Architecture, width: int, tokens: int) -> int:
+    """Of experts that are asked once over so many tokens (importance/routed.py): what they read, and once more while it is put together, or beside it their
+    sum in float32 and what the busiest has (as in _mixer_bytes), or that sum as it is given."""
+    reads = model.moe_latent or model.hidden
+    inner = (3 if model.ffn_gated else 4) * model.moe_ffn * width
+    busiest = busiest_share(model) * (reads * (2 * width + FLOAT32) + inner)
+    return int(tokens * (reads * width + max(reads * (FLOAT32 + width), reads * FLOAT32 + busiest)))
 
 
 def streamed_bytes(model: Architecture, width: int) -> int:

@@ -3,7 +3,7 @@
 Reduced inside the hooks in float32, so memory is O(width). What is kept are sums over samples, or of experts over the tokens sent to
 them, so results of blocks of batches and of processes simply add up.
 
-Letters: B samples of a batch, T tokens, W width of a tap, D hidden; N tokens of all batches, n those sent to an expert, E experts, F neurons of one.
+Letters: B samples of a batch, T tokens, W width of a tap, D hidden; N tokens of all batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,8 @@ from torch import nn
 
 from minitron.checkpoints.placement import PlacedModel, ids_and_mask
 from minitron.families.base import EXPERT, EXPERT_FFN, HIDDEN, Tap
-from minitron.families.experts import Experts, Routed, experts_of
+from minitron.families.experts import experts_of
+from minitron.importance.routed import ExpertSums, asked_once
 from minitron.importance.scores import Site, WidthSums
 
 
@@ -42,44 +43,12 @@ class _Accumulator:
         self.sums += torch.stack([both_2BW.sum(1), both_2BW.square().sum(1)], dim=1).view(4, -1)
 
 
-class _Watch:
-    """Sums over the tokens sent to each expert of a layer: EXPERT_ROWS and NEURON_ROWS of scores.py. What an expert's output is multiplied by is taken as it
-    reaches the experts, so it is right for every router."""
-
-    def __init__(self, layer: int, experts: Experts, neurons: int, mask_N: torch.Tensor | None, device: torch.device):
-        self.layer, self.experts, self.mask_N = layer, experts, mask_N
-        self.sums_3E = torch.zeros(3, len(experts), dtype=torch.float64, device=device)
-        self.sums_2EF = torch.zeros(2, len(experts), neurons, dtype=torch.float64, device=device)
-
-    def __enter__(self) -> None:
-        self.experts.watch = self.hear
-
-    def __exit__(self, *_) -> None:
-        self.experts.watch = None
-
-    def hear(self, routed: Routed) -> None:
-        inner_nF, output_nD, weights_n = routed.inner_nF, routed.output_nD, routed.weights_n
-        if self.mask_N is not None:
-            real_n = self.mask_N[routed.tokens_n]
-            inner_nF, output_nD, weights_n = inner_nF[real_n], output_nD[real_n], weights_n[real_n]
-        lengths_n = _lengths(output_nD).double()
-        self.sums_3E[:, routed.expert] += torch.stack([lengths_n.new_tensor(len(lengths_n)), weights_n.double() @ lengths_n, lengths_n.sum()])
-        sizes_nF = inner_nF.abs().float()
-        self.sums_2EF[0, routed.expert] += sizes_nF.sum(0)
-        self.sums_2EF[1, routed.expert] += sizes_nF.square_().sum(0)
-
-    def add_to(self, found: "_Found") -> None:
-        found.add(f"the experts' outputs in layer {self.layer}", (EXPERT, self.layer), self.sums_3E)
-        found.add(f"the experts' neurons in layer {self.layer}", (EXPERT_FFN, self.layer), self.sums_2EF)
-
-
 @torch.no_grad()
 def measure_width(model: PlacedModel, batches: Sequence[torch.Tensor], on_layer=lambda: None) -> WidthSums:
     """Sums for every unit of every axis, and each layer's block influence, from batches of ids [B, T] (padding −1).
 
-    All batches walk the layers together, so that each layer is loaded once, and through one with experts as one, so that each expert is. Block influence
-    is Σ over tokens of 1 − cos(residual before, residual after), of a layer as config.json counts them. Raises ValueError naming the layer whose
-    activations are not finite.
+    All batches walk the layers together, so that each layer, and each expert, is loaded once. Block influence is Σ over tokens of
+    1 − cos(residual before, residual after), of a layer as config.json counts them. Raises ValueError naming the layer whose activations are not finite.
     """
     architecture = model.architecture
     ids_and_masks = [ids_and_mask(batch) for batch in batches]
@@ -142,19 +111,20 @@ def _check_finite(title: str, values: torch.Tensor) -> None:
 
 def _run_layer(model: PlacedModel, sublayer: int, block: nn.Module, taps: list[Tap], hidden: list[torch.Tensor], masks: list[torch.Tensor | None],
                found: _Found) -> Iterator[torch.Tensor]:  # fmt: skip
-    """Outputs of a layer for every batch, one at a time, while its taps accumulate and its experts are watched; see placement.run_layer."""
+    """Outputs of a layer for every batch, one at a time, while its taps accumulate and its experts are watched."""
     experts = experts_of(block)
     if experts is None:
         yield from _run_tapped(block, taps, hidden, masks, found)
         return
-    mask_BT = None
+    architecture, mask_N = model.architecture, None
     if any(mask is not None for mask in masks):
-        mask_BT = torch.cat([batch.new_ones(batch.shape[:2], dtype=torch.bool) if mask is None else mask for batch, mask in zip(hidden, masks, strict=True)])
-    watch = _Watch(sublayer, experts, model.architecture.moe_ffn, None if mask_BT is None else mask_BT.flatten(), model.device)
-    with watch:
-        (together_BTD,) = _run_tapped(block, taps, [torch.cat(hidden)], [mask_BT], found)
-    watch.add_to(found)
-    yield from together_BTD.split([len(batch) for batch in hidden])
+        mask_N = torch.cat([batch.new_ones(batch.shape[:2], dtype=torch.bool).flatten() if mask is None else mask.flatten()
+                            for batch, mask in zip(hidden, masks, strict=True)])  # fmt: skip
+    sums = ExpertSums(len(experts), architecture.moe_ffn, mask_N, model.device)
+    with asked_once(block, hidden, sums.hear):
+        yield from _run_tapped(block, taps, hidden, masks, found)
+    found.add(f"the experts' outputs in layer {sublayer}", (EXPERT, sublayer), sums.sums_3E)
+    found.add(f"the experts' neurons in layer {sublayer}", (EXPERT_FFN, sublayer), sums.sums_2EF)
 
 
 def _run_tapped(module: nn.Module, taps: list[Tap], hidden: list[torch.Tensor], masks: list[torch.Tensor | None], found: _Found):

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from distill.batches import PADDING, counted_positions, split_padding
 from distill.losses import next_token_labels
-from minitron.checkpoints.placement import Head, PlacedModel, run_layer
+from minitron.checkpoints.placement import Head, PlacedModel
+from minitron.importance.routed import asked_once
 from minitron.text.samples import check_predicted
 
 CRITERIA = ("mse", "kl", "loss")
@@ -84,7 +85,8 @@ def measure_round(model: PlacedModel, block: Block, kept: Sequence[int], removab
 def run_sublayers(model: PlacedModel, hidden: list[torch.Tensor], layers: Sequence[int]) -> list[torch.Tensor]:
     """Hidden states [B, T, D] of every batch after the given sublayers."""
     for _, block in model.visit(layers):
-        hidden = run_layer(block, hidden)
+        with asked_once(block, hidden):
+            hidden = [block(batch_BTD) for batch_BTD in hidden]
     return hidden
 
 

@@ -6,6 +6,7 @@ from math import log2
 
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_total_parameters
+from minitron.checkpoints.forward_memory import asked_bytes
 from minitron.checkpoints.forward_work import decode_work, forward_work, head_work, load_work
 from minitron.families.known import can_decode
 from minitron.importance.cost import scoring_work
@@ -98,7 +99,8 @@ def _scoring_bytes(view: LapView, needs: ScoringNeeds, block_tokens: int) -> int
     """On a processor: what the stage's own plan says, but for the layer at work, and for states kept from round to round no more than there can be."""
     scoring, base = view.settings.scoring, view.base
     kept = base.num_layers * (1 + base.num_layers) * scoring.layer_samples * view.length * base.hidden * view.width // 2
-    own = view.layer_bytes(base, max(scoring.batch * view.length, min(scoring.branch_tokens, block_tokens)), needs.width_tokens(scoring))
+    own = view.layer_bytes(base, max(scoring.batch * view.length, min(scoring.branch_tokens, block_tokens)))
+    own += asked_bytes(base, view.width, needs.width_tokens(scoring)) if "E" in base.pattern else 0
 
     def moment(parts: Mapping[str, int]) -> int:
         capped = {name: min(size, kept) if name == "kept for the next round" else size for name, size in parts.items() if name != "a layer's own"}

@@ -58,10 +58,10 @@ class LapView:
         weights = sum(self.weights(model, width) for model, width in models)
         return self.process_bytes + weights + max(self.layer_bytes(model, tokens) + 4 * FLOAT32 * logits_tokens * model.vocab for model, _ in models)
 
-    def layer_bytes(self, model: Architecture, tokens: int, all_tokens: int = 0) -> int:
-        """Of states and the layer at work, on a processor; a walk through the layers gives one with experts `all_tokens` at once."""
-        at_once = [(letter, max(tokens, all_tokens) if letter == "E" else tokens) for letter in set(model.pattern)]
-        return int(FLOAT32 * max(number * (2 * model.hidden + passing_numbers(model, letter, self.length)) for letter, number in at_once))
+    def layer_bytes(self, model: Architecture, tokens: int) -> int:
+        """Of states and the layer at work, on a processor."""
+        own = max(passing_numbers(model, letter, self.length) for letter in set(model.pattern))
+        return int(FLOAT32 * tokens * (2 * model.hidden + own))
 
     def held_out(self, model: Architecture, rows: int) -> Work:
         """Loss of a model on so many held-out rows."""

@@ -171,8 +171,7 @@ def _experts(summary: Summary):
     figure, number = new_figure(8, 2.2 + 0.13 * max(8, len(layers))), len(next(iter(layers.values()))["tokens"])
     times = [[tokens * number / sum(one["tokens"]) if tokens else float("nan") for tokens in one["tokens"]] for one in layers.values()]
     scores = [[score / max(*one["reap"], 1e-300) for score in sorted(one["reap"], reverse=True)] for one in layers.values()]
-    colours = viridis_map()
-    colours.set_bad(RED)
+    colours = viridis_map().with_extremes(bad=RED)
     none, kept = any(0 in one["tokens"] for one in layers.values()), _kept_experts(summary)
     panels = ((times, LogNorm(1 / 8, 8), "Tokens sent to each expert" + " (red: none)" * none, "expert", "times an even share"),
               (scores, Normalize(0, 1), "Scores, best expert first" + f"; {kept} stay" * (kept < number), "rank", "share of the layer's best"))  # fmt: skip

@@ -13,6 +13,7 @@ from minitron.families.base import EXPERT, EXPERT_FFN, SHARED_FFN
 from minitron.families.state import model_tensors
 from minitron.importance import experts
 from minitron.importance.activations import measure_width
+from minitron.importance.layers import Block, SweepLimits, measure_round
 from minitron.importance.scores import WidthSums, aggregate, load_sums
 from minitron.importance.scoring import _reduced, _width_curves, score_model
 from minitron.pruning.plan import top_per_group
@@ -135,7 +136,7 @@ def test_sums_of_experts_add_up_over_blocks_of_batches_and_are_read_back(sums, b
 
 
 def test_an_expert_that_no_token_reaches_is_never_read_and_streamed_is_whole_bit_for_bit(build, batches, write_checkpoint, tmp_path):
-    def streamed(bias: float) -> tuple[WidthSums, WidthSums, set[int]]:
+    def streamed(bias: float) -> tuple[WidthSums, WidthSums, set[int], dict, dict]:
         one, read = build("sigmoid, on a latent"), set()
         model_tensors(one.family, one.model)["layers.1.mixer.gate.e_score_correction_bias"][UNREACHED] = bias
         folder = write_checkpoint(tmp_path / str(bias), one.model, one.config, max_shard_bytes=20_000)
@@ -146,10 +147,15 @@ def test_an_expert_that_no_token_reaches_is_never_read_and_streamed_is_whole_bit
             return really(name, into=into)
 
         model.checkpoint.read = listened
-        return measure_width(model, batches), measure(one, batches), read
+        return measure_width(model, batches), measure(one, batches), read, round_of(model), round_of(WholeModel(one.family, one.model, one.architecture))
 
-    found, whole, read = streamed(-9.0)
+    def round_of(placed) -> dict[int, float]:
+        layers = range(placed.architecture.num_layers)
+        return measure_round(placed, Block(list(batches)), layers, layers, "mse", SweepLimits(branch_tokens=40)).scores("mse", normalised=True)
+
+    found, whole, read, *rounds = streamed(-9.0)
     assert read == set(range(8)) - {UNREACHED} and all(np.array_equal(found.sums[site], value) for site, value in whole.sums.items())
+    assert rounds[0] == rounds[1] and len(rounds[0]) == 4
     scores = aggregate(found)
     assert scores.experts(1)[UNREACHED] == 0 < np.delete(scores.experts(1), UNREACHED).min() and not scores.expert_neurons(1)[UNREACHED].any()
     assert streamed(0.0)[2] == set(range(8))  # control
@@ -214,8 +220,8 @@ def test_the_plot_of_experts_says_who_got_no_token_and_how_many_stay():
     layers = {"1": {"tokens": [4, 0, 9], "reap": [1.0, 0.0, 2.0]}, "3": {"tokens": [5, 5, 3], "reap": [1.0, 3.0, 2.0]}}
     models = {name: {"architecture": {"moe_num_experts": number}} for name, number in (("teacher", 3), ("student", 2))}
     summary = {"importance": {"experts": layers}, "models": models, "candidates": []}
-    titles = [axes.get_title(loc="left") for axes in _experts(summary).axes]
-    assert titles[:2] == ["Tokens sent to each expert (red: none)", "Scores, best expert first; 2 stay"]
+    titles = [axes.get_title(loc="left") for axes in _experts(summary).axes[::2]]
+    assert titles == ["Tokens sent to each expert (red: none)", "Scores, best expert first; 2 stay"]
     layers["1"]["tokens"][1] = 1
-    titles = [axes.get_title(loc="left") for axes in _experts(summary | {"models": {"teacher": models["teacher"]}}).axes]
-    assert titles[:2] == ["Tokens sent to each expert", "Scores, best expert first"] and _experts({"importance": {}}) is None
+    titles = [axes.get_title(loc="left") for axes in _experts(summary | {"models": {"teacher": models["teacher"]}}).axes[::2]]
+    assert titles == ["Tokens sent to each expert", "Scores, best expert first"] and _experts({"importance": {}}) is None
