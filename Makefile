@@ -45,7 +45,7 @@ tiny-teacher: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m minitron.run experiment=tiny_teacher stage=teacher
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/make_tiny_teacher.py $(TINY_TEACHER_ARGS)
 
-# The tiny mixture of experts of benchmarks/, likewise: three quarters of an hour of one thread.
+# The tiny mixture of experts of benchmarks/, likewise: half an hour of one thread.
 tiny-moe: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/make_tiny_moe.py $(TINY_MOE_ARGS)
 

@@ -1,6 +1,6 @@
 """A tiny mixture of experts to prune, benchmarks/tiny_moe/: a NemotronH with expert layers, trained as the tiny teacher is, on its text in its tokens.
 
-Run: make tiny-moe       (three quarters of an hour of one thread; interrupted, it goes on where it was)
+Run: make tiny-moe       (half an hour of one thread; interrupted, it goes on where it was)
      .venv/bin/python benchmarks/make_tiny_moe.py [--out DIR] [--runs DIR] [--now]
 
 The experts' load is kept even by their correction biases alone (`balance_rate`).
@@ -60,9 +60,10 @@ ARCHITECTURE = Architecture(
 )  # fmt: skip
 ROUTER = {"n_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
 SEED, ROWS, HELD_OUT_EVERY = 0, 16, 100  # rows of 256 tokens a step; steps between measurements
-PLAN = TrainPlan(tokens=3_400_000, optimizer="muon", learning_rate=0.006, final_learning_rate_share=0.02, warmup_share=0.025, weight_decay=0.1, clip_norm=1.0,
-                 schedule="wsd", decay_share=0.5, balance_rate=0.001, save_every_seconds=120, keep_states=2)  # fmt: skip
-OFTEN = 10  # times as many experts that a token must have been sent to as a layer has, for its own shares of them to be known
+PLAN = TrainPlan(tokens=8_000_000, optimizer="muon", learning_rate=0.006, final_learning_rate_share=0.02, warmup_share=0.02, weight_decay=0.1, clip_norm=1.0,
+                 schedule="wsd", decay_share=0.5, balance_rate=0.0005, save_every_seconds=120, keep_states=2)  # fmt: skip
+OFTEN = 10  # so that a token's own shares of the experts are known
+DRAWS = 3  # of experts to drop
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -93,9 +94,9 @@ def entropy_share(shares_E: torch.Tensor) -> float:
     return (torch.special.entr(shares_E).sum() / math.log(len(shares_E))).item()
 
 
-def entropy_within_tokens(counts_VE: torch.Tensor) -> float:
-    """The same where the token is known: the mean over tokens of the text that came often enough for their own shares to be known."""
-    often_VE = counts_VE[counts_VE.sum(1) >= OFTEN * counts_VE.shape[1]].double()
+def entropy_within_tokens(counts_VE: torch.Tensor, often: int = OFTEN) -> float:
+    """The same where the token is known: the mean over tokens of the text, those alone that were sent `often` times as many experts as there are."""
+    often_VE = counts_VE[counts_VE.sum(1) >= often * counts_VE.shape[1]].double()
     sent_V = often_VE.sum(1)
     entropies_V = torch.tensor([entropy_share(counts_E / counts_E.sum()) for counts_E in often_VE], dtype=torch.float64)
     return (entropies_V * sent_V).sum().item() / sent_V.sum().item()
@@ -156,8 +157,28 @@ def random_routing(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
+def loss_without(model: nn.Module, batches: list[torch.Tensor], dropped: dict[int, torch.Tensor]) -> float:
+    """Held-out loss where the router of each layer chooses among the experts that are not dropped."""
+    biases = {layer: model.base_model.layers[layer].mixer.gate.e_score_correction_bias for layer in dropped}
+    before = {layer: bias_E.clone() for layer, bias_E in biases.items()}
+    for layer, numbers in dropped.items():
+        biases[layer][numbers] = -math.inf
+    loss = held_out_loss(model, batches)
+    for layer, bias_E in biases.items():
+        bias_E.copy_(before[layer])
+    return loss
+
+
+def losses_without(model: nn.Module, batches: list[torch.Tensor], shares: dict[int, torch.Tensor], number: int) -> dict[str, Any]:
+    """The same without `number` experts of each layer: those that are used least, and the mean of some draws."""
+    draws = [{layer: torch.randperm(len(shares_E), generator=torch.Generator().manual_seed(100 * seed + layer))[:number] for layer, shares_E in shares.items()}
+             for seed in range(DRAWS)]  # fmt: skip
+    least_used = loss_without(model, batches, {layer: shares_E.argsort()[:number] for layer, shares_E in shares.items()})
+    return {"experts": number, "least_used": least_used, "drawn": sum(loss_without(model, batches, draw) for draw in draws) / DRAWS}
+
+
 def measured(folder: Path, held_out_RT: np.ndarray) -> dict[str, Any]:
-    """What a checkpoint does on the held-out rows that grade students: loss by position, how it routes, and the loss with experts drawn at random."""
+    """What a checkpoint does on the held-out rows that grade students: loss by position, how it routes, and the loss where it cannot."""
     model = FAMILY.load(folder, dtype=torch.float32, device="cpu")
     heard = Heard(model)
     batches = batches_of(spread_rows(evaluation_rows(held_out_RT), HELD_OUT_ROWS), BATCH, "cpu")
@@ -167,9 +188,12 @@ def measured(folder: Path, held_out_RT: np.ndarray) -> dict[str, Any]:
     layers = [{"layer": layer, "least": shares_E.min().item(), "median": shares_E.median().item(), "most": shares_E.max().item(),
                "entropy_of_uniform": entropy_share(shares_E), "entropy_within_tokens": entropy_within_tokens(heard.counts[layer])}
               for layer, shares_E in heard.shares().items()]  # fmt: skip
+    shares = heard.shares()
+    without = [losses_without(model, batches, shares, ARCHITECTURE.moe_num_experts // part) for part in (4, 2)]
     with random_routing(model):
         at_random = held_out_loss(model, batches)
-    return {"held_out": held_out, "routing": {"uniform_share": 1 / ARCHITECTURE.moe_num_experts, "layers": layers, "loss_with_random_experts": at_random}}
+    return {"held_out": held_out, "routing": {"uniform_share": 1 / ARCHITECTURE.moe_num_experts, "layers": layers, "loss_with_random_experts": at_random,
+                                              "loss_without": without}}  # fmt: skip
 
 
 def main() -> int:
