@@ -1,4 +1,4 @@
-# make demo | real | test | tiny-teacher | install | install-cuda | house | gpu-check | gpu-stand-in | vllm-check |
+# make demo | real | test | tiny-teacher | tiny-moe | install | install-cuda | house | gpu-check | gpu-stand-in | vllm-check |
 # llamacpp-check | reap-check.
 # Each target sets up .venv first if pyproject.toml or constraints.txt changed.
 PYTHON ?= python3
@@ -10,7 +10,7 @@ STAND_IN_VENV := .venv-gpu-stand-in
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install install-cuda demo real tiny-teacher house test test-slow gpu-check gpu-stand-in gpu-stand-in-kernels gpu-stand-in-walks vllm-check llamacpp-check reap-check fuzz fuzz-memory clean
+.PHONY: install install-cuda demo real tiny-teacher tiny-moe house test test-slow gpu-check gpu-stand-in gpu-stand-in-kernels gpu-stand-in-walks vllm-check llamacpp-check reap-check fuzz fuzz-memory clean
 .PHONY: gpu-carry gpu-carried-site gpu-carried-tests gpu-carried-rows gpu-check-carried
 .DELETE_ON_ERROR:
 
@@ -44,6 +44,10 @@ real: $(VENV)/installed-real
 tiny-teacher: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m minitron.run experiment=tiny_teacher stage=teacher
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/make_tiny_teacher.py $(TINY_TEACHER_ARGS)
+
+# The tiny mixture of experts of benchmarks/, likewise: half an hour of one thread.
+tiny-moe: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/make_tiny_moe.py $(TINY_MOE_ARGS)
 
 # Rooms and arrows of docs/architecture.md, drawn from the imports.
 house:

@@ -43,6 +43,6 @@ def convert_checkpoint(source: Path, folder: Path, *, dtype: str, lines: list[st
         yield checkpoint.read(name).to(torch_dtype)
 
     planned = [PlannedTensor(name, dtype, entry.shape, lambda name=name: pieces(name)) for name, entry in checkpoint.entries.items()]
-    config = config | {"dtype": str(torch_dtype).removeprefix("torch.")}
+    config = config | {name: str(torch_dtype).removeprefix("torch.") for name in ("dtype", "torch_dtype") if name in config}
     card = model_card("Tiny NemotronH teacher", lines=lines, architecture=architecture_from_config(config), base=None)
     write_planned(folder, family_of(config), planned, config=config, companions=source, card=card, max_shard_bytes=2**32)

@@ -18,6 +18,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+GROUPED_SIZES = 8  # numbers of bf16 in 16 bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Routed:
@@ -205,25 +207,46 @@ class Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, given_nI, counts, *weights_OI):
-        made_nO = given_nI.new_empty(len(given_nI), len(weights_OI[0]))
-        for given, made, weight_OI in zip(given_nI.split(counts), made_nO.split(counts), weights_OI, strict=True):
-            if len(given):
-                torch.mm(given, weight_OI.to(given.dtype).t(), out=made)
         ctx.counts = counts
         ctx.save_for_backward(given_nI, *weights_OI)
-        return made_nO
+        return _times(given_nI, counts, weights_OI, transposed=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient_nO):
-        given_nI, *weights_OI = ctx.saved_tensors
-        g_given_nI, g_weights = torch.empty_like(given_nI), []
-        parts = (tensor.split(ctx.counts) for tensor in (gradient_nO, given_nI, g_given_nI))
-        for gradient, given, g_given, weight_OI in zip(*parts, weights_OI, strict=True):
-            if len(given):
-                torch.mm(gradient, weight_OI.to(given.dtype), out=g_given)
-            g_weights.append(torch.mm(gradient.t(), given).to(weight_OI.dtype) if len(given) else torch.zeros_like(weight_OI))
+        (given_nI, *weights_OI), gradient_nO = ctx.saved_tensors, gradient_nO.contiguous()
+        g_given_nI = _times(gradient_nO, ctx.counts, weights_OI, transposed=False)
+        if is_grouped(given_nI, weights_OI[0]):
+            g_weights = F.grouped_mm(gradient_nO.t(), given_nI, offs=_ends(ctx.counts, given_nI.device)).to(weights_OI[0].dtype).unbind()
+        else:
+            parts = zip(gradient_nO.split(ctx.counts), given_nI.split(ctx.counts), weights_OI, strict=True)
+            g_weights = [torch.mm(gradient.t(), given).to(weight_OI.dtype) if len(given) else torch.zeros_like(weight_OI)
+                         for gradient, given, weight_OI in parts]  # fmt: skip
         return g_given_nI, None, *g_weights
+
+
+def _times(given_nI: torch.Tensor, counts: list[int], matrices: Sequence[torch.Tensor], *, transposed: bool) -> torch.Tensor:
+    """Rows by expert times its matrix [I, O], or [O, I] transposed."""
+    if is_grouped(given_nI, matrices[0]):
+        stack = torch.stack(list(matrices)).to(given_nI.dtype)
+        return F.grouped_mm(given_nI, stack.mT if transposed else stack, offs=_ends(counts, given_nI.device))
+    made_nO = given_nI.new_empty(len(given_nI), matrices[0].shape[0 if transposed else 1])
+    for given, made, matrix in zip(given_nI.split(counts), made_nO.split(counts), matrices, strict=True):
+        if len(given):
+            cast = matrix.to(given.dtype)
+            torch.mm(given, cast.t() if transposed else cast, out=made)
+    return made_nO
+
+
+def is_grouped(given: torch.Tensor, matrix: torch.Tensor) -> bool:
+    """Whether a GPU multiplies by all matrices in one call (torch's grouped_mm): in bf16, from compute capability 8.0 on, by whole units of 16 bytes."""
+    if given.device.type != "cuda" or given.dtype != torch.bfloat16 or any(size % GROUPED_SIZES for size in matrix.shape):
+        return False
+    return torch.cuda.get_device_capability(given.device) >= (8, 0)
+
+
+def _ends(counts: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
 
 
 def unstacked(stacked: nn.Module, *, gated: bool) -> Experts:

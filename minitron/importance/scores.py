@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from memory_budget.architecture import Architecture
 from minitron.families.base import ATTENTION_HEAD, EXPERT, EXPERT_FFN, FFN, HIDDEN, MAMBA_HEAD, SHARED_FFN
 from minitron.settings.run import Settings
 from minitron.settings.teachers import base_architecture
@@ -147,11 +148,12 @@ def scores_of(score: Result, settings: Settings) -> ImportanceScores:
     return replace(scores, rank=search.rank_experts.name, protected=protected_experts(settings))
 
 
-def protected_experts(settings: Settings) -> dict[int, list[int]]:
-    """search.protect_experts by sublayer. Raises ValueError for a layer without experts and an expert that is not there."""
+def protected_experts(settings: Settings, base: Architecture | None = None) -> dict[int, list[int]]:
+    """search.protect_experts by sublayer; `base` where it is known, else as the settings name it. Raises ValueError for a layer without experts and an expert
+    that is not there."""
     if not settings.search.protect_experts:
         return {}
-    architecture, found = base_architecture(settings), {}
+    architecture, found = base or base_architecture(settings), {}
     for name, experts in settings.search.protect_experts.items():
         moe = [sublayer for sublayer in architecture.sublayers_of([int(name)]) if architecture.mixers[sublayer : sublayer + 1] == "E"]
         if not moe:

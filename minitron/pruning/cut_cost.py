@@ -1,6 +1,7 @@
 """What a compensated cut takes: calibration tokens, memory, time; told or refused before anything is loaded. Loads no torch."""
 
 from dataclasses import dataclass
+from math import ceil
 
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_total_parameters, layer_parameters
@@ -8,7 +9,22 @@ from memory_budget.units import format_gib
 from minitron.checkpoints.forward_work import forward_work
 from minitron.machine.pace import Pace, Work
 from minitron.machine.rate import duration
-from minitron.pruning.plan import Recipe, num_sites, ridge_for
+from minitron.pruning.plan import ENOUGH_FOR_EXPERT, SWEEPS, Recipe, num_sites, ridge_for
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Matrices of the same shape that are solved for one after another, `number` of them, each from so many tokens. `whose` says what they are in words."""
+
+    inputs: int
+    outputs: int
+    tokens: float
+    number: int = 1
+    whose: str = ""
+
+    @property
+    def tokens_per_input(self) -> float:
+        return self.tokens / self.inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +40,14 @@ class CutCost:
 
     def few_tokens_note(self) -> str | None:
         """What to say where the calibration tokens are fewer than the inputs of a matrix that is solved for; None where they are not."""
-        if self.tokens >= self._widest:
+        scarcest = min(self._fits, key=lambda fit: fit.tokens_per_input, default=None)
+        if scarcest is None or scarcest.tokens >= scarcest.inputs:
             return None
-        ridge, needed = ridge_for(self.recipe.ridge, self._widest, self.tokens), -(-self._widest * self.rows // self.tokens)
-        return (f"{self.tokens:,} calibration tokens are fewer than the {self._widest:,} inputs solved for: prune.ridge goes from {self.recipe.ridge:g} up to "
-                f"{ridge:.2g}; prune.samples={needed} would do")  # fmt: skip
+        enough = ENOUGH_FOR_EXPERT if scarcest.whose else 1.0
+        ridge, needed = ridge_for(self.recipe.ridge, scarcest.inputs, scarcest.tokens, enough=enough), ceil(self.rows * scarcest.inputs / scarcest.tokens)
+        few = f", about {scarcest.tokens:,.0f} for each of {scarcest.whose}," if scarcest.whose else ""
+        return (f"{self.tokens:,} calibration tokens{few} are fewer than the {scarcest.inputs:,} inputs solved for: prune.ridge goes from "
+                f"{self.recipe.ridge:g} up to {ridge:.2g}; prune.samples={needed} would do")  # fmt: skip
 
     def check_memory(self, available: int, where: str) -> None:
         """Refuse to begin what `available` bytes cannot hold. Raises ValueError."""
@@ -43,28 +62,50 @@ class CutCost:
 
     def line(self, pace: Pace | None) -> str:
         """What the cut will hold and about how long it will take, for the terminal."""
-        of_widest = f", {self.tokens / self._widest:,.0f} for each input of the widest matrix refitted" if self._widest else ""
+        of_all, of_experts = (max((fit for fit in self._fits if bool(fit.whose) == own), key=lambda fit: fit.inputs, default=None) for own in (False, True))
+        of_widest = f", {of_all.tokens_per_input:,.0f} for each input of the widest matrix refitted" if of_all else ""
+        sent = f", about {of_experts.tokens:,.0f} to each expert of {of_experts.inputs:,} inputs" if of_experts else ""
         time = f", takes about {duration(pace.seconds(self.work) / 3600)}" if pace else ""
-        return f"{self.tokens:,} calibration tokens ({self.rows} rows{of_widest}); holds about {format_gib(self.held_bytes)}{time}"
+        return f"{self.tokens:,} calibration tokens ({self.rows} rows{of_widest}{sent}); holds about {format_gib(self.held_bytes)}{time}"
 
     @property
     def held_bytes(self) -> int:
         """At least: both models' residuals of all tokens in float32, and beside them two layers of the base and one of the student as stored, and in float64
-        either the Gram matrix of a fit, its factor and two matrices of its shape, or what directions are chosen by."""
-        of_base, of_student = (max(layer_parameters(one, kind).total for kind in set(one.pattern)) for one in (self.base, self.student))
-        fit = max((8 * (2 * inputs * inputs + 2 * inputs * outputs) for inputs, outputs in self._solved_for), default=0)
-        return self._residual_bytes + self.number_bytes * (2 * of_base + of_student) + max(fit, self._sums_for_directions)
+        either the Gram matrix of a fit, its factor and two matrices of its shape, or what directions are chosen by. The base's experts are there one by one,
+        the student's of a layer together."""
+        base = 2 * max(self._without_experts(kind) for kind in set(self.base.mixers)) + 3 * self._expert
+        of_student = max(layer_parameters(self.student, kind).total for kind in set(self.student.mixers))
+        fit = max((8 * (2 * fit.inputs**2 + 2 * fit.inputs * fit.outputs) for fit in self._fits), default=0)
+        return self._residual_bytes + self.number_bytes * (base + of_student) + max(fit, self._sums_for_directions)
+
+    def _without_experts(self, kind: str) -> int:
+        return layer_parameters(self.base, kind).total - (kind == "E") * self.base.moe_num_experts * self._expert
+
+    @property
+    def _expert(self) -> int:
+        """Parameters of one expert of the base."""
+        if "E" not in self.base.mixers:
+            return 0
+        matrices = layer_parameters(self.base, "E").matrices[:2]
+        return sum(copies * outputs * inputs for copies, outputs, inputs in matrices) // self.base.moe_num_experts
 
     @property
     def work(self) -> Work:
-        """Both models' walks, the student's twice where writers are refitted, and in float64 the Gram and cross matrices of the fits."""
-        walks = self._walk(self.base) + self._walk(self.student) * (1 + self.recipe.refit_writing)
-        per_layer = [2 * self.tokens * inputs * (inputs / 2 + outputs) for inputs, outputs in self._solved_for]
-        again = (self.student.num_sublayers - 1) * per_layer[0] if self.recipe.refit_reading and per_layer else 0  # at every norm
-        solved = sum(inputs**3 / 3 + 4 * inputs * inputs * outputs for inputs, outputs in self._solved_for)
-        fits = Work(doubles=sum(per_layer) + again + solved, numbers=2 * self.tokens * sum(map(sum, self._solved_for)))
+        """Both models' walks, the student's twice where writers are refitted and its experts' twice in every round of theirs, and in float64 the Gram and cross
+        matrices of the fits."""
+        walks = self._walk(self.base) + self._walk(self.student) * (1 + self.recipe.refit_writing) + self._rounds_of_experts
+        sums = sum(fit.number * 2 * fit.tokens * fit.inputs * (fit.inputs / 2 + fit.outputs) for fit in self._fits)
+        solved = sum(fit.number * (fit.inputs**3 / 3 + 4 * fit.inputs**2 * fit.outputs) for fit in self._fits)
+        fits = Work(doubles=sums + solved, numbers=sum(2 * fit.number * fit.tokens * (fit.inputs + fit.outputs) for fit in self._fits))
         moved = Work(read=self.number_bytes * count_total_parameters(self.base), written=self.number_bytes * count_total_parameters(self.student))
         return walks + fits + moved + self._directions_work
+
+    @property
+    def _rounds_of_experts(self) -> Work:
+        if not (self.recipe.refit_experts or self.recipe.refit_shared):
+            return Work()
+        active = layer_parameters(self.student, "E", active_only=True).total * self.student.num_layers_of("E")
+        return Work(singles=2 * self.tokens * active * (1 + 2 * SWEEPS))
 
     @property
     def _directions_work(self) -> Work:
@@ -90,17 +131,18 @@ class CutCost:
         return self.recipe.directions is not None and self.student.hidden < self.base.hidden
 
     @property
-    def _solved_for(self) -> list[tuple[int, int]]:
-        """Inputs and outputs of every matrix that is."""
-        student = self.student
+    def _fits(self) -> list[Fit]:
+        student, recipe = self.student, self.recipe
         inner = {"M": student.mamba_inner, "-": student.ffn, "*": student.num_attention_heads * student.attention_head_dim}
-        inner["E"] = student.moe_ffn
-        reading = [(student.hidden, self.base.hidden)] * self.recipe.refit_reading
-        return reading + [(inner[kind], student.hidden) for kind in student.mixers] * self.recipe.refit_writing
-
-    @property
-    def _widest(self) -> int:
-        return max((inputs for inputs, _ in self._solved_for), default=0)
+        fits = [Fit(student.hidden, self.base.hidden, self.tokens, student.num_sublayers)] * recipe.refit_reading
+        fits += [Fit(inner[kind], student.hidden, self.tokens) for kind in student.mixers if kind != "E"] * recipe.refit_writing
+        layers = SWEEPS * student.num_layers_of("E")
+        if layers and recipe.refit_experts:
+            sent, width = self.tokens * student.moe_experts_per_token / student.moe_num_experts, student.moe_latent or student.hidden
+            fits.append(Fit(student.moe_ffn, width, sent, layers * student.moe_num_experts, f"{student.moe_num_experts} experts"))
+        if layers and recipe.refit_shared:
+            fits += [Fit(inputs, student.hidden, self.tokens, layers) for inputs in (student.moe_shared_ffn, student.moe_latent) if inputs]
+        return fits
 
     @property
     def _sums_for_directions(self) -> int:
@@ -110,4 +152,6 @@ class CutCost:
 
     @property
     def _residual_bytes(self) -> int:
-        return 4 * self.tokens * (self.base.hidden + self.student.hidden)
+        """Of layers with experts, which take all tokens at once, with what they read, write and add up, and the shared expert's neurons before and after."""
+        at_once = (4 * self.base.hidden + 2 * self.base.moe_shared_ffn) if "E" in self.base.mixers else 0
+        return 4 * self.tokens * (self.base.hidden + self.student.hidden + at_once)

@@ -16,6 +16,8 @@ from minitron.settings.run import PruneSettings
 from nas.depth import check_is_cut
 
 Indices = tuple[int, ...]
+SWEEPS = 2  # over the matrices of a layer with experts (docs/notes/moe.md)
+ENOUGH_FOR_EXPERT = 300.0  # tokens an input of an expert's matrix below which its ridge is raised (docs/notes/moe.md)
 SUMS_BYTES = 2**32  # of all sums of second moments: where they are more, neighbouring norms share one
 AXIS_OF_KIND = {"M": (MAMBA_HEAD, MAMBA_CHANNEL), "-": (FFN,), "*": (KEY_VALUE_HEAD, ATTENTION_HEAD), "E": (EXPERT, SHARED_FFN)}
 
@@ -131,9 +133,9 @@ def recipe_of(settings: PruneSettings, student: Architecture) -> Recipe:
                   refit_shared=settings.refit_shared)  # fmt: skip
 
 
-def ridge_for(ridge: float, num_inputs: int, num_tokens: int) -> float:
-    """The ridge of a fit: as set, and raised by as much as tokens are fewer than the inputs solved for."""
-    return ridge * max(1.0, num_inputs / num_tokens)
+def ridge_for(ridge: float, num_inputs: int, num_tokens: float, *, enough: float = 1.0) -> float:
+    """The ridge of a fit: as set, and raised by as much as tokens are fewer than `enough` for each of the inputs solved for."""
+    return ridge * max(1.0, enough * num_inputs / num_tokens)
 
 
 def num_sites(hidden: int, num_layers: int) -> int:

@@ -8,6 +8,7 @@ from memory_budget.architecture import Architecture, check_architecture
 from memory_budget.calculator import memory_report
 from memory_budget.parameters import count_active_parameters, count_total_parameters
 from memory_budget.units import GIB, format_gib
+from minitron.importance.scores import protected_experts
 from minitron.settings.derived import axis_of, budget_of, couplings_of, fixed_sizes, floors, given_widths, serving_device, workload_of
 from minitron.settings.run import Settings
 from nas.axes import AXES, identifier
@@ -96,22 +97,15 @@ def check_search(settings: Settings, teacher: Architecture) -> None:
 
 
 def check_protected_experts(settings: Settings, teacher: Architecture) -> None:
-    """Refuse experts to protect that there are not, or that are more than would stay of a layer, or of a routing group. Raises ValueError."""
-    if not settings.search.protect_experts:
-        return
-    fewest = fixed_sizes(settings, teacher).get("moe_num_experts") if settings.search.fixed.given() else axis_of(settings, "experts", teacher)[0]
-    fewest, kinds, groups = fewest or teacher.moe_num_experts, teacher.layer_kinds, teacher.moe_groups
-    for layer, experts in settings.search.protect_experts.items():
-        said = f"search.protect_experts has {layer}: {experts}"
-        if int(layer) >= len(kinds) or "E" not in kinds[int(layer)]:
-            with_experts = [str(number) for number, kind in enumerate(kinds) if "E" in kind]
-            raise ValueError(f"{said}; layers with experts are {', '.join(with_experts) or 'not in the teacher'}")
-        if max(experts) >= teacher.moe_num_experts:
-            raise ValueError(f"{said}; a layer has the experts 0 to {teacher.moe_num_experts - 1}")
-        most = max(Counter(expert // (teacher.moe_num_experts // groups) for expert in experts).values())
-        if most > fewest // groups:
+    """Refuse experts to protect that are more than would stay of a layer, or of a routing group, or that there are not. Raises ValueError."""
+    protected, groups = protected_experts(settings, teacher), teacher.moe_groups
+    fixed = fixed_sizes(settings, teacher) if settings.search.fixed.given() else {"moe_num_experts": axis_of(settings, "experts", teacher)[0]}
+    fewest, of_group = fixed.get("moe_num_experts", teacher.moe_num_experts), teacher.moe_num_experts // groups
+    for sublayer, experts in protected.items():
+        if max(Counter(expert // of_group for expert in experts).values()) > fewest // groups:
             within = f" of {groups} routing groups, {fewest // groups} of each" if groups > 1 else ""
-            raise ValueError(f"{said}; search.experts leaves {fewest} experts in a layer{within}, so no more can be protected")
+            raise ValueError(f"search.protect_experts has {experts} of layer {sublayer // teacher.sublayers_per_layer}; search.experts leaves {fewest} experts in "
+                             f"a layer{within}, so no more can be protected")  # fmt: skip
 
 
 def fixed_student(settings: Settings, teacher: Architecture) -> Architecture:

@@ -279,6 +279,9 @@ class Settings:
         if self.distill.loss.hidden_weight and self.prune.method is PruneMethod.compensated and self.prune.rotate is not False:
             raise ValueError(f"distill.loss.hidden_weight is {self.distill.loss.hidden_weight:g}, but prune.rotate turns hidden states into another basis; "
                              "one of them must be off (0, false)")  # fmt: skip
+        if self.search.protect_experts and self.depth_lap.enabled:
+            raise ValueError(f"search.protect_experts is {self.search.protect_experts}, but depth_lap.enabled is true: the layers that it names by number have "
+                             "other numbers in the second lap; one of them must be off ({}, false)")  # fmt: skip
         if self.thinking_budget is not None and self.thinking_budget < 0:
             raise ValueError(f"thinking_budget is {self.thinking_budget}; it must be at least 0 (null: no limit)")
         if self.device not in ("auto", "cpu", "cuda"):

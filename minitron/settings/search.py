@@ -147,7 +147,7 @@ class SearchSettings:
         self.protect_experts = {str(layer): list(experts) for layer, experts in self.protect_experts.items()}
         for layer, experts in self.protect_experts.items():
             if not layer.isdecimal() or not experts or min(experts) < 0 or len(set(experts)) < len(experts):
-                raise ValueError(f"search.protect_experts has {layer}: {experts}; it must name layers and the experts of each, every one once, all from 0")
+                raise ValueError(f"search.protect_experts has {layer}: {experts}; it must be experts of a layer by its number, each once, all from 0")
         for name, weight in self.weights.items():
             if name not in ("loss", "memory", "throughput"):
                 raise ValueError(f"search.weights names {name!r}; it must be loss, memory or throughput")

@@ -196,7 +196,8 @@ class MicroStep:
         Mamba-2: the gradients of its output and of in_proj's, and the kernel's own. Attention: gradients of the weighted sum, queries, keys and values, of
         the queries in float32 under bf16, of keys and values by query head. Feed-forward: torch's backward pass of a square holds gradient, input to the
         first power, that doubled, and the result, all float32, when the square kept for down_proj is gone. Experts: that of a token's own, or of the shared
-        one; float32 gradients of their weighted outputs, of the outputs and of the weights; and of one of their matrices those of all experts.
+        one; float32 gradients of their weighted outputs, of the outputs and of the weights; and of one of their matrices those of all experts, under bf16
+        beside the matrices put together and their gradients as they come of one product (families/experts.py).
         """
         student, width = self.student, self.width
         if letter == "M":
@@ -212,7 +213,7 @@ class MicroStep:
         if letter == "-":
             return self._all_tokens * of_neuron * student.ffn
         reads, per_token = student.moe_latent or student.hidden, student.moe_experts_per_token
-        matrices = FLOAT32 * student.moe_num_experts * student.moe_ffn * reads
+        matrices = (FLOAT32 + (2 * BF16 if width == BF16 else 0)) * student.moe_num_experts * student.moe_ffn * reads
         return matrices + self._all_tokens * max(per_token * max(of_neuron * student.moe_ffn, 3 * FLOAT32 * reads), of_neuron * student.moe_shared_ffn)
 
     @property

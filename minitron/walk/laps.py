@@ -16,7 +16,8 @@ from minitron.walk.table import stages
 from nas.axes import AXES, WIDTHS
 from nas.couplings import completed, following
 
-LATER = ("hidden", "ffn", "mamba_heads")  # axes that the second lap may cut; KV heads, and with them query heads, where they are asked for
+LATER = ("hidden", "ffn", "mamba_heads")  # axes that the second lap may cut
+LATER_WHERE_ASKED = ("key_value_heads", "experts", "expert_ffn", "shared_ffn")  # and those that it may where they are; with KV heads query heads go
 
 
 def depth_lap(settings: Settings) -> Settings | None:
@@ -29,8 +30,8 @@ def depth_lap(settings: Settings) -> Settings | None:
         return None
     search, fixed, teacher = settings.search, settings.search.fixed, teacher_architecture(settings)
     later = {AXES[name].field: axis_of(settings, name, teacher)[0] for name in LATER}
-    if (fewest := axis_of(settings, "key_value_heads", teacher)[0]) < teacher.num_key_value_heads:
-        later["num_key_value_heads"] = fewest
+    asked_for = {AXES[name].field: axis_of(settings, name, teacher)[0] for name in LATER_WHERE_ASKED}
+    later |= {field: fewest for field, fewest in asked_for.items() if fewest < getattr(teacher, field)}
     follows = following(couplings_of(teacher), given_widths(settings) & later.keys())
     narrowest = completed(replace(teacher, **later), teacher, follows)
     later |= {field: size for field in follows if (size := getattr(narrowest, field))}
@@ -38,7 +39,7 @@ def depth_lap(settings: Settings) -> Settings | None:
     search = replace(
         search, **dict.fromkeys(WIDTHS.values(), AxisSettings()), shortlist_size=max(2, depths), finalists=depths,
         fixed=FixedSettings(pattern=fixed.pattern, num_layers=fixed.num_layers, file=fixed.file), later_widths=LaterWidthsSettings(**later),
-        max_parameters=None, min_gib=None, max_gib=None, min_tokens_per_second=None,
+        max_parameters=None, max_active_parameters=None, min_gib=None, max_gib=None, min_tokens_per_second=None,
     )  # fmt: skip
     screen = replace(settings.screen, train=replace(settings.screen.train, tokens=settings.depth_lap.screen_tokens))
     distill = replace(settings.distill, phases=[], train=replace(settings.distill.train, tokens=settings.depth_lap.tokens))

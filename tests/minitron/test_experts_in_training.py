@@ -10,8 +10,9 @@ from distill.batches import PADDING
 from distill.engines.loads import BIAS, Loads
 from distill.objectives import head_of, next_token_objective
 from memory_budget.hf_config import architecture_from_config
+from minitron.families import experts as experts_module
 from minitron.families.base import ROUTER
-from minitron.families.experts import Experts, experts_of
+from minitron.families.experts import Experts, Products, experts_of
 from minitron.families.state import in_dtype
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings, TeacherSettings
@@ -47,6 +48,23 @@ def test_all_at_once_gives_what_one_by_one_does_and_zeros_to_those_without_a_tok
     assert (found - wanted).abs().max() < 1e-12 < (one_by_one(elsewhere_NK) - wanted).abs().max()
     for ours, theirs in zip(*(gradients_of(experts, total_ND, hidden_ND, weights_NK) for total_ND in (found, wanted)), strict=True):
         assert ours.count_nonzero() == 0 if theirs is None else (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_call_for_all_experts_as_a_gpu_makes_it_gives_the_same_bits(dtype, monkeypatch):
+    """torch has it for a CPU too. An expert without rows among them; the control is a row sent to another expert."""
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(12, 16, generator=generator).to(dtype).requires_grad_()
+    weights = [torch.randn(8, 16, generator=generator).requires_grad_() for _ in range(4)]
+
+    def outcome(counts: list[int]) -> list[torch.Tensor]:
+        made = Products.apply(given, counts, *weights)
+        return [made, *torch.autograd.grad((made * torch.arange(96).view(12, 8)).sum(), [given, *weights])]
+
+    one_by_one, elsewhere = outcome([5, 0, 3, 4]), outcome([4, 1, 3, 4])
+    monkeypatch.setattr(experts_module, "is_grouped", lambda given, matrix: True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(outcome([5, 0, 3, 4]), one_by_one, strict=True))
+    assert not any(torch.equal(ours, theirs) for ours, theirs in zip(elsewhere[:3], one_by_one[:3], strict=True))
 
 
 @WITH_EXPERTS

@@ -18,7 +18,7 @@ from minitron.checkpoints.placement import StreamedModel
 from minitron.checkpoints.shards import write_weights
 from minitron.families.base import ATTENTION_HEAD, EXPERT, EXPERT_FFN, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD, SHARED_FFN
 from minitron.families.state import model_tensors
-from minitron.families.table import split_layer
+from minitron.families.table import expert_of, split_layer
 from minitron.pruning.cut import build_pruned, cut_state, kept_indices
 from minitron.pruning.disk_to_disk import planned_tensors
 from minitron.walk.store import write_json
@@ -102,14 +102,14 @@ def test_units_across_groups_and_kv_heads_without_their_query_heads_move_the_log
 
 @torch.no_grad()
 def test_units_reordered_in_one_tensor_alone_move_the_logits(one, keep_all, token_ids, logits_of):
-    """In every tensor of the first layer of each kind and outside of the layers, for every axis that it has."""
+    """In every tensor of the first layer of each kind, of two of its experts, and outside of the layers, for every axis that it has."""
     model, ids, moved = deepcopy(one.model), token_ids(rows=1), 0
     tensors, wanted = model_tensors(one.family, model), logits_of(one.model, ids)
     firsts = {one.architecture.pattern.index(kind) for kind in one.architecture.pattern}
     for axis, orders in orders_of(one.architecture).items():
         plan = keep_all(one.architecture, **in_every_sublayer(one.architecture, orders))
         for name, tensor in tensors.items():
-            if split_layer(name)[0] in (None, *firsts):
+            if split_layer(name)[0] in (None, *firsts) and expert_of(name) in (None, 0, one.architecture.moe_num_experts - 1):
                 before = tensor.clone()
                 for dimension, order in enumerate(kept_indices(one.family, plan, name)):
                     tensor.copy_(tensor if order is None else tensor.index_select(dimension, order))

@@ -14,7 +14,7 @@ from minitron.families.base import HIDDEN, TensorAxes
 from minitron.families.config_json import transformers_config
 from minitron.families.known import FAMILIES, family_of
 from minitron.families.state import model_tensors
-from minitron.families.table import check_tensors, expected_shape, required_names, row_of
+from minitron.families.table import BUFFER, check_tensors, expected_shape, required_names, row_of
 from minitron.pruning.plan import AXIS_OF_KIND
 from minitron.settings.teachers import CONF_FOLDER
 
@@ -76,16 +76,16 @@ PUBLISHED_WITH_EXPERTS = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED_WITH_EXPERTS)
-def test_published_models_with_experts_have_their_published_number_of_parameters_by_the_table(name, repository):
-    """Built whole on the meta device, one tensor for each of 6,144 experts takes seconds; of two or three layers they have the table's shapes."""
+def test_published_models_with_experts_have_their_published_number_of_parameters(name, repository):
+    """Built whole on the meta device, a tensor for each of thousands of experts takes seconds; of two sublayers they have the table's."""
     parameters, config = PUBLISHED_WITH_EXPERTS[name]
     config = read_config(repository / f"tests/memory_budget/configs/{config}.json") if isinstance(config, str) else config
     family, architecture = family_of(config), architecture_from_config(config)
-    rows = [row_of(family, architecture, name) for name in required_names(family, architecture)]
-    shapes = {row: expected_shape(family, architecture, row) for row in set(rows)}
-    assert sum(math.prod(shapes[row]) for row in rows if not row.buffer) == count_total_parameters(architecture) == parameters
-    short = replace(architecture, pattern=architecture.pattern[: 2 * architecture.sublayers_per_layer])
-    check_tensors(family, short, built_shapes(family.hf_config(config, short)))
+    assert count_total_parameters(architecture) == parameters
+    short = replace(architecture, pattern=architecture.pattern[:2])
+    shapes = built_shapes(family.hf_config(config, short))
+    check_tensors(family, short, shapes)
+    assert sum(math.prod(shape) for shape_name, shape in shapes.items() if not BUFFER.search(shape_name)) == count_total_parameters(short)
 
 
 def rows_used(configs: list[dict]) -> set[TensorAxes]:

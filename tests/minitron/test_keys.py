@@ -11,7 +11,7 @@ from memory_budget.architecture import Architecture, as_dict
 from minitron.settings import run
 from minitron.settings.rules import key_settings
 from minitron.settings.run import BudgetSettings, PruneMethod, Settings, WorkloadSettings
-from minitron.settings.search import Aggregation, AxisSettings, FixedSettings, LaterWidthsSettings, SearchSettings, ThroughputSettings
+from minitron.settings.search import Aggregation, AxisSettings, FixedSettings, LaterWidthsSettings, RankExperts, SearchSettings, ThroughputSettings
 from minitron.settings.teachers import base_architecture
 from minitron.walk.store import Result
 from minitron.walk.table import stage_folder, stored_stages
@@ -175,6 +175,14 @@ def test_a_cut_follows_from(what):
     assert differing(folders(other, chosen=chosen, **given), folders(one)) == CUTS
 
 
+@pytest.mark.parametrize("search", [{"rank_experts": RankExperts.frequency}, {"protect_experts": {"1": [0]}}], ids=str)
+def test_what_ranks_experts_is_in_the_key_of_a_cut_of_experts_alone(search):
+    one, other = settings(), settings(search=search)
+    of_experts = entry(one) | {"architecture": entry(one)["architecture"] | {"moe_num_experts": 4}}
+    assert differing(folders(other, chosen=of_experts), folders(one, chosen=of_experts)) == CUTS
+    assert differing(folders(other), folders(one)) == set()
+
+
 def test_what_ranks_units_does_not_matter_where_only_layers_go():
     one = settings()
     depth = entry(one, hidden=32, pattern="M-M*-M-*")
@@ -207,7 +215,7 @@ def test_an_architecture_is_stored_as_it_was_before_there_were_windows():
     base = base_architecture(settings())
     assert list(as_dict(base)) == OLD_FIELDS
     windowed = replace(base, pattern="M-MW-M-*-", window=8)
-    later = {"post_norms": True, "moe_groups": 2, "moe_groups_per_token": 2}
+    later = {"pattern": "M-MW-M-*E", "post_norms": True, "moe_groups": 2, "moe_groups_per_token": 2}
     assert list(as_dict(replace(windowed, **later))) == [field.name for field in fields(Architecture)] != OLD_FIELDS
     assert as_dict(windowed)["window"] == 8 and Architecture(**as_dict(windowed)) == windowed
 

@@ -6,7 +6,7 @@ from memory_budget.architecture import Architecture
 from minitron.settings.data import DataSettings
 from minitron.settings.derived import axis_of
 from minitron.settings.rules import key_settings
-from minitron.settings.run import EvaluateSettings, PruneSettings, ScoringSettings, Settings, Stage, TeacherSettings
+from minitron.settings.run import DepthLapSettings, EvaluateSettings, PruneSettings, ScoringSettings, Settings, Stage, TeacherSettings
 from minitron.settings.search import AxisSettings, FixedSettings, SearchSettings
 from minitron.settings.training import DistillSettings, Optimizer, TrainSettings
 
@@ -61,6 +61,11 @@ def test_fixed_settings_give_only_what_is_set():
         (lambda: Settings(run_name="../elsewhere"), "run_name is '../elsewhere'"),
         (lambda: Settings(run_name="store"), "run_name is 'store'"),
         (lambda: Settings(device="tpu"), "device is 'tpu'"),
+        (lambda: SearchSettings(protect_experts={"first": [1]}), "search.protect_experts has first: [1]; it must be experts of a layer by its number"),
+        (lambda: SearchSettings(protect_experts={1: [2, 2]}), "search.protect_experts has 1: [2, 2]; it must be experts of a layer by its number, each once"),
+        (lambda: SearchSettings(max_active_parameters=0), "search.max_active_parameters is 0; it must be at least 1"),
+        (lambda: Settings(search=SearchSettings(protect_experts={1: [2]}), depth_lap=DepthLapSettings(enabled=True)),
+         "search.protect_experts is {'1': [2]}, but depth_lap.enabled is true"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_the_settings_name(build, name):

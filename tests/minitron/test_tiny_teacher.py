@@ -1,9 +1,12 @@
 """The tiny teacher that comes with the package: unpacked as it was packed, refused where it is another, and made of text in which looking back pays."""
 
+import importlib
+import inspect
 import json
 import shutil
 import signal
 import time
+import tomllib
 
 import numpy as np
 import pytest
@@ -91,6 +94,42 @@ def test_the_recipe_begins_as_its_curve_does(start, tmp_path):
     losses = {point["step"]: point["loss"] for point in TRAINING["curve"]}
     found = [json.loads(line) for line in lines]
     assert found[0]["loss"] == pytest.approx(losses[0], rel=1e-4) and found[25]["loss"] == pytest.approx(losses[25], rel=0.01)
+
+
+# The tiny mixture of experts, which is no part of the package.
+
+
+@pytest.fixture(scope="module")
+def mixture(repository):
+    return repository / "benchmarks" / "tiny_moe"
+
+
+def test_the_mixtures_files_are_those_of_its_papers_and_stay_out_of_the_wheel(mixture, repository, tmp_path):
+    papers = json.loads((mixture / teachers.TRAINING_FILE).read_text())
+    packages = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert teachers.digest_of(mixture) == papers["digest"] != teachers.digest_of(STORED)
+    assert sum(path.stat().st_size for path in mixture.iterdir()) < 10e6
+    assert all(0 < layer["least"] < layer["most"] / 1.5 for layer in papers["routing"]["layers"])  # by chance they would be within a few hundredths
+    assert "minitron.tiny_teacher" in packages and not any(package.startswith("benchmarks") for package in packages)
+
+
+def test_the_mixtures_experts_are_each_for_something(mixture):
+    """On a page of Python: the token alone says much of where it is sent, which it does not where experts are drawn; and the loss is then higher."""
+    made = importlib.import_module("benchmarks.make_tiny_moe")
+    model, tokenizer = made.FAMILY.load(mixture, dtype=torch.float32, device="cpu"), AutoTokenizer.from_pretrained(mixture)
+    ids = tokenizer(inspect.getsource(json.decoder), return_tensors="pt")["input_ids"][:, :1024]
+
+    def entropies_and_loss() -> tuple[list[float], float]:
+        heard = made.Heard(model)
+        with torch.no_grad():
+            loss = model(ids, labels=ids).loss.item()
+        return [made.entropy_within_tokens(counts_VE, often=1) for counts_VE in heard.counts.values()], loss
+
+    entropies, loss = entropies_and_loss()
+    with made.random_routing(model):
+        drawn, drawn_loss = entropies_and_loss()
+    assert len(entropies) == 4 and max(entropies) < 0.7 and min(drawn) > 0.85
+    assert drawn_loss > loss + 0.1
 
 
 # Lines that are hidden in text.

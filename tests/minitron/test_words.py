@@ -127,9 +127,19 @@ def test_an_axis_keeps_its_bounds_where_they_are_typed_and_null_is_the_teachers_
     assert settings.search.hidden.low is None and composed().search.hidden.low is not None
 
     class Teacher:
-        hidden, model_type = 128, "nemotron_h"
+        hidden, model_type, mixers = 128, "nemotron_h", "M-"
 
     assert axis_of(settings, "hidden", Teacher) == (128,)
+
+
+def test_experts_to_protect_are_typed_by_their_layers():
+    """Together, one layer alone, and in a file of one's own, where YAML makes numbers of them; Hydra alone refuses a layer that run.yaml does not have."""
+    settings = typed("search.protect_experts={1: [0, 5], 3: [2]}", "search.protect_experts.4=[7]", "depth_lap.enabled=false")
+    assert settings.search.protect_experts == {"1": [0, 5], "3": [2], "4": [7]}
+    with pytest.raises(HydraException, match="Could not override"):
+        composed("search.protect_experts.1=[0]")
+    merged = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.create("search: {protect_experts: {1: [0, 5]}}"))
+    assert OmegaConf.to_object(merged).search.protect_experts == {"1": [0, 5]}
 
 
 # --------------------------------------------------------------------------------------------------------------- budgets

@@ -1,5 +1,6 @@
 """Mixtures of experts in the search: their axes, rules, limits on active parameters, and what decoding reads of them."""
 
+import shutil
 from dataclasses import replace
 from itertools import combinations, product
 
@@ -13,8 +14,10 @@ from memory_budget.workload import Workload
 from minitron.importance.removal import layer_rules, removable_layers
 from minitron.search.space import check_search, space_of
 from minitron.settings.derived import axis_of, floors
-from minitron.settings.run import BudgetSettings, ScoringSettings, Settings
+from minitron.settings.run import BudgetSettings, DepthLapSettings, ScoringSettings, Settings, TeacherSettings
 from minitron.settings.search import AxisSettings, FixedSettings, SearchSettings
+from minitron.settings.teachers import CONF_FOLDER
+from minitron.walk.laps import depth_lap
 from nas.axes import WIDTHS, identifier
 from nas.candidates import enumerate_candidates, enumerate_fitting
 from nas.depth import check_is_cut, kept_layers, spelled
@@ -83,10 +86,10 @@ REFUSED = {
     "not as many of each group": (GROUPED, {"experts": [100]}, r"experts to keep \(100\) must be a multiple of the 8 routing groups; nearest: 96, 104"),
     "too few in a token's groups": (GROUPED, {"experts": [16]}, r"it must be at least 24: a token goes to 6 experts, in 2 of 8 routing groups of two or more"),
     "fixed": (NANO, {"fixed": FixedSettings(experts=4)}, r"search.fixed: experts per token \(6\) must be at most the number of experts \(4\)"),
-    "a layer without": (NANO, {"protect_experts": {"0": [1]}}, r"search.protect_experts has 0: \[1\]; layers with experts are 1, 3, 6, "),
-    "a layer beyond": (BLOCKS, {"protect_experts": {"6": [1]}}, r"has 6: \[1\]; layers with experts are 1, 2, 3, 4, 5$"),
-    "an expert beyond": (BLOCKS, {"protect_experts": {"1": [16]}}, r"has 1: \[16\]; a layer has the experts 0 to 15"),
-    "more than stay": (BLOCKS, {"experts": [4], "protect_experts": {"1": [0, 1, 2, 3, 9]}}, r"search.experts leaves 4 experts in a layer, so no more can be"),
+    "a layer without": (NANO, {"protect_experts": {"0": [1]}}, "search.protect_experts names layer 0; it must be one with experts: 1, 3, 6, "),
+    "a layer beyond": (BLOCKS, {"protect_experts": {"6": [1]}}, "names layer 6; it must be one with experts: 1, 2, 3, 4, 5$"),
+    "an expert beyond": (BLOCKS, {"protect_experts": {"1": [16]}}, "names expert 16 of layer 1; its experts are 0 to 15"),
+    "more than stay": (BLOCKS, {"experts": [4], "protect_experts": {"1": [0, 1, 2, 3, 9]}}, r"has \[0, 1, 2, 3, 9\] of layer 1; search.experts leaves 4 experts in a layer, so no"),
     "more than stay of a group": (GROUPED, {"experts": [24], "protect_experts": {"1": [0, 1, 2, 15]}}, r"leaves 24 experts in a layer of 8 routing groups, 3"),
     "few active parameters": (NANO, {"experts": [96], "max_active_parameters": 3_000_000_000},
                               r"search.max_active_parameters \(3,000,000,000\) lets none of the 1 candidates pass; the smallest, L52-.*-E96, has at least 3,5"),
@@ -124,6 +127,15 @@ def test_a_floor_is_of_the_blocks_that_have_the_mixer():
     assert spelled(BLOCKS, kept_layers(BLOCKS.layer_kinds, [0, 1, 2, 3], 5, {})) == "*E" * 5, "the control"
     rules = layer_rules(asked, BLOCKS.layer_kinds)
     assert rules.ceilings == {"*E": 4} and removable_layers(BLOCKS.layer_kinds, range(6), 5, rules) == [1, 2, 3, 4, 5]
+
+
+def test_the_first_of_two_laps_reckons_with_the_fewest_experts_that_the_second_may_keep(tmp_path):
+    shutil.copy(CONF_FOLDER / "architectures" / "nemotron-3-nano-30b-a3b.json", tmp_path / "config.json")
+    laps = replace(settings(layers=[46, 52], experts=[96, 128], max_active_parameters=10**9), depth_lap=DepthLapSettings(enabled=True),
+                   teacher=TeacherSettings(path=str(tmp_path)))  # fmt: skip
+    first = depth_lap(laps).search
+    assert first.later_widths.given() == {"hidden": 2688, "ffn": 1856, "mamba_num_heads": 64, "moe_num_experts": 96}
+    assert first.experts == AxisSettings() and first.max_active_parameters is None
 
 
 # Active parameters.

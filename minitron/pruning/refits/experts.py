@@ -7,9 +7,9 @@ Such a layer adds to the stream, for every token t,
 where a_j are the neurons of expert j as its last matrix W_j reads them, g_j is what its output is multiplied by, S is the last matrix of the shared expert,
 s its neurons, and F is there where experts read and write a latent, else the identity. With the student's own router, over the experts that stay, g and the
 neurons depend on none of W, S and F. Given all others each of these matrices is a least squares fit, so they are solved for in turn (block coordinate descent),
-each towards what the layer should add less what the others do: first S and F, from all tokens, then expert after expert, from the tokens that are sent to it and
-with inputs g_j·a_j. What is missing is kept for every token and brought up to date with each matrix, rounded as it is stored, so that later ones correct for
-rounding too. An expert that no token is sent to stays as it is.
+each towards what the layer should add less what the others do: first S and F, from all tokens, then expert after expert, from the tokens that are sent to it
+and with inputs g_j·a_j. What is missing is kept for every token and brought up to date with each matrix, rounded as it is stored, so that later ones correct
+for rounding too. An expert that no token is sent to stays as it is.
 
 In memory are what experts read and what is missing, of all tokens, and the Gram matrix of one expert; neurons are computed anew, some tokens at a time.
 Letters: B batch, T tokens of a row, N all real tokens, n those of an expert or a batch, K hidden of the student, k experts of a token, L what experts read
@@ -23,10 +23,9 @@ import torch
 from torch import nn
 
 from minitron.families.experts import Sent, experts_of
-from minitron.pruning.plan import Recipe
+from minitron.pruning.plan import ENOUGH_FOR_EXPERT, SWEEPS, Recipe
 from minitron.pruning.refits.least_squares import NormalEquations
 
-SWEEPS = 2  # docs/notes/moe.md
 AT_ONCE = 4096  # tokens of an expert whose neurons exist at a time
 BEHIND_LATENT = "mixer.fc2_latent_proj"
 
@@ -87,16 +86,16 @@ class ExpertsFit:
         """A matrix that writes to the stream from all tokens: the shared expert's, or what is behind the latents."""
         writer = self.block.get_submodule(name.removesuffix(".weight"))
         equations = NormalEquations(writer.in_features, writer.out_features, self.error_NK.device)
-        before_KI = writer.weight.float()
+        before_KI = _now(writer)
         for error_nK, inputs_nI in self._inputs_outside(writer):
             equations.add(inputs_nI, error_nK + inputs_nI @ before_KI.T)
         self.keep(name, equations.solve(before_KI, ridge, place=place))
         for error_nK, inputs_nI in self._inputs_outside(writer):
-            error_nK += inputs_nI @ (before_KI - writer.weight.float()).T
+            error_nK += inputs_nI @ (before_KI - _now(writer)).T
 
     def _refit_expert(self, number: int, ridge: float, place: str) -> None:
         before_LI = self._matrix(number)
-        equations = NormalEquations(before_LI.shape[1], before_LI.shape[0], self.error_NK.device)
+        equations = NormalEquations(before_LI.shape[1], before_LI.shape[0], self.error_NK.device, enough=ENOUGH_FOR_EXPERT)
         to_latent_LK = None if self.behind is None else torch.linalg.pinv(self.behind.weight.double()).float()
         for tokens_n, inputs_nI in self._inputs(number):
             error_nK = self.error_NK[tokens_n]
@@ -107,7 +106,7 @@ class ExpertsFit:
             self._change(tokens_n, changed_LI, inputs_nI)
 
     def _matrix(self, number: int) -> torch.Tensor:
-        return self.experts[number].down_proj.weight.float()
+        return _now(self.experts[number].down_proj)
 
     def _change(self, tokens_n: torch.Tensor, changed_LI: torch.Tensor, inputs_nI: torch.Tensor) -> None:
         """What is missing once an expert's matrix is larger by so much."""
@@ -145,6 +144,11 @@ class ExpertsFit:
             self.block.mixer.experts = self.experts
             if handle:
                 handle.remove()
+
+
+def _now(linear: nn.Linear) -> torch.Tensor:
+    """Its matrix in float32, which stays what it is when the module is given another."""
+    return linear.weight.detach().float()
 
 
 def _real(values: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:

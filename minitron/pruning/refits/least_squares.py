@@ -18,13 +18,14 @@ LEAST_FACTOR = 0.1  # of the factors' root mean square: by no less is a row divi
 class NormalEquations:
     """Σ a aᵀ and Σ t aᵀ over tokens, for inputs a and targets t, in float64: all that a least squares fit needs, added up in one pass.
 
-    Of the first, which is symmetric, the upper part is added up, and mirrored before it is used.
+    Of the first, which is symmetric, the upper part is added up, and mirrored before it is used. `enough` tokens an input are those with which the ridge is
+    as set (ridge_for).
     """
 
-    def __init__(self, num_inputs: int, num_outputs: int, device: torch.device):
+    def __init__(self, num_inputs: int, num_outputs: int, device: torch.device, *, enough: float = 1.0):
         self.gram_II = torch.zeros(num_inputs, num_inputs, dtype=torch.float64, device=device)
         self.cross_OI = torch.zeros(num_outputs, num_inputs, dtype=torch.float64, device=device)
-        self.num_tokens = 0
+        self.num_tokens, self.enough = 0, enough
 
     def add(self, inputs_NI: torch.Tensor, targets_NO: torch.Tensor) -> None:
         inputs_NI, targets_NO = inputs_NI.double(), targets_NO.double()
@@ -36,7 +37,7 @@ class NormalEquations:
     def of_inputs(self, indices: torch.Tensor) -> "NormalEquations":
         """The sums of some of the inputs alone."""
         self._mirror()
-        some = NormalEquations(0, len(self.cross_OI), self.gram_II.device)
+        some = NormalEquations(0, len(self.cross_OI), self.gram_II.device, enough=self.enough)
         some.gram_II, some.cross_OI, some.num_tokens = self.gram_II[indices][:, indices], self.cross_OI[:, indices], self.num_tokens
         return some
 
@@ -57,7 +58,7 @@ class NormalEquations:
             raise ValueError(f"prune: the activations of {place} are not finite")
         self._mirror()
         start_OI, num_inputs, diagonal_I = start_OI.double(), len(self.gram_II), self.gram_II.diagonal()
-        added = ridge_for(ridge, num_inputs, self.num_tokens) * diagonal_I.mean()
+        added = ridge_for(ridge, num_inputs, self.num_tokens, enough=self.enough) * diagonal_I.mean()
         diagonal_I += added  # in place: at 15,680 inputs a copy takes 1.8 GiB
         factor_II, failed = torch.linalg.cholesky_ex(self.gram_II)
         if failed:
