@@ -19,7 +19,8 @@ def build_optimizers(model: nn.Module, plan: TrainPlan) -> list[torch.optim.Opti
     outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in parameters if num_dimensions(parameter) == 2 and id(parameter) not in outside]
-    tables = [parameter for parameter in parameters if num_dimensions(parameter) >= 2 and not any(parameter is matrix for matrix in matrices)]
+    are_matrices = {id(parameter) for parameter in matrices}
+    tables = [parameter for parameter in parameters if num_dimensions(parameter) >= 2 and id(parameter) not in are_matrices]
     vectors = [parameter for parameter in parameters if num_dimensions(parameter) < 2]
     adamw_matrices = tables if plan.optimizer == "muon" else tables + matrices
     groups = [{"params": adamw_matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -4,6 +4,7 @@ An engine's gradients are those of the loss summed over all processes. Its `entr
 the optimisers whole, one at a time, whatever is sharded, so a saved state fits every engine and number of processes.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -187,29 +188,30 @@ class Engine:
     @torch.no_grad()
     def restore(self, stored: Stored) -> None:
         """Take over a saved state; of a tensor in slices a process reads its own rows alone."""
-        names = set(stored.names())
+        names, keys = set(stored.names()), defaultdict(list)
         for entry_name, tensor in [*self.parameters.items(), *self.model.named_buffers()]:
             if f"model.{entry_name}" in names:
                 tensor.copy_(_stored_like(stored, f"model.{entry_name}", tensor).to(tensor.dtype))
+        for name in sorted(names):
+            parameter_name, _, key = name.removeprefix("optimizer.").rpartition(".")
+            if name.startswith("optimizer."):
+                keys[parameter_name].append(key)
+        names_of = {id(parameter): name for name, parameter in self.parameters.items()}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    optimizer.state[parameter] = self._restored(parameter, group, stored)
+                    name = names_of[id(parameter)]
+                    optimizer.state[parameter] = {key: _restored(parameter, f"optimizer.{name}.{key}", group, stored) for key in keys[name]}
 
-    def _restored(self, parameter: torch.Tensor, group: dict, stored: Stored) -> dict:
-        prefix = f"optimizer.{next(name for name, value in self.parameters.items() if value is parameter)}."
-        state = {}
-        for name in stored.names():
-            if name.startswith(prefix) and "." not in name.removeprefix(prefix):
-                if stored.shape(name) == tuple(parameter.shape):
-                    value = _stored_like(stored, name, parameter)
-                else:
-                    value = stored.whole(name)
-                    moves = value.ndim or group.get("fused")  # AdamW counts its steps on the CPU unless fused
-                    # bitsandbytes counts its steps with a plain number
-                    value = int(value) if value.dtype == torch.int64 else value.to(parameter.device if moves else "cpu")
-                state[name.removeprefix(prefix)] = value
-        return state
+
+def _restored(parameter: torch.Tensor, name: str, group: dict, stored: Stored) -> Any:
+    """A value of an optimiser's state of a parameter, where and as its optimiser keeps it."""
+    if stored.shape(name) == tuple(parameter.shape):
+        return _stored_like(stored, name, parameter)
+    value = stored.whole(name)
+    moves = value.ndim or group.get("fused")  # AdamW counts its steps on the CPU unless fused
+    # bitsandbytes counts its steps with a plain number
+    return int(value) if value.dtype == torch.int64 else value.to(parameter.device if moves else "cpu")
 
 
 def _stored_like(stored: Stored, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ def replacements() -> tuple[tuple[object, str, Callable], ...]:
     methods = (
         (nemotron_h.NemotronHMamba2Mixer, mixer.mixer_forward, _mix_long), (nemotron_h.NemotronHRMSNorm, mixer.norm_forward, _feed_long),
         (nemotron_h.NemotronHMLP, mixer.mlp_forward, _feed_long), (nemotron_h.NemotronHAttention, _theirs, _attend_long),
+        (nemotron_h.NemotronHTopkRouter, _route, _route_exactly),
         (mamba2.Mamba2Mixer, mixer.mixer_forward, _mix_long), (mamba2.Mamba2RMSNorm, mixer.norm_forward, _feed_long),
     )  # fmt: skip
     return (*_functions(nemotron_h), *_functions(mamba2),
@@ -128,6 +129,16 @@ def _attend_long(forward: Callable, hidden_states, attention_mask=None, past_key
     if past_key_values is None and token_blocks.goes_in_parts(hidden_states) and not any(map(mixer.is_heard, module.children())):
         return token_blocks.attend_by_heads(module, hidden_states, attention_mask, **kwargs)
     return forward(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
+
+
+def _route_exactly(forward: Callable, hidden_states):
+    """A router's forward in float32, which it asks for and autocast would undo: of the tokens of a trained model bf16 sends one in a hundred elsewhere."""
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return forward(hidden_states)
+
+
+def _route(module, hidden_states, *, theirs: Callable):
+    return _route_exactly(functools.partial(theirs, module), hidden_states)
 
 
 def _theirs(module, *args, theirs: Callable, **kwargs):

@@ -10,7 +10,7 @@ from minitron.families.known import FAMILIES
 from minitron.families.table import has_router_bias
 from minitron.settings.training import Balance, TrainSettings
 
-STEPS = 20  # at the beginning and at the end, over which means are taken
+STEPS = 20  # at the beginning and at the end, over which means are taken; of a shorter run the halves
 
 
 def expert_load(metrics: Path, student: Architecture, train: TrainSettings) -> dict[str, Any]:
@@ -19,10 +19,11 @@ def expert_load(metrics: Path, student: Architecture, train: TrainSettings) -> d
     if "E" not in student.mixers:
         return {}
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    ends = {"first": lines[:STEPS], "last": lines[-STEPS:]}
+    steps = max(1, min(STEPS, len(lines) // 2))
+    ends = {"first": lines[:steps], "last": lines[-steps:]}
     busiest, idle = ({name: round(fmean(line[key] for line in part), 3) for name, part in ends.items()} for key in ("busiest_expert", "idle_experts"))
     return {"busiest_over_mean": busiest, "idle": idle, "experts": student.moe_num_experts * student.num_layers_of("E"),
-            "sentence": _sentence(busiest, idle, min(STEPS, len(lines)), student, train)}  # fmt: skip
+            "sentence": _sentence(busiest, idle, steps, student, train)}  # fmt: skip
 
 
 def _sentence(busiest: dict[str, float], idle: dict[str, float], steps: int, student: Architecture, train: TrainSettings) -> str:
@@ -31,6 +32,7 @@ def _sentence(busiest: dict[str, float], idle: dict[str, float], steps: int, stu
     of = f"The busiest of {student.moe_num_experts} experts in {'each of ' if layers > 1 else ''}{layers} layer{'s' * (layers > 1)}"
     sent = f"{of} was sent {busiest['first']:.1f} times the mean in the first {steps_said} and {busiest['last']:.1f} times in the last"
     none = f"{idle['first']:.1f} and {idle['last']:.1f} of all {student.moe_num_experts * layers} were sent nothing in a step"
+    none = none if any(idle.values()) else "none was sent nothing in a step"
     if train.balance is Balance.bias:
         return f"{sent}; {none}. Correction biases were moved against the load."
     could = has_router_bias(FAMILIES[student.model_type], student)

@@ -14,6 +14,7 @@ from minitron.families import experts as experts_module
 from minitron.families.base import ROUTER
 from minitron.families.experts import Experts, Products, experts_of
 from minitron.families.state import in_dtype
+from minitron.mamba import dispatch
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings, TeacherSettings
 from minitron.settings.training import Balance, Router, TrainSettings
@@ -48,6 +49,23 @@ def test_all_at_once_gives_what_one_by_one_does_and_zeros_to_those_without_a_tok
     assert (found - wanted).abs().max() < 1e-12 < (one_by_one(elsewhere_NK) - wanted).abs().max()
     for ours, theirs in zip(*(gradients_of(experts, total_ND, hidden_ND, weights_NK) for total_ND in (found, wanted)), strict=True):
         assert ours.count_nonzero() == 0 if theirs is None else (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
+
+
+def test_a_router_chooses_in_float32_under_autocast(build_tiny, monkeypatch):
+    """As it does outside of it; the control is transformers' own."""
+    block = next(block for block in build_tiny("nemotron_h experts").model.model.layers if experts_of(block) is not None)
+    (replaced,) = [one for one in dispatch.replacements() if one[0] is type(block.mixer.gate)]
+    hidden_BTD = torch.randn(4, 64, block.mixer.gate.hidden_dim, generator=torch.Generator().manual_seed(0))
+
+    def logits() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return block.mixer.gate(hidden_BTD)[0]
+
+    exact = block.mixer.gate(hidden_BTD)[0]
+    monkeypatch.setattr(replaced[0], "forward", replaced[2].in_place_of)
+    assert logits().dtype == torch.bfloat16
+    monkeypatch.setattr(*replaced)
+    assert torch.equal(logits(), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
