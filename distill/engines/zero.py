@@ -46,7 +46,7 @@ def load_deepspeed() -> ModuleType:
 
 
 class Zero(Engine):
-    """Gradients and optimiser in slices (stage 2), weights too (stage 3). Of `frozen` parameters, which DeepSpeed casts, the numbers they came with are kept."""
+    """Gradients and optimiser in slices (stage 2), weights too (stage 3). Of `frozen` parameters, which DeepSpeed casts, the numbers that came are kept."""
 
     def _wrap(self, caller: Caller) -> nn.Module:
         if self.plan.optimizer != "adamw":
