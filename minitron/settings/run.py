@@ -55,6 +55,12 @@ class PruneMethod(Choice):
     compensated = "compensated"
 
 
+class CheckInputs(Choice):
+    auto = "auto"
+    sizes = "sizes"
+    full = "full"
+
+
 class Tracking(Choice):
     disabled = "disabled"
     offline = "offline"
@@ -246,6 +252,7 @@ class Settings:
     runs_folder: str = "runs"
     seed: int = 0
     device: str = how("auto")
+    check_inputs: CheckInputs = how(CheckInputs.auto)
     tracking: Tracking = how(Tracking.disabled)
     plan: PlanSettings = field(default_factory=PlanSettings)
     data: DataSettings = field(default_factory=DataSettings)

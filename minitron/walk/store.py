@@ -1,5 +1,7 @@
 """The store: one folder per stage and key. done.json is written last, by rename: present means whole.
 
+done.json vouches for the files beside it (integrity.py), which have reached the disk before it. A result that is not what was written is said to be so and made anew.
+
 key = 12 hex of SHA-256 over the store's format, the stage, its version, the settings that change its results and what they follow
 from in its inputs. Other settings give another folder, never a warning and never a stale result.
 """
@@ -7,12 +9,15 @@ from in its inputs. Other settings give another folder, never a warning and neve
 import fcntl
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from minitron.walk.integrity import SMALL_BYTES, damage, digest_of_text, synced, vouch_for
 
 DONE = "done.json"
 FORMAT = 2  # rises when keys change for all stages: what they are made of, or how
@@ -105,16 +110,41 @@ def stage_key(stage: str, version: int, settings: Any, inputs: Mapping[str, Any]
 
 
 def find_result(folder: Path) -> Result | None:
-    """The finished result in a stage folder, or None where it is absent, half made, or its record is damaged."""
+    """The finished result in a stage folder, or None where it is absent, half made, or not what was written, by its record and its files' sizes."""
+    record = _record(folder)
+    return Result(folder=folder, record=record) if isinstance(record, dict) and not damage(folder, record.get("files", {})) else None
+
+
+def damaged(folder: Path, most_bytes: float = SMALL_BYTES) -> str | None:
+    """What is wrong with a result that was finished, in a clause, as integrity.damage finds it; None where nothing is, and where there is none."""
+    record = _record(folder)
+    if record is None or isinstance(record, str):
+        return record
+    return damage(folder, record.get("files", {}), most_bytes)
+
+
+def _record(folder: Path) -> dict[str, Any] | str | None:
+    """What done.json says; a clause where it is damaged, None where it is absent."""
     try:
-        record = json.loads((folder / DONE).read_text())
-    except (FileNotFoundError, ValueError):
+        record = json.loads((folder / DONE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return Result(folder=folder, record=record) if isinstance(record, dict) and {"key", "facts"} <= record.keys() else None
+    except (OSError, ValueError):
+        return f"{DONE} cannot be read as what was written"
+    if not isinstance(record, dict) or not {"key", "facts"} <= record.keys() or ("digest" in record and record["digest"] != digest_of(record)):
+        return f"{DONE} is not what was written"
+    return record
+
+
+def digest_of(record: Mapping[str, Any]) -> str:
+    """Of plain values as they are read back from JSON, but for their own "digest"."""
+    return digest_of_text(json.dumps({name: value for name, value in record.items() if name != "digest"}, sort_keys=True))
 
 
 def finish(folder: Path, record: Mapping[str, Any]) -> Result:
-    """Declare a stage folder whole."""
+    """Declare a stage folder whole: its files are on the disk before done.json, and done.json before anybody hears of it."""
+    record = json.loads(json.dumps({**record, "files": vouch_for(folder)}))  # as it will be read
+    record["digest"] = digest_of(record)
     write_json(folder / DONE, record)
     return Result(folder=folder, record=record)
 
@@ -125,14 +155,18 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: a reader sees the old one or the whole new one."""
+    """Write a file atomically: a reader sees the old one or the whole new one, after a power loss too."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.rename(path)
+    synced(path.parent)
 
 
 @contextmanager
-def locked(folder: Path, say: Any) -> Iterator[None]:
+def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold a stage folder for this process; a second one waits, and `say` tells so. The lock ends with the process."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
