@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from minitron.walk.store import Result, digest_of, locked, stage_key, write_json
+from minitron.walk.store import Result, digest_of, locked, read_measurement, stage_key, write_json
 
 VERSION = 1  # rises when measurements change for the same settings
 
@@ -23,20 +23,12 @@ def kept(folder: Path, measure: str, *, of: Mapping[str, Any], make: Callable[[]
     """The measurement that was kept, else the one that `make` gives, which is kept from now on. `of` is what it follows from, as plain values. One that is not
     what was written is made again."""
     path = folder / f"{measure}-{stage_key(measure, VERSION, of, {})}.json"
-    if (found := _read(path)) is not None:
+    if (found := read_measurement(path)) is not None:
         return found["measured"]
     folder.mkdir(parents=True, exist_ok=True)
     with locked(path, say):
-        if (found := _read(path)) is None:  # and no other run has made it meanwhile
+        if (found := read_measurement(path)) is None:  # and no other run has made it meanwhile
             found = json.loads(json.dumps({"of": of, "measured": make()}))
             write_json(path, found | {"digest": digest_of(found)})
     return found["measured"]
 
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    whole = isinstance(found, dict) and "measured" in found and found.get("digest", digest_of(found)) == digest_of(found)
-    return found if whole else None

@@ -240,6 +240,11 @@ class PlanSettings:
 
 
 @dataclass(kw_only=True, slots=True)
+class TidySettings:
+    remove: bool = how(False)
+
+
+@dataclass(kw_only=True, slots=True)
 class Settings:
     stage: Stage = Stage.all
     candidate: str | None = None
@@ -272,6 +277,7 @@ class Settings:
     reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     generate: GenerateSettings = field(default_factory=GenerateSettings)
+    tidy: TidySettings = field(default_factory=TidySettings)
 
     def __post_init__(self) -> None:
         if not self.run_name or "/" in self.run_name or self.run_name.startswith(".") or self.run_name == "store":

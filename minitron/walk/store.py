@@ -136,6 +136,21 @@ def _record(folder: Path) -> dict[str, Any] | str | None:
     return record
 
 
+def measurement_damage(path: Path) -> str | None:
+    """What is wrong with the record of a measurement (measures/kept.py), in a clause; None where nothing is."""
+    return None if read_measurement(path) else "it cannot be read as what was written"
+
+
+def read_measurement(path: Path) -> dict[str, Any] | None:
+    """The record of a measurement; None where there is none, or it is not what was written."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(found, dict) and "measured" in found and found.get("digest", digest_of(found)) == digest_of(found)
+    return found if whole else None
+
+
 def digest_of(record: Mapping[str, Any]) -> str:
     """Of plain values as they are read back from JSON, but for their own "digest"."""
     return digest_of_text(json.dumps({name: value for name, value in record.items() if name != "digest"}, sort_keys=True))
