@@ -12,7 +12,6 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from minitron.settings.names import did_you_mean, nearest, no_setting
 
-
 NO_ROOM, NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)
 OS_ERROR = re.compile(r"(.*?)\s*\(os error (\d+)\)")  # as safetensors words it
 

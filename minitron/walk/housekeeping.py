@@ -46,7 +46,7 @@ def verify(store: Path, console: Console) -> bool:
 
 
 def tidy(store: Path, used: Mapping[str, set[str]], console: Console, *, remove: bool) -> None:
-    """Says what is stored, by run (`used`: places in the store by the name of the run that uses them), and what no run uses; removes that where `remove` says so.
+    """Says what is stored, by run (`used`: places in the store by the name of the run that uses them), and what no run uses; `remove` has that removed.
 
     What is not finished is left: an interrupted run goes on from it. So is what another process is working on.
     """

@@ -1,7 +1,7 @@
 """What a finished stage wrote, known by the sizes and digests of its files: written to the disk before done.json says so, and looked at before it is used.
 
-A look at sizes costs a call for every file and is had whenever a result is found, with one at the bytes of small files. The digests (xxh3, 64 bits) are of every
-byte; all are compared before a stage reads what another one has made, where that costs little beside the reading, and by stage=verify.
+A look at sizes costs a call for every file and is had whenever a result is found, with one at the bytes of small files. The digests (xxh3, 64 bits) are of
+every byte; all are compared before a stage reads what another one has made, where that costs little beside the reading, and by stage=verify.
 """
 
 import os

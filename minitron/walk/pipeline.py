@@ -62,7 +62,7 @@ def _laps(settings: Settings, console: Console, *, uses: bool) -> list[Lap]:
             return _walk(settings, console, uses=uses)
         except DamagedInput as found:
             console.say(str(found))
-    raise RuntimeError(f"{settings.runs_folder}/store: what is written there is read back otherwise, {MOST_TURNS} times now; its disk, or this machine's memory, fails")
+    raise RuntimeError(f"{settings.runs_folder}/store: what is written there is read back otherwise, {MOST_TURNS} times now; the disk or the memory fails")
 
 
 def _walk(settings: Settings, console: Console, *, uses: bool) -> list[Lap]:
@@ -198,8 +198,8 @@ class DamagedInput(Exception):
 
 
 def _check_inputs(name: str, settings: Settings, results: Mapping[str, Result], console: Console) -> None:
-    """Hold what a stage will read against what was written, as far as settings.check_inputs says. Raises DamagedInput in all processes, once the first has taken
-    away what is damaged."""
+    """Hold what a stage will read against what was written, as far as settings.check_inputs says. Raises DamagedInput in all processes, once the first
+    has taken away what is damaged."""
     said = None
     if processes.rank() == 0:
         for label, result in inputs_of(name, settings, results).items():

@@ -1,6 +1,6 @@
 """The store: one folder per stage and key. done.json is written last, by rename: present means whole.
 
-done.json vouches for the files beside it (integrity.py), which have reached the disk before it. A result that is not what was written is said to be so and made anew.
+done.json vouches for the files beside it (integrity.py), which have reached the disk before it. A result that is not what was written is named and made anew.
 
 key = 12 hex of SHA-256 over the store's format, the stage, its version, the settings that change its results and what they follow
 from in its inputs. Other settings give another folder, never a warning and never a stale result.
@@ -129,7 +129,7 @@ def _record(folder: Path) -> dict[str, Any] | str | None:
         record = json.loads((folder / DONE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return f"{DONE} cannot be read as what was written"
     if not isinstance(record, dict) or not {"key", "facts"} <= record.keys() or ("digest" in record and record["digest"] != digest_of(record)):
         return f"{DONE} is not what was written"
@@ -145,7 +145,7 @@ def read_measurement(path: Path) -> dict[str, Any] | None:
     """The record of a measurement; None where there is none, or it is not what was written."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     whole = isinstance(found, dict) and "measured" in found and found.get("digest", digest_of(found)) == digest_of(found)
     return found if whole else None
