@@ -1,15 +1,16 @@
 # make demo | real | test | tiny-teacher | install | install-cuda | house | gpu-check | gpu-stand-in | vllm-check |
-# llamacpp-check.
+# llamacpp-check | reap-check.
 # Each target sets up .venv first if pyproject.toml or constraints.txt changed.
 PYTHON ?= python3
 VENV := .venv
 VLLM_VENV := .venv-vllm
 LLAMACPP_VENV := .venv-llamacpp
+REAP_VENV := .venv-reap
 STAND_IN_VENV := .venv-gpu-stand-in
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install install-cuda demo real tiny-teacher house test test-slow gpu-check gpu-stand-in gpu-stand-in-kernels gpu-stand-in-walks vllm-check llamacpp-check fuzz fuzz-memory clean
+.PHONY: install install-cuda demo real tiny-teacher house test test-slow gpu-check gpu-stand-in gpu-stand-in-kernels gpu-stand-in-walks vllm-check llamacpp-check reap-check fuzz fuzz-memory clean
 .PHONY: gpu-carry gpu-carried-site gpu-carried-tests gpu-carried-rows gpu-check-carried
 .DELETE_ON_ERROR:
 
@@ -160,5 +161,16 @@ $(LLAMACPP_VENV)/installed: constraints.txt
 llamacpp-check: $(VENV)/installed-test $(LLAMACPP_VENV)/installed
 	HF_HUB_OFFLINE=1 LLAMACPP_PYTHON=$(CURDIR)/$(LLAMACPP_VENV)/bin/python $(BIN)/python -m pytest -q -s -m llamacpp $(PYTEST_ARGS)
 
+# llm-compressor in an environment of its own, as it wants another transformers.
+$(REAP_VENV)/installed: constraints.txt
+	test -x $(REAP_VENV)/bin/python || $(PYTHON) -m venv $(REAP_VENV)
+	$(REAP_VENV)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(REAP_VENV)/bin/pip install --quiet $$(grep '^torch==\|^llmcompressor==' constraints.txt)
+	touch $@
+
+# Scores of experts against llm-compressor's own REAP: a minute of one core. docs/notes/moe.md
+reap-check: $(VENV)/installed-test $(REAP_VENV)/installed
+	HF_HUB_OFFLINE=1 REAP_PYTHON=$(CURDIR)/$(REAP_VENV)/bin/python $(BIN)/python -m pytest -q -s -m reap $(PYTEST_ARGS)
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(LLAMACPP_VENV) $(STAND_IN_VENV) runs/store build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(LLAMACPP_VENV) $(REAP_VENV) $(STAND_IN_VENV) runs/store build *.egg-info

@@ -86,7 +86,9 @@ def head_of(model: nn.Module, rows_BT: torch.Tensor) -> Head:
     """
     output = model.get_output_embeddings()
     assert output.bias is None, "a Head has no bias"
-    (ids_BT, _), documents_BT, place = split_padding(rows_BT), document_numbers(rows_BT), output.weight.device
+    (ids_BT, mask_BT), documents_BT, place = split_padding(rows_BT), document_numbers(rows_BT), output.weight.device
+    if (loads := getattr(model, "loads", None)) is not None:  # of a mixture of experts that is trained
+        loads.real_BT = None if mask_BT.all() else mask_BT
     packed = {} if documents_BT is None else {"position_ids": _positions(documents_BT).to(place), "seq_idx": documents_BT.to(place)}
     hidden_BTD = model.base_model(ids_BT.to(place), use_cache=False, **packed).last_hidden_state
     device = hidden_BTD.device.type

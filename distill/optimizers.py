@@ -34,15 +34,15 @@ def build_optimizers(model: nn.Module, plan: TrainPlan) -> list[torch.optim.Opti
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether products of bf16 matrices are quick there: on GPUs, and on processors with units for them."""
-    capabilities = torch.cpu.get_capabilities()
-    return device.type != "cpu" or capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+    """Whether products of bf16 matrices are quick there: on GPUs, and on processors with AMX. AVX-512's instructions for bf16 make an update orthogonal in 1.8
+    (1,024 × 2,048) to 3.6 times (64 × 128) the time that float32 takes."""
+    return device.type != "cpu" or torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 class Float32Muon(torch.optim.Muon):
     """Muon with adjust_lr_fn "match_rms_adamw", its updates made orthogonal in float32, with the same state.
 
-    torch does that in bf16 whatever the parameters are, and on a processor without bf16 products it then is most of a small model's step.
+    torch does that in bf16 whatever the parameters are, and on a processor without quick bf16 products it then is most of a small model's step.
     """
 
     @torch.no_grad()

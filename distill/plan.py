@@ -9,6 +9,8 @@ from distill.batches import BlendBatches, RowBatches
 class TrainPlan:
     """How one phase of training goes. Tokens are rounded down to whole steps of the batches' size.
 
+    Parameters whose names end in `frozen` stay as they are: no gradient, no state of an optimiser; all phases have the same. `balance_rate`: how far a step at
+    the peak of the learning rate moves the biases that keep experts evenly busy (engines.loads); None leaves them.
     `micro_batch` is the rows a process computes at once, None all of its share. `gradient_checkpointing` is False, True (of every
     `checkpoint_every`-th layer only the input is kept for the backward pass) or "host" (that input is in the host's memory). Everything
     from micro_batch on changes no result but for rounding.
@@ -25,6 +27,8 @@ class TrainPlan:
     decay_share: float = 0.2
     precision: str = "float32"
     skip_not_finite: int = 0
+    frozen: str | None = None
+    balance_rate: float | None = None
     micro_batch: int | None = None
     gradient_checkpointing: bool | str = False
     checkpoint_every: int = 1

@@ -131,6 +131,8 @@ class _Run:
                 self._not_finite(step, phase, local_step, means["loss"])
                 return
             tokens = tokens_before + (local_step + 1) * phase.batches.tokens_per_step
+            if plan.balance_rate:
+                self.engine.loads.balance(plan.balance_rate * rate / plan.learning_rate)
             self.record = self._next_record(step, phase_number, tokens, means, norm, rate)
             if self.launch.rank == 0:
                 self.on_step(self.record)
@@ -153,8 +155,8 @@ class _Run:
         raise AssertionError("a step beyond the last phase")
 
     def _gradients(self, phase: Phase, local_step: int, held: list[int]) -> tuple[dict[str, float], bool, bool]:
-        """Puts the gradients of the batch's mean loss on the parameters; gives the means over the batch, whether any process was interrupted, and
-        whether the first one's clock says to save."""
+        """Puts the gradients of the batch's mean loss on the parameters; gives the means over the batch, with what Loads measures, whether any process was
+        interrupted, and whether the first one's clock says to save."""
         batch = phase.batches.at(local_step)
         counted = max(self.counted_of(batch), 1)
         parts = micro_batches(batch, phase.plan.micro_batch, self.launch.rank, self.launch.world_size)
@@ -167,9 +169,10 @@ class _Run:
             for name, value in measured.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double() * share
         due = self.launch.rank == 0 and time.monotonic() - self.last_saved > phase.plan.save_every_seconds
-        names = sorted(sums)
-        *values, interrupted, due = self.engine.sum([*(float(sums[name]) for name in names), float(bool(held)), float(due)])
-        return dict(zip(names, values, strict=True)), interrupted > 0, due > 0
+        names, loads = sorted(sums), self.engine.loads
+        interrupted, due, *values = self.engine.sum([float(bool(held)), float(due), *(float(sums[name]) for name in names), *loads.take()])
+        means = dict(zip(names, values, strict=False))
+        return means | loads.measure(values[len(names) :]), interrupted > 0, due > 0
 
     def _not_finite(self, step: int, phase: Phase, local_step: int, loss: float) -> None:
         """Passes over a step whose loss or gradient is not finite where the plan allows it and the weights are as before it."""

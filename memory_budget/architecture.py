@@ -67,8 +67,13 @@ class Architecture:
     moe_groups_per_token: int = 1
 
     def __post_init__(self) -> None:
-        if self.window and WINDOWED not in self.pattern:  # so that a cut to other layers is what its own config.json says
+        """What no layer of the pattern has is as if it had not been given, so that a cut to other layers is what its own config.json says."""
+        if self.window and WINDOWED not in self.pattern:
             object.__setattr__(self, "window", 0)
+        if "E" not in self.pattern:
+            for field in fields(self):
+                if field.name.startswith("moe_"):
+                    object.__setattr__(self, field.name, 0 * getattr(self, field.name) + field.default)  # an array stays one
 
     def num_layers_of(self, kind: str) -> int:
         """Number of sublayers of one kind, by its letter; * is all attention, W that of it which is within a window."""
@@ -162,7 +167,8 @@ def check_architecture(architecture: Architecture) -> None:
             + (f"; unknown: {' '.join(unknown)}" if unknown else "; it is empty")
         )
     if architecture.model_type in BLOCK_TYPES and not set(architecture.layer_kinds) <= set(BLOCKS):
-        raise ValueError(f"pattern {architecture.pattern!r} must be blocks of attention and FFN or experts, {' or '.join(BLOCKS)}, for {architecture.model_type}")
+        raise ValueError(f"pattern {architecture.pattern!r} must be blocks of attention and FFN or experts, {' or '.join(BLOCKS)}, "
+                         f"for {architecture.model_type}")  # fmt: skip
     needed = {"hidden": True, "vocab": True, "ffn": "-" in architecture.pattern, **_needed_by_kind(architecture)}
     for name, is_needed in needed.items():
         if is_needed and getattr(architecture, name) < 1:
@@ -175,18 +181,24 @@ def check_architecture(architecture: Architecture) -> None:
         _check_experts(architecture)
 
 
+def least_experts(architecture: Architecture) -> int:
+    """The fewest experts of a layer among which a token finds as many as it goes to, in the groups that the router takes for it; a group is judged by the best
+    two of its experts."""
+    groups, per_token = architecture.moe_groups, architecture.moe_experts_per_token
+    return per_token if groups == 1 else groups * max(2, -(-per_token // architecture.moe_groups_per_token))
+
+
 def _check_experts(architecture: Architecture) -> None:
-    """A token must find as many experts as it goes to, in the groups that the router takes for it; a group is judged by the best two of its experts."""
+    """Refuse experts among which a token does not find as many as it goes to."""
     experts, per_token, groups, taken = (getattr(architecture, f"moe_{name}") for name in ("num_experts", "experts_per_token", "groups", "groups_per_token"))
     if per_token > experts:
         raise ValueError(f"experts per token ({per_token}) must be at most the number of experts ({experts})")
     if not 1 <= taken <= groups:
         raise ValueError(f"routing groups of a token ({taken}) must be at least 1 and at most the routing groups ({groups})")
     _check_divides("experts", experts, "routing groups", groups)
-    if groups > 1 and (experts < 2 * groups or per_token > taken * (experts // groups)):
-        least = groups * max(2, -(-per_token // taken))
-        raise ValueError(f"experts ({experts}) in {groups} routing groups, {taken} of which a token sees, must be at least {least}: two in a group, and "
-                         f"{per_token} in those of a token")  # fmt: skip
+    if experts < least_experts(architecture):
+        raise ValueError(f"experts ({experts}) in {groups} routing groups, {taken} of which a token sees, must be at least {least_experts(architecture)}: "
+                         f"two in a group, and {per_token} in those of a token")  # fmt: skip
 
 
 def _needed_by_kind(architecture: Architecture) -> dict[str, bool]:

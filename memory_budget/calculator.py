@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from memory_budget.architecture import Architecture
 from memory_budget.formats import BYTES_PER_NUMBER, parse_format
 from memory_budget.model import Model, as_model, part_of
-from memory_budget.parameters import count_total_parameters
+from memory_budget.parameters import count_active_parameters, count_total_parameters
 from memory_budget.parts.part import Part, larger
 from memory_budget.workload import Workload
 
@@ -65,15 +65,18 @@ def memory_report(counted: Architecture | Model, workload: Workload) -> MemoryRe
     )
 
 
-def weight_bytes(counted: Architecture | Model, dtype: str) -> int:
-    """Bytes of all weights in a format, as `formats` names them. What is packed, and what stays bf16, is said at `Workload`."""
+def weight_bytes(counted: Architecture | Model, dtype: str, *, active_only: bool = False) -> int:
+    """Bytes of all weights in a format, as `formats` names them; with active_only without the routed experts that a token does not pass through.
+
+    What is packed, and what stays bf16, is said at `Workload`.
+    """
     model, packing = as_model(counted), parse_format(dtype)
-    parameters = count_total_parameters(model)
+    parameters = count_active_parameters(model) if active_only else count_total_parameters(model)
     if not packing.is_packed:
         return parameters * BYTES_PER_NUMBER[packing.dtype]
     packed_numbers = packed_bytes = 0
     for number, part in model.layers:
-        for copies, outputs, inputs in part.parameters().matrices if packing.packs(part.kind) else ():
+        for copies, outputs, inputs in part.parameters(active_only=active_only).matrices if packing.packs(part.kind) else ():
             packed_numbers = packed_numbers + number * copies * outputs * inputs
             packed_bytes = packed_bytes + number * packing.matrix_bytes(copies, outputs, inputs)
     return (parameters - packed_numbers) * BYTES_PER_NUMBER["bf16"] + packed_bytes

@@ -6,6 +6,8 @@ tests/memory_budget/test_parameters.py holds them to it. Buffers are not counted
 `e_score_correction_bias`, one number per expert, is a buffer there.
 """
 
+from dataclasses import replace
+
 from memory_budget.architecture import LAYER_KINDS, Architecture
 from memory_budget.model import Model, as_model, part_of
 from memory_budget.parts.part import LayerParameters
@@ -45,3 +47,9 @@ def count_active_parameters(counted: Architecture | Model) -> int:
 def layer_parameters(architecture: Architecture, letter: str, *, active_only: bool = False) -> LayerParameters:
     """Parameters of one layer of the kind that a letter of the pattern names."""
     return part_of(architecture, letter).parameters(active_only=active_only)
+
+
+def expert_parameters(architecture: Architecture) -> int:
+    """Parameters of one routed expert, without its row of the router."""
+    one, none = (replace(architecture, moe_experts_per_token=number) for number in (1, 0))
+    return layer_parameters(one, "E", active_only=True).total - layer_parameters(none, "E", active_only=True).total

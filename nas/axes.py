@@ -15,7 +15,7 @@ from nas.couplings import Coupling
 class Axis:
     """`name` is the setting search.<name>, `field` the architecture's, `letter` what candidates' ids say; `step` is the usual distance of two options.
 
-    `always_said` is an axis that an id says even where it is not cut.
+    `kind` is the letter of the mixers whose size it is ("": of all of them); `always_said` is an axis that an id says even where it is not cut.
     """
 
     name: str
@@ -23,21 +23,27 @@ class Axis:
     letter: str
     title: str
     step: Callable[[Architecture], int]
+    kind: str = ""
     always_said: bool = False
 
     def size(self, architecture: Architecture) -> int:
-        return getattr(architecture, self.field)
+        """The axis's size; 0 where no layer of the model has it, whatever the field says."""
+        return getattr(architecture, self.field) if self.kind in architecture.mixers else 0
 
 
 LAYERS = Axis("layers", "num_layers", "L", "layers", lambda _: 1, always_said=True)
 # Axes of width, in the order in which they are enumerated.
 WIDTH_AXES = (
     Axis("hidden", "hidden", "H", "hidden size", lambda one: 128 if one.hidden >= 2048 else 16, always_said=True),
-    Axis("ffn", "ffn", "F", "FFN neurons", lambda _: 64, always_said=True),
-    Axis("mamba_heads", "mamba_num_heads", "M", "Mamba-2 heads", lambda one: one.mamba_num_groups, always_said=True),
-    Axis("mamba_channels", "mamba_head_dim", "P", "channels of a Mamba-2 head", lambda _: 8),
-    Axis("attention_heads", "num_attention_heads", "A", "query heads", lambda one: one.num_key_value_heads),
-    Axis("key_value_heads", "num_key_value_heads", "K", "KV heads", lambda _: 1),
+    Axis("ffn", "ffn", "F", "FFN neurons", lambda _: 64, "-", always_said=True),
+    Axis("mamba_heads", "mamba_num_heads", "M", "Mamba-2 heads", lambda one: one.mamba_num_groups, "M", always_said=True),
+    Axis("mamba_channels", "mamba_head_dim", "P", "channels of a Mamba-2 head", lambda _: 8, "M"),
+    Axis("attention_heads", "num_attention_heads", "A", "query heads", lambda one: one.num_key_value_heads, "*"),
+    Axis("key_value_heads", "num_key_value_heads", "K", "KV heads", lambda _: 1, "*"),
+    # A 16th of the experts, in whole routing groups: their number is seldom worth more options.
+    Axis("experts", "moe_num_experts", "E", "routed experts", lambda one: one.moe_groups * max(1, one.moe_num_experts // one.moe_groups // 16), "E"),
+    Axis("expert_ffn", "moe_ffn", "X", "neurons of an expert", lambda one: 64 if one.moe_ffn >= 512 else 16, "E"),
+    Axis("shared_ffn", "moe_shared_ffn", "S", "neurons of the shared expert", lambda one: 64 if one.moe_shared_ffn >= 512 else 16, "E"),
 )
 AXES = {axis.name: axis for axis in (LAYERS, *WIDTH_AXES)}
 WIDTHS = {axis.field: axis.name for axis in WIDTH_AXES}
@@ -49,7 +55,7 @@ def axes_of(architecture: Architecture) -> tuple[str, ...]:
 
 
 def identifier(teacher: Architecture, sizes: dict[str, int]) -> str:
-    """Names a candidate by its sizes, e.g. L56-H4480-F15680-M128; what is no candidate's usual matter (-P64, -A32, -K2) only where it is not the teacher's."""
+    """Names a candidate by its sizes, e.g. L56-H4480-F15680-M128; other axes (-A32, -K2, -E96) only where they are not the teacher's."""
     parts = []
     for axis in AXES.values():
         own = axis.size(teacher)

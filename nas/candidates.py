@@ -1,14 +1,14 @@
 """Every architecture of the space, with its memory; formed from the memory calculator's own formulas on arrays."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from memory_budget.architecture import Architecture
 from memory_budget.calculator import memory_report
-from memory_budget.parameters import count_total_parameters
+from memory_budget.parameters import count_active_parameters, count_total_parameters
 from memory_budget.units import format_gib
 from memory_budget.workload import Workload
 from nas.axes import WIDTHS, identifier
@@ -41,6 +41,9 @@ class Candidates:
     mamba_head_dim: np.ndarray | None = None
     num_attention_heads: np.ndarray | None = None
     num_key_value_heads: np.ndarray | None = None
+    moe_num_experts: np.ndarray | None = None
+    moe_ffn: np.ndarray | None = None
+    moe_shared_ffn: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name in WIDTHS:
@@ -66,13 +69,20 @@ class Candidates:
         """Names a candidate by its sizes (nas.axes)."""
         return identifier(self.teacher, {name: int(getattr(self, name)[row]) for name in ("num_layers", *WIDTHS)})
 
+    def active_parameters(self) -> np.ndarray:
+        """Parameters that one token passes through, of every row, [rows]."""
+        return self._column(count_active_parameters, np.int64)
+
     def tokens_per_second(self, workload: Workload, serving: Serving) -> np.ndarray:
         """Modelled throughput of every row (nas.throughput), [rows]."""
-        column = np.empty(len(self))
+        return self._column(lambda many: tokens_per_second(many, workload, serving), float)
+
+    def _column(self, of: Callable[[Architecture], np.ndarray], dtype: type) -> np.ndarray:
+        """A number of every row, [rows], from architectures of one depth at once."""
+        column = np.empty(len(self), dtype=dtype)
         for depth in np.unique(self.num_layers).tolist():
             rows = np.flatnonzero(self.num_layers == depth)
-            many = replace(self.teacher, pattern=self.pattern(depth), **{name: getattr(self, name)[rows] for name in WIDTHS})
-            column[rows] = tokens_per_second(many, workload, serving)
+            column[rows] = of(replace(self.teacher, pattern=self.pattern(depth), **{name: getattr(self, name)[rows] for name in WIDTHS}))
         return column
 
 
@@ -138,6 +148,9 @@ class _Block:
         masks = {name: coupling.holds(self.many, self.teacher) for name, coupling in {**masks, str(QUERY_HEADS): QUERY_HEADS}.items()}
         return {name: np.broadcast_to(mask, self.total_bytes.shape) for name, mask in masks.items() if not np.all(mask)}
 
+    def active_parameters(self) -> np.ndarray:
+        return np.broadcast_to(count_active_parameters(self.many), self.total_bytes.shape)
+
     def allowed(self) -> np.ndarray:
         """Flat positions of those that keep to all equations."""
         masks = list(self.of_couplings().values())
@@ -146,7 +159,7 @@ class _Block:
     def passing(self, filters: Filters, removed: Counter, workload: Workload) -> Candidates:
         """Those that pass; adds to `removed` how many each filter took from what the ones before it left."""
         passes, num_left = None, self.total_bytes.size
-        for limit, mask in {**self.of_couplings(), **filters.of_sizes(self.parameters, self.total_bytes)}.items():
+        for limit, mask in {**self.of_couplings(), **filters.of_sizes(self.parameters, self.total_bytes, self.active_parameters)}.items():
             passes = mask if passes is None else passes & mask
             num_left, before = int(np.count_nonzero(passes)), num_left
             removed[limit] += before - num_left

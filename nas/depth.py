@@ -7,6 +7,10 @@ from nas.axes import WIDTHS
 from nas.couplings import Coupling
 from nas.space import Floors
 
+# Sizes that a student has from its teacher.
+UNCUT = ("vocab", "mamba_num_groups", "mamba_state_size", "mamba_conv_kernel", "attention_head_dim", "tied_embeddings")
+UNCUT_OF_EXPERTS = ("moe_experts_per_token", "moe_latent", "moe_groups", "moe_groups_per_token")
+
 
 def check_layer_order(order: Sequence[int], num_layers: int) -> None:
     """Refuse an order that names layers the teacher lacks, or one twice. Raises ValueError."""
@@ -61,7 +65,9 @@ def check_is_cut(teacher: Architecture, student: Architecture, kept_layers: tupl
     for name in WIDTHS:
         if getattr(student, name) > getattr(teacher, name):
             raise ValueError(f"{name} of the student ({getattr(student, name)}) must be at most the teacher's ({getattr(teacher, name)})")
-    for name in ("vocab", "mamba_num_groups", "mamba_state_size", "mamba_conv_kernel", "attention_head_dim", "tied_embeddings"):
+    if "E" in student.pattern and teacher.moe_shared_ffn and student.moe_shared_ffn < 1:
+        raise ValueError(f"moe_shared_ffn of the student ({student.moe_shared_ffn}) must be at least 1: a {teacher.model_type} has a shared expert")
+    for name in (*UNCUT, *(UNCUT_OF_EXPERTS if "E" in student.pattern else ())):
         if getattr(student, name) != getattr(teacher, name):
             raise ValueError(f"{name} of the student ({getattr(student, name)}) must equal the teacher's ({getattr(teacher, name)}); it is not a cut axis")
     if teacher.num_key_value_heads and student.num_attention_heads * teacher.num_key_value_heads > teacher.num_attention_heads * student.num_key_value_heads:

@@ -17,6 +17,8 @@ SIZES = {
     "num_attention_heads": "num_attention_heads",
     "num_query_groups": "num_key_value_heads",
 }
+# The same of experts, in the object of a model that has some.
+EXPERT_SIZES = {"num_moe_experts": "moe_num_experts", "moe_ffn_hidden_size": "moe_ffn", "moe_shared_expert_intermediate_size": "moe_shared_ffn"}
 PATTERNS = ("hybrid_override_pattern", "hybrid_layer_pattern")  # older and newer Megatron
 STAGE_MARK, MTP_MARK = "|", "/"  # in a pattern: the next layer is on the next pipeline stage; what follows is of heads that foretell further tokens
 MTP_NAMES = ("mtp_num_layers", "mtp_hybrid_override_pattern")  # of those heads, which students have none of
@@ -37,9 +39,13 @@ class Imported:
 
 def to_export_config(architecture: Architecture) -> dict[str, int | str]:
     """The object for an architecture, all names given."""
-    sizes = {name: getattr(architecture, field) for name, field in SIZES.items()}
+    sizes = {name: getattr(architecture, field) for name, field in _sizes_of(architecture).items()}
     pattern = {} if architecture.sublayers_per_layer > 1 else {"hybrid_override_pattern": architecture.pattern}
     return {"num_layers": architecture.num_layers, **sizes, **pattern}
+
+
+def _sizes_of(architecture: Architecture) -> dict[str, str]:
+    return SIZES | EXPERT_SIZES if "E" in architecture.pattern else SIZES
 
 
 def from_export_config(config: Mapping[str, Any], teacher: Architecture) -> Imported:
@@ -48,9 +54,10 @@ def from_export_config(config: Mapping[str, Any], teacher: Architecture) -> Impo
     Raises ValueError for a name that is not known, a value that is no size of a cut of the teacher, and a num_layers that
     contradicts the pattern.
     """
-    if unknown := sorted(set(config) - {"num_layers", *SIZES, *PATTERNS, *MTP_NAMES}):
-        raise ValueError(f"export_config has {', '.join(unknown)}; it may have num_layers, {', '.join((*SIZES, *PATTERNS))}")
-    sizes = {field: _size(config.get(name, getattr(teacher, field)), name, getattr(teacher, field)) for name, field in SIZES.items()}
+    names = _sizes_of(teacher)
+    if unknown := sorted(set(config) - {"num_layers", *names, *PATTERNS, *MTP_NAMES}):
+        raise ValueError(f"export_config has {', '.join(unknown)}; it may have num_layers, {', '.join((*names, *PATTERNS))}")
+    sizes = {field: _size(config.get(name, getattr(teacher, field)), name, getattr(teacher, field)) for name, field in names.items()}
     pattern, per_layer = _pattern(config), teacher.sublayers_per_layer
     num_layers = teacher.num_layers if pattern is None else len(pattern) // per_layer
     if "num_layers" in config:

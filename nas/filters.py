@@ -1,11 +1,11 @@
 """What a candidate must keep to, and what to say where none does."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from memory_budget.architecture import Architecture
+from memory_budget.architecture import Architecture, least_experts
 from memory_budget.calculator import memory_report
 from memory_budget.units import format_count, format_gib
 from memory_budget.workload import Workload
@@ -16,17 +16,20 @@ from nas.throughput import Serving
 
 USUAL_STEPS = {"hidden": 128, "ffn": 64}  # for an axis with one option; heads go one per group
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filters:
     """Limits on a candidate; None is no limit.
 
-    budget_bytes, max_bytes: most bytes in all under the workload · min_bytes: least · max_parameters: most parameters ·
+    budget_bytes, max_bytes: most bytes in all under the workload · min_bytes: least · max_parameters: most parameters · max_active_parameters: most that one
+    token passes through (memory_budget.parameters: embeddings and head whole, of the routed experts those it is sent to) ·
     min_tokens_per_second: least modelled throughput, of `serving` (nas.throughput), which it needs.
     Raises ValueError for limits that contradict each other.
     """
 
     budget_bytes: int
     max_parameters: int | None = None
+    max_active_parameters: int | None = None
     min_bytes: int | None = None
     max_bytes: int | None = None
     min_tokens_per_second: float | None = None
@@ -44,8 +47,9 @@ class Filters:
         """The lower of budget and max_bytes."""
         return self.budget_bytes if self.max_bytes is None else min(self.budget_bytes, self.max_bytes)
 
-    def of_sizes(self, parameters: np.ndarray, total_bytes: np.ndarray) -> dict[str, np.ndarray]:
-        """Mask of who passes, per limit on bytes and parameters that is set, by the limit's name for people."""
+    def of_sizes(self, parameters: np.ndarray, total_bytes: np.ndarray, active_parameters: Callable[[], np.ndarray]) -> dict[str, np.ndarray]:
+        """Mask of who passes, per limit on bytes and parameters that is set, by the limit's name for people. Active parameters are counted where one is on
+        them."""
         passes = {f"budget of {format_gib(self.budget_bytes)}": total_bytes <= self.budget_bytes}
         if self.max_bytes is not None:
             passes[f"search.max_gib of {format_gib(self.max_bytes)}"] = total_bytes <= self.max_bytes
@@ -53,6 +57,8 @@ class Filters:
             passes[f"search.min_gib of {format_gib(self.min_bytes)}"] = total_bytes >= self.min_bytes
         if self.max_parameters is not None:
             passes[f"search.max_parameters of {self.max_parameters:,}"] = parameters <= self.max_parameters
+        if self.max_active_parameters is not None:
+            passes[f"search.max_active_parameters of {self.max_active_parameters:,}"] = active_parameters() <= self.max_active_parameters
         return passes
 
 
@@ -78,6 +84,8 @@ def step_savings(smallest: Architecture, space: SearchSpace, workload: Workload)
     for name, setting in WIDTHS.items():
         options, value = getattr(space, name), getattr(smallest, name)
         if options is None or name in follows or (step := _width_step(name, options, smallest, space.couplings)) >= value:
+            continue
+        if name == "moe_num_experts" and value - step < least_experts(smallest):
             continue
         along = following(space.couplings, {*space.given, name})
         narrower = completed(replace(smallest, **{name: value - step}), smallest, along)
@@ -105,7 +113,8 @@ def _width_step(name: str, options: tuple[int, ...], architecture: Architecture,
     if any(name in coupling.fields and coupling.unit(name, architecture) > 1 for coupling in couplings):
         return usual_step(AXES[WIDTHS[name]], architecture, couplings)
     per_group = {"mamba_num_heads": architecture.mamba_num_groups, "num_attention_heads": architecture.num_key_value_heads}
-    return {**USUAL_STEPS, **per_group}.get(name, 1)
+    of_experts = {axis.field: axis.step(architecture) for axis in AXES.values() if axis.kind == "E"}
+    return {**USUAL_STEPS, **per_group, **of_experts}.get(name, 1)
 
 
 def _shallower(architecture: Architecture, num_removed: int, floors: Mapping[str, int], workload: Workload) -> str:

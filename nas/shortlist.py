@@ -4,13 +4,13 @@ import numpy as np
 
 from nas.candidates import Candidates
 
-STRATUM = ("num_layers", "hidden", "mamba_num_heads", "mamba_head_dim", "num_attention_heads", "num_key_value_heads")
+STRATUM = ("num_layers", "hidden", "mamba_num_heads", "mamba_head_dim", "num_attention_heads", "num_key_value_heads", "moe_num_experts")
 
 
 def diversified(candidates: Candidates, retained: np.ndarray, size: int) -> list[int]:
     """Rows of at most `size` candidates: the best of every stratum, then every second best and so on; depths taking turns, the best row's first.
 
-    A stratum is one depth × hidden × Mamba heads, × channels and attention heads where the space cuts them. `retained` [rows] is the
+    A stratum is one depth × hidden × Mamba heads, × channels, attention heads and experts where the space cuts them. `retained` [rows] is the
     importance a candidate keeps. "Largest first" would return near twins: thousands of points lie between a good candidate and the budget.
     """
     best_first = np.argsort(-retained, kind="stable")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memory_budget.architecture import Architecture
+from memory_budget.architecture import Architecture, least_experts
 from nas.axes import WIDTHS
 from nas.couplings import Coupling, combined, following
 
@@ -17,8 +17,9 @@ Floors = Mapping[str, int]
 class SearchSpace:
     """Options per axis, each ascending; `floors` is the least number of layers of each kind, by its letter.
 
-    mamba_head_dim (channels of a Mamba head), num_attention_heads (query heads) and num_key_value_heads are None where only the teacher's value is
-    allowed. `couplings` are equations that every candidate keeps; `given` the fields whose axes somebody gave options, from which others may follow.
+    mamba_head_dim (channels of a Mamba head), num_attention_heads (query heads), num_key_value_heads and the sizes of experts are None where only the
+    teacher's value is allowed. `couplings` are equations that every candidate keeps; `given` the fields whose axes somebody gave options, from which others
+    may follow.
     """
 
     num_layers: tuple[int, ...]
@@ -29,6 +30,9 @@ class SearchSpace:
     mamba_head_dim: tuple[int, ...] | None = None
     num_attention_heads: tuple[int, ...] | None = None
     num_key_value_heads: tuple[int, ...] | None = None
+    moe_num_experts: tuple[int, ...] | None = None
+    moe_ffn: tuple[int, ...] | None = None
+    moe_shared_ffn: tuple[int, ...] | None = None
     couplings: tuple[Coupling, ...] = ()
     given: frozenset[str] = frozenset()
 
@@ -89,6 +93,8 @@ def check_space(space: SearchSpace, teacher: Architecture) -> None:
     if space.num_key_value_heads is None:
         for heads in widths["num_attention_heads"]:
             _check_multiple("attention heads", heads, teacher.num_key_value_heads, "key-value heads")
+    if "E" in teacher.pattern:
+        _check_experts(widths["moe_num_experts"], teacher)
     sizes = space.sizes(teacher)
     for coupling in space.couplings:
         fields = set(coupling.fields).union(*(other.fields for field, other in space.follows.items() if field in coupling.fields))
@@ -104,6 +110,16 @@ def check_space(space: SearchSpace, teacher: Architecture) -> None:
     least = sum(min(teacher.num_layers_of(kind), space.floors.get(kind, 0)) for kind in set(teacher.layer_kinds))
     if space.num_layers[0] < least:
         raise ValueError(f"search.layers has the option {space.num_layers[0]}; the floors per kind of layer keep at least {least}")
+
+
+def _check_experts(options: Sequence[int], teacher: Architecture) -> None:
+    """As many experts go from every routing group, and the router must find enough of them for a token among those that stay."""
+    for experts in options:
+        _check_multiple("experts", experts, teacher.moe_groups, "routing groups")
+        if experts < (least := least_experts(teacher)):
+            within = f", in {teacher.moe_groups_per_token} of {teacher.moe_groups} routing groups of two or more" if teacher.moe_groups > 1 else ""
+            per_token = teacher.moe_experts_per_token
+            raise ValueError(f"search.experts has the option {experts}; it must be at least {least}: a token goes to {per_token} experts{within}")
 
 
 def _check_multiple(what: str, heads: int, divisor: int, of: str) -> None:

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 import numpy as np
 
 from memory_budget.architecture import LAYER_KINDS, WINDOWED, Architecture
-from memory_budget.calculator import MemoryReport, attention_bytes_per_token, max_batch, memory_report
+from memory_budget.calculator import MemoryReport, attention_bytes_per_token, max_batch, memory_report, weight_bytes
 from memory_budget.parameters import count_parameters, layer_parameters
 from memory_budget.parts.part import SCAN_CHUNK_TOKENS
 from memory_budget.workload import BYTES_PER_NUMBER, Workload
@@ -90,8 +90,8 @@ class Serving:
 
 
 def layer_flops_per_token(architecture: Architecture) -> Number:
-    """2 FLOPs per parameter of a matrix that a token passes through in the layers; the head apart, see `head_flops`."""
-    flops = 0
+    """2 FLOPs per parameter of a matrix that a token passes through in the layers, a router's among them; the head apart, see `head_flops`."""
+    flops = 2 * architecture.num_layers_of("E") * architecture.moe_num_experts * architecture.hidden
     for letter in LAYER_KINDS:
         for copies, outputs, inputs in layer_parameters(architecture, letter, active_only=True).matrices:
             flops = flops + 2 * architecture.num_layers_of(letter) * copies * outputs * inputs
@@ -136,22 +136,34 @@ def flops_per_token(architecture: Architecture, context_tokens: int) -> Number:
     return products + attention_flops(architecture, seen_tokens(architecture, context_tokens))
 
 
-def weight_bytes_per_pass(architecture: Architecture, workload: Workload) -> Number:
-    """Bytes of the weights that one pass reads: all but an untied embedding, of which only a row per token is.
+def reached_experts(architecture: Architecture, tokens: Number) -> Number:
+    """How many routed experts of a layer so many tokens reach, as expected of a router that sends each to k of its E experts evenly and whatever the others do.
 
-    All experts count, as if the batch's tokens reach every one.
+    A token then misses an expert with probability 1 − k/E, all T of them with (1 − k/E)^T, so E·(1 − (1 − k/E)^T) are reached. Routers are less even and
+    tokens of one text alike, so fewer are: where experts are many and sequences few, this makes bytes more, and tokens per second fewer, than they will be.
+    """
+    experts, per_token = architecture.moe_num_experts, architecture.moe_experts_per_token
+    return experts * (1 - (1 - per_token / experts) ** tokens)
+
+
+def weight_bytes_per_pass(architecture: Architecture, workload: Workload, *, tokens: Number = 1) -> Number:
+    """Bytes of the weights that one pass of so many tokens reads: all but an untied embedding, of which only a row per token is, and but the routed experts
+    that they do not reach.
     """
     embedding = 0 if architecture.tied_embeddings else count_parameters(architecture)["embedding"]
-    return _one_token(architecture, workload).weights - embedding * BYTES_PER_NUMBER[workload.compute_dtype]
+    if "E" in architecture.pattern:  # as if a token went to all that are reached
+        architecture = replace(architecture, moe_experts_per_token=reached_experts(architecture, tokens))
+    read = weight_bytes(architecture, workload.weights_dtype, active_only=True)
+    return read - embedding * BYTES_PER_NUMBER[workload.compute_dtype]
 
 
 def decode_step_bytes(architecture: Architecture, workload: Workload, *, context_tokens: int, batch: Number) -> Number:
-    """Bytes moved to decode one token of each sequence: the weights once; per sequence the keys and values of the tokens
+    """Bytes moved to decode one token of each sequence: the weights that they need once; per sequence the keys and values of the tokens
     that it sees (its own written, the others read), and the SSM and convolution states read and written.
     """
     one, seen = _one_token(architecture, workload), seen_tokens(architecture, context_tokens)
     cache = seen * attention_bytes_per_token(architecture, workload.kv_dtype)
-    return weight_bytes_per_pass(architecture, workload) + batch * (cache + 2 * (one.ssm_state + one.conv_state))
+    return weight_bytes_per_pass(architecture, workload, tokens=batch) + batch * (cache + 2 * (one.ssm_state + one.conv_state))
 
 
 def prefill_seconds(architecture: Architecture, workload: Workload, serving: Serving, *, batch: Number | None = None) -> Number:
@@ -162,7 +174,7 @@ def prefill_seconds(architecture: Architecture, workload: Workload, serving: Ser
     per_token = layer_flops_per_token(architecture) + scan_flops(architecture, prefill=True) + attention
     flops = batch * (tokens * per_token + head_flops(architecture))
     num_chunks = -(-batch * tokens // serving.prefill_chunk_tokens)
-    moved = num_chunks * weight_bytes_per_pass(architecture, workload)
+    moved = num_chunks * weight_bytes_per_pass(architecture, workload, tokens=np.minimum(batch * tokens, serving.prefill_chunk_tokens))
     return np.maximum(flops / serving.device.flops_per_second, moved / serving.device.bytes_per_second)
 
 

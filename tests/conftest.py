@@ -153,6 +153,13 @@ OF_FAMILY = {
     "gemma3_text": ("Gemma3", {
         "rope_parameters": {"full_attention": POSITIONS | {"rope_type": "linear", "factor": 4.0}, "sliding_attention": POSITIONS | {"rope_theta": 1e4}},
         "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 48, **WINDOW}),
+    "qwen3_moe": ("Qwen3Moe", {
+        "rope_parameters": POSITIONS, "use_sliding_window": True, "norm_topk_prob": True, "decoder_sparse_step": 2, "num_experts": 8, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64, **WINDOW}),
+    "nemotron_h": ("NemotronH", {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "mamba_num_heads": 16, "mamba_head_dim": 16, "ssm_state_size": 16,
+        "n_groups": 2, "chunk_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "moe_intermediate_size": 64,
+        "moe_shared_expert_intermediate_size": 96, "routed_scaling_factor": 2.5}),
     "mamba2": ("Mamba2", {"num_heads": 16, "head_dim": 16, "n_groups": 2, "state_size": 16, "expand": 2, "chunk_size": 64}),
 }  # fmt: skip
 BLOCK_SIZES = {"intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096}
@@ -162,8 +169,8 @@ CENTRES = {"A_log": 0.0, "dt_bias": -2.0, "bias": 0.0}  # of vectors; of norms' 
 @pytest.fixture(scope="session")
 def write_teacher() -> Callable[..., Path]:
     """Writes a random tiny model of a family as transformers saves one, with the tokenizer of the tiny teacher: 4 layers, hidden 128, 2,048 tokens; of
-    blocks FFN 192 and 4 query heads of 32 channels on 2 KV heads, of Mamba-2 16 heads of 16 channels in 2 groups; weights large enough for attention to
-    matter, norms apart from 1, Llama's positions scaled, windows where a family has them."""
+    blocks FFN 192 and 4 query heads of 32 channels on 2 KV heads, of Mamba-2 16 heads of 16 channels in 2 groups, 8 experts of 64 neurons; weights large enough
+    for attention to matter, norms apart from 1, Llama's positions scaled, windows where a family has them, routers that prefer some experts."""
 
     def write(folder: Path, family: str, *, tied: bool) -> Path:
         import torch
@@ -182,7 +189,10 @@ def write_teacher() -> Callable[..., Path]:
             for name, parameter in model.named_parameters():
                 noise = torch.randn(parameter.shape, generator=random)
                 centre = CENTRES.get(name.split(".")[-1], 0.0 if family == "gemma3_text" else 1.0)
-                parameter.copy_(centre + 0.3 * noise if parameter.ndim == 1 else (0.3 if parameter.ndim == 3 else 0.08) * noise)
+                parameter.copy_(centre + 0.3 * noise if parameter.ndim == 1 else (0.3 if name.endswith("conv1d.weight") else 0.08) * noise)
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.copy_(0.1 * torch.randn(buffer.shape, generator=random))
         model.save_pretrained(folder)
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
             shutil.copyfile(STORED_FOLDER / name, folder / name)

@@ -17,6 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from distill.engines.host_memory import keep_in_host_memory
 from distill.engines.launch import Launch
+from distill.engines.loads import Loads
 from distill.optimizers import build_optimizers
 from distill.plan import TrainPlan
 
@@ -64,12 +65,34 @@ class Caller(nn.Module):
         return function(self.model, *arguments)
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The model's layers: its longest list of modules that is in no other one."""
+    return list(max(_lists_of(model)[0], key=len))
+
+
+def choices_of(model: nn.Module) -> list[nn.ModuleList]:
+    """Lists of modules within layers, such as experts: which of them are called depends on the tokens, so it differs between processes."""
+    return _lists_of(model)[1]
+
+
+def _lists_of(model: nn.Module) -> tuple[list[nn.ModuleList], list[nn.ModuleList]]:
+    """The model's lists of modules that are in no other one, and those that are."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    inner = [any(name.startswith(f"{other}.") for other in lists) for name in lists]
+    outermost, within = ([module for module, is_inner in zip(lists.values(), inner, strict=True) if is_inner == wanted] for wanted in (False, True))
+    return outermost, within
+
+
 class Engine:
     """One process. The others override what differs."""
 
     def __init__(self, launch: Launch, model: nn.Module, plan: TrainPlan):
         self.launch, self.model, self.plan = launch, model, plan
         self.device = next(model.parameters()).device
+        self.loads = Loads(model)
+        for name, parameter in model.named_parameters():
+            if plan.frozen and name.endswith(plan.frozen):
+                parameter.requires_grad_(False)
         self._keep_activations(plan)
         self.wrapped = self._wrap(Caller(model))
         self.parameters = dict(model.named_parameters())

@@ -8,7 +8,7 @@ import torch.distributed as distributed
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from distill.engines.engine import Caller, Engine, Unread, like
+from distill.engines.engine import Caller, Engine, Unread, layers_of, like
 from distill.engines.launch import Launch
 from distill.optimizers import build_optimizers
 from distill.plan import TrainPlan
@@ -66,8 +66,3 @@ def shard(caller: Caller, device: torch.device, *, bf16: bool, unread: Unread | 
         with torch.no_grad():
             for name, tensor in [*caller.model.named_parameters(), *caller.model.named_buffers()]:
                 tensor.copy_(like(unread.read(name), tensor))
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The model's layers: its longest list of modules."""
-    return list(max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len))

@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill.engines.engine import Caller, Engine, Entry, Stored
+from distill.engines.engine import Caller, Engine, Entry, Stored, choices_of
 from distill.optimizers import build_optimizers
 from distill.plan import TrainPlan
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KEPT_WHOLE = {"stage3_param_persistence_threshold": 100_000}  # parameters of at most so many numbers stay whole in every process: DeepSpeed's own default
 
 
 @cache
@@ -45,12 +46,15 @@ def load_deepspeed() -> ModuleType:
 
 
 class Zero(Engine):
-    """Gradients and optimiser in slices (stage 2), weights too (stage 3)."""
+    """Gradients and optimiser in slices (stage 2), weights too (stage 3). Of `frozen` parameters, which DeepSpeed casts, the numbers that they came with are kept.
+    """
 
     def _wrap(self, caller: Caller) -> nn.Module:
         if self.plan.optimizer != "adamw":
             raise ValueError(f"train.optimizer is {self.plan.optimizer}; under DeepSpeed it must be adamw")
         (optimizer,) = build_optimizers(caller.model, self.plan)
+        _fetch_together(caller)
+        self.frozen = {name: parameter.detach().cpu().clone() for name, parameter in caller.model.named_parameters() if not parameter.requires_grad}
         with _float_buffers_kept(caller):
             self.deepspeed, *_ = load_deepspeed().initialize(model=caller, optimizer=optimizer, config=_config(self.launch.engine, self.plan))
         if self.launch.is_sharded:
@@ -93,10 +97,11 @@ class Zero(Engine):
     def weights(self) -> list[Entry]:
         stored, utils = set(self.model.state_dict()), load_deepspeed().utils
         buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in stored}
+        kept = {**self.frozen, **buffers}
         return [
             Entry(f"model.{name}", _shape(parameter), torch.float32, lambda parameter=parameter: utils.safe_get_full_fp32_param(parameter).cpu())
-            for name, parameter in self.parameters.items()
-        ] + [Entry(f"model.{name}", tuple(buffer.shape), buffer.dtype, lambda buffer=buffer: buffer.cpu()) for name, buffer in buffers.items()]
+            for name, parameter in self.parameters.items() if name not in kept
+        ] + [Entry(f"model.{name}", tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor.cpu()) for name, tensor in kept.items()]  # fmt: skip
 
     def optimizer_state(self) -> list[Entry]:
         if not self.zero.optimizer.state:
@@ -105,6 +110,8 @@ class Zero(Engine):
         steps = torch.tensor(float(next(iter(self.zero.optimizer.state.values()))["step"]))
         entries, utils = [], load_deepspeed().utils
         for name, parameter in self.parameters.items():
+            if name in self.frozen:
+                continue
             entries.append(Entry(f"optimizer.{name}.step", (), torch.float32, lambda: steps))
             for key in MOMENTS:
                 gather = lambda parameter=parameter, key=key: utils.safe_get_full_optimizer_state(parameter, key).cpu()  # noqa: E731
@@ -117,7 +124,10 @@ class Zero(Engine):
         self._make_moments(read(f"optimizer.{name}.step") if f"optimizer.{name}.step" in names else torch.tensor(0.0))
         for name, parameter in self.parameters.items():
             whole = read(f"model.{name}").float()
-            self._set(parameter, whole, None)
+            if name in self.frozen:
+                self.frozen[name] = whole
+            else:
+                self._set(parameter, whole, None)
             with load_deepspeed().zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
                 if parameter.numel():
                     parameter.data.copy_(whole)
@@ -161,11 +171,18 @@ class Zero(Engine):
 def place_in_slices(caller: Caller) -> nn.Module:
     """A frozen model under ZeRO-3: a layer is whole only while it runs."""
     bf16 = next(caller.parameters()).dtype == torch.bfloat16
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": bf16}, "steps_per_print": 2**31}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **KEPT_WHOLE}, "bf16": {"enabled": bf16}, "steps_per_print": 2**31}
+    _fetch_together(caller)
     with _float_buffers_kept(caller):
         placed, *_ = load_deepspeed().initialize(model=caller, config=config)
     _keep_output_matrix(caller)
     return placed
+
+
+def _fetch_together(caller: Caller) -> None:
+    """Has stage 3 fetch all experts of a layer before any is called: every process takes part in every fetch, though its tokens go to others."""
+    for choices in choices_of(caller.model):
+        load_deepspeed().utils.set_z3_leaf_module(choices, True)
 
 
 @contextmanager
@@ -187,7 +204,7 @@ def _config(engine: str, plan: TrainPlan) -> dict:
     return {
         "train_micro_batch_size_per_gpu": 1,  # rows are shared out by the trainer, which marks the boundaries of accumulation itself
         "gradient_clipping": plan.clip_norm,
-        "zero_optimization": {"stage": int(engine[-1]), "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True},
+        "zero_optimization": {"stage": int(engine[-1]), **KEPT_WHOLE, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": plan.precision == "bf16"},

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from functools import partial
 
 from memory_budget.configs.dense import Decoder, heads_of, hidden_of, layers_of, model_of
-from memory_budget.configs.mixtures import Mixture, feed_forward_layers, prediction_notes
+from memory_budget.configs.mixtures import Mixture, feed_forward_layers
+from memory_budget.configs.prediction import prediction_notes
 from memory_budget.configs.values import Config, boolean, integer
 from memory_budget.model import Model
 from memory_budget.parts.latent import LatentAttention

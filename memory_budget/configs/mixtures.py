@@ -1,17 +1,17 @@
-"""Grouped-query attention before a mixture of experts: mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, glm4_moe.
+"""Grouped-query attention before a mixture of experts: mixtral, qwen2_moe, olmoe, gpt_oss, glm4_moe. Qwen3-MoE, which can be cut, is in blocks.py.
 
 Numbers and flags that config.json leaves out are those of transformers' (5.23) config class of the type. Buffers are not parameters there: the correction
 bias of GLM's and DeepSeek-V3's routers, a number an expert, is not counted.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from memory_budget.configs import windows
+from memory_budget.configs.blocks import sparse_blocks
 from memory_budget.configs.dense import Decoder, attention_layers, feed_forward_of, hidden_of, layers_of, model_of
+from memory_budget.configs.prediction import prediction_notes
 from memory_budget.configs.values import Config, boolean, integer
 from memory_budget.model import Model
 from memory_budget.parts.experts import Experts
@@ -77,26 +77,8 @@ def layers_with_experts(config: Config, num_layers: int, mixture: Mixture) -> li
     if isinstance(mixture.dense, int):
         first = integer(config, "first_k_dense_replace", default=mixture.dense)
         return [layer >= first for layer in range(num_layers)]
-    step = integer(config, "decoder_sparse_step", default=1, least=1)
-    dense = set(_list_of_layers(config, "mlp_only_layers"))
     has_any = config.get(number_key(config, mixture), mixture.number) != 0
-    return [has_any and layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers)]
-
-
-def _list_of_layers(config: Config, key: str) -> list[int]:
-    """Numbers of layers; none where the key is missing or null. Raises ValueError."""
-    layers: Any = config.get(key)
-    if layers is None:
-        return []
-    if not isinstance(layers, list) or not all(isinstance(one, int) and not isinstance(one, bool) for one in layers):
-        raise ValueError(f"{key} ({json.dumps(layers)[:80]}) must be a list of layers by number")
-    return layers
-
-
-def prediction_notes(config: Config) -> tuple[str, ...]:
-    """What is said of layers that predict tokens further ahead, where the config has some."""
-    number = next((config[key] for key in ("num_nextn_predict_layers", "num_mtp_layers") if config.get(key)), 0)
-    return (f"multi-token prediction layers ({json.dumps(number)[:20]}) are not counted, as in transformers",) if number else ()
+    return [has_any and one for one in sparse_blocks(config, num_layers)]
 
 
 def _read(decoder: Decoder, mixture: Mixture, config: Config) -> Model:
@@ -114,11 +96,6 @@ KINDS = {
                 window=4096, flagged=True, within=windows.every_other_of_the_first),
         Mixture(number_keys=("num_experts",), number=60, per_token=4, neurons=("moe_intermediate_size", 1408),
                 shared=("shared_expert_intermediate_size", 5632), shared_gate=True, dense="listed"),
-    ),
-    "qwen3_moe": (
-        Decoder(hidden=2048, layers=24, heads=32, key_value_heads=4, neurons=6144, vocab=151936, positions=32768, qk_norm="head", window=4096, flagged=True,
-                within=windows.everywhere),
-        Mixture(number_keys=("num_experts", "num_local_experts"), number=128, per_token=8, neurons=("moe_intermediate_size", 768), dense="listed"),
     ),
     "olmoe": (
         Decoder(hidden=2048, layers=16, heads=16, neurons=2048, vocab=50304, positions=4096, qk_norm="all"),

@@ -16,6 +16,12 @@ JOINED_ONCE = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_
 KNOWN = (*OWN_TABLES, *JOINED_ONCE, "nemotron_h")
 
 
+def prediction_notes(config: Config) -> tuple[str, ...]:
+    """What is said of layers that predict tokens further ahead, where the config has some."""
+    number = next((config[key] for key in KEYS if config.get(key)), 0)
+    return (f"multi-token prediction layers ({shown(number)[:20]}) are not counted, as in transformers",) if number else ()
+
+
 def prediction_model(config: Config, model: Model, *, shared_tables: bool) -> Model:
     """The prediction layers of a config, whose model is given, as a model.
 

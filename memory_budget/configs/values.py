@@ -12,7 +12,8 @@ def integer(config: Config, key: str, *, default: int, null: int | None = None, 
     if value is None and null is not None:
         return null
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**53:
-        raise ValueError(f"{key} ({json.dumps(value)[:80]}) must be a whole number of at least {least}")
+        most = ", and below 2**53" if isinstance(value, int) and value >= 2**53 else ""
+        raise ValueError(f"{key} ({json.dumps(value)[:80]}) must be a whole number of at least {least}{most}")
     return value
 
 

@@ -5,15 +5,17 @@ Mamba-2 and feed-forward layers go by blocks, it is less, and nothing is refused
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from memory_budget.architecture import WINDOWED, Architecture
-from memory_budget.parameters import count_total_parameters
-from minitron.checkpoints.forward_work import has_mask
+from memory_budget.parameters import count_total_parameters, expert_parameters, layer_parameters
+from minitron.checkpoints.forward_work import busiest_share, has_mask
 from minitron.machine.memory_plan import MemoryPlan
 from minitron.mamba import block_sizes
 from minitron.mamba.kernel_memory import ScanMemory
 
 FLOAT32 = 4
+KEPT_BYTES = 2**27  # of a streamed layer's experts, as stored: so many stay for the next tokens, which spares small models from reading anew
 ATTENTION = ("*", WINDOWED)
 
 
@@ -47,9 +49,30 @@ def layer_bytes(model: Architecture, width: int, rows: int, tokens: int, *, auto
         if letter in ATTENTION:
             one = _mixer_bytes(model, letter, width, rows, tokens, autocast=autocast, tapped=tapped) // model.num_key_value_heads
             kinds.append(FLOAT32 * model.hidden * rows * tokens + states + one)
-        else:
-            kinds.append(states + _mixer_bytes(model, letter, width, rows, block, autocast=autocast, tapped=tapped))
+        else:  # experts see the whole row
+            kinds.append(states + _mixer_bytes(model, letter, width, rows, tokens if letter == "E" else block, autocast=autocast, tapped=tapped))
     return 2 * states + max(kinds)
+
+
+def walked_bytes(model: Architecture, width: int, rows: int, tokens: int, all_rows: int, *, tapped: bool = False) -> int:
+    """`layer_bytes` of a walk through the layers (placement.run_layer), which gives so many rows at a time to each, but all at once to one with experts."""
+    kinds = [(letter, all_rows if letter == "E" else rows) for letter in set(model.pattern)]
+    return max(layer_bytes(replace(model, pattern=letter), width, at_once, tokens, tapped=tapped) for letter, at_once in kinds)
+
+
+def streamed_bytes(model: Architecture, width: int) -> int:
+    """Of a model that is read layer by layer the layer at work and the next, `width` bytes a number, at the most; of experts those that are kept, the one at
+    work and the next (checkpoints/streamed_experts.py)."""
+
+    def of_layer(letter: str) -> int:
+        layer = layer_parameters(model, letter).total * width
+        if letter != "E":
+            return 2 * layer
+        each = expert_parameters(model) * width
+        routed = each * model.moe_num_experts
+        return 2 * (layer - routed) + min(KEPT_BYTES, routed) + 2 * each
+
+    return max(map(of_layer, set(model.pattern)))
 
 
 def score_bytes(model: Architecture, letter: str, width: int, rows: int, tokens: int) -> int:
@@ -64,6 +87,8 @@ def _mixer_bytes(model: Architecture, letter: str, width: int, rows: int, tokens
     float32 [T, I] at once (two where the scan gives float32). Attention: queries, keys, values, their weighted sum, and what comes of it; a mask, as
     it is made, of a byte each, and as it is added, with keys and values for every query head.
     Feed-forward: up's output, its relu and the square, which autocast makes of a float32 copy. A tap: magnitudes of what it reads, and again in float32.
+    Experts: the router's float32 copy of what it reads and six numbers an expert; then the sum in float32, and of the busiest expert what it reads, its
+    neurons, its output and that weighted; then the shared expert beside the sum.
     """
     all_tokens = rows * tokens
     taps = 0 if not tapped else width if width == FLOAT32 else width + FLOAT32  # bytes of a number that is read
@@ -78,7 +103,14 @@ def _mixer_bytes(model: Architecture, letter: str, width: int, rows: int, tokens
         masks = all_tokens * ((width + 1) * tokens + 2 * queries * width) if has_mask(model, letter, tokens) else 0
         return all_tokens * 2 * (queries + keys) * width + max(all_tokens * max(model.hidden * width, queries * taps), scores, masks)
     if model.ffn_gated:  # gate, its activation and up, or the product in the first one's stead
-        return all_tokens * model.ffn * max(3 * width, width + taps)
-    squared = FLOAT32 if autocast and width < FLOAT32 else width
-    squares = 2 * width + squared + (squared if squared != width else 0)
-    return all_tokens * model.ffn * max(squares, width + taps)
+        of_neuron = max(3 * width, width + taps)
+    else:
+        squared = FLOAT32 if autocast and width < FLOAT32 else width
+        of_neuron = max(2 * width + squared + (squared if squared != width else 0), width + taps)
+    if letter == "-":
+        return all_tokens * model.ffn * of_neuron
+    reads = model.moe_latent or model.hidden
+    router = model.hidden * (FLOAT32 if width < FLOAT32 else 0) + 6 * FLOAT32 * model.moe_num_experts
+    busiest = FLOAT32 * reads + busiest_share(model) * (reads * (2 * width + FLOAT32) + model.moe_ffn * of_neuron)
+    shared = model.hidden * width + model.moe_shared_ffn * of_neuron
+    return int(all_tokens * (model.moe_latent * width + max(router, busiest, (FLOAT32 + width) * reads, shared)))

@@ -12,7 +12,7 @@ from torch import nn
 from distill.states import TENSORS_FILE
 from memory_budget.architecture import Architecture, describe_layers
 from memory_budget.hf_config import architecture_from_config, read_config
-from memory_budget.parameters import count_total_parameters
+from memory_budget.parameters import count_active_parameters, count_total_parameters
 from memory_budget.units import format_gib
 from minitron.checkpoints.files import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, copy_companions, same_bits
 from minitron.checkpoints.placement import StreamedModel
@@ -159,17 +159,26 @@ def model_card(title: str, *, lines: list[str], architecture: Architecture, base
     head += [f"{name}: {json.dumps(value)}" for name, value in metadata.items()]  # a JSON string is a YAML one
     parameters, of_blocks = count_total_parameters(architecture), architecture.sublayers_per_layer > 1
     sizes = [
-        ("parameters", f"{parameters:,}"),
-        ("weights in bf16", format_gib(2 * parameters)),
-        ("layers", describe_layers(architecture) if of_blocks else f"{architecture.num_layers} (`{architecture.pattern}`)"),
-        ("hidden", str(architecture.hidden)),
-        ("FFN", str(architecture.ffn)),
-        ("attention", f"{architecture.num_attention_heads} query heads, {architecture.num_key_value_heads} KV heads × {architecture.attention_head_dim}"),
-        ("Mamba-2", f"{architecture.mamba_num_heads} heads × {architecture.mamba_head_dim}, {architecture.mamba_num_groups} groups, "
-                    f"state {architecture.mamba_state_size}"),
-        ("vocabulary", f"{architecture.vocab:,}" + ("; embeddings and output head are one matrix (tied)" if architecture.tied_embeddings else "")),
+        ("", "parameters", f"{parameters:,}"),
+        ("E", "of them for one token", f"{count_active_parameters(architecture):,}"),
+        ("", "weights in bf16", format_gib(2 * parameters)),
+        ("", "layers", describe_layers(architecture) if of_blocks else f"{architecture.num_layers} (`{architecture.pattern}`)"),
+        ("", "hidden", str(architecture.hidden)),
+        ("-", "FFN", str(architecture.ffn)),
+        ("E", "experts", _described_experts(architecture)),
+        ("*", "attention", f"{architecture.num_attention_heads} query heads, {architecture.num_key_value_heads} KV heads × {architecture.attention_head_dim}"),
+        ("M", "Mamba-2", f"{architecture.mamba_num_heads} heads × {architecture.mamba_head_dim}, {architecture.mamba_num_groups} groups, "
+                         f"state {architecture.mamba_state_size}"),
+        ("", "vocabulary", f"{architecture.vocab:,}" + ("; embeddings and output head are one matrix (tied)" if architecture.tied_embeddings else "")),
     ]  # fmt: skip
-    absent = {name for name, letter in (("FFN", "-"), ("attention", "*"), ("Mamba-2", "M")) if letter not in architecture.mixers}
-    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in sizes if name not in absent)]
-    letters = [] if of_blocks else ["", "Pattern letters: M Mamba-2, `*` attention, - FFN."]
-    return "\n".join([*head, "---", "", f"# {title}", "", *lines, "", *table, *letters, ""])
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for letter, name, value in sizes if letter in architecture.mixers)]
+    letters = ", ".join(["M Mamba-2", "`*` attention", "- FFN", *["E experts"] * ("E" in architecture.pattern)])
+    return "\n".join([*head, "---", "", f"# {title}", "", *lines, "", *table, *([] if of_blocks else ["", f"Pattern letters: {letters}."]), ""])
+
+
+def _described_experts(architecture: Architecture) -> str:
+    groups, shared = architecture.moe_groups, architecture.moe_shared_ffn
+    said = [f"{architecture.moe_num_experts} of {architecture.moe_ffn} neurons in each of {architecture.num_layers_of('E')} layers",
+            f"{architecture.moe_experts_per_token} for a token"]  # fmt: skip
+    said += [f"in {groups} groups, {architecture.moe_groups_per_token} of them for a token"] * (groups > 1)
+    return ", ".join(said + [f"and a shared one of {shared}"] * (shared > 0))

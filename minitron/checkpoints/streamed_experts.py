@@ -8,11 +8,10 @@ from copy import deepcopy
 import torch
 
 from minitron.checkpoints.files import Checkpoint, PlannedWeights
+from minitron.checkpoints.forward_memory import KEPT_BYTES
 from minitron.checkpoints.stored_linear import load_to_compute
 from minitron.families.experts import Expert, Experts
 from minitron.families.table import expert_of
-
-KEPT_BYTES = 2**27  # of a layer's experts, as stored: so many stay for the next tokens, which spares small models from reading anew
 
 
 class StreamedExperts:
@@ -31,7 +30,7 @@ class StreamedExperts:
     def open(self, numbers: Sequence[int]) -> Iterator[tuple[int, Expert]]:
         """These experts in this order; memory of one that is not kept is the next one's."""
         missing = [number for number in numbers if number not in self._kept]
-        following = dict(zip(missing, [*missing[1:], None], strict=True))
+        following = dict(zip(missing, [*missing[1:], None], strict=False))
         with ThreadPoolExecutor(max_workers=1) as reader:
             begun = self._begin(reader, missing[0]) if missing else None
             for number in numbers:

@@ -77,7 +77,7 @@ class ModelParts:
     head: nn.Module
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # each is itself, and so a key of what is remembered of it
 class Family:
     """The duties of one family. `axis_sizes` gives the length of every axis named in the table.
 

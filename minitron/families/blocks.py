@@ -18,7 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from memory_budget.architecture import BLOCK, WINDOWED, Architecture
 from minitron.families.base import (
-    ATTENTION_HEAD, EXPERT, EXPERT_FFN, FFN, HIDDEN, KEY_VALUE_HEAD, POST_NORM, ROUTER, Family, ModelParts, Tap, TensorAxes,
+    ATTENTION_HEAD,
+    EXPERT,
+    EXPERT_FFN,
+    FFN,
+    HIDDEN,
+    KEY_VALUE_HEAD,
+    POST_NORM,
+    ROUTER,
+    Family,
+    ModelParts,
+    Tap,
+    TensorAxes,
 )  # fmt: skip
 from minitron.families.config_json import build, kept_config, load, transformers_config
 
@@ -55,9 +66,9 @@ TABLE = (
     TensorAxes("mixer.down_proj.bias", "-", (_HIDDEN,), only_if="ffn_bias"),
 )
 _EXPERTS, _NEURONS = ((EXPERT,),), ((EXPERT_FFN,),)
-# Of a family whose blocks have experts: a router without a bias, and gated experts.
+# Of a family whose blocks have experts: a router without a bias, and gated experts, which have none either, nor has an FFN beside them.
 EXPERTS_TABLE = (
-    *TABLE,
+    *(row for row in TABLE if row.only_if not in ("post_norms", "ffn_bias")),
     TensorAxes(ROUTER, "E", (_EXPERTS, _HIDDEN)),
     TensorAxes("mixer.experts.*.gate_proj.weight", "E", (_NEURONS, _HIDDEN)),
     TensorAxes("mixer.experts.*.up_proj.weight", "E", (_NEURONS, _HIDDEN)),
@@ -127,14 +138,14 @@ class Blocks:
 
     def parts(self, model: nn.Module) -> ModelParts:
         rotary = model.model.rotary_emb
-        sublayers = [half for block in model.model.layers for half in self._sublayers(block, lambda: rotary)]
+        sublayers = [self._sublayer(block, half, lambda: rotary) for block in model.model.layers for half in range(len(BLOCK))]
         return ModelParts(embed=model.model.embed_tokens, layers=sublayers, norm=model.model.norm, head=model.lm_head)
 
     def build_layer(self, config: dict, layer: int) -> nn.Module:
         """One sublayer alone, freshly initialised on the current default device."""
         block, half = divmod(layer, len(BLOCK))
         sizes = transformers_config(config)
-        return self._sublayers(self._class("DecoderLayer")(sizes, block), lambda: self._class("RotaryEmbedding")(sizes))[half]
+        return self._sublayer(self._class("DecoderLayer")(sizes, block), half, lambda: self._class("RotaryEmbedding")(sizes))
 
     def build_outside(self, config: dict, part: str) -> nn.Module:
         """The final norm ("norm") or the output projection ("head") alone."""
@@ -148,20 +159,23 @@ class Blocks:
     def _class(self, name: str) -> type:
         return getattr(importlib.import_module(f"transformers.models.{self.module}.modeling_{self.module}"), self.prefix + name)
 
-    def _sublayers(self, block: nn.Module, make_rotary: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
-        """A block's two sublayers, which share its modules; experts one by one (experts.py)."""
+    def _sublayer(self, block: nn.Module, half: int, make_rotary: Callable[[], nn.Module]) -> nn.Module:
+        """One of a block's two sublayers, which share its modules; experts one by one (experts.py)."""
         from minitron.families.experts import Experts, unstacked
         from minitron.families.halves import Attention, FeedForward
 
-        attention, ffn = ({ours: getattr(block, theirs) for ours, theirs in names.items()} for names in self.halves)
-        experts = getattr(ffn["mixer"], "experts", None)
+        parts = {ours: getattr(block, theirs) for ours, theirs in self.halves[half].items()}
+        if half == 0:
+            return Attention(**parts, make_rotary=make_rotary, by_type=self.rope_by_type)
+        experts = getattr(parts["mixer"], "experts", None)
         if experts is not None and not isinstance(experts, Experts):
-            ffn["mixer"].experts = unstacked(experts, gated=True)
-        return Attention(**attention, make_rotary=make_rotary, by_type=self.rope_by_type), FeedForward(**ffn)
+            parts["mixer"].experts = unstacked(experts, gated=True)
+        return FeedForward(**parts)
 
 
 def block_family(model_type: str, blocks: Blocks, *, config: Callable[[dict, Architecture], dict], dropped: Collection[str] = (),
-                 computing_too: Collection[str] = (), table: tuple[TensorAxes, ...] = TABLE, handed_over: Callable[[dict], dict] = with_both_spellings, **more: Any) -> Family:  # fmt: skip
+                 computing_too: Collection[str] = (), table: tuple[TensorAxes, ...] = TABLE,
+                 handed_over: Callable[[dict], dict] = with_both_spellings, **more: Any) -> Family:  # fmt: skip
     """A family of blocks. `config` gives, from the teacher's config.json and an architecture, what beside the sizes common to all the student's must
     hold, and `dropped` what it must not; `computing_too` the keys beside COMPUTING that a forward pass depends on; `more` are other fields of Family."""
     return Family(

@@ -16,7 +16,20 @@ from typing import TYPE_CHECKING, Any
 from memory_budget.architecture import Architecture
 from minitron.families import config_json
 from minitron.families.base import (
-    ATTENTION_HEAD, EXPERT, EXPERT_FFN, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD, ROUTER, SHARED_FFN, Family, ModelParts, Tap, TensorAxes,
+    ATTENTION_HEAD,
+    EXPERT,
+    EXPERT_FFN,
+    FFN,
+    HIDDEN,
+    KEY_VALUE_HEAD,
+    MAMBA_CHANNEL,
+    MAMBA_HEAD,
+    ROUTER,
+    SHARED_FFN,
+    Family,
+    ModelParts,
+    Tap,
+    TensorAxes,
 )  # fmt: skip
 from minitron.families.config_json import kept_config, transformers_config
 
@@ -88,6 +101,7 @@ OUTSIDE_NAMES = {"embed": "embeddings.", "norm": "norm_f.", "head": "lm_head."}
 LAYER_NORM_EPSILON = 1e-5  # of transformers' configuration class, where config.json has none
 # Names of what a student's config.json says by the published name: of the pattern, and those that transformers takes for sizes of Mamba-2.
 OTHER_SPELLINGS = ("layers_block_type", "layer_types", "mamba_n_groups", "mamba_d_conv", "mamba_conv_bias")
+ROUTING = {"norm_topk_prob": True, "routed_scaling_factor": 1.0}  # of transformers' configuration class; llama.cpp and mlx-lm have no defaults for them
 # A dense model that carries these is taken for a mixture of experts by other runtimes.
 MOE_KEYS = (
     "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "num_local_experts", "moe_intermediate_size", "moe_latent_size",
@@ -155,7 +169,7 @@ def hf_config(teacher_config: dict, architecture: Architecture) -> dict:
     if "attention_head_dim" in config:
         config["attention_head_dim"] = architecture.attention_head_dim
     if "E" in architecture.pattern:
-        return {key: value for key, value in config.items() if key != "num_local_experts"} | _expert_sizes(architecture)
+        return ROUTING | {key: value for key, value in config.items() if key != "num_local_experts"} | _expert_sizes(architecture)
     return {key: value for key, value in config.items() if key not in MOE_KEYS}
 
 
@@ -166,6 +180,7 @@ def _expert_sizes(architecture: Architecture) -> dict:
         "moe_intermediate_size": architecture.moe_ffn,
         "moe_shared_expert_intermediate_size": architecture.moe_shared_ffn,
         "moe_latent_size": architecture.moe_latent or None,
+        "n_shared_experts": 1,  # transformers makes one of that width, whatever is said here; others multiply the width by it
         "n_group": architecture.moe_groups,
         "topk_group": architecture.moe_groups_per_token,
     }

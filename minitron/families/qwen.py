@@ -2,7 +2,8 @@
 
 Qwen3 has Llama's blocks with a norm over every query's and key's channels before they are turned. It has one weight of head_dim for all heads, so heads are cut
 without it; head_dim is a number of its own and no axis. With experts, a router sends every token to some of them by a softmax over all, and their weights are
-made to add up to 1 where `norm_topk_prob` says so. Which blocks have an FFN in their place, config.json says by number; a window is there for all blocks or none.
+made to add up to 1 where `norm_topk_prob` says so. Which blocks have an FFN in their place, config.json says by number; a window is there for all blocks or
+none, and `layer_types`, which transformers would ignore and vLLM obey, is not written.
 
 transformers takes the kind of every layer from `layer_types`; older versions, and other programs, know only the number of the first layer with a window,
 `max_window_layers`. Both are written. Of layers whose windows come and go the number says the first one too: it must not be the number of layers, which vLLM
@@ -45,6 +46,7 @@ def _moe_config(teacher: dict, architecture: Architecture) -> dict:
 
 QWEN3 = block_family("qwen3", Blocks("qwen3", "Qwen3"), config=_config, computing_too=COMPUTING)
 QWEN3_MOE = block_family(
-    "qwen3_moe", Blocks("qwen3_moe", "Qwen3Moe"), config=_moe_config, dropped=("num_local_experts",), table=EXPERTS_TABLE,
-    computing_too=("sliding_window", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob"),
+    "qwen3_moe", Blocks("qwen3_moe", "Qwen3Moe"), config=_moe_config, dropped=("num_local_experts", "layer_types", "max_window_layers"), table=EXPERTS_TABLE,
+    computing_too=("sliding_window", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers",
+                   "norm_topk_prob"),  # num_local_experts: what transformers calls num_experts
 )  # fmt: skip

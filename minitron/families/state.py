@@ -26,7 +26,13 @@ def load_tensors(family: Family, model: nn.Module, tensors: Mapping[str, torch.T
     names = {family.canonical_name(name): name for name in model.state_dict() if name not in tied}
     if missing := set(names) ^ set(tensors):
         raise RuntimeError(f"tensors that a model of {family.model_type} and what is loaded into it do not share: {', '.join(sorted(missing))}")
-    model.load_state_dict({names[name]: tensor for name, tensor in tensors.items()}, assign=True, strict=False)
+    modules = dict(model.named_modules())
+    for name, tensor in tensors.items():  # load_state_dict looks at all of a module's names for each of its children: seconds for thousands of experts
+        place, _, last = names[name].rpartition(".")
+        empty = getattr(modules[place], last)
+        if empty.shape != tensor.shape:
+            raise RuntimeError(f"tensor {names[name]} is of shape {list(empty.shape)} in a model of {family.model_type}; loaded was {list(tensor.shape)}")
+        setattr(modules[place], last, nn.Parameter(tensor, requires_grad=empty.requires_grad) if isinstance(empty, nn.Parameter) else tensor)
     if tied:
         model.tie_weights()
     _make_buffers(model)
@@ -37,9 +43,12 @@ def _second_names(model: nn.Module) -> Iterable[str]:
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A model on the meta device with its parameters in a dtype, and by name the tables that no checkpoint stores, which keep their own."""
-    buffers = {}
+    """A model on the meta device with its parameters in a dtype, and by name the tables that no checkpoint stores. Buffers keep their own, stored ones too."""
+    buffers, stored = {}, {name: buffer.dtype for name, buffer in model.named_buffers()}
     model = model.to(dtype)
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(path, recurse=False):
+            setattr(module, name.rpartition(".")[2], buffer.to(stored[name]))
     for prefix, parent, name, module in _unstored(model):
         exact = _made_anew(module)
         buffers |= {f"{prefix}{buffer_name}": buffer for buffer_name, buffer in exact.named_buffers()}
@@ -55,11 +64,11 @@ def _make_buffers(model: nn.Module) -> None:
 
 
 def _unstored(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
-    """Prefix of names, parent, name and module of those with buffers on the meta device."""
+    """Prefix of names, parent, name and module of those with buffers on the meta device that are not stored."""
     return [
         (f"{path}.{name}." if path else f"{name}.", parent, name, module)
         for path, parent in model.named_modules() for name, module in parent.named_children()
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False))
+        if any(buffer.is_meta for buffer_name, buffer in module.named_buffers(recurse=False) if buffer_name in module._non_persistent_buffers_set)
     ]  # fmt: skip
 
 

@@ -1,14 +1,21 @@
 """Reading a family's table of tensors: a tensor's row, its shape, and a checkpoint held against both."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from math import prod
 
-from memory_budget.architecture import Architecture
+from memory_budget.architecture import WINDOWED, Architecture
 from minitron.families.base import Family, TensorAxes
 
-# Heads that foretell further tokens, and tables of rotary positions that older versions stored: transformers loads neither.
-LEFT_OUT = re.compile(r"(^|\.)mtp(\.|_)|rotary_emb\.inv_freq$")
+# What transformers does not load: layers that foretell further tokens, experts among them, which are of no use to a student as they are; and tables of rotary
+# positions that older versions stored. The first are made anew by Megatron-LM (NVIDIA/Megatron-LM #4785) or replaced by a draft model (docs.vllm.ai,
+# projects/speculators).
+FORETELLING = re.compile(r"(^|\.)mtp(\.|_)")
+LEFT_OUT = re.compile(rf"{FORETELLING.pattern}|rotary_emb\.inv_freq$")
+ANEW = ("they foretell the teacher's tokens, and none are trained here: for a student, Megatron-LM trains such layers alone (--mtp-num-layers, "
+        "--freeze-base-for-mtp), vLLM's speculators an EAGLE-3 draft in their place")  # fmt: skip
 BUFFER = re.compile(r"\.e_score_correction_bias$")  # stored, but no parameter
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
@@ -34,16 +41,26 @@ def row_of(family: Family, architecture: Architecture, name: str) -> TensorAxes:
     layer, suffix = split_layer(name)
     if layer is not None and layer >= architecture.num_sublayers:
         raise ValueError(f"tensor {name} belongs to layer {layer}; the pattern has {architecture.num_sublayers} layers")
-    kinds = ("",) if layer is None else (architecture.mixers[layer], "any")
-    if (expert := expert_of(suffix)) is not None and expert >= architecture.moe_num_experts:
-        raise ValueError(f"tensor {name} belongs to expert {expert}; config.json says {architecture.moe_num_experts} experts")
-    suffix = _EXPERT.sub("experts.*.", suffix)
-    rows = [row for row in family.table if row.suffix == suffix and row.kind in kinds]
-    if len(rows) > 1:  # that are there in one kind of model each
-        rows = [row for row in rows if _has(architecture, row)]
+    kind = "" if layer is None else architecture.pattern[layer]
+    if (expert := expert_of(suffix)) is not None:
+        if expert >= architecture.moe_num_experts:
+            raise ValueError(f"tensor {name} belongs to expert {expert}; config.json says {architecture.moe_num_experts} experts")
+        suffix = suffix.replace(f"experts.{expert}.", "experts.*.")
+    rows = _rows(family, architecture).get((kind, suffix), ())
     if len(rows) != 1:
         raise ValueError(f"tensor {name} is matched by {len(rows)} rows of the {family.model_type} axis table; it must be exactly 1")
     return rows[0]
+
+
+@lru_cache(32)  # a mixture of experts has thousands of tensors
+def _rows(family: Family, architecture: Architecture) -> Mapping[tuple[str, str], list[TensorAxes]]:
+    """Rows by the sublayer's letter and the suffix; of several, which are there in one kind of model each, those of this kind."""
+    found = defaultdict(list)
+    for row in family.table:
+        kinds = set(architecture.pattern) if row.kind == "any" else {"*", WINDOWED} if row.kind == "*" else {row.kind}
+        for kind in kinds:
+            found[kind, row.suffix].append(row)
+    return {place: rows if len(rows) == 1 else [row for row in rows if _has(architecture, row)] for place, rows in found.items()}
 
 
 def names_by_canonical(family: Family, architecture: Architecture, file_names: Iterable[str]) -> dict[str, str]:
@@ -59,6 +76,8 @@ def left_out(family: Family, architecture: Architecture, file_names: Iterable[st
     names = [name for name in file_names if _is_left_out(architecture, family.canonical_name(name))]
     unread = [name for name in names if LEFT_OUT.search(name)]
     notes = [f"tensors that transformers does not load are left out: {len(unread):,}, {unread[0]} the first"] if unread else []
+    if any(FORETELLING.search(name) for name in unread):
+        notes[0] += f"; {ANEW}"
     beyond = sorted({layer_of(family.canonical_name(name)) for name in names if not LEFT_OUT.search(name)})
     if beyond:
         each, stored = architecture.sublayers_per_layer, (beyond[-1] + 1) // architecture.sublayers_per_layer
@@ -77,9 +96,15 @@ def layer_of(name: str) -> int:
     return int(match[1]) if match else -1
 
 
+@lru_cache(256)
 def expected_shape(family: Family, architecture: Architecture, row: TensorAxes) -> tuple[int, ...]:
     sizes = family.axis_sizes(architecture)
     return tuple(sum(prod(sizes[axis] for axis in segment) for segment in dimension) for dimension in row.dimensions)
+
+
+def has_router_bias(family: Family, architecture: Architecture) -> bool:
+    """Whether experts are chosen by scores with a bias that no gradient trains."""
+    return any(row.buffer and row.kind in architecture.mixers for row in family.table if row.kind)
 
 
 def check_tensors(family: Family, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -3,7 +3,7 @@
 Nothing of those programs is imported; a folder's config.json, its tensors' names and its files are looked at.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -119,11 +119,12 @@ def head_there(program: str, otherwise: str) -> Rule:
                 lambda folder: f"{'there' if 'lm_head.weight' in folder.tensors else 'absent'}, {'tied' if is_tied(folder) else 'not tied'}")  # fmt: skip
 
 
-def row_rules(*names: str) -> tuple[Rule, ...]:
-    """Advice on lengths of rows, sizes of config.json or products of two: what those who pack the weights into fewer bits can do with them."""
+def row_rules(*names: str, unused: Callable[[Folder], Collection[str]] = lambda _: ()) -> tuple[Rule, ...]:
+    """Advice on lengths of rows, sizes of config.json or products of two: what those who pack the weights into fewer bits can do with them. `unused` gives
+    those of no matrix of a folder's model."""
 
     def odd(folder: Folder, multiple: int) -> str:
-        lengths = {name: prod(folder.size(key) for key in name.split(" × ")) for name in names}
+        lengths = {name: prod(folder.size(key) for key in name.split(" × ")) for name in names if name not in unused(folder)}
         return ", ".join(f"{name} {length:,}" for name, length in lengths.items() if length % multiple)
 
     return (

@@ -1,4 +1,5 @@
 """What other programs ask of a folder of transformer blocks: Llama, Mistral, Qwen2 and Qwen3; what all such folders share, Gemma 3 has too (rules_gemma3.py).
+What they ask of experts is in rules_experts.py.
 
 Read in their sources: transformers 5.23 (models/llama, mistral, qwen2, qwen3: configuration_*.py and modeling_*.py; modeling_rope_utils.py) and 4.50 to 4.57;
 vLLM 0.32.0 (models/llama.py, mistral.py, qwen2.py, qwen3.py; engine/arg_utils.py; layers/attention/attention.py; layers/rotary_embedding/__init__.py;
@@ -28,6 +29,7 @@ from minitron.hand_over.compatibility import (
     says,
     tokenizer_there,
 )
+from minitron.hand_over.rules_experts import OF_QWEN3_MOE, dense_layers
 
 VLLM_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 QWEN_ROPES = ("default", "linear", "yarn")
@@ -96,7 +98,7 @@ def _numbered_windows(folder: Folder) -> bool:
     return not any(windowed) or windowed == [layer >= folder.size("max_window_layers") for layer in range(len(windowed))]
 
 
-def block_rules(model_type: str, of_class: str, head_dim_else: str) -> tuple[Rule, ...]:
+def block_rules(model_type: str, of_class: str, head_dim_else: str, row_advice: tuple[Rule, ...] = row_rules(*ROWS)) -> tuple[Rule, ...]:
     """What is asked of every folder of blocks."""
     return (
         Rule(TRANSFORMERS, "model_type", f"must be {model_type}", says("model_type", model_type)),
@@ -118,15 +120,15 @@ def block_rules(model_type: str, of_class: str, head_dim_else: str) -> tuple[Rul
         head_there(LLAMA_CPP, "the embeddings are taken in its place"),
         named(LLAMA_CPP, "model.", "lm_head."),
         known_tokenizer(lambda folder: False if folder.own_tokenizer else True if "tokenizer.model" in folder.files else None),
-        *row_rules(*ROWS),
+        *row_advice,
         no_code(TRANSFORMERS),
     )
 
 
-def _llama_kind(model_type: str, of_class: str, head_dim_else: str, llama_cpp_ropes: tuple[str, ...]) -> tuple[Rule, ...]:
+def _llama_kind(model_type: str, of_class: str, head_dim_else: str, llama_cpp_ropes: tuple[str, ...], *row_advice: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """And of those whose FFN is gated by silu and whose layers all turn positions alike."""
     return (
-        *block_rules(model_type, of_class, head_dim_else),
+        *block_rules(model_type, of_class, head_dim_else, *row_advice),
         Rule(TRANSFORMERS, "rope_theta", "must be at the top level too, and rope_scaling where positions are scaled: versions before 5 read nothing else",
              _both_spellings, _rope_text),
         Rule(VLLM, "hidden_act", "must be silu: it knows no other", says("hidden_act", "silu", None)),
@@ -183,4 +185,9 @@ QWEN3_RULES = (
     *_QWEN_WINDOWS,
     Rule(VLLM, "attention_bias", "must be false: its output projection has no bias", says("attention_bias", False, None)),
     Rule(LLAMA_CPP, "attention_bias", "must be false: its output projection has no bias", says("attention_bias", False, None)),
+)
+_MOE_ROWS = row_rules(*ROWS, "moe_intermediate_size", unused=lambda folder: () if dense_layers(folder) else ("intermediate_size",))
+QWEN3_MOE_RULES = (
+    *_llama_kind("qwen3_moe", "Qwen3MoeForCausalLM", "hidden_size / num_attention_heads", QWEN_ROPES, _MOE_ROWS),
+    *OF_QWEN3_MOE,
 )

@@ -1,4 +1,4 @@
-"""What other programs ask of a NemotronH folder.
+"""What other programs ask of a NemotronH folder; of its experts, see rules_experts.py.
 
 Read in their sources: transformers 5.23; vLLM 0.32.0 (models/nemotron_h.py, mamba/mamba_mixer2.py, mamba/ops/ssd_combined.py, attention/backends/
 flash_attn.py); llama.cpp's convert_hf_to_gguf.py of 2026 (NemotronHForCausalLM and its parents) with the tensors its loader creates; mlx-lm of 2026
@@ -6,7 +6,7 @@ flash_attn.py); llama.cpp's convert_hf_to_gguf.py of 2026 (NemotronHForCausalLM 
 class beside NVIDIA's published weights does with layers_block_type: huggingface/transformers #45300, ml-explore/mlx-lm #1857, NVIDIA/TensorRT-LLM #19168.
 """
 
-from memory_budget.hf_config import BLOCK_TYPE_LETTERS
+from memory_budget.configs.mamba import BLOCK_TYPE_LETTERS
 from minitron.hand_over.compatibility import (
     LLAMA_CPP,
     MLX_LM,
@@ -27,6 +27,7 @@ from minitron.hand_over.compatibility import (
     says,
     tokenizer_there,
 )
+from minitron.hand_over.rules_experts import nemotron_h_rules
 from minitron.hand_over.rules_mamba2 import inner_size, mixer_rules
 
 CLASS = "NemotronHForCausalLM"
@@ -45,7 +46,7 @@ def _inner(folder: Folder) -> int:
 
 def _is_plain_pattern(folder: Folder) -> bool:
     text = folder.config.get("hybrid_override_pattern")
-    return isinstance(text, str) and set(text) <= set("M*-") and 0 < len(text) == folder.size("num_hidden_layers")
+    return isinstance(text, str) and set(text) <= set("M*-E") and 0 < len(text) == folder.size("num_hidden_layers")
 
 
 def _is_known_pattern(folder: Folder) -> bool:
@@ -57,10 +58,16 @@ def _has_older_names(folder: Folder) -> bool:
     return bool(names) and set(names) <= {"mamba", "attention", "mlp", "moe"}
 
 
+def _rows_of_no_layer(folder: Folder) -> list[str]:
+    return [name for name, letter in ROWS_OF.items() if letter not in pattern_of(folder)]
+
+
 def _absent_keys(folder: Folder) -> str:
     return ", ".join(key for key in MLX_LM_KEYS if key not in folder.config)
 
 
+# Sizes that are rows of matrices, by the letter of the layers that have them.
+ROWS_OF = {"intermediate_size": "-", "moe_intermediate_size": "E", "moe_shared_expert_intermediate_size": "E"}
 # mlx-lm's arguments without a default.
 MLX_LM_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings", "num_attention_heads", "num_key_value_heads",
@@ -84,10 +91,8 @@ RULES = (
     named(VLLM, "backbone.", "lm_head."),
     tokenizer_there("tokenizer.json"),
     has_class(LLAMA_CPP, CLASS),
-    Rule(LLAMA_CPP, "hybrid_override_pattern", "must be a string of M, * and -, num_hidden_layers long: it does not know transformers' names of layers",
+    Rule(LLAMA_CPP, "hybrid_override_pattern", "must be a string of M, *, - and E, num_hidden_layers long: it does not know all of transformers' names",
          _is_plain_pattern),
-    Rule(LLAMA_CPP, "num_experts_per_tok", "must be absent: a model with it is taken for a mixture of experts",
-         lambda folder: "num_experts_per_tok" not in folder.config),
     Rule(LLAMA_CPP, "rms_norm_eps", "must be there, equal to layer_norm_epsilon: the loader asks for it, and the other is not converted to it",
          lambda folder: folder.config.get("rms_norm_eps", folder.config.get("norm_eps")) == folder.config.get("layer_norm_epsilon", 1e-5)),
     Rule(LLAMA_CPP, "head_dim", "must be given", given("head_dim", "attention_head_dim")),
@@ -103,12 +108,12 @@ RULES = (
          lambda folder: folder.size("vocab_size") % 8 == 0),
     named(LLAMA_CPP, "backbone.", "lm_head."),
     known_tokenizer(lambda folder: False if folder.own_tokenizer else None),
-    *row_rules("hidden_size", "intermediate_size", "num_attention_heads × head_dim", "mamba_num_heads × mamba_head_dim"),
+    *row_rules("hidden_size", *ROWS_OF, "num_attention_heads × head_dim", "mamba_num_heads × mamba_head_dim", unused=_rows_of_no_layer),
     no_code(TRANSFORMERS),
     Rule(REMOTE_CODE, "layers_block_type", "must be absent: there it is a property that cannot be set",
          lambda folder: not {"layers_block_type", "layer_types"} & set(folder.config),
          lambda folder: ", ".join(sorted({"layers_block_type", "layer_types"} & set(folder.config))) or "absent"),
-    Rule(REMOTE_CODE, "hybrid_override_pattern", "must be a string of M, * and -, num_hidden_layers long", _is_plain_pattern),
+    Rule(REMOTE_CODE, "hybrid_override_pattern", "must be a string of M, *, - and E, num_hidden_layers long", _is_plain_pattern),
     Rule(MLX_LM, "hybrid_override_pattern", "must be given: of the newer names of layers it knows mlp alone",
          lambda folder: bool(folder.config.get("hybrid_override_pattern") or _has_older_names(folder))),
     Rule(MLX_LM, "sizes and biases", "must all be given: it has no defaults for them", lambda folder: not _absent_keys(folder),
@@ -122,4 +127,5 @@ RULES = (
     Rule(TENSORRT_LLM, "num_hidden_layers", "must be the pattern's length", lambda folder: folder.size("num_hidden_layers") == len(pattern_of(folder))),
     Rule(TENSORRT_LLM, "mlp_bias", "must be false: its FFN has no biases", says("mlp_bias", False, None)),
     Rule(TENSORRT_LLM, "mlp_hidden_act", "must be relu2: it always computes that", says("mlp_hidden_act", "relu2", None)),
+    *nemotron_h_rules(pattern_of),
 )  # fmt: skip

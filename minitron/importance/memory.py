@@ -6,9 +6,9 @@ Weights and states of the residual stream are exact counts; what a layer makes o
 from dataclasses import dataclass
 
 from memory_budget.architecture import Architecture
-from memory_budget.parameters import count_parameters, count_total_parameters, layer_parameters
+from memory_budget.parameters import count_parameters, count_total_parameters
 from memory_budget.units import GIB
-from minitron.checkpoints.forward_memory import layer_bytes
+from minitron.checkpoints.forward_memory import streamed_bytes, walked_bytes
 from minitron.machine.memory_plan import MemoryPlan
 from minitron.settings.run import Criterion, Placement, ScoringSettings
 
@@ -38,9 +38,9 @@ class ScoringNeeds:
 
         "ids" are those of the rows, as they come and as the model takes them, and every token's length in the walk for width.
         """
-        tokens = self._width_tokens(scoring)
+        tokens = self.width_tokens(scoring)
         width = {"weights": self._layer_weights(scoring), "ids": tokens * (2 * INT64 + FLOAT32), "states": tokens * self._per_token,
-                 "a layer's own": self._own(scoring.batch, tapped=True)}  # fmt: skip
+                 "a layer's own": self._own(scoring.batch, tokens // self.row_tokens, tapped=True)}  # fmt: skip
         if scoring.criterion is Criterion.block_influence:
             return {"width": width}
         branches = self.architecture.num_layers
@@ -49,7 +49,7 @@ class ScoringNeeds:
                 "kept for the next round": int(scoring.reuse_gib * GIB)}  # fmt: skip
         # Of one token of a block: the intact state, one for every layer that may go, and, until the layers end, the copy that they begin from.
         sweep = {"weights": self._layer_weights(scoring), **kept, "branches": (2 + branches) * block_tokens * self._per_token,
-                 "a layer's own": self._own(max(1, scoring.branch_tokens // self.row_tokens))}  # fmt: skip
+                 "a layer's own": self._own(max(1, scoring.branch_tokens // self.row_tokens), block_tokens // self.row_tokens)}  # fmt: skip
         logits = {"weights": self._head_weights(scoring), **kept, "branches": (1 + branches) * block_tokens * self._per_token, "logits": self._logits(scoring)}
         return {"width": width, "sweep": sweep, "logits": logits}
 
@@ -69,13 +69,13 @@ class ScoringNeeds:
         """Rows of this process."""
         return -(-samples // self.processes)
 
-    def _width_tokens(self, scoring: ScoringSettings) -> int:
+    def width_tokens(self, scoring: ScoringSettings) -> int:
         """Tokens of a block of the width walk, whole rows."""
         return min(max(1, scoring.block_tokens // self.row_tokens), self._share(scoring.samples)) * self.row_tokens
 
-    def _own(self, rows: int, *, tapped: bool = False) -> int:
+    def _own(self, rows: int, all_rows: int, *, tapped: bool = False) -> int:
         """What a layer makes on its way beside its input, which is one of the states."""
-        made = layer_bytes(self.architecture, self.bytes_per_number, rows, self.row_tokens, tapped=tapped)
+        made = walked_bytes(self.architecture, self.bytes_per_number, rows, self.row_tokens, max(rows, all_rows), tapped=tapped)
         return made - rows * self.row_tokens * self._per_token
 
     def _logits(self, scoring: ScoringSettings) -> int:
@@ -87,8 +87,7 @@ class ScoringNeeds:
         """All weights, or of those that are streamed the layer at work and the one that is read."""
         if scoring.placement is Placement.device:
             return self.bytes_per_number * count_total_parameters(self.architecture)
-        layers = [layer_parameters(self.architecture, letter).total for letter in set(self.architecture.pattern)]
-        return self.bytes_per_number * 2 * max(layers)
+        return streamed_bytes(self.architecture, self.bytes_per_number)
 
     def _head_weights(self, scoring: ScoringSettings) -> int:
         if scoring.placement is Placement.device:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from minitron.settings.derived import KIND_LETTERS, floors
+from minitron.settings.derived import by_kind
 from minitron.settings.run import Settings
 from nas.depth import with_sight
 
@@ -22,8 +22,9 @@ class LayerRules:
 
 def layer_rules(settings: Settings, kinds: Kinds) -> LayerRules:
     """What may go when layers of these kinds are removed."""
-    ceilings = {KIND_LETTERS[kind]: number for kind, number in settings.scoring.ceilings.items() if number is not None}
-    return LayerRules(with_sight(kinds, floors(settings)), ceilings, tuple(settings.scoring.protect))
+    least, most = (by_kind({kind: number for kind, number in numbers.items() if number is not None}, kinds)
+                   for numbers in (settings.search.floors, settings.scoring.ceilings))  # fmt: skip
+    return LayerRules(with_sight(kinds, least), most, tuple(settings.scoring.protect))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,9 @@ from memory_budget.hf_config import read_config
 from memory_budget.units import GIB
 from minitron.checkpoints.files import stored_bytes
 from minitron.checkpoints.placement import PlacedModel, StreamedModel, WholeModel
+from minitron.families.base import EXPERT, EXPERT_FFN
 from minitron.families.known import family_of
+from minitron.importance import experts
 from minitron.importance.activations import measure_width
 from minitron.importance.layers import Block, RoundSums, SweepLimits, measure_round
 from minitron.importance.memory import ScoringNeeds
@@ -30,7 +32,7 @@ LAYERS_FILE = "layers.json"
 
 
 def score_model(context: StageContext) -> dict:
-    """Writes scores.safetensors (sums per site) and layers.json (order of removal with every round's scores)."""
+    """Writes scores.safetensors (sums per site), layers.json (order of removal with every round's scores) and, of a model with experts, ranking.jsonl."""
     settings = context.settings
     needs = _checked_needs(context)
     model = _placed(context)
@@ -43,22 +45,43 @@ def score_model(context: StageContext) -> dict:
     how_made = {"criterion": settings.scoring.criterion.name, "normalised": settings.scoring.normalised, "width_tokens": width.num_tokens,
                 "width_samples": width.num_samples, "data": context.inputs["data"].key, "model": context.inputs[base_stage(settings)].identity}  # fmt: skip
     layers = {"pattern": model.architecture.pattern, "removal_order": order, "rounds": [removal.to_json() for removal in removals]}
+    layers |= {"block_influence": influence, "width_curves": _width_curves(width), "how_made": how_made}
+    of_experts = experts.expert_scores(width, model.architecture)
     if rank() == 0:
         width.save(context.folder / SCORES_FILE)
-        write_json(context.folder / LAYERS_FILE, {**layers, "block_influence": influence, "width_curves": _width_curves(width), "how_made": how_made})
+        write_json(context.folder / LAYERS_FILE, layers | ({"experts": of_experts} if of_experts else {}))
+    reached = {"experts": _reached(context, of_experts, width)} if of_experts else {}
     first = f"; by {settings.scoring.criterion.name} layers go in the order {' '.join(map(str, order))}" if order else ""
-    headline = f"{len(width.sums)} sites scored from {width.num_tokens:,} tokens{first}"
-    return {"headline": headline, "removal_order": order, "removal_scores": [r.score for r in removals], "tokens": width.num_tokens}
+    described = "".join(f"; {experts.describe_reach(one)}" for one in reached.values())
+    headline = f"{len(width.sums)} sites scored from {width.num_tokens:,} tokens{described}{first}"
+    return {"headline": headline, "removal_order": order, "removal_scores": [r.score for r in removals], "tokens": width.num_tokens, **reached}
+
+
+def _reached(context: StageContext, of_experts: Mapping[int, Mapping[str, list[float]]], width: WidthSums) -> dict[str, int]:
+    """Writes the experts' ranking, and says where too few tokens reached one."""
+    reached = experts.reach(of_experts, context.settings.scoring.least_expert_tokens)
+    if rank() == 0:
+        experts.write_ranking(context.folder / experts.RANKING_FILE, of_experts)
+    if note := experts.few_tokens_note(reached, context.settings.scoring, width.num_samples):
+        context.console.say(f"    score  {note}")
+    return reached
 
 
 def _width_curves(width: WidthSums) -> dict[str, dict[str, list[float]]]:
-    """Per axis and layer the sorted scores as shares of the highest, at 21 evenly spread ranks: how much there is to cut."""
+    """Per axis and layer the sorted scores as shares of the highest, at 21 evenly spread ranks: how much there is to cut. Of experts' neurons the mean over
+    the experts that tokens reached, each of which ranks its own."""
     curves: dict[str, dict[str, list[float]]] = {}
     scores = aggregate(width)
     for (axis, layer), values in sorted(scores.sites.items()):
-        units = np.linalg.norm(values, axis=1) if values.ndim == 2 else values
-        ranked = np.sort(units)[::-1][np.linspace(0, len(units) - 1, 21).round().astype(int)]
-        curves.setdefault(axis, {})[str(layer)] = (ranked / max(ranked[0], np.finfo(float).tiny)).round(4).tolist()
+        if axis == EXPERT_FFN:
+            units = values[values.max(1) > 0]
+        elif axis == EXPERT:
+            units = scores.experts(layer)[None]
+        else:
+            units = (np.linalg.norm(values, axis=1) if values.ndim == 2 else values)[None]
+        ranked = np.sort(units)[:, ::-1][:, np.linspace(0, units.shape[1] - 1, 21).round().astype(int)]
+        shares = (ranked / np.maximum(ranked[:, :1], np.finfo(float).tiny)).mean(0) if len(units) else np.zeros(21)
+        curves.setdefault(axis, {})[str(layer)] = shares.round(4).tolist()
     return curves
 
 

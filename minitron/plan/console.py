@@ -75,7 +75,9 @@ def _cut_line(plan: Plan) -> str:
     cut = ", ".join(ranges) or "nothing is cut"
     verdict = "fits" if plan.student_fits else "does not fit"
     about = "" if plan.fixed else "about "
-    return (f"{cut}: {_count(plan.teacher_parameters)} → {about}{_count(plan.student_parameters)} parameters, {format_gib(plan.student_bytes)}, which "
+    has_experts = plan.teacher_active != plan.teacher_parameters
+    active = f" ({_count(plan.teacher_active)} → {_count(plan.student_active)} active per token)" if has_experts else ""
+    return (f"{cut}: {_count(plan.teacher_parameters)} → {about}{_count(plan.student_parameters)} parameters{active}, {format_gib(plan.student_bytes)}, which "
             f"{verdict} {format_gib(plan.budget_bytes)}{'' if plan.budget_name.endswith(' GiB') else f' of {plan.budget_name}'}")  # fmt: skip
 
 

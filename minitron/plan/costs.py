@@ -98,7 +98,7 @@ def _scoring_bytes(view: LapView, needs: ScoringNeeds, block_tokens: int) -> int
     """On a processor: what the stage's own plan says, but for the layer at work, and for states kept from round to round no more than there can be."""
     scoring, base = view.settings.scoring, view.base
     kept = base.num_layers * (1 + base.num_layers) * scoring.layer_samples * view.length * base.hidden * view.width // 2
-    own = view.layer_bytes(base, max(scoring.batch * view.length, min(scoring.branch_tokens, block_tokens)))
+    own = view.layer_bytes(base, max(scoring.batch * view.length, min(scoring.branch_tokens, block_tokens)), needs.width_tokens(scoring))
 
     def moment(parts: Mapping[str, int]) -> int:
         capped = {name: min(size, kept) if name == "kept for the next round" else size for name, size in parts.items() if name != "a layer's own"}
@@ -216,7 +216,7 @@ def _trained(view: LapView, student: Architecture, teacher: Architecture | None,
     trains = [need.with_checkpointing(train, view.available) for need, train in needs]
     held = max(need.of(train).total for (need, _), train in zip(needs, trains, strict=True))
     work = sum((training_work(student, teacher, train, length) for train, (_, length) in zip(trains, phases, strict=True)), more)
-    state = max(state_bytes(student, train.optimizer) for train in trains)
+    state = max(state_bytes(student, train) for train in trains)
     kept = view.weights(student)
     return Cost(work=work + Work(written=2 * state, serial=0.5), shared=True, held=view.process_bytes + held, kept=kept,
                 scratch=(max(train.keep_states for train in trains) + 1) * state, tokens=sum(train.tokens for train in trains))  # fmt: skip

@@ -10,7 +10,7 @@ from memory_budget.architecture import Architecture
 from memory_budget.budget import PRESETS
 from memory_budget.calculator import memory_report
 from memory_budget.hf_config import read_config
-from memory_budget.parameters import count_total_parameters
+from memory_budget.parameters import count_active_parameters, count_total_parameters
 from memory_budget.units import GIB
 from minitron.machine.memory import process_share_bytes
 from minitron.machine.pace import Pace, device_pace, gpu_names, pace_here
@@ -71,7 +71,7 @@ class Plan:
     """What a run will do and take; where it `cuts` nothing, no budget is looked at.
 
     `ranges`: of every axis that is cut, by its name, the smallest and largest option and the teacher's size; `follow` names those of them whose sizes follow
-    from others. `uncut_bytes`: what the whole teacher takes under
+    from others. `…_active`: parameters that one token passes through. `uncut_bytes`: what the whole teacher takes under
     the workload by its weights' format. `spare_bytes`: of the budget, beside the uncut teacher; negative where it does not fit. `available_bytes` is memory
     for a process.
     """
@@ -85,7 +85,9 @@ class Plan:
     teacher_bytes: int
     uncut_bytes: Mapping[str, int]
     teacher_parameters: int
+    teacher_active: int
     student_parameters: int
+    student_active: int
     smallest_parameters: int
     student_bytes: int
     ranges: Mapping[str, tuple[int, int, int]]
@@ -172,7 +174,9 @@ def plan_of(settings: Settings, done: Done = frozenset()) -> Plan:
         teacher_bytes=memory_report(teacher, workload).total,
         uncut_bytes={dtype: memory_report(teacher, replace(workload, weights_dtype=dtype)).total for dtype in WEIGHTS_DTYPES},
         teacher_parameters=count_total_parameters(teacher),
+        teacher_active=count_active_parameters(teacher),
         student_parameters=count_total_parameters(last.student),
+        student_active=count_active_parameters(last.student),
         smallest_parameters=count_total_parameters(smallest),
         student_bytes=memory_report(last.student, workload).total,
         ranges=_ranges(views, teacher),

@@ -139,9 +139,9 @@ def _certain_scratch(name: str, view: LapView, cost: Cost) -> int:
     """Of what a stage has on disk besides: one saved state, which every training writes at its end."""
     settings = view.settings
     if name == "screen":
-        return state_bytes(view.student, settings.screen.train.optimizer)
+        return state_bytes(view.student, settings.screen.train)
     if name in ("distill", "distill_slice", "distill_whole"):
-        return state_bytes(view.student, settings.distill.train.optimizer)
+        return state_bytes(view.student, settings.distill.train)
     return 0
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from memory_budget.architecture import Architecture
 from memory_budget.calculator import memory_report
-from minitron.search.space import fixed_student, space_of
+from minitron.search.space import fixed_student, parameter_limits, space_of
 from minitron.settings.derived import budget_of, couplings_of, fixed_sizes, floors, workload_of
 from minitron.settings.run import Settings
 from nas.axes import AXES, WIDTHS
@@ -43,8 +43,9 @@ def students_of(settings: Settings, base: Architecture) -> Students:
     points = [point for point in points if all(0 < getattr(point, field) <= getattr(base, field) for field in space.follows)] or [base]
     smallest = points[-1]
     points = [point for point in points if all(coupling.holds(point, base) for coupling in space.couplings)] or [smallest]
-    limit, workload = budget_of(settings).bytes, workload_of(settings)
-    fitting = [point for point in points if memory_report(replace(point, **later), workload).total <= limit]
+    limit, workload, counts = budget_of(settings).bytes, workload_of(settings), parameter_limits(settings)
+    fitting = [point for point in points if memory_report(replace(point, **later), workload).total <= limit
+               and all(count(point) <= most for most, count in counts.values())]  # fmt: skip
     sizes = {"num_layers": space.num_layers, **{field: tuple(filter(None, options)) for field, options in space.sizes(base).items()}}
     ranges = {axis.name: (min(options), max(options)) for axis in AXES.values() if (options := sizes[axis.field])}
     return Students((fitting or points[-1:])[0], smallest, space.num_layers, ranges, space.size, _names(space.follows))
@@ -74,4 +75,4 @@ def _at(settings: Settings, base: Architecture, space: SearchSpace, share: float
 def _of_depth(settings: Settings, model: Architecture, depth: int) -> Architecture:
     """The model with so many layers. Which ones go nobody knows yet: those in the middle, from where most go."""
     middle = sorted(range(model.num_layers), key=lambda layer: abs(layer - model.num_layers / 2))
-    return replace(model, pattern=spelled(model, kept_layers(model.layer_kinds, middle, depth, floors(settings))))
+    return replace(model, pattern=spelled(model, kept_layers(model.layer_kinds, middle, depth, floors(settings, model))))

@@ -6,7 +6,7 @@ from distill.engines.launch import Launch
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.forward_memory import forward_memory
-from minitron.checkpoints.forward_work import forward_work, head_work, layer_numbers
+from minitron.checkpoints.forward_work import forward_work, head_work, passing_numbers
 from minitron.machine.pace import Work
 from minitron.plan.students import Students
 from minitron.settings.run import Settings
@@ -58,10 +58,10 @@ class LapView:
         weights = sum(self.weights(model, width) for model, width in models)
         return self.process_bytes + weights + max(self.layer_bytes(model, tokens) + 4 * FLOAT32 * logits_tokens * model.vocab for model, _ in models)
 
-    def layer_bytes(self, model: Architecture, tokens: int) -> int:
-        """Of states and the layer at work, on a processor."""
-        own = max(layer_numbers(model, letter, self.length, by_blocks=True) for letter in set(model.pattern))
-        return FLOAT32 * tokens * (2 * model.hidden + own)
+    def layer_bytes(self, model: Architecture, tokens: int, all_tokens: int = 0) -> int:
+        """Of states and the layer at work, on a processor; a walk through the layers gives one with experts `all_tokens` at once."""
+        at_once = [(letter, max(tokens, all_tokens) if letter == "E" else tokens) for letter in set(model.pattern)]
+        return int(FLOAT32 * max(number * (2 * model.hidden + passing_numbers(model, letter, self.length)) for letter, number in at_once))
 
     def held_out(self, model: Architecture, rows: int) -> Work:
         """Loss of a model on so many held-out rows."""

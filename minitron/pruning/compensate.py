@@ -10,35 +10,37 @@ y of the student, which should be Q_Kᵀx. Three parts, each of which can be lef
   it is the root mean square of the base's weights w, so that readers are as large as they were: an optimiser's step that knows no size, as Adam's, would
   soon forget a matrix made small.
 - A head that is the table of embeddings cannot take w and R in. There the last norm keeps a weight for every direction, fitted so that the
-  logits are closest (tied_head.py).
+  logits are closest (refits/tied_head.py).
 - Writing. The layer's last matrix is solved anew, from the student's own activations before it to what is missing in y to be
   Q_Kᵀx after the layer, and after those removed behind it. So it answers for cut neurons and heads, for removed layers and for what
-  the layers before left wrong. Where a norm stands behind the writer nothing is rotated, and the two are fitted together (refit.fit_behind_norm).
+  the layers before left wrong. Where a norm stands behind the writer nothing is rotated, and the two are fitted together (refits/least_squares.py).
 
 Both refits are drawn by the ridge towards the cut without one. Matrices are rounded to the dtype they are stored in before
 the walk goes on, so that rounding is corrected too.
 Letters: B batch, T tokens of a row, N tokens of a batch, D hidden of the base, K hidden of the student, I inputs of a writing matrix.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 from torch import nn
 
-from minitron.checkpoints.placement import PlacedModel, ids_and_mask, look_up
+from minitron.checkpoints.placement import PlacedModel, ids_and_mask, look_up, run_layer
 from minitron.checkpoints.stored_linear import load_to_compute
 from minitron.families.base import HIDDEN, POST_NORM
+from minitron.families.experts import experts_of
 from minitron.families.state import load_tensors
-from minitron.families.table import expected_shape, required_names, row_of
+from minitron.families.table import expected_shape, expert_of, required_names, row_of
 from minitron.pruning.basis import Basis
 from minitron.pruning.cut import plan_cuts
 from minitron.pruning.directions import stream_basis
 from minitron.pruning.plan import PruningPlan, Recipe
-from minitron.pruning.refit import NormalEquations, fit_behind_norm
+from minitron.pruning.refits.experts import ExpertsFit
+from minitron.pruning.refits.least_squares import NormalEquations, fit_behind_norm
+from minitron.pruning.refits.tied_head import TiedHead
 from minitron.pruning.rotation import BEHIND, NORM, WRITE, check_rms, check_turns, factors, in_basis, normalised, real_tokens, stream_role
-from minitron.pruning.tied_head import TiedHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,12 @@ class _Begun:
     position: int
     tensors: dict[str, torch.Tensor]
     unfinished: bool
+
+    def keep(self, name: str, tensor: torch.Tensor) -> None:
+        """A fitted tensor, rounded as it is stored."""
+        self.tensors[name] = tensor.to(self.tensors[name].dtype)
+        parameter = self.block.get_parameter(name)
+        parameter.data = self.tensors[name].to(parameter.dtype)
 
 
 def build_compensated(base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.Tensor], recipe: Recipe, *, config: dict,
@@ -120,7 +128,7 @@ class CompensatedCut:
                     yield from self._finish(begun)
                     begun = None  # its memory is the next one's
                 begun = self._begin(base_block, layer, positions[layer])
-            self.base_residuals = [base_block(residual_BTD) for residual_BTD in self.base_residuals]
+            self.base_residuals = run_layer(base_block, self.base_residuals)
             self.on_layer()
         yield from self._finish(begun)
         del begun
@@ -163,60 +171,70 @@ class CompensatedCut:
 
     def _begin(self, base_block: nn.Module, layer: int, position: int) -> _Begun:
         """The student's layer with its readers refitted. What is fitted in _finish is as the base has it, unless all of it is stored."""
-        state = {f"layers.{layer}.{name}": tensor for name, tensor in base_block.state_dict().items()}
-        targets = {name: self.cuts[name].target for name in state}
-        unfinished = [name for name in self._fitted_last(state) if targets[name] not in self.stored]
-        known = {name for name in state if targets[name] in self.stored} - set(self._fitted_last(state) if unfinished else ())
+        targets = {name: self.cuts[name].target for name in (f"layers.{layer}.{name}" for name in base_block.state_dict()) if name in self.cuts}
+        unfinished = [name for name in self._fitted_last(targets) if targets[name] not in self.stored]
+        known = {name for name in targets if targets[name] in self.stored} - set(self._fitted_last(targets) if unfinished else ())
         made = {targets[name]: self.stored[targets[name]]().to(self.base.device) for name in known}
-        if len(made) < len(state):
-            (norm,) = [name for name in state if self.roles[name] == NORM]
-            reading = self._reading(state[norm], self.dtypes.get(norm, torch.float32), f"layer {layer}")
-            made |= {targets[name]: self._made(name, tensor, reading) for name, tensor in state.items() if name not in known}
+        if len(made) < len(targets):
+            (norm,) = [name for name in targets if self.roles[name] == NORM]
+            reading = self._reading(base_block.norm.weight, self.dtypes.get(norm, torch.float32), f"layer {layer}")
+            made |= {targets[name]: self._made(name, tensor, reading) for name, tensor in _tensors(base_block, layer, targets.keys() - known)}
         tensors = {name.removeprefix(f"layers.{position}."): tensor for name, tensor in made.items()}
         with torch.device("meta"):
             block = self.family.build_layer(self.student_config, position)
         return _Begun(load_to_compute(block, tensors, torch.float32), layer, position, tensors, bool(unfinished))
 
-    def _fitted_last(self, state: Iterable[str]) -> list[str]:
-        """A layer's writer, and the norm behind it where there is one."""
-        return [name for name in state if self.roles[name] in (WRITE, BEHIND)]
+    def _fitted_last(self, names: Iterable[str]) -> list[str]:
+        """A layer's writers, one but for its experts', and the norm behind it where there is one."""
+        return [name for name in names if self.roles[name] in (WRITE, BEHIND)]
 
     def _finish(self, begun: _Begun) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
-        """Refits the layer's writer, moves the student's residuals behind the layer and gives the layer's tensors."""
-        block = begun.block
-        if self.recipe.refit_writing and begun.unfinished:
-            (name,) = [name for name in block.state_dict() if self.roles[f"layers.{begun.layer}.{name}"] == WRITE]
-            writer, place = block.get_submodule(name.removesuffix(".weight")), f"layer {begun.layer}"
-            fitted = self._behind_norm(block, writer, name, place) if self.plan.student.post_norms else {name: self._writing(block, writer, place)}
-            for name, tensor in fitted.items():
-                begun.tensors[name] = tensor.to(begun.tensors[name].dtype)
-                block.get_parameter(name).data = begun.tensors[name].to(block.get_parameter(name).dtype)
-        self.student_residuals = [block(residual_BTK) for residual_BTK in self.student_residuals]
+        """Refits the layer's writers, moves the student's residuals behind the layer and gives the layer's tensors."""
+        if begun.unfinished:
+            self._refit_writers(begun)
+        self.student_residuals = run_layer(begun.block, self.student_residuals)
         named = ((f"layers.{begun.position}.{name}", tensor) for name, tensor in begun.tensors.items())
         yield from ((name, [tensor]) for name, tensor in named if name not in self.stored)
+
+    def _refit_writers(self, begun: _Begun) -> None:
+        block, place = begun.block, f"layer {begun.layer}"
+        names = [name for name in block.state_dict() if self.roles[f"layers.{begun.layer}.{name}"] == WRITE and expert_of(name) is None]
+        if experts_of(block) is not None:
+            if self.recipe.refit_experts or self.recipe.refit_shared:
+                missing = map(self._missing, self.base_residuals, self.student_residuals)
+                ExpertsFit(block, self.student_residuals, self.masks, missing, begun.keep).run(self.recipe, names, place=place)
+        elif self.recipe.refit_writing:
+            (name,) = names
+            writer = block.get_submodule(name.removesuffix(".weight"))
+            fitted = self._behind_norm(block, writer, name, place) if self.plan.student.post_norms else {name: self._writing(block, writer, place)}
+            for name, tensor in fitted.items():
+                begun.keep(name, tensor)
 
     def _writing(self, block: nn.Module, writer: nn.Linear, place: str) -> torch.Tensor:
         """The writer's matrix [K, I] by least squares."""
         equations = NormalEquations(writer.in_features, writer.out_features, self.base.device)
-        for inner_NI, missing_NK in self._missing(block, writer):
+        for inner_NI, missing_NK in self._given_and_missing(block, writer):
             equations.add(inner_NI, missing_NK if writer.bias is None else missing_NK - writer.bias)
         return equations.solve(writer.weight, self.recipe.ridge, place=place)
 
     def _behind_norm(self, block: nn.Module, writer: nn.Linear, name: str, place: str) -> dict[str, torch.Tensor]:
         """The writer's matrix [K, I] and the weight [K] of the norm behind it, by name."""
-        weight_KI, factor_K = fit_behind_norm(writer, factors(self.family, block.post_norm.weight), lambda: self._missing(block, writer), self.epsilon,
-                                              self.recipe.ridge, place=place)  # fmt: skip
+        weight_KI, factor_K = fit_behind_norm(writer, factors(self.family, block.post_norm.weight), lambda: self._given_and_missing(block, writer),
+                                              self.epsilon, self.recipe.ridge, place=place)  # fmt: skip
         return {name: weight_KI, POST_NORM: factor_K - self.family.norm_offset}
 
-    def _missing(self, block: nn.Module, writer: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Of every batch what the writer is given, [N, I], and what is missing in the student's stream, [N, K]."""
+    def _missing(self, base_BTD: torch.Tensor, student_BTK: torch.Tensor) -> torch.Tensor:
+        """What is missing in the student's stream, [B, T, K]."""
+        return self.basis.project(base_BTD) - student_BTK
+
+    def _given_and_missing(self, block: nn.Module, writer: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Of every batch what the writer is given, [N, I], and what is missing, [N, K]."""
         inner: list[torch.Tensor] = []
         for base_BTD, student_BTK, mask in zip(self.base_residuals, self.student_residuals, self.masks, strict=True):
             handle = writer.register_forward_pre_hook(lambda _module, args: inner.append(args[0]))
             block(student_BTK)
             handle.remove()
-            missing_BTK = self.basis.project(base_BTD) - student_BTK
-            yield real_tokens(inner.pop(), mask), real_tokens(missing_BTK, mask)
+            yield real_tokens(inner.pop(), mask), real_tokens(self._missing(base_BTD, student_BTK), mask)
 
     def _reading(self, weight_D: torch.Tensor, stored: torch.dtype, place: str) -> _Reading:
         """At a norm of this weight, to be stored so: the student's, then the matrix by least squares from n(y) to n(x)."""
@@ -248,3 +266,15 @@ class CompensatedCut:
             stored = reading.scale - self.family.norm_offset
             return torch.as_tensor(stored, dtype=dtype, device=tensor.device).expand(self.plan.student.hidden).contiguous()
         return in_basis(cut.apply(tensor), role, self.basis, reading and reading.rows, dtype).contiguous()
+
+
+def _tensors(block: nn.Module, layer: int, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Some of a layer's tensors by canonical name; those of experts last and expert by expert, wherever they are: each is to be taken before the next one."""
+    prefix = f"layers.{layer}."
+    yield from ((name, tensor) for name, tensor in ((prefix + name, tensor) for name, tensor in block.state_dict().items())
+                if name in names and expert_of(name) is None)  # fmt: skip
+    wanted = sorted({expert_of(name) for name in names} - {None})
+    for number, expert in experts_of(block).opened(wanted) if wanted else ():
+        for name, tensor in expert.state_dict(prefix=f"{prefix}mixer.experts.{number}.").items():
+            if name in names:
+                yield name, tensor

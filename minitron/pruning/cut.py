@@ -1,6 +1,6 @@
 """Cutting tensors by the family's axis table. One cutter for every family; nothing is matched by size."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -70,7 +70,8 @@ def _take_last(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 def is_run(indices: torch.Tensor) -> bool:
     """Whether indices are neighbours in ascending order."""
-    return len(indices) > 0 and torch.equal(indices, torch.arange(int(indices[0]), int(indices[0]) + len(indices)))
+    numbers = indices.numpy()
+    return len(numbers) > 0 and numbers[-1] - numbers[0] == len(numbers) - 1 and bool((np.diff(numbers) == 1).all())
 
 
 def plan_cuts(family: Family, plan: PruningPlan, shapes: Mapping[str, tuple[int, ...]]) -> list[TensorCut]:
@@ -80,16 +81,17 @@ def plan_cuts(family: Family, plan: PruningPlan, shapes: Mapping[str, tuple[int,
     """
     check_tensors(family, plan.teacher, shapes)
     new_position = {layer: position for position, layer in enumerate(plan.kept_sublayers)}
-    cuts = []
+    new_experts = {layer: {expert: place for place, expert in enumerate(experts)} for layer, experts in plan.units.get(EXPERT, {}).items()}
+    cuts, made = [], {}
     for name, shape in shapes.items():
         layer, suffix = split_layer(name)
         if layer is not None and layer not in new_position:
             continue
-        if (expert := expert_of(suffix)) is not None and (experts := plan.kept(EXPERT, layer)) is not None:
-            if expert not in experts:
+        if layer in new_experts and (expert := expert_of(suffix)) is not None:
+            if expert not in new_experts[layer]:
                 continue
-            suffix = suffix.replace(f"experts.{expert}.", f"experts.{experts.index(expert)}.")
-        keep = kept_indices(family, plan, name)
+            suffix = suffix.replace(f"experts.{expert}.", f"experts.{new_experts[layer][expert]}.")
+        keep = kept_indices(family, plan, name, made)
         new_shape = tuple(size if indices is None else len(indices) for size, indices in zip(shape, keep, strict=True))
         target = name if layer is None else f"layers.{new_position[layer]}.{suffix}"
         factor, shift = _rescaled(family, plan, name)
@@ -108,16 +110,24 @@ def _rescaled(family: Family, plan: PruningPlan, name: str) -> tuple[float, floa
     return 1.0, 0.0
 
 
-def kept_indices(family: Family, plan: PruningPlan, name: str) -> tuple[torch.Tensor | None, ...]:
-    """What a plan keeps of each dimension of the tensor of this canonical name; None where all stays."""
+def kept_indices(family: Family, plan: PruningPlan, name: str, made: dict | None = None) -> tuple[torch.Tensor | None, ...]:
+    """What a plan keeps of each dimension of the tensor of this canonical name; None where all stays. `made`, one for all names of a plan, keeps what
+    several tensors have in common."""
     sizes, (layer, suffix) = family.axis_sizes(plan.teacher), split_layer(name)
-    expert = expert_of(suffix)
-    return tuple(_kept_of_dimension(dimension, sizes, lambda axis: plan.kept(axis, layer, expert)) for dimension in row_of(family, plan.teacher, name).dimensions)
+    expert, made = expert_of(suffix), {} if made is None else made
+
+    def of_dimension(dimension: Dimension) -> torch.Tensor | None:
+        chosen = {axis: plan.kept(axis, layer, expert) for segment in dimension for axis in segment}
+        key = (dimension, *map(id, chosen.values()))  # of the plan's own tuples, which stay where they are
+        if key not in made:
+            made[key] = _kept_of_dimension(dimension, sizes, chosen)
+        return made[key]
+
+    return tuple(map(of_dimension, row_of(family, plan.teacher, name).dimensions))
 
 
-def _kept_of_dimension(dimension: Dimension, sizes: Mapping[str, int], kept: Callable[[str], tuple[int, ...] | None]) -> torch.Tensor | None:
+def _kept_of_dimension(dimension: Dimension, sizes: Mapping[str, int], chosen: Mapping[str, tuple[int, ...] | None]) -> torch.Tensor | None:
     """Indices that stay of a dimension of fused segments; None where all stay."""
-    chosen = {axis: kept(axis) for segment in dimension for axis in segment}
     if all(indices is None for indices in chosen.values()):
         return None
     pieces, offset = [], 0

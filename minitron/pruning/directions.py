@@ -26,9 +26,9 @@ from minitron.checkpoints.placement import PlacedModel
 from minitron.families.base import HIDDEN
 from minitron.pruning.basis import Basis, basis_without
 from minitron.pruning.plan import Indices, PruningPlan
+from minitron.pruning.refits.tied_head import aligned
 from minitron.pruning.rotation import check_rms, check_turns, factors, norm_inputs, normalised
 from minitron.pruning.stream_moments import Moments, stream_moments
-from minitron.pruning.tied_head import aligned
 from minitron.text.samples import batches_of, spread_rows
 
 RIDGE = 1e-3  # of the mean variance, so that few tokens have an inverse

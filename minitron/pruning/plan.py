@@ -64,8 +64,8 @@ def make_plan(teacher: Architecture, student: Architecture, kept_layers: Indices
             if kept is not None:
                 units.setdefault(axis, {})[layer] = kept
         if teacher.mixers[layer] == "E" and student.moe_ffn < teacher.moe_ffn:
-            experts = units.get(EXPERT, {}).get(layer, range(teacher.moe_num_experts))
-            neurons = {expert_place(teacher, layer, expert): top(scores.expert_neurons(layer)[expert], student.moe_ffn) for expert in experts}
+            experts, neurons_EF = units.get(EXPERT, {}).get(layer, range(teacher.moe_num_experts)), scores.expert_neurons(layer)
+            neurons = {expert_place(teacher, layer, expert): top(neurons_EF[expert], student.moe_ffn) for expert in experts}
             units.setdefault(EXPERT_FFN, {}).update(neurons)
     return PruningPlan(teacher=teacher, student=student, kept_layers=tuple(kept_layers), units=units)
 
@@ -113,6 +113,8 @@ class Recipe:
     ridge: float = 1e-3
     direction_samples: int = 8
     balanced: bool = True
+    refit_experts: bool = True
+    refit_shared: bool = True
 
 
 def _directions(settings: PruneSettings, student: Architecture) -> str:
@@ -125,7 +127,8 @@ def _directions(settings: PruneSettings, student: Architecture) -> str:
 def recipe_of(settings: PruneSettings, student: Architecture) -> Recipe:
     """The parts that settings ask for, of a cut down to `student`."""
     directions = _directions(settings, student) if settings.rotate is not False and not student.post_norms else None
-    return Recipe(directions, settings.refit_reading, settings.refit_writing, settings.ridge, settings.direction_samples)
+    return Recipe(directions, settings.refit_reading, settings.refit_writing, settings.ridge, settings.direction_samples, refit_experts=settings.refit_experts,
+                  refit_shared=settings.refit_shared)  # fmt: skip
 
 
 def ridge_for(ridge: float, num_inputs: int, num_tokens: int) -> float:

@@ -10,7 +10,7 @@ of a token and d_K = √(E_K/K + ε) its root mean square,
 which one walk gives for all K at once; s_D is 1. (The compensated cut fits s the same, from the student's own residuals.)
 
 A head that is the table of embeddings E cannot take the last norm's weight w in: the table becomes E·Q, the head would be E·diag(w)·Q. So a tied model is
-given a head of its own first; it is there to rank candidates by, and what is written stays tied (tied_head.py).
+given a head of its own first; it is there to rank candidates by, and what is written stays tied (refits/tied_head.py).
 Letters: N tokens of a batch, D hidden of the model, K hidden of a student.
 """
 

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 from memory_budget.architecture import Architecture
 from minitron.checkpoints.placement import Head, PlacedModel, ids_and_mask, run_layer
 from minitron.families.base import Family
+from minitron.families.experts import experts_of
 from minitron.families.table import row_of
 from minitron.pruning.plan import num_sites
 from minitron.pruning.rotation import NORM, factors, normalised, real_tokens, stream_role
@@ -88,9 +90,8 @@ def stream_moments(base: PlacedModel, batches: Sequence[torch.Tensor], epsilon: 
             inputs = list(load_file(_file(Path(folder), layer), device=str(base.device)).values())
             _file(Path(folder), layer).unlink()
             norm = _norm_of(block, base.family, base.architecture, layer)
-            for number, (input_BTD, mask) in enumerate(zip(inputs, masks, strict=True)):
-                input_BTD, before = input_BTD.float(), gradients[number]
-                gradients[number], at_norm_BTD = _through(block, norm, input_BTD, before)
+            gradients, at_norms = _behind_layer(block, norm, inputs, gradients)
+            for input_BTD, at_norm_BTD, mask in zip(inputs, at_norms, masks, strict=True):
                 sums.add(layer, real_tokens(normalised(input_BTD, epsilon), mask), real_tokens(at_norm_BTD * factors(base.family, norm.weight), mask))
             on_layer()
     return sums.means()
@@ -145,12 +146,25 @@ def _norm_of(block: nn.Module, family: Family, architecture: Architecture, layer
     return block.get_submodule(name.removesuffix(".weight"))
 
 
+def _behind_layer(block: nn.Module, norm: nn.Module, inputs: Sequence[torch.Tensor],
+                  behind: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+    """From the gradients behind a layer those at its inputs and at its norm's outputs, [B, T, D] for every batch; of a layer with experts for all at once,
+    as run_layer does, and through one expert after another."""
+    experts = experts_of(block)
+    if experts is None:
+        return tuple(map(list, zip(*map(partial(_through, block, norm), inputs, behind), strict=True)))
+    before, experts.one_by_one = experts.one_by_one, True
+    found = _through(block, norm, torch.cat(list(inputs)), torch.cat(list(behind)))
+    experts.one_by_one = before
+    return tuple(list(gradient.split([len(input_BTD) for input_BTD in inputs])) for gradient in found)
+
+
 def _through(block: nn.Module, norm: nn.Module, input_BTD: torch.Tensor, behind_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """From the gradient behind a layer those at its input and at its norm's output, [B, T, D]."""
     caught: list[torch.Tensor] = []
     handle = norm.register_forward_hook(lambda _module, _args, output: caught.append(output))
     with torch.enable_grad():
-        input_BTD = input_BTD.detach().requires_grad_()
+        input_BTD = input_BTD.float().requires_grad_()
         output_BTD = block(input_BTD)
     handle.remove()
     return torch.autograd.grad(output_BTD, [input_BTD, *caught], behind_BTD)

@@ -1,8 +1,9 @@
 """Candidates as prefix views of a teacher whose units were sorted once: no weight is copied per candidate.
 
-Sorting changes no logit. Hidden channels and FFN neurons go by descending score, Mamba and attention heads by descending
-score inside their group. A candidate is then a prefix of every axis, and of the layers some. Tensors that *read* a grouped
-axis (`out_proj`, `o_proj`) keep their columns with a group's best heads side by side (rank first, then group), so that
+Sorting changes no logit. Hidden channels and neurons go by descending score, Mamba and attention heads and experts by descending
+score inside their group. A candidate is then a prefix of every axis, and of the layers some. Experts are modules that change places as
+they are, each with its neurons in an order of its own; where they are in groups, the router's rows are copied, once for every number of
+experts. Tensors that *read* heads in groups (`out_proj`, `o_proj`) keep their columns with a group's best heads side by side (rank first, then group), so that
 they too are cut to a prefix; the activation is brought into that order on its way in. Tensors that *write* one
 (Mamba's fused in-projection, its convolution, `q_proj`) must be group by group; where heads are cut they are copied,
 once for every number of heads. Of a rotated model (rotated.py) the hidden channels are the stream's principal directions,
@@ -11,6 +12,7 @@ a width (width_refits.py); then that is what hidden takes its first rows of.
 """
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -21,12 +23,13 @@ from torch import nn
 
 from memory_budget.architecture import Architecture
 from memory_budget.parameters import count_total_parameters
-from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD, Family
+from minitron.families.base import ATTENTION_HEAD, EXPERT, EXPERT_FFN, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD, SHARED_FFN, Family
+from minitron.families.experts import experts_of
 from minitron.families.state import load_tensors, model_tensors
 from minitron.families.table import BUFFER, row_of, split_layer
 from minitron.importance.scores import ImportanceScores
 from minitron.pruning.cut import TensorCut, is_run, kept_indices, plan_cuts
-from minitron.pruning.plan import Indices, PruningPlan, top, top_per_group
+from minitron.pruning.plan import Indices, PruningPlan, expert_place, top, top_per_group
 
 GROUPED = (MAMBA_HEAD, ATTENTION_HEAD)
 ColumnsKey = tuple[str, int, bytes]  # a tensor's name, how many of its columns are kept, and which, where they are not the first
@@ -58,11 +61,20 @@ class SortedTeacher:
         self._norm_scales = norm_scales
         if norm_scales:
             del orders[HIDDEN]
-        plan = PruningPlan(architecture, architecture, everything, orders)
         self.state = model_tensors(family, model)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
-        for cut in self._cuts(plan):
-            self.state[cut.target].copy_(cut.apply(self.state[cut.source]))
+        self._readers: dict[int, list[str]] = defaultdict(list)  # by sublayer, matrices whose columns are heads in groups
+        for name in self._shapes:
+            if self._reads_groups(name):
+                self._readers[split_layer(name)[0]].append(name)
+        for cut in self._cuts(PruningPlan(architecture, architecture, everything, orders)):
+            tensor = self.state[cut.source]  # experts stay where they are: names of others would be overwritten
+            tensor.copy_(cut.apply(tensor))
+        for layer, order in orders.get(EXPERT, {}).items():
+            experts = experts_of(family.parts(model).layers[layer])
+            for place, expert in enumerate([experts[number] for number in order]):
+                experts[place] = expert
+        self.state = model_tensors(family, model) if EXPERT in orders else self.state
         self._regroup_inputs(model, architecture, everything)
         self._copies: dict[tuple, torch.Tensor] = {}
         self.refitted: dict[ColumnsKey, torch.Tensor] = {}
@@ -114,20 +126,22 @@ class SortedTeacher:
         for axis, number, groups in ((FFN, student.ffn, 1), (MAMBA_CHANNEL, student.mamba_head_dim, 1),
                                      (MAMBA_HEAD, student.mamba_num_heads, teacher.mamba_num_groups),
                                      (ATTENTION_HEAD, student.num_attention_heads, teacher.num_key_value_heads),
-                                     (KEY_VALUE_HEAD, student.num_key_value_heads, 1)):  # fmt: skip
+                                     (KEY_VALUE_HEAD, student.num_key_value_heads, 1), (SHARED_FFN, student.moe_shared_ffn, 1),
+                                     (EXPERT, student.moe_num_experts, teacher.moe_groups), (EXPERT_FFN, student.moe_ffn, 1)):  # fmt: skip
             if number < sizes.get(axis, 0):
                 groups_kept = _prefix(student.num_key_value_heads) if axis == ATTENTION_HEAD else None
                 kept = _prefix(number) if groups == 1 else top_per_group(-np.arange(sizes[axis]), groups, number, groups_kept)
-                units[axis] = dict.fromkeys(range(teacher.num_sublayers), kept)
+                units[axis] = dict.fromkeys(range(teacher.num_sublayers * (teacher.moe_num_experts if axis == EXPERT_FFN else 1)), kept)
         return PruningPlan(teacher, student, kept_layers, units)
 
     def _cuts(self, plan: PruningPlan) -> list[TensorCut]:
         """The plan's cuts, those of columns that read a grouped axis in the order of the columns: rank first, then group."""
-        columns = self._by_columns(plan)
+        columns, readers = self._by_columns(plan), {name for names in self._readers.values() for name in names}
         return [
-            replace(cut, keep=(cut.keep[0], kept_indices(self.family, columns, cut.source)[1])) if self._reads_groups(cut.source) else cut
-            for cut in (replace(one, factor=1.0, shift=0.0) for one in plan_cuts(self.family, plan, self._shapes))
-        ]
+            replace(cut, keep=(cut.keep[0], kept_indices(self.family, columns, cut.source)[1]), factor=1.0, shift=0.0) if cut.source in readers
+            else cut if (cut.factor, cut.shift) == (1.0, 0.0) else replace(cut, factor=1.0, shift=0.0)
+            for cut in plan_cuts(self.family, plan, self._shapes)
+        ]  # fmt: skip
 
     def _by_columns(self, plan: PruningPlan) -> PruningPlan:
         """A plan with heads by their columns in what reads them."""
@@ -173,12 +187,11 @@ class SortedTeacher:
 
     def _regroup(self, block: nn.Module, layer: int, architecture: Architecture) -> None:
         """Modules that read heads get them rank first, then group, as their columns are."""
-        for name in self._shapes:
-            if name.startswith(f"layers.{layer}.") and self._reads_groups(name):
-                is_mamba = row_of(self.family, self.architecture, name).dimensions[1][0][0] == MAMBA_HEAD
-                groups = architecture.mamba_num_groups if is_mamba else architecture.num_key_value_heads
-                heads = architecture.mamba_num_heads if is_mamba else architecture.num_attention_heads
-                block.get_submodule(name.split(".", 2)[2].removesuffix(".weight")).register_forward_pre_hook(_by_rank_hook(groups, heads // groups))
+        for name in self._readers.get(layer, ()):
+            is_mamba = row_of(self.family, self.architecture, name).dimensions[1][0][0] == MAMBA_HEAD
+            groups = architecture.mamba_num_groups if is_mamba else architecture.num_key_value_heads
+            heads = architecture.mamba_num_heads if is_mamba else architecture.num_attention_heads
+            block.get_submodule(name.split(".", 2)[2].removesuffix(".weight")).register_forward_pre_hook(_by_rank_hook(groups, heads // groups))
 
     def _check(self, tensors: Mapping[str, torch.Tensor], student: Architecture) -> None:
         planned, effective = count_total_parameters(student), sum(tensor.numel() for name, tensor in tensors.items() if not BUFFER.search(name))
@@ -217,6 +230,12 @@ def _orders(architecture: Architecture, scores: ImportanceScores, head_dim: int,
                 order = _descending(scores.key_value_heads(layer, groups))
                 orders.setdefault(KEY_VALUE_HEAD, {})[layer], heads = order, heads[list(order)]
             orders.setdefault(ATTENTION_HEAD, {})[layer] = tuple(heads.reshape(-1).tolist())
+        elif kind == "E":
+            orders.setdefault(EXPERT, {})[layer] = _descending(scores.experts(layer), architecture.moe_groups)
+            if architecture.moe_shared_ffn:
+                orders.setdefault(SHARED_FFN, {})[layer] = _descending(scores.shared_neurons(layer))
+            places = {expert_place(architecture, layer, expert): _descending(one) for expert, one in enumerate(scores.expert_neurons(layer))}
+            orders.setdefault(EXPERT_FFN, {}).update(places)
     return orders
 
 

@@ -6,8 +6,10 @@ fewer, and is solved anew to make the same W·a of them. That serves candidates 
 
 Neurons and attention heads leave the activations of the others as they are. The units being in order, those kept come first in a, and one
 Gram matrix Σ a aᵀ serves every width; of fewer KV heads those kept are not the first, and have its rows and columns to themselves. Mamba heads
-share a norm with their group, so the layer is run anew for each number of them.
-Letters: B batch, T tokens of a row, D hidden, I inputs of a writing matrix.
+share a norm with their group, so the layer is run anew for each number of them. Of a layer with experts every routed one is fitted to its own tokens, each
+counted by what the router multiplies the output with, and so is the shared expert, to all. For fewer experts nothing is fitted: what is ranked is the drop,
+whose refit (compensate.py) depends on which others stay.
+Letters: B batch, T tokens of a row, n tokens of an expert, D hidden, I inputs of a writing matrix.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,9 +18,10 @@ import torch
 from torch import nn
 
 from memory_budget.architecture import Architecture
-from minitron.checkpoints.placement import WholeModel, ids_and_mask
-from minitron.families.base import MAMBA_HEAD
-from minitron.pruning.refit import NormalEquations
+from minitron.checkpoints.placement import WholeModel, ids_and_mask, run_layer
+from minitron.families.base import EXPERT_FFN, MAMBA_HEAD, SHARED_FFN
+from minitron.families.experts import Routed, experts_of
+from minitron.pruning.refits.least_squares import NormalEquations
 from minitron.pruning.rotation import WRITE, real_tokens, stream_role
 from minitron.pruning.views import ColumnsKey, SortedTeacher
 
@@ -37,6 +40,9 @@ def refit_widths(candidates: SortedTeacher, students: Iterable[Architecture], ba
     by_heads.pop((teacher.mamba_num_heads, teacher.mamba_head_dim), None)
     narrower, layers_of = list(by_heads.values()), [candidates.mamba_layers(student) for student in by_heads.values()]
     for layer, block in base.visit(everything):
+        if experts_of(block) is not None:
+            residuals = _refit_experts(candidates, layer, block, residuals, [mask for _, mask in pairs], students, ridge)
+            continue
         (row,) = [row for row in family.table if row.kind == teacher.mixers[layer] and stream_role(family, row) == WRITE]
         writer, name = row.suffix.removesuffix(".weight"), f"layers.{layer}.{row.suffix}"
         widths, others = _kept_columns(candidates, name, students)
@@ -60,6 +66,42 @@ def refit_widths(candidates: SortedTeacher, students: Iterable[Architecture], ba
             else:
                 solved = {candidates.kept_columns(name, narrower[number])[0]: fit.solve(start_DI, ridge, place=f"layer {layer}")}
             candidates.refitted |= {key: matrix_DI.to(start_DI.dtype) for key, matrix_DI in solved.items()}
+
+
+def _refit_experts(candidates: SortedTeacher, layer: int, block: nn.Module, residuals: list[torch.Tensor], masks: Sequence[torch.Tensor | None],
+                   students: Iterable[Architecture], ridge: float) -> list[torch.Tensor]:  # fmt: skip
+    """The last matrices of a layer's experts, for every number of neurons; gives the residuals behind the layer. In memory is one expert's Gram matrix, since
+    each is asked once, and the shared one's. An expert that no token reaches stays as it is."""
+    teacher, table = candidates.architecture, candidates.family.table
+    suffixes = {row.dimensions[1]: row.suffix for row in table if row.kind == "E" and len(row.dimensions) == 2}  # by what is read
+    mask_N = torch.cat([residual_BTD.new_ones(residual_BTD.shape[:2], dtype=torch.bool) if mask is None else mask
+                        for residual_BTD, mask in zip(residuals, masks, strict=True)]).flatten()  # fmt: skip
+
+    def fit(suffix: str, widths: set[int], inner_nI: torch.Tensor) -> None:
+        name = f"layers.{layer}.{suffix}"
+        weight_DI = block.get_parameter(suffix)
+        if inner_nI.any():
+            sums = NormalEquations(weight_DI.shape[1], weight_DI.shape[0], weight_DI.device)
+            sums.add(inner_nI, inner_nI.float() @ weight_DI.float().T)
+            found = sums.solve_first(widths, weight_DI, ridge, place=f"{name.removesuffix('.weight')}")
+            candidates.refitted |= {(name, width, b""): matrix_DI.to(weight_DI.dtype) for width, matrix_DI in found.items()}
+
+    def routed(one: Routed) -> None:
+        real_n = mask_N[one.tokens_n]
+        fit(suffixes[(EXPERT_FFN,),].replace("*", str(one.expert)), neurons, one.inner_nF[real_n] * one.weights_n[real_n, None].to(one.inner_nF.dtype))
+
+    neurons, of_shared = ({getattr(student, field) for student in students} - {getattr(teacher, field)} for field in ("moe_ffn", "moe_shared_ffn"))
+    hooks = []
+    if of_shared:
+        suffix = suffixes[(SHARED_FFN,),]
+        writer = block.get_submodule(suffix.removesuffix(".weight"))
+        hooks.append(writer.register_forward_pre_hook(lambda _module, args: fit(suffix, of_shared, args[0].flatten(0, -2)[mask_N])))
+    experts_of(block).watch = routed if neurons else None
+    behind = run_layer(block, residuals)
+    experts_of(block).watch = None
+    for hook in hooks:
+        hook.remove()
+    return behind
 
 
 def _kept_columns(candidates: SortedTeacher, name: str, students: Iterable[Architecture]) -> tuple[set[int], dict[ColumnsKey, torch.Tensor]]:

@@ -146,7 +146,8 @@ def _score_blocks(part: Part) -> list[str]:
         blocks += [part.plot("layer_importance.png", "importance of every layer before any was removed"), note]
     if part.which is not Which.depth:
         lines = "one line a layer, of hidden channels two: for what attention reads and for what the FFN reads" if of_blocks else "one line a layer"
-        blocks += [part.plot("width_importance.png", f"importance of the units of every axis, sorted, {lines}")]
+        blocks += [part.plot("width_importance.png", f"importance of the units of every axis, sorted, {lines}"),
+                   part.plot("experts.png", "how many tokens the router sent to each expert, and how far the scores of experts are apart")]  # fmt: skip
     return blocks
 
 
@@ -172,7 +173,9 @@ def _shortlist_blocks(part: Part) -> list[str]:
 
 def _distill_blocks(part: Part) -> list[str]:
     caption = "KL to the teacher while distilling, and held-out loss"
-    return [] if part.which is Which.depth else [part.plot("distillation.png", caption)]
+    load = part.lap["distillation"].get("expert_load")
+    plot = [] if part.which is Which.depth else [part.plot("distillation.png", caption)]
+    return [*plot, *([load["sentence"]] if load else [])]
 
 
 def _evaluate_blocks(part: Part) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from memory_budget.architecture import BLOCK, WINDOWED_BLOCK
+from memory_budget.architecture import BLOCK, MOE_BLOCK, WINDOWED_BLOCK, WINDOWED_MOE_BLOCK
 from memory_budget.units import format_gib, to_gib
 from minitron.report import plot_style, plots_data, plots_evaluation, plots_search
 from minitron.report.plot_style import GREY, MODELS, RED, draw_curve, new_axes, new_figure, viridis, viridis_map
@@ -22,8 +22,10 @@ PARTS = {
     "conv_state": ("convolution state", "#CC79A7"),
     "activations": ("activations", "#56B4E9"),
 }
-KIND_COLOURS = {"M": "#0072B2", "*": "#D55E00", "-": "#009E73", "E": "#CC79A7", BLOCK: "#56B4E9", WINDOWED_BLOCK: "#E69F00"}
-AXES = {"hidden": "hidden channels", "ffn": "FFN neurons", "mamba_head": "Mamba-2 heads", "attention_head": "attention heads"}
+KIND_COLOURS = {"M": "#0072B2", "*": "#D55E00", "-": "#009E73", "E": "#CC79A7", BLOCK: "#56B4E9", WINDOWED_BLOCK: "#E69F00", MOE_BLOCK: "#CC79A7",
+                WINDOWED_MOE_BLOCK: "#882255"}  # fmt: skip
+AXES = {"hidden": "hidden channels", "ffn": "FFN neurons", "mamba_head": "Mamba-2 heads", "attention_head": "attention heads",
+        "expert": "routed experts", "expert_ffn": "experts' neurons", "shared_ffn": "shared neurons"}  # fmt: skip
 CRITERIA = {
     "mse": "squared change of the logits\nover their square (ratio)",
     "kl": "KL from the full model\n(nats/token)",
@@ -140,13 +142,15 @@ def _width_importance(summary: Summary):
         return None
     import matplotlib
 
-    figure = new_figure(8, 2.9)
+    rows = -(-len(curves) // 4)
+    columns = -(-len(curves) // rows)
+    figure = new_figure(8, 2.9 * rows)
     pattern = summary["importance"]["pattern"]
     depth = len(kinds_of(summary, pattern))
     per_layer = len(pattern) // depth
     for position, axis in enumerate([axis for axis in AXES if axis in curves], start=1):
-        y = "score (share of the highest)" if position == 1 else ""
-        axes = new_axes(figure, 1, len(curves), position, title=AXES[axis], x="rank (share of units)", y=y)
+        y = "score (share of the highest)" if (position - 1) % columns == 0 else ""
+        axes = new_axes(figure, rows, columns, position, title=AXES[axis], x="rank (share of units)", y=y)
         for sublayer, curve in curves[axis].items():
             axes.plot([rank / (len(curve) - 1) for rank in range(len(curve))], curve, color=viridis(int(sublayer) // per_layer / depth), linewidth=1.0)
         axes.set_ylim(0, 1.02)
@@ -154,6 +158,44 @@ def _width_importance(summary: Summary):
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, depth), viridis_map())
     figure.colorbar(scale, ax=figure.axes, label="layer", shrink=0.8)
     return figure
+
+
+def _experts(summary: Summary):
+    """Where tokens went, expert by expert, and how fast scores fall from a layer's best expert on."""
+    layers = summary["importance"].get("experts")
+    if not layers:
+        return None
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import MaxNLocator
+
+    figure, number = new_figure(8, 2.2 + 0.13 * max(8, len(layers))), len(next(iter(layers.values()))["tokens"])
+    times = [[tokens * number / sum(one["tokens"]) if tokens else float("nan") for tokens in one["tokens"]] for one in layers.values()]
+    scores = [[score / max(*one["reap"], 1e-300) for score in sorted(one["reap"], reverse=True)] for one in layers.values()]
+    colours = viridis_map()
+    colours.set_bad(RED)
+    none, kept = any(0 in one["tokens"] for one in layers.values()), _kept_experts(summary)
+    panels = ((times, LogNorm(1 / 8, 8), "Tokens sent to each expert" + " (red: none)" * none, "expert", "times an even share"),
+              (scores, Normalize(0, 1), "Scores, best expert first" + f"; {kept} stay" * (kept < number), "rank", "share of the layer's best"))  # fmt: skip
+    for position, (values, norm, title, x, label) in enumerate(panels, start=1):
+        axes = new_axes(figure, 1, 2, position, title=title, x=x, y="layer" if position == 1 else "")
+        drawn = axes.imshow(values, norm=norm, cmap=colours, aspect="auto", interpolation="nearest", extent=(-0.5, number - 0.5, len(layers) - 0.5, -0.5))
+        step = -(-len(layers) // 12)
+        axes.set_yticks(range(0, len(layers), step), list(layers)[::step])
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        bar = figure.colorbar(drawn, ax=axes, label=label, orientation="horizontal", shrink=0.9, aspect=30)
+        if position == 1:
+            bar.set_ticks([1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], labels=["⅛", "¼", "½", "1", "2", "4", "8"])
+            bar.minorticks_off()
+    if kept < number:
+        axes.axvline(kept - 0.5, color=RED, linestyle="--", linewidth=2)
+    return figure
+
+
+def _kept_experts(summary: Summary) -> int:
+    """Experts that each layer keeps; before there is a student those that the chosen candidate will, before the choice all."""
+    models = summary["models"]
+    shown = next((models[name] for name in ("student", "pruned") if name in models), chosen_candidate(summary) or models["teacher"])
+    return shown["architecture"]["moe_num_experts"]
 
 
 def _distillation(summary: Summary):
@@ -206,6 +248,7 @@ PLOTS: Mapping[str, Callable[[Summary], Any]] = {
     "lengths.png": plots_data.lengths,
     "layer_importance.png": _layer_importance,
     "width_importance.png": _width_importance,
+    "experts.png": _experts,
     "depth_lap.png": depths,
     "candidates.png": candidates,
     "pareto.png": pareto,

@@ -3,15 +3,18 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from memory_budget.architecture import BLOCK, WINDOWED_BLOCK, Architecture
+from memory_budget.architecture import BLOCK, MOE_BLOCK, WINDOWED_BLOCK, WINDOWED_MOE_BLOCK, Architecture
+from memory_budget.parameters import count_active_parameters
 from memory_budget.units import format_gib
 from minitron.report.summary import KIND_NAMES, best_first, chosen_candidate, cut_kinds, highest_rung, removed_layers
 from minitron.report.text import Summary, change, duration, escaped, nats, speed, table
 
 Candidate = Mapping[str, Any]
 
-BLOCK_LETTERS = {BLOCK: "B", WINDOWED_BLOCK: "W"}  # of the picture of layers, where a block is one character
-LEGENDS = {BLOCK: "B is a block of attention and FFN", WINDOWED_BLOCK: "W is a block of attention within a window and FFN"}
+# Of the picture of layers, where a block is one character, and what it stands for.
+BLOCK_LETTERS = {BLOCK: "B", WINDOWED_BLOCK: "W", MOE_BLOCK: "E", WINDOWED_MOE_BLOCK: "X"}
+LEGENDS = {BLOCK: "B is a block of attention and FFN", WINDOWED_BLOCK: "W is a block of attention within a window and FFN",
+           MOE_BLOCK: "E is a block of attention and experts", WINDOWED_MOE_BLOCK: "X is a block of attention within a window and experts"}  # fmt: skip
 SIZES = (
     ("hidden", "hidden width", "M*-E"),
     ("ffn", "FFN neurons", "-"),
@@ -23,8 +26,10 @@ SIZES = (
     ("num_key_value_heads", "KV heads", "*"),
     ("attention_head_dim", "attention head dim", "*"),
     ("window", "window of attention (tokens)", "W"),
-    ("moe_num_experts", "experts", "E"),
-    ("moe_ffn", "expert neurons", "E"),
+    ("moe_num_experts", "routed experts", "E"),
+    ("moe_experts_per_token", "experts of a token", "E"),
+    ("moe_ffn", "neurons of an expert", "E"),
+    ("moe_shared_ffn", "neurons of the shared expert", "E"),
     ("vocab", "vocabulary", "M*-E"),
 )
 RUNG_NAMES = {"short_distill_loss": "after a short distillation", "zero_shot_loss": "zero-shot"}
@@ -71,13 +76,14 @@ def _rivals(chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
 def candidates_table(candidates: Sequence[Candidate]) -> str:
     """The shortlist, those that got furthest first and of them the lowest loss; a column for every rung that was measured."""
     known = [measure for measure in MEASURES if any(candidate[measure[0]] is not None for candidate in candidates)]
-    rows = []
+    has_experts, rows = any("active_parameters" in candidate for candidate in candidates), []
     for place, candidate in enumerate(best_first(candidates), start=1):
         cells = ["–" if candidate[name] is None else text(candidate[name]) for name, _, text in known]
         name = f"{place}. **{escaped(candidate['id'])}**" if candidate["chosen"] else f"{place}. {escaped(candidate['id'])}"
-        sizes = (f"{candidate['parameters']:,}", format_gib(candidate["memory_bytes"]["total"]).removesuffix(" GiB"))
+        active = [f"{candidate['active_parameters']:,}"] if has_experts else []
+        sizes = (f"{candidate['parameters']:,}", *active, format_gib(candidate["memory_bytes"]["total"]).removesuffix(" GiB"))
         rows.append((name, *cells, *sizes, _note(candidate)))
-    return table(("candidate", *(title for _, title, _ in known), "parameters", "memory (GiB)", "note"), rows)
+    return table(("candidate", *(title for _, title, _ in known), "parameters", *(["active per token"] if has_experts else []), "memory (GiB)", "note"), rows)
 
 
 def _note(candidate: Candidate) -> str:
@@ -141,8 +147,10 @@ def architecture_table(summary: Summary, student: Mapping[str, Any]) -> str:
     else:
         rows += [(f"– {name}", kinds.count(kind), left.count(kind)) for kind, name in KIND_NAMES.items() if kind in kinds]
     there = set(before.pattern + before.mixers)
-    rows += [(label, getattr(before, name), getattr(after, name)) for name, label, letters in SIZES if set(letters) & there]
+    rows += [(label, getattr(before, name), getattr(after, name)) for name, label, letters in SIZES if set(letters) & there and getattr(before, name)]
     rows += [("parameters", teacher["parameters"], student["parameters"])]
+    if "E" in there:
+        rows += [("– active per token", count_active_parameters(before), count_active_parameters(after))]
     return table(("", "teacher", "student", "change"), [(label, f"{old:,}", f"{new:,}", change(old, new)) for label, old, new in rows])
 
 
@@ -157,6 +165,7 @@ def pattern_lines(summary: Summary) -> str:
     student = "".join(" " if layer in removed else letter for layer, letter in enumerate(pattern)).rstrip()
     lines = [f"layer    {ruler.rstrip()}", f"{cut:<7}  {pattern}", f"removed  {marks}", f"student  {student}"]
     of = "the given base's " if summary["base"] else ""
-    letters = ", ".join(legend for kind, legend in LEGENDS.items() if kind in kinds) or "Letters: M Mamba-2, `*` attention, - FFN"
+    single = "Letters: M Mamba-2, `*` attention, - FFN" + ", E experts" * ("E" in kinds)
+    letters = ", ".join(legend for kind, legend in LEGENDS.items() if kind in kinds) or single
     listed = f"{len(removed)} of {of}{len(pattern)} layers removed: {', '.join(map(str, removed))}. {letters}."
     return "```\n" + "\n".join(lines) + "\n```\n\n" + listed

@@ -10,10 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from memory_budget.architecture import BLOCK, WINDOWED_BLOCK, Architecture, as_dict
+from memory_budget.architecture import BLOCK, MOE_BLOCK, WINDOWED_BLOCK, WINDOWED_MOE_BLOCK, Architecture, as_dict
 from memory_budget.calculator import memory_report
 from memory_budget.hf_config import architecture_from_config, read_config
-from memory_budget.parameters import count_total_parameters
+from memory_budget.parameters import count_active_parameters, count_total_parameters
 from minitron.settings.derived import budget_of, workload_of
 from minitron.settings.run import Settings
 from minitron.settings.teachers import base_architecture, teacher_architecture
@@ -28,11 +28,13 @@ SEARCH_FILES = ("candidates.csv", "candidates.jsonl", "export_config.json")
 MOST_CURVE_POINTS = 200
 DATA_FACTS = ("source", "vocab", *(f"{split}_{what}" for split in ("train", "heldout") for what in ("documents", "tokens", "rows")))
 MORE_ROWS = ("phase_rows", "whole_rows")  # stages that make rows beside the data stage's
+DISTILL_FACTS = ("tokens", "steps", "seconds", "final_kl_nats_per_token", "expert_load")  # the last of a mixture of experts
 SLICE_FACTS = ("models", "tokens", "learning_rate")  # of summary["against_slice"]: the plain slice as cut and as distilled
 REASONERS = {"teacher": "teacher", "student": "student", "student_whole": "student of whole traces alone"}  # of summary["reasoning"]
+OF_WIDTHS = ("width_curves", "experts")  # of summary["importance"], what the last of two laps says
 RUNGS = ("short_distill_loss", "zero_shot_loss")  # the highest first
-KIND_NAMES = {"M": "Mamba-2", "*": "attention", "-": "FFN", "E": "MoE", BLOCK: "attention + FFN",
-              WINDOWED_BLOCK: "attention within a window + FFN"}  # of layers, by their letters  # fmt: skip
+KIND_NAMES = {"M": "Mamba-2", "*": "attention", "-": "FFN", "E": "experts", BLOCK: "attention + FFN", WINDOWED_BLOCK: "attention within a window + FFN",
+              MOE_BLOCK: "attention + experts", WINDOWED_MOE_BLOCK: "attention within a window + experts"}  # of layers, by their letters  # fmt: skip
 
 
 def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:
     if len(laps) > 1:  # which layers went, and what scoring said of layers, is the first lap's
         first = summary["depth_lap"]
         summary["removed_layers"] = first["removed_layers"]
-        summary["importance"] = {**first["importance"], "width_curves": summary["importance"].get("width_curves", first["importance"]["width_curves"])}
+        summary["importance"] = first["importance"] | {name: value for name, value in summary["importance"].items() if name in OF_WIDTHS}
     return summary
 
 
@@ -82,7 +84,7 @@ def _lap(lap: Lap) -> dict[str, Any]:
         "candidates": search.facts["shortlist"] if search else _unchosen(results),
         "search": {name: search.facts[name] for name in ("num_candidates", "num_fitting", "reason")} | {"later_widths": later} if search else {},
         "removed_layers": prune.facts["removed_layers"] if prune else [],
-        "distillation": {name: distill.facts[name] for name in ("tokens", "steps", "seconds", "final_kl_nats_per_token")} if distill else {},
+        "distillation": {name: distill.facts[name] for name in DISTILL_FACTS if name in distill.facts} if distill else {},
         "importance": _importance(results["score"], _teacher(lap.settings, results)[1]) if "score" in results else {},
         "curves": _curves(results),
         "more_rows": {name: list(results[name].facts.get("rows", {}).values()) for name in MORE_ROWS if name in results},
@@ -132,6 +134,7 @@ def _models(settings: Settings, results: Mapping[str, Result], budget_bytes: int
         models[name] = {
             "path": None if folder is None else str(folder),
             "parameters": count_total_parameters(architecture),
+            **({"active_parameters": count_active_parameters(architecture)} if "E" in architecture.pattern else {}),
             "architecture": as_dict(architecture),
             "memory_bytes": memory.as_dict(),
             "fits": memory.total <= budget_bytes,
@@ -153,7 +156,8 @@ def _model_of(result: Result) -> tuple[Path, Architecture]:
 def _importance(score: Result, teacher: Architecture) -> dict[str, Any]:
     """Order of removal, and what the first round, with every layer still there, said of each; null for kinds at their floor.
 
-    Layers are numbered as everywhere; of width_curves alone the numbers are those of sublayers, the pattern's letters.
+    Layers are numbered as everywhere; of width_curves alone the numbers are those of sublayers, the pattern's letters. `experts`, of a model that has any:
+    by layer, of every expert the tokens sent to it and its scores.
     """
     layers = json.loads((score.folder / LAYERS_FILE).read_text())
     first = layers["rounds"][0]["scores"] if layers["rounds"] else {}
@@ -164,6 +168,7 @@ def _importance(score: Result, teacher: Architecture) -> dict[str, Any]:
         "removal_order": layers["removal_order"],
         "removal_scores": [entry["score"] for entry in layers["rounds"]],
         "width_curves": layers["width_curves"],
+        **({"experts": layers["experts"]} if "experts" in layers else {}),
         "first_round_scores": [first.get(str(layer)) for layer in range(replace(teacher, pattern=layers["pattern"]).num_layers)],
     }
 

@@ -135,6 +135,7 @@ def models_table(summary: Summary) -> str:
         rows[f"{chosen['id']} (not cut)"] = {**chosen, "fits": chosen["memory_bytes"]["total"] <= summary["budget"]["bytes"]}
     columns: list[tuple[str, Callable[[Mapping], str | None]]] = [
         ("parameters", lambda model: f"{model['parameters']:,}"),
+        ("active per token", lambda model: f"{model['active_parameters']:,}" if "active_parameters" in model else None),
         ("memory", lambda model: format_gib(model["memory_bytes"]["total"])),
         ("fits", lambda model: "yes" if model["fits"] else "no"),
         ("loss (nats/token)", _measured("loss_nats_per_token", nats)),

@@ -12,7 +12,7 @@ Letters: N tokens, V vocabulary, D hidden.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import torch
@@ -119,27 +119,28 @@ def best_first(losses: Mapping[str, float]) -> list[str]:
 def retained_importance(candidates: Candidates, scores: ImportanceScores, removal_scores: Sequence[float]) -> np.ndarray:
     """Share of importance each candidate keeps, [rows]: the product over axes of the kept share of score mass.
 
-    For depth it is 1 / (1 + score of the last removal), the damage of that depth as a whole.
+    For depth it is 1 / (1 + score of the last removal), the damage of that depth as a whole. Experts count by their scores also where some are protected.
     """
-    teacher = candidates.teacher
-    kept = _kept_share(scores.hidden(), candidates.hidden)
+    teacher, scores = candidates.teacher, replace(scores, protected={})
+    kept = _kept_shares(scores.hidden())[candidates.hidden]
 
     def key_value_heads(layer: int) -> np.ndarray:
         return scores.key_value_heads(layer, teacher.num_key_value_heads)
 
-    axes = [("-", candidates.ffn, scores.ffn), ("M", candidates.mamba_num_heads, scores.mamba_heads)]
-    if (candidates.num_key_value_heads != teacher.num_key_value_heads).any():
-        axes.append(("*", candidates.num_key_value_heads, key_value_heads))
-    for kind, column, score_of in axes:
-        layers = [layer for layer, letter in enumerate(teacher.mixers) if letter == kind]
-        if layers:
-            kept = kept * np.mean([_kept_share(score_of(layer), column) for layer in layers], axis=0)
+    axes = (("-", "ffn", scores.ffn), ("M", "mamba_num_heads", scores.mamba_heads), ("*", "num_key_value_heads", key_value_heads),
+            ("E", "moe_num_experts", scores.experts), ("E", "moe_ffn", scores.expert_neurons), ("E", "moe_shared_ffn", scores.shared_neurons))  # fmt: skip
+    for kind, field, score_of in axes:
+        column, layers = getattr(candidates, field), [layer for layer, letter in enumerate(teacher.mixers) if letter == kind]
+        if layers and (column != getattr(teacher, field)).any():
+            kept = kept * np.mean([_kept_shares(score_of(layer)) for layer in layers], axis=0)[column]
     removed = teacher.num_layers - candidates.num_layers
     damage = np.array([0.0, *removal_scores])
     return kept / (1 + damage[np.minimum(removed, len(damage) - 1)])
 
 
-def _kept_share(scores: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Share of the scores' sum held by the highest `numbers` of them."""
-    running = np.concatenate([[0.0], np.cumsum(np.sort(scores)[::-1])])
-    return running[numbers] / running[-1]
+def _kept_shares(scores: np.ndarray) -> np.ndarray:
+    """By number of units from 0 on, the share of the scores' sum held by so many of the highest; of several rows of scores the mean over rows, but for those of
+    nothing, which are an unreached expert's."""
+    running = np.cumsum(-np.sort(-np.atleast_2d(scores), axis=1), axis=1)
+    running = running[running[:, -1] > 0]
+    return np.concatenate([[0.0], (running / running[:, -1:]).mean(0)])

@@ -9,6 +9,7 @@ import numpy as np
 from memory_budget.architecture import Architecture, as_dict
 from memory_budget.budget import Budget
 from memory_budget.calculator import memory_report
+from memory_budget.parameters import count_active_parameters
 from memory_budget.units import GIB, format_gib
 from memory_budget.workload import Workload
 from minitron.importance.scores import scores_of
@@ -19,7 +20,7 @@ from minitron.settings.run import Settings
 from minitron.settings.search import Shortlist
 from minitron.settings.teachers import base_architecture
 from minitron.walk.stage import StageContext
-from nas.axes import WIDTHS
+from nas.axes import AXES, WIDTHS
 from nas.candidates import Candidates, enumerate_candidates, enumerate_fitting
 from nas.depth import kept_layers, subsequence_layers
 from nas.shortlist import diversified, largest
@@ -108,7 +109,7 @@ def _fixed_candidate(settings: Settings, teacher: Architecture, order: list[int]
     fixed = fixed_sizes(settings, teacher)
     student = fixed_student(settings, teacher)
     if "num_layers" in fixed:
-        layers = kept_layers(teacher.layer_kinds, order, fixed["num_layers"], floors(settings))
+        layers = kept_layers(teacher.layer_kinds, order, fixed["num_layers"], floors(settings, teacher))
     else:
         layers = subsequence_layers(teacher.layer_kinds, student.layer_kinds, {layer: rank for rank, layer in enumerate(order)})
     widths = {name: (getattr(student, name),) for name in WIDTHS}
@@ -135,6 +136,7 @@ def _entry(settings: Settings, candidates: Candidates, row: int, workload: Workl
         "id": candidates.identifier(row),
         "architecture": as_dict(architecture),
         "parameters": int(candidates.parameters[row]),
+        **({"active_parameters": count_active_parameters(architecture)} if "E" in candidates.teacher.pattern else {}),
         "memory_bytes": memory_report(architecture, workload).as_dict(),
         "kept_layers": list(candidates.kept_layers[int(candidates.num_layers[row])]),
         "serving_batch": batch,
@@ -148,10 +150,12 @@ def _write_csv(path: Path, candidates: Candidates, shortlisted: list[int], most:
     """Sizes and bytes of every candidate, the shortlisted first; the rest by size, largest first, up to `most` rows."""
     rest = np.argsort(-candidates.total_bytes, kind="stable")[: max(0, most - len(shortlisted)) + len(shortlisted)]
     rows = [*shortlisted, *(row for row in rest.tolist() if row not in set(shortlisted))][:most]
-    columns = ("num_layers", *WIDTHS, "parameters", "total_bytes")
+    has_experts = "E" in candidates.teacher.pattern
+    columns = ("num_layers", *(field for field, axis in WIDTHS.items() if has_experts or AXES[axis].kind != "E"), "parameters", "total_bytes")
+    active = candidates.active_parameters() if has_experts else ()
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("id", *columns, "total_gib", "pattern"))
+        writer.writerow(("id", *columns, "total_gib", "pattern", *(["active_parameters"] if has_experts else [])))
         for row in rows:
             values = [int(getattr(candidates, name)[row]) for name in columns]
-            writer.writerow((candidates.identifier(row), *values, f"{values[-1] / GIB:.6f}", candidates.pattern(values[0])))
+            writer.writerow((candidates.identifier(row), *values, f"{values[-1] / GIB:.6f}", candidates.pattern(values[0]), *active[row : row + 1]))

@@ -1,9 +1,12 @@
 """What the search may choose from, by the settings and config.json alone: options, limits, the throughput model. Loads no torch."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 from memory_budget.architecture import Architecture, check_architecture
 from memory_budget.calculator import memory_report
+from memory_budget.parameters import count_active_parameters, count_total_parameters
 from memory_budget.units import GIB, format_gib
 from minitron.settings.derived import axis_of, budget_of, couplings_of, fixed_sizes, floors, given_widths, serving_device, workload_of
 from minitron.settings.run import Settings
@@ -20,8 +23,8 @@ def space_of(settings: Settings, teacher: Architecture) -> SearchSpace:
     """The options of every axis. Raises ValueError for options no student can have."""
     options = {name: axis_of(settings, name, teacher) for name in AXES}
     always = {AXES[name].field: options[name] for name in ("layers", "hidden", "ffn", "mamba_heads")}
-    optional = {axis.field: options[name] for name, axis in AXES.items() if axis.field not in always and options[name] != (axis.size(teacher),)}
-    space = SearchSpace(**always, floors=floors(settings), **optional, couplings=couplings_of(teacher), given=given_widths(settings))
+    optional = {axis.field: options[name] for name, axis in AXES.items() if axis.field not in always and options[name] != (getattr(teacher, axis.field),)}
+    space = SearchSpace(**always, floors=floors(settings, teacher), **optional, couplings=couplings_of(teacher), given=given_widths(settings))
     check_space(space, teacher)
     return space
 
@@ -49,14 +52,22 @@ def filters_of(settings: Settings) -> Filters:
         raise ValueError(f"search.min_tokens_per_second is {search.min_tokens_per_second}; it needs throughput.device, the card whose speed is modelled")
     least, most = (None if gib is None else int(gib * GIB) for gib in (search.min_gib, search.max_gib))
     budget_bytes = NO_BUDGET if search.later_widths.given() else budget_of(settings).bytes
-    return Filters(budget_bytes=budget_bytes, max_parameters=search.max_parameters, min_bytes=least, max_bytes=most,
-                   min_tokens_per_second=search.min_tokens_per_second, serving=serving_of(settings))  # fmt: skip
+    return Filters(budget_bytes=budget_bytes, max_parameters=search.max_parameters, max_active_parameters=search.max_active_parameters, min_bytes=least,
+                   max_bytes=most, min_tokens_per_second=search.min_tokens_per_second, serving=serving_of(settings))  # fmt: skip
+
+
+def parameter_limits(settings: Settings) -> dict[str, tuple[int, Callable[[Architecture], int]]]:
+    """The most parameters that a candidate may have, and what counts them, by the settings that say so."""
+    limits = {"search.max_parameters": (settings.search.max_parameters, count_total_parameters),
+              "search.max_active_parameters": (settings.search.max_active_parameters, count_active_parameters)}  # fmt: skip
+    return {name: (most, count) for name, (most, count) in limits.items() if most is not None}
 
 
 def check_search(settings: Settings, teacher: Architecture) -> None:
     """Refuse a space, budget or workload before any work is done. Raises ValueError."""
     space, workload, budget = space_of(settings, teacher), workload_of(settings), budget_of(settings)
     serving_of(settings), filters_of(settings)
+    check_protected_experts(settings, teacher)
     if settings.search.fixed.given():
         depth = fixed_sizes(settings, teacher).get("num_layers", teacher.num_layers)
         if not 1 <= depth <= teacher.num_layers:
@@ -64,23 +75,51 @@ def check_search(settings: Settings, teacher: Architecture) -> None:
         fixed_student(settings, teacher)
         return
     # Any layers that the floors allow do for a lower bound: the depth's true pattern is not known before scoring.
-    kinds = teacher.layer_kinds
-    cheapest = sorted(range(teacher.num_layers), key=lambda layer: -memory_report(replace(teacher, pattern=kinds[layer]), workload).total)
-    layers = kept_layers(kinds, cheapest, space.num_layers[0], space.floors)
     sizes = {name: options[0] for name, options in space.sizes(teacher).items()}
-    smallest = replace(teacher, pattern=spelled(teacher, layers), **sizes | settings.search.later_widths.given())
-    needed = memory_report(smallest, workload).total
-    name = identifier(teacher, {"num_layers": len(layers), **sizes})
+    name = identifier(teacher, {"num_layers": space.num_layers[0], **sizes})
+
+    def smallest(weigh: Callable[[Architecture], int], **later: int) -> Architecture:
+        narrow, kinds = replace(teacher, **sizes | later), teacher.layer_kinds
+        dearest = sorted(range(teacher.num_layers), key=lambda layer: -weigh(replace(narrow, pattern=kinds[layer])))
+        return replace(narrow, pattern=spelled(teacher, kept_layers(kinds, dearest, space.num_layers[0], space.floors)))
+
+    lightest = smallest(lambda one: memory_report(one, workload).total, **settings.search.later_widths.given())
+    needed = memory_report(lightest, workload).total
     if needed > budget.bytes:
         raise ValueError(
             f"budget of {format_gib(budget.bytes)} fits none of the {space.size:,} candidates; the smallest, {name}, "
-            f"needs at least {format_gib(needed)}; {advice(smallest, space, workload)}"
+            f"needs at least {format_gib(needed)}; {advice(lightest, space, workload)}"
         )
+    for setting, (most, count) in parameter_limits(settings).items():
+        if (least := count(smallest(count))) > most:
+            raise ValueError(f"{setting} ({most:,}) lets none of the {space.size:,} candidates pass; the smallest, {name}, has at least {least:,}")
+
+
+def check_protected_experts(settings: Settings, teacher: Architecture) -> None:
+    """Refuse experts to protect that there are not, or that are more than would stay of a layer, or of a routing group. Raises ValueError."""
+    if not settings.search.protect_experts:
+        return
+    fewest = fixed_sizes(settings, teacher).get("moe_num_experts") if settings.search.fixed.given() else axis_of(settings, "experts", teacher)[0]
+    fewest, kinds, groups = fewest or teacher.moe_num_experts, teacher.layer_kinds, teacher.moe_groups
+    for layer, experts in settings.search.protect_experts.items():
+        said = f"search.protect_experts has {layer}: {experts}"
+        if int(layer) >= len(kinds) or "E" not in kinds[int(layer)]:
+            with_experts = [str(number) for number, kind in enumerate(kinds) if "E" in kind]
+            raise ValueError(f"{said}; layers with experts are {', '.join(with_experts) or 'not in the teacher'}")
+        if max(experts) >= teacher.moe_num_experts:
+            raise ValueError(f"{said}; a layer has the experts 0 to {teacher.moe_num_experts - 1}")
+        most = max(Counter(expert // (teacher.moe_num_experts // groups) for expert in experts).values())
+        if most > fewest // groups:
+            within = f" of {groups} routing groups, {fewest // groups} of each" if groups > 1 else ""
+            raise ValueError(f"{said}; search.experts leaves {fewest} experts in a layer{within}, so no more can be protected")
 
 
 def fixed_student(settings: Settings, teacher: Architecture) -> Architecture:
     """The architecture of `search.fixed`. Raises ValueError where it is no cut of the teacher."""
     student = replace(teacher, **{name: value for name, value in fixed_sizes(settings, teacher).items() if name != "num_layers"})
-    check_architecture(student)
+    try:
+        check_architecture(student)
+    except ValueError as error:
+        raise ValueError(f"search.fixed: {error}") from None
     check_is_cut(teacher, student, subsequence_layers(teacher.layer_kinds, student.layer_kinds), couplings_of(teacher))
     return student

@@ -1,9 +1,10 @@
 """What follows from settings and the teacher's config.json alone: floors, options per axis, a fixed architecture, which stages there are."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from memory_budget.architecture import Architecture
+from memory_budget.architecture import WINDOWED, Architecture
 from memory_budget.budget import PRESETS, Budget
 from memory_budget.workload import Workload
 from minitron.families.known import FAMILIES, family_of
@@ -18,7 +19,7 @@ from nas.space import Floors, axis_options
 from nas.throughput import DEVICES
 
 TOKENS_PER_INPUT, MOST_CALIBRATION_TOKENS = 43, 2**18  # docs/compensated.md has what fewer and more are worth
-KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-"}
+KIND_LETTERS = {"mamba": "M", "attention": "*", "ffn": "-", "moe": "E"}
 
 
 def couplings_of(architecture: Architecture) -> tuple[Coupling, ...]:
@@ -27,9 +28,19 @@ def couplings_of(architecture: Architecture) -> tuple[Coupling, ...]:
     return tuple(one for one in family.couplings if one.holds(architecture, architecture)) if family else ()
 
 
-def floors(settings: Settings) -> Floors:
-    """Least number of layers per kind, by letter."""
-    return {KIND_LETTERS[kind]: number for kind, number in settings.search.floors.items()}
+def floors(settings: Settings, base: Architecture | None = None) -> Floors:
+    """Least number of layers per kind; `base` where it is known, else as the settings name it."""
+    return by_kind(settings.search.floors, (base or base_architecture(settings)).layer_kinds)
+
+
+def by_kind(numbers: Mapping[str, int], kinds: Sequence[str]) -> dict[str, int]:
+    """Numbers of layers by what the kinds of a model's layers are called: a mixer's letter, or those of the blocks that have it where others have not."""
+    found = {}
+    for mixer, number in numbers.items():
+        letter = KIND_LETTERS[mixer]
+        with_it = {kind for kind in kinds if letter in kind.replace(WINDOWED, "*")}
+        found[with_it.pop() if len(with_it) == 1 < len(set(kinds)) else letter] = number
+    return found
 
 
 def base_stage(settings: Settings) -> str:
@@ -93,11 +104,13 @@ def calibration_samples(settings: Settings, base: Architecture | None = None) ->
 
 
 def _samples(settings: Settings, asked: int | None, base: Architecture | None) -> int:
-    """As asked, else TOKENS_PER_INPUT for every input of the base's widest matrix that a cut may refit."""
+    """As asked, else TOKENS_PER_INPUT for every input of the base's widest matrix that a cut may refit; of an expert's, as many that are sent to it."""
     if asked is not None:
         return asked
     base = base or base_architecture(settings)
-    widest = max(base.hidden, base.ffn, base.mamba_inner, base.num_attention_heads * base.attention_head_dim)
+    of_expert = -(-base.moe_ffn * base.moe_num_experts // max(1, base.moe_experts_per_token))
+    inputs = {"*": base.num_attention_heads * base.attention_head_dim, "-": base.ffn, "M": base.mamba_inner, "E": max(of_expert, base.moe_shared_ffn)}
+    widest = max(base.hidden, *(number for letter, number in inputs.items() if letter in base.mixers))
     return -(-min(TOKENS_PER_INPUT * widest, MOST_CALIBRATION_TOKENS) // settings.data.sequence_length)
 
 
@@ -107,7 +120,7 @@ def fixed_sizes(settings: Settings, teacher: Architecture) -> dict[str, int | st
     given = settings.search.fixed.given()
     path = given.pop("file", None)
     for name in given.keys() & WIDTHS.keys():
-        if not getattr(teacher, name):
+        if not AXES[WIDTHS[name]].size(teacher):
             raise _no_such_axis(f"search.fixed.{WIDTHS[name]}", teacher)
     given |= _following_sizes(teacher, {name: value for name, value in given.items() if name in WIDTHS})
     if path is None:
@@ -123,7 +136,7 @@ def fixed_sizes(settings: Settings, teacher: Architecture) -> dict[str, int | st
 
 def _following_sizes(teacher: Architecture, given: dict[str, int]) -> dict[str, int]:
     """What follows from widths that are given. Raises ValueError where the equation has no size for it."""
-    follows = {field: coupling for field, coupling in following(couplings_of(teacher), given).items() if getattr(teacher, field)}
+    follows = {field: coupling for field, coupling in following(couplings_of(teacher), given).items() if AXES[WIDTHS[field]].size(teacher)}
     student = completed(replace(teacher, **given), teacher, follows)
     for field, coupling in follows.items():
         if not getattr(student, field) and min(given.values()) > 0:
@@ -160,7 +173,7 @@ def axis_of(settings: Settings, axis: str, teacher: Architecture) -> tuple[int, 
         if given != AxisSettings():
             family_of({"model_type": teacher.model_type})  # what cannot be pruned at all says so first
             raise _no_such_axis(f"search.{axis}", teacher)
-        return (value,)
+        return (getattr(teacher, AXES[axis].field),)
     step = usual_step(AXES[axis], teacher, couplings_of(teacher)) if given.step is None else given.step
 
     def bound(number: float | None) -> int | None:

@@ -58,7 +58,7 @@ def check_share(name: str, value: float) -> None:
 def check_kinds(name: str, numbers: dict[str, int | None]) -> None:
     """Refuse a mapping that names no kind of layer, or a negative number of them."""
     for kind, number in numbers.items():
-        if kind not in ("mamba", "attention", "ffn"):
-            raise ValueError(f"{name} names the kind {kind!r}; it must be mamba, attention or ffn")
+        if kind not in ("mamba", "attention", "ffn", "moe"):
+            raise ValueError(f"{name} names the kind {kind!r}; it must be mamba, attention, ffn or moe")
         if number is not None and number < 0:
             raise ValueError(f"{name}.{kind} is {number}; it must be at least 0")

@@ -13,7 +13,7 @@ from minitron.settings.data import DataSettings
 from minitron.settings.evaluate import EvaluateSettings
 from minitron.settings.hand_over import ExportSettings, MergeSettings
 from minitron.settings.reasoning import ReasoningSettings
-from minitron.settings.rules import Choice, at_least, check_kinds, how
+from minitron.settings.rules import Choice, added, at_least, check_kinds, how
 from minitron.settings.search import SearchSettings, ThroughputSettings
 from minitron.settings.training import DistillSettings, Rows, TrainSettings
 
@@ -114,6 +114,7 @@ class ScoringSettings:
     normalised: bool = True
     protect: list[int] = field(default_factory=list)
     ceilings: dict[str, int | None] = field(default_factory=dict)
+    least_expert_tokens: int = how(64)
     placement: Placement = how(Placement.device)
     block_tokens: int = how(65536)
     branch_tokens: int = how(16384)
@@ -122,8 +123,10 @@ class ScoringSettings:
 
     def __post_init__(self) -> None:
         at_least(self, "scoring", 1, "samples", "batch", "layer_samples", "block_tokens", "branch_tokens", "logits_tokens")
-        at_least(self, "scoring", 0, "reuse_gib")
+        at_least(self, "scoring", 0, "reuse_gib", "least_expert_tokens")
         check_kinds("scoring.ceilings", self.ceilings)
+        if self.ceilings.get("moe") is None:
+            self.ceilings.pop("moe", None)  # it came later than keys that are in use
 
 
 @dataclass(kw_only=True, slots=True)
@@ -191,6 +194,8 @@ class PruneSettings:
     direction_samples: int = 8
     refit_reading: bool = True
     refit_writing: bool = True
+    refit_experts: bool = added(True)
+    refit_shared: bool = added(True)
     ridge: float = 1e-3
     batch: int = how(8)
     max_shard_gib: float = how(4.5)

@@ -1,6 +1,7 @@
 """Settings of the search: the space, its filters, the shortlist, the choice, and the throughput model."""
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from minitron.settings.rules import Choice, added, at_least, check_kinds, how
 from nas.axes import AXES
@@ -20,6 +21,12 @@ class Select(Choice):
 class Aggregation(Choice):
     mean = "mean"
     l2 = "l2"
+
+
+class RankExperts(Choice):
+    reap = "reap"
+    activation = "activation"
+    frequency = "frequency"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,6 +58,12 @@ class FixedSettings:
     mamba_channels: int | None = added(None)
     attention_heads: int | None = added(None)
     key_value_heads: int | None = added(None)
+    experts: int | None = added(None)
+    expert_ffn: int | None = added(None)
+    shared_ffn: int | None = added(None)
+    moe_num_experts: int | None = added(None)
+    moe_ffn: int | None = added(None)
+    moe_shared_ffn: int | None = added(None)
 
     def __post_init__(self) -> None:
         for axis in AXES.values():
@@ -78,6 +91,9 @@ class LaterWidthsSettings:
     mamba_num_heads: int | None = None
     num_attention_heads: int | None = added(None)
     num_key_value_heads: int | None = added(None)
+    moe_num_experts: int | None = added(None)
+    moe_ffn: int | None = added(None)
+    moe_shared_ffn: int | None = added(None)
 
     def given(self) -> dict[str, int]:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
@@ -95,16 +111,22 @@ class SearchSettings:
     mamba_channels: AxisSettings = field(default_factory=AxisSettings)
     attention_heads: AxisSettings = field(default_factory=AxisSettings)
     key_value_heads: AxisSettings = added(default_factory=AxisSettings)
+    experts: AxisSettings = added(default_factory=AxisSettings)
+    expert_ffn: AxisSettings = added(default_factory=AxisSettings)
+    shared_ffn: AxisSettings = added(default_factory=AxisSettings)
     floors: dict[str, int] = field(default_factory=dict)
     layer_order: str | None = None
     fixed: FixedSettings = field(default_factory=FixedSettings)
     later_widths: LaterWidthsSettings = field(default_factory=LaterWidthsSettings)
     max_parameters: int | None = None
+    max_active_parameters: int | None = added(None)
     min_gib: float | None = None
     max_gib: float | None = None
     min_tokens_per_second: float | None = None
     aggregate_tokens: Aggregation = Aggregation.mean
     aggregate_samples: Aggregation = Aggregation.l2
+    rank_experts: RankExperts = added(RankExperts.reap)
+    protect_experts: dict[Any, list[int]] = added(default_factory=dict)  # layers are numbers in YAML, and text on the command line; text from here on
     shortlist: Shortlist = Shortlist.diversified
     shortlist_size: int = 8
     screen_samples: int = 16
@@ -117,9 +139,15 @@ class SearchSettings:
     even_if_it_fits: bool = how(False)
 
     def __post_init__(self) -> None:
-        at_least(self, "search", 1, "shortlist_size", "screen_samples", "max_parameters", "listed")
+        at_least(self, "search", 1, "shortlist_size", "screen_samples", "max_parameters", "max_active_parameters", "listed")
         at_least(self, "search", 0, "finalists", "noise", "loss_within", "min_gib", "max_gib", "min_tokens_per_second")
         check_kinds("search.floors", self.floors)
+        if not self.floors.get("moe"):
+            self.floors.pop("moe", None)  # it came later than keys that are in use
+        self.protect_experts = {str(layer): list(experts) for layer, experts in self.protect_experts.items()}
+        for layer, experts in self.protect_experts.items():
+            if not layer.isdecimal() or not experts or min(experts) < 0 or len(set(experts)) < len(experts):
+                raise ValueError(f"search.protect_experts has {layer}: {experts}; it must name layers and the experts of each, every one once, all from 0")
         for name, weight in self.weights.items():
             if name not in ("loss", "memory", "throughput"):
                 raise ValueError(f"search.weights names {name!r}; it must be loss, memory or throughput")

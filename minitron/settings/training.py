@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
 
-from minitron.settings.rules import Choice, at_least, check_share, how
+from minitron.settings.rules import Choice, added, at_least, check_share, how
 
 
 class Rows(Choice):
@@ -42,6 +42,20 @@ class Precision(Choice):
     bf16 = "bf16"
 
 
+class Router(Choice):
+    """Whether the routers of a mixture of experts learn."""
+
+    trained = "trained"
+    frozen = "frozen"
+
+
+class Balance(Choice):
+    """What keeps a mixture's experts evenly busy: nothing, or their routers' correction biases, moved against the load (arXiv 2408.15664)."""
+
+    none = "none"
+    bias = "bias"
+
+
 class Divergence(Choice):
     forward_kl = "forward_kl"
     reverse_kl = "reverse_kl"
@@ -64,6 +78,9 @@ class TrainSettings:
     decay_share: float = 0.2
     precision: Precision = Precision.float32
     skip_not_finite: int = 0
+    router: Router = added(Router.trained)
+    balance: Balance = added(Balance.none)
+    balance_rate: float = added(0.001)
     micro_batch: int | None = how(None)
     gradient_checkpointing: Any = how(False)  # true, false, host or auto, which no Enum takes together
     checkpoint_every: int = how(1)
@@ -80,6 +97,8 @@ class TrainSettings:
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"{name}.decay_share is {self.decay_share}; it must be above 0 and at most 1")
         at_least(self, name, 0, "learning_rate", "final_learning_rate_share", "warmup_share", "weight_decay", "save_every_seconds")
+        if self.balance_rate <= 0:
+            raise ValueError(f"{name}.balance_rate is {self.balance_rate}; it must be above 0")
         if self.clip_norm <= 0:
             raise ValueError(f"{name}.clip_norm is {self.clip_norm}; it must be above 0")
 

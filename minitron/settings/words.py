@@ -24,6 +24,7 @@ FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "-
 SHOWN = ("job", "hydra", "all")  # what --cfg takes
 NOT_SPLIT = ("prompt",)  # text that has commas and braces of its own, under -m and everywhere
 COMMAS_SEPARATE = ("evaluate.tasks",)  # of the lists of text; those of numbers all
+OWN_KEYS = ("search.protect_experts",)
 MEANT = {"teacher": "path", "base": "path", "data": "files", "throughput": "device", "search.fixed": "file", "export": "folder", "merge": "checkpoints"}
 SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)
 QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
@@ -220,6 +221,11 @@ def _axes(words: list[Word], sweeping: bool) -> list[Word]:
     return rewritten
 
 
+def _mappings(words: list[Word], _sweeping: bool) -> list[Word]:
+    """Any key may come into a mapping that has none of its own in run.yaml."""
+    return [replace(word, mark="++") if word.mark == "" and word.name.startswith(OWN_KEYS) else word for word in words]
+
+
 def _values(words: list[Word], sweeping: bool) -> list[Word]:
     """Every value as Hydra's grammar writes it for the setting's type."""
     types = setting_types()
@@ -238,7 +244,7 @@ def _names_of_jobs(words: list[Word], sweeping: bool) -> list[Word]:
 
 
 # Each sees all words, as the ones before it left them.
-REWRITES: tuple[Rewrite, ...] = (_no_experiment, _own, _aliases, _known, _budget, _modelled_device, _axes, _values, _names_of_jobs)
+REWRITES: tuple[Rewrite, ...] = (_no_experiment, _own, _aliases, _known, _budget, _modelled_device, _axes, _mappings, _values, _names_of_jobs)
 
 
 # --------------------------------------------------------------------------------------------------------------- values

@@ -30,7 +30,8 @@ def cut_from(settings: Settings, inputs: Mapping[str, Result], candidate: Mappin
     Not how it was chosen: two budgets that choose one architecture share its cut, and all that is made of it."""
     architecture, base = candidate["architecture"], base_architecture(settings)
     cuts_widths = any(architecture[width] != getattr(base, width) for width in WIDTHS)
-    units = {"units": width_scoring(settings, inputs["score"])} if cuts_widths else {}
+    of_experts = architecture["moe_num_experts"] != base.moe_num_experts
+    units = {"units": width_scoring(settings, inputs["score"], of_experts=of_experts)} if cuts_widths else {}
     return {"base": inputs[base_stage(settings)].identity, "architecture": architecture, "kept_layers": candidate["kept_layers"], **units}
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from minitron.importance.removal import check_rules, layer_rules
+from minitron.importance.scores import protected_experts
 from minitron.search.space import space_of
 from minitron.settings.derived import base_stage, fewest_layers, floors
 from minitron.settings.rules import key_settings
@@ -16,16 +17,18 @@ def what(settings: Settings) -> Any:
     return {**key_settings(settings.scoring), "floors": floors(settings), "fewest_layers": fewest_layers(settings)}
 
 
-def width_scoring(settings: Settings, score: Result) -> dict[str, Any]:
-    """What the ranking of width units follows from: the walk over the rows, and how its sums are put together; not how layers were removed."""
+def width_scoring(settings: Settings, score: Result, *, of_experts: bool = False) -> dict[str, Any]:
+    """What the ranking of width units follows from, `of_experts` among them: the walk over the rows, and how sums are put together; not how layers went."""
     search, record = settings.search, score.record
-    return {"version": record["version"], "data": record["inputs"]["data"], "samples": record["settings"]["samples"],
+    experts = {"rank_experts": search.rank_experts.name, "protect_experts": search.protect_experts} if of_experts else {}
+    return {**experts, "version": record["version"], "data": record["inputs"]["data"], "samples": record["settings"]["samples"],
             "aggregate_tokens": search.aggregate_tokens.name, "aggregate_samples": search.aggregate_samples.name}  # fmt: skip
 
 
 def check(settings: Settings) -> None:
     base = base_architecture(settings)
     space_of(settings, base)  # its depths say how many layers are removed
+    protected_experts(settings)
     check_rules(base.layer_kinds, fewest_layers(settings), layer_rules(settings, base.layer_kinds))
 
 

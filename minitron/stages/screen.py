@@ -8,6 +8,7 @@ from minitron.machine import processes
 from minitron.settings.derived import asked_candidate_samples, base_stage
 from minitron.settings.rules import key_settings
 from minitron.settings.run import PruneMethod, Settings
+from minitron.stages.distill import check_experts
 from minitron.stages.prune import BALANCED, cut_from
 from minitron.walk.stage import Lap, PerCandidate, StageContext, StoredStage
 from minitron.walk.store import Result
@@ -37,6 +38,7 @@ def of_inputs(settings: Settings, inputs: Mapping[str, Result]) -> dict[str, Any
 
 
 def check(settings: Settings) -> None:
+    check_experts("screen.train", settings.screen.train, settings)
     check_sharing(settings.screen.train.batch, settings.screen.train.micro_batch, processes.world_size(), cached=settings.screen.cached)
 
 

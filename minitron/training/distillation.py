@@ -34,8 +34,9 @@ from minitron.settings.teachers import teacher_architecture
 from minitron.settings.training import DistillSettings, Rows, TrainSettings
 from minitron.text.blends import DATA_ROWS, Part, phase_parts
 from minitron.text.samples import batches_of, screening_rows, spread_rows
+from minitron.training.expert_load import expert_load
 from minitron.training.memory import PhaseMemory, check_fits, check_host, has_flash_attention
-from minitron.training.steps import tracked_steps, train_plan
+from minitron.training.steps import METRICS_FILE, tracked_steps, train_plan
 from minitron.training.teacher_cache import cached_rows, open_cache
 from minitron.training.time import check_time, training_flops, training_work
 from minitron.walk.stage import StageContext
@@ -65,6 +66,9 @@ def distill_student(context: StageContext) -> dict:
     headline = f"{last.tokens:,} tokens, {last.step + 1:,} steps, {_loss_name(context.settings.distill)} {last.recent_loss:.3f} nats/token at the end"
     kl = last.recent_loss if _loss_name(context.settings.distill) == "KL" else None
     facts = {"tokens": last.tokens, "steps": last.step + 1, "seconds": round(last.seconds, 3), "final_kl_nats_per_token": kl}
+    if load := expert_load(context.folder / METRICS_FILE, architecture_from_config(config), settings.distill.train):
+        context.console.say(f"  distill  {load['sentence']}")
+        facts["expert_load"] = load
     return {"headline": headline, "path": "checkpoint", "name": _name(context), **facts}
 
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 from distill.chunk_sizes import chunk_tokens
 from memory_budget.architecture import Architecture
-from memory_budget.parameters import layer_parameters
+from memory_budget.parameters import expert_parameters, layer_parameters
 from minitron.checkpoints.forward_memory import ATTENTION, layer_bytes, score_bytes
 from minitron.checkpoints.forward_work import has_mask
 from minitron.mamba import block_sizes
 from minitron.mamba.kernel_memory import ScanMemory
 from minitron.settings.training import Precision, TrainSettings
 
-FLOAT32, BF16 = 4, 2
+FLOAT32, BF16, INT64 = 4, 2, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +128,8 @@ class MicroStep:
         if letter in ATTENTION:
             heads = self.student.num_key_value_heads if self.by_heads else 1
             part = (self._mixer_kept(letter) + self._gradients(letter)) // heads + self._products(letter)
+        elif letter == "E":  # which sees the whole row
+            part = self._mixer_kept(letter) + self._gradients(letter) + self._products(letter)
         else:
             block = replace(self, tokens=block_sizes.largest_block(self.tokens))
             part = block._block_kept(letter) + block._block_gradients(letter) + block._products(letter) - block.stream_bytes
@@ -137,8 +139,13 @@ class MicroStep:
         """What autocast casts for a mixer's products: its input once, or for each of attention's three, and its matrices."""
         if not (self.casts and self.width == BF16):
             return 0
-        matrices = BF16 * sum(copies * out * into for copies, out, into in layer_parameters(self.student, letter).matrices)
+        matrices = BF16 * self._cast_matrices(letter)
         return self._all_tokens * (3 if letter in ATTENTION else 1) * self.width * self.student.hidden + matrices
+
+    def _cast_matrices(self, letter: str) -> int:
+        """Numbers of a layer's matrices that stay cast until its backward pass: an expert's are for its product alone."""
+        numbers = sum(copies * out * into for copies, out, into in layer_parameters(self.student, letter).matrices)
+        return numbers - (self.student.moe_num_experts * expert_parameters(self.student) if letter == "E" else 0)
 
     def _block_kept(self, letter: str) -> int:
         """Of a block: a Mamba-2 mixer as transformers computes it with a cache, convolution and scan by kernels, the gated norm in float32 by torch."""
@@ -159,13 +166,15 @@ class MicroStep:
         products = 3 if letter in ATTENTION and casts else 1
         norms = (1 + student.post_norms) * (2 * FLOAT32 * student.hidden + FLOAT32)
         norm = self._all_tokens * (norms + products * width * student.hidden)
-        matrices = BF16 * sum(copies * out * into for copies, out, into in layer_parameters(student, letter).matrices) if casts else 0
+        matrices = BF16 * self._cast_matrices(letter) if casts else 0
         return norm + matrices + self._mixer_kept(letter)
 
     def _mixer_kept(self, letter: str) -> int:
         """Mamba-2: in_proj's output and the kernel's own. Attention: queries, keys, values, their weighted sum, a float32 a query, and the
         scores where there is no fused kernel; with a mask, that as it is added, and keys and values for every query head. Feed-forward: relu and square; under
-        bf16 autocast squares in float32, so that relu is there in both, and the square in bf16; gated, gate, its activation, up and their product."""
+        bf16 autocast squares in float32, so that relu is there in both, and the square in bf16; gated, gate, its activation, up and their product.
+        Experts: the same of a token's own and of the shared one; what its own read, their outputs, and two places; two float32 an expert of the router, and
+        under bf16 what that reads in float32; of a latent that and the experts' sum."""
         student, width = self.student, self.width
         if letter == "M":
             return self._all_tokens * width * self._mamba_outputs + self._scan.mixer_keeps()
@@ -174,14 +183,20 @@ class MicroStep:
             heads = student.num_attention_heads, student.num_attention_heads if masked else student.num_key_value_heads
             kept = 2 * sum(heads) * student.attention_head_dim * width + FLOAT32 * heads[0] + width * self.tokens * masked
             return self._all_tokens * kept + score_bytes(student, letter, width, self.rows, self.tokens)
-        return self._all_tokens * student.ffn * (4 * width if student.ffn_gated else 2 * FLOAT32)
+        of_neuron = 4 * width if student.ffn_gated else 2 * FLOAT32
+        if letter == "-":
+            return self._all_tokens * student.ffn * of_neuron
+        routed = student.moe_experts_per_token * (student.moe_ffn * of_neuron + 2 * (student.moe_latent or student.hidden) * width + 2 * INT64)
+        router = 2 * FLOAT32 * student.moe_num_experts + (FLOAT32 * student.hidden if width == BF16 else 0)
+        return self._all_tokens * (routed + router + 2 * student.moe_latent * width + student.moe_shared_ffn * of_neuron)
 
     def _gradients(self, letter: str) -> int:
         """What a mixer's backward pass makes at once, less what it has let go of by then.
 
         Mamba-2: the gradients of its output and of in_proj's, and the kernel's own. Attention: gradients of the weighted sum, queries, keys and values, of
         the queries in float32 under bf16, of keys and values by query head. Feed-forward: torch's backward pass of a square holds gradient, input to the
-        first power, that doubled, and the result, all float32, when the square kept for down_proj is gone.
+        first power, that doubled, and the result, all float32, when the square kept for down_proj is gone. Experts: that of a token's own, or of the shared
+        one; float32 gradients of their weighted outputs, of the outputs and of the weights; and of one of their matrices those of all experts.
         """
         student, width = self.student, self.width
         if letter == "M":
@@ -193,9 +208,12 @@ class MicroStep:
             sums = FLOAT32 * (student.num_attention_heads + (queries if width == BF16 else 0))
             scores = 9 * score_bytes(student, letter, width, self.rows, self.tokens) // 4  # forward, beside those kept; two gradients backward are less
             return self._all_tokens * (2 * (queries + keys) * width + by_head + sums) + scores
-        if student.ffn_gated:  # of the product, and of what it was made of
-            return self._all_tokens * 3 * width * student.ffn
-        return self._all_tokens * (4 * FLOAT32 - width) * student.ffn
+        of_neuron = 3 * width if student.ffn_gated else 4 * FLOAT32 - width  # gated: of the product, and of what it was made of
+        if letter == "-":
+            return self._all_tokens * of_neuron * student.ffn
+        reads, per_token = student.moe_latent or student.hidden, student.moe_experts_per_token
+        matrices = FLOAT32 * student.moe_num_experts * student.moe_ffn * reads
+        return matrices + self._all_tokens * max(per_token * max(of_neuron * student.moe_ffn, 3 * FLOAT32 * reads), of_neuron * student.moe_shared_ffn)
 
     @property
     def _mamba_outputs(self) -> int:

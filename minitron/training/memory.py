@@ -16,7 +16,7 @@ from memory_budget.parameters import count_parameters, count_total_parameters, l
 from memory_budget.units import format_gib
 from minitron.checkpoints.forward_work import has_mask, layer_numbers
 from minitron.machine.memory import available_memory_bytes
-from minitron.settings.training import Optimizer, Precision, TrainSettings
+from minitron.settings.training import Optimizer, Precision, Router, TrainSettings
 from minitron.training.gpu_memory import BF16, FLOAT32, MicroStep, Moment
 
 SPARE_SHARE = 0.1  # of a device's memory: left to the allocator's rounding and to communication, which are not counted
@@ -61,12 +61,12 @@ def training_memory(student: Architecture, teacher: Architecture, train: TrainSe
 
     DeepSpeed keeps, beside the weights that compute, a float32 copy of its slice of them (ZeRO, arXiv 1910.02054, §5).
     """
-    numbers, processes = count_total_parameters(student), launch.world_size
+    numbers, trained, processes = count_total_parameters(student), _trained_numbers(student, train), launch.world_size
     zero = launch.engine.startswith("zero")
     computing = BF16 if zero and train.precision is Precision.bf16 else FLOAT32
     optimizer_slices = processes if zero or launch.is_sharded else 1
     weight_slices = processes if launch.is_sharded else 1
-    master = FLOAT32 * numbers // processes if zero else 0
+    master = FLOAT32 * trained // processes if zero else 0
     rows = train.micro_batch or train.batch // processes
     if on_gpu:
         moment = MicroStep(
@@ -77,8 +77,8 @@ def training_memory(student: Architecture, teacher: Architecture, train: TrainSe
         moment = Moment(activations=tokens * activation_bytes_per_token(student, train, sequence_length), loss=loss_bytes(student, teacher, tokens))
     return TrainingMemory(
         weights=computing * numbers // weight_slices + master,
-        gradients=FLOAT32 * numbers // optimizer_slices,  # of micro-steps they add up in float32 under every engine
-        optimizer=_moment_bytes(student, train.optimizer) // optimizer_slices,
+        gradients=FLOAT32 * trained // optimizer_slices,  # of micro-steps they add up in float32 under every engine
+        optimizer=_moment_bytes(student, train) // optimizer_slices,
         teacher=teacher_bytes_per_number * count_total_parameters(teacher) // weight_slices,
         gathered=computing * _gathered(student) + teacher_bytes_per_number * _gathered(teacher) if launch.is_sharded else 0,
         activations=moment.activations,
@@ -100,19 +100,28 @@ def _casts(launch: Launch) -> bool:
     return launch.engine in ("single", "ddp")
 
 
-def _moment_bytes(student: Architecture, optimizer: Optimizer) -> int:
+def _router_numbers(student: Architecture) -> int:
+    return student.num_layers_of("E") * student.moe_num_experts * student.hidden
+
+
+def _trained_numbers(student: Architecture, train: TrainSettings) -> int:
+    return count_total_parameters(student) - (_router_numbers(student) if train.router is Router.frozen else 0)
+
+
+def _moment_bytes(student: Architecture, train: TrainSettings) -> int:
     """AdamW keeps two float32 a parameter, Muon one for each of the layers' matrices; with 8 bits two bytes, and two float32 for every 256."""
-    numbers = 2 * count_total_parameters(student)
-    if optimizer is Optimizer.adamw_8bit:
+    numbers = 2 * _trained_numbers(student, train)
+    if train.optimizer is Optimizer.adamw_8bit:
         return numbers + numbers * FLOAT32 // 256
-    if optimizer is Optimizer.muon:
+    if train.optimizer is Optimizer.muon:
         numbers -= sum(copies * out * into for letter in student.pattern for copies, out, into in layer_parameters(student, letter).matrices)
+        numbers -= _router_numbers(student) if train.router is Router.trained else 0  # which are in no format that packs
     return numbers * FLOAT32
 
 
-def state_bytes(student: Architecture, optimizer: Optimizer) -> int:
+def state_bytes(student: Architecture, train: TrainSettings) -> int:
     """Of a saved state: weights and moments, whole, whatever the engine."""
-    return FLOAT32 * count_total_parameters(student) + _moment_bytes(student, optimizer)
+    return FLOAT32 * count_total_parameters(student) + _moment_bytes(student, train)
 
 
 def _gathered(model: Architecture) -> int:

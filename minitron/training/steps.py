@@ -8,7 +8,8 @@ from enum import Enum
 
 from distill.plan import StepRecord, TrainPlan
 from distill.states import newest_state
-from minitron.settings.training import TrainSettings
+from minitron.families.base import ROUTER
+from minitron.settings.training import Balance, Router, TrainSettings
 from minitron.walk.stage import StageContext
 from minitron.walk.tracking import Tracker, open_tracker
 
@@ -18,7 +19,9 @@ UNTRACKED = ("loss", "step", "total_steps", "recent_loss", "seconds", "phase")
 
 def train_plan(settings: TrainSettings) -> TrainPlan:
     """The settings as distill knows them."""
-    values = {name: getattr(settings, name) for name in TrainPlan.__slots__}
+    values = {name: getattr(settings, name) for name in TrainPlan.__slots__ if hasattr(settings, name)}
+    values["frozen"] = ROUTER.removeprefix("mixer") if settings.router is Router.frozen else None
+    values["balance_rate"] = settings.balance_rate if settings.balance is Balance.bias else None
     if values["gradient_checkpointing"] == "auto":  # nobody has planned: the tiny teacher, which fits everywhere
         values["gradient_checkpointing"] = False
     return TrainPlan(**{name: value.value if isinstance(value, Enum) else value for name, value in values.items()})

@@ -81,14 +81,14 @@ def test_two_processes_go_on_from_one_and_one_from_two_along_the_same_curve(engi
 def tied_alone(worker, tmp_path_factory):
     """(folder, losses) of a tied Llama's run in one process."""
     folder, records = tmp_path_factory.mktemp("tied"), []
-    worker.run(folder, {"save_every_steps": 1}, llama="tied", on_step=records.append)
+    worker.run(folder, {"save_every_steps": 1}, model="tied", on_step=records.append)
     return folder, [record.loss for record in records]
 
 
 def test_a_head_of_its_own_leaves_the_curve_of_tied_embeddings(tied_alone, worker, tmp_path):
     """The control: from the same numbers."""
     records = []
-    worker.run(tmp_path, {}, llama="untied", on_step=records.append)
+    worker.run(tmp_path, {}, model="untied", on_step=records.append)
     losses = [record.loss for record in records]
     assert losses[0] == pytest.approx(tied_alone[1][0], rel=1e-6) and losses[2:] != pytest.approx(tied_alone[1][2:], rel=1e-3)
 
@@ -109,7 +109,7 @@ def test_tied_embeddings_walk_the_curve_of_one_process(engine, tied_alone, worke
     """One matrix gets the gradients of both its uses, and is stored once."""
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
-    codes, printed = launch(engine, tmp_path, plan={"save_every_steps": 1}, llama="tied", seed=2)
+    codes, printed = launch(engine, tmp_path, plan={"save_every_steps": 1}, model="tied", seed=2)
     assert codes == [0, 0], printed
     assert [step["loss"] for step in launched_steps(tmp_path)] == pytest.approx(tied_alone[1], rel=1e-5)
     ours, reference = weights_of(tmp_path), weights_of(tied_alone[0])
@@ -247,3 +247,46 @@ def test_three_rows_in_two_processes_walk_the_curve_of_one(worker, launch, tmp_p
     assert losses == pytest.approx([record.loss for record in records], rel=1e-5)
     worker.run(tmp_path / "fewer", {"batch": 2}, on_step=fewer.append)
     assert losses[: len(fewer)] != pytest.approx([record.loss for record in fewer][: len(losses)], rel=1e-3)
+
+
+MOE = {"frozen": ".gate.weight", "balance_rate": 0.05}
+ROUTER = "model.model.layers.1.mixer.gate"
+
+
+@pytest.fixture(scope="module")
+def moe_alone(worker, tmp_path_factory):
+    """(folder, records) of a mixture of experts in one process, its router frozen, its load balanced."""
+    folder, records = tmp_path_factory.mktemp("moe"), []
+    worker.run(folder, {"save_every_steps": 1, "keep_states": 99, **MOE}, model="moe", on_step=records.append)
+    return folder, records
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_experts_walk_the_curve_of_one_process(engine, moe_alone, worker, launch, tmp_path):
+    """Though the tokens of a process go to others of them than those of the other, and to one none at all. The rest alone from their state."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    folder, expected, rest = from_step(moe_alone[0], tmp_path, 2), moe_alone[1], []
+    codes, printed = launch(engine, folder, plan={"micro_batch": 1, **MOE}, stop_at=3, model="moe")
+    assert codes == [130, 130], printed
+    steps = launched_steps(folder)
+    worker.run(folder, MOE, seed=9, model="moe", on_step=rest.append)
+    losses, norms = (steps_of + [getattr(record, name) for record in rest] for steps_of, name in
+                     (([step["loss"] for step in steps], "loss"), ([step["norm"] for step in steps], "gradient_norm")))  # fmt: skip
+    assert losses == pytest.approx([record.loss for record in expected[2:]], rel=1e-5)
+    assert norms == pytest.approx([record.gradient_norm for record in expected[2:]], rel=1e-5)
+    last, reference = weights_of(folder), weights_of(moe_alone[0])
+    assert last.keys() == reference.keys()
+    assert all(torch.allclose(last[name], reference[name], rtol=1e-4, atol=1e-5) for name in reference)
+
+
+def test_a_mixture_goes_on_to_the_bit_and_a_frozen_router_stays(moe_alone, worker, tmp_path):
+    """The biases move; the router does not, nor has the optimiser a state of it."""
+    folder = from_step(moe_alone[0], tmp_path, 4)
+    worker.run(folder, MOE, seed=9, model="moe")
+    last, whole, start = weights_of(folder), weights_of(moe_alone[0]), worker.build_moe(2).state_dict()
+    assert all(torch.equal(last[name], whole[name]) for name in whole)
+    name = ROUTER.removeprefix("model.")
+    assert torch.equal(whole[f"{ROUTER}.weight"], start[f"{name}.weight"]) and not any(name in key for key in whole if key.startswith("optimizer."))
+    moved = whole[f"{ROUTER}.e_score_correction_bias"] - start[f"{name}.e_score_correction_bias"]
+    assert moved.abs().min() > 0 and moved[3] == moved.max()  # the one that no token goes to

@@ -14,7 +14,7 @@ from memory_budget.units import GIB
 from memory_budget.workload import Workload
 
 NUM_ARCHITECTURES = 40
-PATTERNS = ["M-M*-", "ME*E", "M-*E", "*-*-", "**", "W-*-W-", "WW"]
+PATTERNS = ["M-M*-", "ME*E", "M-*E", "*-*-", "**", "W-*-W-", "WW", "*EWE"]
 
 
 def random_sizes(seed: int) -> list[dict[str, int]]:
@@ -49,6 +49,7 @@ def architecture(pattern: str, sizes: dict) -> Architecture:
         mamba_conv_kernel=4,
         moe_experts_per_token=2,
         ffn_bias=True,
+        ffn_gated="*E" in pattern,
         **sizes,
     )
 

@@ -179,7 +179,7 @@ def test_no_argument_is_an_error_of_one_line():
 
 
 def test_help_lists_the_model_types_that_are_read():
-    assert "Model types: nemotron_h, mamba2, llama, mistral, qwen2, qwen3, gemma3_text," in command("--help", COLUMNS="200").stdout
+    assert "Model types: nemotron_h, mamba2, llama, mistral, qwen2, qwen3, qwen3_moe, gemma3_text," in command("--help", COLUMNS="200").stdout
 
 
 def test_help_explains_each_option():

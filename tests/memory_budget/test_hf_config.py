@@ -50,7 +50,7 @@ HYBRID = "nemotron-nano-9b-v2"
     ("name", "change", "says"),
     [
         (HYBRID, {"model_type": None}, ["model_type is missing", "nemotron_h"]),
-        (HYBRID, {"model_type": "gpt2"}, ["model_type (gpt2)", "supported: nemotron_h, mamba2, llama, mistral, qwen2, qwen3, gemma3_text"]),
+        (HYBRID, {"model_type": "gpt2"}, ["model_type (gpt2)", "supported: nemotron_h, mamba2, llama, mistral, qwen2, qwen3, qwen3_moe, gemma3_text"]),
         (HYBRID, {"num_hidden_layers": 55}, ["num_hidden_layers (55)", "56 layers"]),
         (HYBRID, {"layers_block_type": ["mamba"] * 56}, ["hybrid_override_pattern and layers_block_type must agree"]),
         (HYBRID, {"hybrid_override_pattern": "M-X", "num_hidden_layers": 3}, ["'M-X'", "unknown: X"]),

@@ -19,7 +19,11 @@ PUBLISHED = {
     "qwen2-7b": 7_615_616_512,
     "qwen3-8b": 8_190_735_360,
     "gemma-3-1b": 999_885_952,
+    "nemotron-3-nano-30b-a3b": 31_577_937_344,
+    "nemotron-3-super-120b-a12b": 120_668_687_360,
 }
+# That one token passes through, embeddings and head among them: 3.6 and 12.7 thousand millions of the reports (arXiv 2512.20848, 2604.12374).
+ACTIVE = {"nemotron-3-nano-30b-a3b": 3_580_073_408, "nemotron-3-super-120b-a12b": 12_770_216_960}
 
 
 def meta_model(config: dict):
@@ -48,6 +52,13 @@ def kind_of(name: str, pattern: str) -> str:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_count_is_the_published_one(name, architecture_of):
     assert count_total_parameters(architecture_of(name)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_as_many_are_active_as_is_published(name, architecture_of):
+    architecture = architecture_of(name)
+    assert count_active_parameters(architecture) == ACTIVE[name]
+    assert count_active_parameters(replace(architecture, moe_experts_per_token=1)) != ACTIVE[name]
 
 
 @pytest.mark.parametrize("name", CONFIG_NAMES)

@@ -8,12 +8,15 @@ import pytest
 
 from memory_budget.calculator import kv_cache_bytes, max_context_tokens, memory_report
 from memory_budget.configs import dense, latent, mixtures
+from memory_budget.hf_config import architecture_from_config
+from memory_budget.model import as_model
 from memory_budget.parameters import count_active_parameters, count_total_parameters
 from memory_budget.parts.attention import Attention
 from memory_budget.parts.latent import LatentAttention
 from memory_budget.workload import Workload
 
-READERS = {**dense.MODELS, **mixtures.MODELS, **latent.MODELS}
+CUT = {"qwen3_moe": lambda config: as_model(architecture_from_config(config))}  # of those that can be cut, one with attention and experts
+READERS = {**dense.MODELS, **mixtures.MODELS, **latent.MODELS, **CUT}
 PUBLISHED = {one["name"]: one for one in json.loads((Path(__file__).parent / "published" / "attention.json").read_text())}
 SMALL = {"vocab_size": 101, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40,
          "max_position_embeddings": 64, "pad_token_id": None}  # fmt: skip
@@ -136,6 +139,12 @@ def test_the_sum_is_the_published_one(name):
     assert count_total_parameters(replace(model, layers=tuple(wider))) + published.get("beside", 0) != published["total"]
 
 
+@pytest.mark.parametrize("experts", [96, 64])
+def test_a_search_that_keeps_fewer_experts_has_the_architecture_whose_sum_is_published(experts):
+    teacher, student = (architecture_from_config(PUBLISHED[f"qwen3-30b-a3b{which}"]["config"]) for which in ("", f"-{experts}-experts"))
+    assert replace(teacher, moe_num_experts=experts) == student != teacher
+
+
 @pytest.mark.parametrize("name", ["gemma-3-4b", "gemma-3-12b", "gemma-3-27b"])
 def test_what_a_multimodal_checkpoint_holds_beside_its_language_model_is_named_and_known(name):
     """SigLIP-So400m has one size in all of them; the projector goes from its 1152 channels to the language model's."""
@@ -232,8 +241,8 @@ def test_the_longest_context_of_windows_and_latents_fits_and_one_token_more_does
         ("smollm3-listed", {"no_rope_layers": [1]}, "no_rope_layers ([1]) must be a list with an entry for each of the 4 layers"),
         ("gemma3", {"text_config": []}, "text_config ([]) must be an object"),
         ("qwen2_moe", {"layer_types": MIXED_TYPES, **WINDOW}, "sliding_window (8, use_sliding_window is not true) must say a window"),
-        ("qwen3_moe", {"num_experts_per_tok": 6}, "num_experts_per_tok (6) must be at most num_experts (5)"),
-        ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers (3) must be a list of layers by number"),
+        ("qwen3_moe", {"num_experts_per_tok": 6}, "experts per token (6) must be at most the number of experts (5)"),
+        ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers (3) must be a list of indices of layers, 0 to 3"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step (0) must be a whole number of at least 1"),
         ("deepseek_v2", {"num_experts_per_tok": None}, "num_experts_per_tok (null) must be a whole number"),
         ("deepseek_v2", {"q_lora_rank": 0}, "q_lora_rank (0) must be a whole number of at least 1"),

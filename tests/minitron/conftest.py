@@ -20,6 +20,7 @@ from minitron.families.base import Family
 from minitron.families.known import family_of
 from minitron.families.nemotron_h import FAMILY as NEMOTRON_H
 from minitron.families.state import model_tensors
+from minitron.families.table import BUFFER
 from minitron.importance.activations import measure_width
 from minitron.importance.scores import aggregate
 from minitron.pruning.cut import build_pruned
@@ -36,8 +37,12 @@ TINY = Architecture(
     mamba_num_heads=8, mamba_head_dim=4, mamba_num_groups=2, mamba_state_size=6, mamba_conv_kernel=4,
 )  # fmt: skip
 
+# Experts in two groups, of which a token sees one, and a shared one; with all biases that there can be.
+TINY_EXPERTS = replace(TINY, pattern="M*E-E", ffn_bias=True, moe_num_experts=8, moe_experts_per_token=2, moe_ffn=16, moe_shared_ffn=20, moe_groups=2)
+_ROUTING = {"norm_topk_prob": True, "routed_scaling_factor": 2.5}
+
 # One of each kind that can be cut: head tied or not, biases where a family has any, heads that are not hidden size over heads, windows shorter than the rows
-# that tests give (for all layers, for some), layers of both kinds of attention.
+# that tests give (for all layers, for some), layers of both kinds of attention; experts in groups and not, in every other block.
 _SIZES = {"hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 4, "num_attention_heads": 6, "vocab_size": TINY.vocab, "rms_norm_eps": 1e-5,
           "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0, "dtype": "float32"}  # fmt: skip
 _MAMBA2 = {"hidden_size": 32, "num_hidden_layers": 4, "num_heads": 8, "state_size": 6, "conv_kernel": 4, "chunk_size": 16, "vocab_size": TINY.vocab,
@@ -45,6 +50,8 @@ _MAMBA2 = {"hidden_size": 32, "num_hidden_layers": 4, "num_heads": 8, "state_siz
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 MODELS = {
     "nemotron_h": NEMOTRON_H.hf_config(TINY_CONFIG, TINY),
+    "nemotron_h experts": NEMOTRON_H.hf_config(TINY_CONFIG | _ROUTING, TINY_EXPERTS),
+    "nemotron_h latent": NEMOTRON_H.hf_config(TINY_CONFIG | _ROUTING, replace(TINY_EXPERTS, moe_latent=16)),
     "llama tied": {"model_type": "llama", **_SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "llama untied": {"model_type": "llama", **_SIZES, "num_key_value_heads": 3, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
     "mistral": {"model_type": "mistral", **_SIZES, "num_key_value_heads": 2, "head_dim": 10, "tie_word_embeddings": False, "sliding_window": 9},
@@ -52,12 +59,15 @@ MODELS = {
                    "sliding_window": 9, "max_window_layers": 4, "layer_types": [_FULL, _SLIDING, _SLIDING, _FULL]},
     "qwen3 tied": {"model_type": "qwen3", **_SIZES, "num_key_value_heads": 3, "head_dim": 10, "tie_word_embeddings": True, "use_sliding_window": False,
                    "sliding_window": None, "max_window_layers": 4, "layer_types": [_FULL] * 4},
+    "qwen3_moe": {"model_type": "qwen3_moe", **_SIZES, "num_key_value_heads": 3, "head_dim": 10, "tie_word_embeddings": False, "attention_bias": True,
+                  "use_sliding_window": True, "sliding_window": 9, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                  "decoder_sparse_step": 2, "norm_topk_prob": True},
     "gemma3_text": {"model_type": "gemma3_text", **_SIZES, "num_key_value_heads": 3, "head_dim": 10, "query_pre_attn_scalar": 12, "sliding_window": 9,
                     "layer_types": [_SLIDING, _SLIDING, _SLIDING, _FULL]},
     "mamba2 tied": {"model_type": "mamba2", **_MAMBA2, "expand": 2, "head_dim": 8, "n_groups": 2, "tie_word_embeddings": True},
     "mamba2 untied": {"model_type": "mamba2", **_MAMBA2, "expand": 1, "head_dim": 4, "n_groups": 4, "use_bias": True, "use_conv_bias": False},
 }  # fmt: skip
-ONES = tuple(name for name in MODELS if name != "mamba2 untied")  # of which all is asked that is asked of every family
+ONES = tuple(name for name in MODELS if name not in ("mamba2 untied", "nemotron_h latent"))  # of which all is asked that is asked of every family
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +82,8 @@ class TinyModel:
 
 @torch.no_grad()
 def _randomise(family: Family, architecture: Architecture, model: nn.Module, seed: int) -> None:
-    """Every parameter drawn anew, the same by name and shape for a seed; norms about what multiplies by 1, embedded tokens about as large as 1."""
+    """Every parameter, and what corrects a router's choice, drawn anew, the same by name and shape for a seed; norms about what multiplies by 1, embedded
+    tokens about as large as 1."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(parameter, scale):
@@ -81,12 +92,15 @@ def _randomise(family: Family, architecture: Architecture, model: nn.Module, see
     def uniform(parameter, low, high):
         return torch.rand(parameter.shape, generator=random) * (high - low) + low
 
-    for name, parameter in model.named_parameters():
+    correction_biases = ((name, buffer) for name, buffer in model.named_buffers() if BUFFER.search(name))
+    for name, parameter in (*model.named_parameters(), *correction_biases):
         last = name.removesuffix(".weight").split(".")[-1]
         if name.endswith("conv1d.weight"):
             value = normal(parameter, 0.5)
         elif last in ("embeddings", "embed_tokens"):
             value = normal(parameter, 1 / family.embed_scale(architecture))
+        elif name.endswith("gate.weight"):  # a router, which sends many tokens to some experts and few to others
+            value = normal(parameter, 2 * parameter.shape[1] ** -0.5)
         elif parameter.ndim == 2:
             value = normal(parameter, parameter.shape[1] ** -0.5)
         elif "norm" in last:
@@ -95,6 +109,8 @@ def _randomise(family: Family, architecture: Architecture, model: nn.Module, see
             value = uniform(parameter, -1.0, 1.5)
         elif last == "dt_bias":
             value = uniform(parameter, -3.0, 0.5)
+        elif last == "e_score_correction_bias":
+            value = normal(parameter, 0.2)
         else:  # D and biases
             value = normal(parameter, 0.5)
         parameter.copy_(value)
@@ -177,7 +193,8 @@ def hard_plan(one, measured) -> PruningPlan:
     """The third layer goes, of KV heads one, and a quarter of every other axis, as far as the equations between sizes allow it, with what follows by them."""
     teacher, couplings, keys = one.architecture, one.family.couplings, one.architecture.num_key_value_heads
     kept = tuple(layer for layer in range(teacher.num_layers) if layer != 2)
-    smaller = {name: getattr(teacher, name) * 3 // 4 for name in ("ffn", "hidden", "mamba_num_heads", "mamba_head_dim")}
+    axes = ("ffn", "hidden", "mamba_num_heads", "mamba_head_dim", "moe_num_experts", "moe_ffn", "moe_shared_ffn")
+    smaller = {name: getattr(teacher, name) * 3 // 4 for name in axes}
     student, given = teacher, {}
     for name, size in (({"num_key_value_heads": keys - 1} if keys else {}) | smaller).items():
         sizes = given | {name: size}

@@ -34,7 +34,6 @@ CASES = {
     "class": ({"architectures": ["LlamaForCausalLM"]}, {("vLLM", "architectures"), ("llama.cpp", "architectures")}),
     "class not first": ({"architectures": ["Other", "NemotronHForCausalLM"]}, {("llama.cpp", "architectures")}),
     "odd letter": ({"hybrid_override_pattern": "M-M*|"}, PATTERN | {("vLLM", "hybrid_override_pattern"), ("TensorRT-LLM", "hybrid_override_pattern")}),
-    "experts": ({"hybrid_override_pattern": "M-M*E"}, PATTERN),
     "only the new names": (
         {"hybrid_override_pattern": GONE, "layers_block_type": NAMES},
         PATTERN | {(REMOTE, "layers_block_type"), ("mlx-lm", "hybrid_override_pattern")},
@@ -63,6 +62,7 @@ CASES = {
     "tied": ({"tie_word_embeddings": True}, {("vLLM", "tie_word_embeddings")}),
     "positions": ({"max_position_embeddings": None}, {("vLLM", "max_position_embeddings")}),
     "experts per token": ({"num_experts_per_tok": None}, {("llama.cpp", "num_experts_per_tok")}),
+    "sizes of experts that there are none of": ({"n_group": 0, "moe_intermediate_size": 7, "n_shared_experts": 3}, set()),
     "epsilon": ({"rms_norm_eps": GONE}, {("llama.cpp", "rms_norm_eps"), ("TensorRT-LLM", "rms_norm_eps")}),
     "other epsilon": ({"rms_norm_eps": 1e-6}, {("llama.cpp", "rms_norm_eps"), ("TensorRT-LLM", "rms_norm_eps")}),
     "inner width": ({"mamba_num_heads": 8, "mamba_head_dim": 4}, {("llama.cpp", "mamba_num_heads × mamba_head_dim")}),
@@ -72,6 +72,33 @@ CASES = {
     "projection bias": ({"use_bias": True}, {("llama.cpp", "use_bias"), ("mlx-lm", "mamba_proj_bias")}),
     "vocabulary": ({"vocab_size": 1001}, {("llama.cpp", "vocab_size")}),
 }
+# Nemotron 3 Nano's sizes of experts, and what else is refused of a folder that has them.
+GOOD_WITH_EXPERTS = GOOD | {
+    "hybrid_override_pattern": "MEM*E", "n_routed_experts": 128, "num_experts_per_tok": 6, "moe_intermediate_size": 1920, "n_shared_experts": 1, "n_group": 1,
+    "moe_shared_expert_intermediate_size": 3840, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "moe_latent_size": None,
+    "dtype": "bfloat16",
+}
+ROWS, KEYS, GROUPS = ("transformers", "rows of experts"), {("llama.cpp", "keys of experts"), ("mlx-lm", "keys of experts")}, ("transformers", "n_group")
+SHARED = {("vLLM", "n_shared_experts"), ("TensorRT-LLM", "n_shared_experts")}
+CASES_WITH_EXPERTS = {
+    "an FFN beside them": ({"hybrid_override_pattern": "M-M*E"}, {("llama.cpp", "kinds of FFN")}),
+    "biases": ({"mlp_bias": True}, {("vLLM", "mlp_bias"), ("llama.cpp", "mlp_bias"), ("TensorRT-LLM", "mlp_bias")}),
+    "two shared ones": ({"n_shared_experts": 2}, SHARED),
+    "no word of a shared one": ({"n_shared_experts": GONE}, SHARED | KEYS),
+    "no word of what weights are multiplied by": ({"routed_scaling_factor": GONE}, KEYS),
+    "no word of groups that a token sees": ({"topk_group": GONE}, {("mlx-lm", "keys of experts")}),
+    "no word of experts per token": ({"num_experts_per_tok": GONE}, KEYS | {("llama.cpp", "num_experts_per_tok"), ("mlx-lm", "num_experts_per_tok")}),
+    "one expert per token": ({"num_experts_per_tok": 1}, {("mlx-lm", "num_experts_per_tok")}),
+    "one expert per token, by its own weight": ({"num_experts_per_tok": 1, "norm_topk_prob": False}, set()),
+    "groups": ({"n_group": 8, "topk_group": 4}, set()),
+    "groups of other sizes": ({"n_group": 5, "topk_group": 4}, {GROUPS}),
+    "groups of one": ({"n_group": 128, "topk_group": 8}, {GROUPS}),
+    "all groups for a token": ({"n_group": 8, "topk_group": 8}, {("llama.cpp", "topk_group")}),
+    "odd rows": ({"moe_intermediate_size": 1924}, {ROWS}),
+    "such rows of longer numbers": ({"moe_intermediate_size": 1924, "dtype": "float32"}, set()),
+    "odd rows of a latent": ({"moe_latent_size": 1028}, {ROWS}),
+    "odd rows that no expert reads": ({"hidden_size": 4612, "moe_latent_size": 1024}, set()),
+}
 
 
 def refused(config: dict, *, tensors=TENSORS, files=FILES, own_tokenizer: bool = False) -> set[tuple[str, str]]:
@@ -80,13 +107,19 @@ def refused(config: dict, *, tensors=TENSORS, files=FILES, own_tokenizer: bool =
 
 
 def test_a_published_config_is_accepted():
-    assert refused(GOOD) == set()
+    assert refused(GOOD) == refused(GOOD_WITH_EXPERTS) == set()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_wrong_field_is_refused_by_the_programs_that_mind(case):
     change, expected = CASES[case]
     assert refused(GOOD | change) == expected
+
+
+@pytest.mark.parametrize("case", CASES_WITH_EXPERTS)
+def test_one_wrong_field_of_experts_is_refused_by_the_programs_that_mind(case):
+    change, expected = CASES_WITH_EXPERTS[case]
+    assert refused(GOOD_WITH_EXPERTS | change) == expected
 
 
 def test_other_tensor_names_are_refused():
@@ -99,8 +132,9 @@ def test_a_tokenizer_that_is_absent_or_trained_here_is_refused():
 
 
 def test_every_rule_has_a_case_that_breaks_it():
-    broken = set().union(*(expected for _, expected in CASES.values()))
-    broken |= {("transformers", "rows of in_proj"), ("vLLM", "lengths of rows"), ("llama.cpp", "lengths of rows")}  # advice, below
+    broken = set().union(*(expected for _, expected in (*CASES.values(), *CASES_WITH_EXPERTS.values())))
+    broken |= {("transformers", "rows of in_proj"), ("vLLM", "lengths of rows"), ("llama.cpp", "lengths of rows"),
+               ("vLLM", "hybrid_override_pattern")}  # advice, below  # fmt: skip
     broken |= {("vLLM", "tensor names"), ("llama.cpp", "tensor names"), ("vLLM", "tokenizer.json"), ("llama.cpp", "tokenizer")}
     assert broken == {(rule.program, rule.field) for rule in RULES}
 
@@ -118,12 +152,21 @@ def test_every_rule_has_a_case_that_breaks_it():
 def test_lengths_that_cost_room_or_time_are_told_and_not_refused(change, expected):
     findings = check_folder(Folder(GOOD | change, TENSORS, FILES, own_tokenizer=False), RULES)
     assert {(one.program, one.field): one.value for one in findings if one.is_remark} == expected
-    of_rows = [one for one in findings if "rows" in one.field]
+    of_rows = [one for one in findings if one.field in ("lengths of rows", "rows of in_proj")]
     assert len(of_rows) == 3 and all(one.accepted for one in of_rows)
     assert sorted(remarks(findings)) == sorted(
         f"{one.program} takes it, but {one.field} ({one.value}) {one.rule}" for one in of_rows if (one.program, one.field) in expected
     )
     assert not any("rows" in text for text in verdicts(findings))
+
+
+def test_what_is_advised_of_experts_is_of_their_rows_and_of_cpus():
+    """Rows of an FFN that no layer has are none; 1,856 neurons, as published, are no multiple of 128."""
+    change = {"moe_intermediate_size": 1856, "intermediate_size": 1, "moe_shared_expert_intermediate_size": 3712}
+    findings = check_folder(Folder(GOOD_WITH_EXPERTS | change, TENSORS, FILES, own_tokenizer=False), RULES)
+    assert {(one.program, one.field): one.value for one in findings if one.is_remark} == {
+        ("vLLM", "lengths of rows"): "moe_intermediate_size 1,856", ("vLLM", "hybrid_override_pattern"): "MEM*E",
+        ("llama.cpp", "lengths of rows"): "moe_intermediate_size 1,856, moe_shared_expert_intermediate_size 3,712"}  # fmt: skip
 
 
 def test_every_family_that_can_be_cut_has_rules():

@@ -25,6 +25,9 @@ GOOD = {
     "mistral": SIZES | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
     "qwen2": SIZES | QWEN | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
     "qwen3": SIZES | QWEN | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128},
+    "qwen3_moe": SIZES | {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "use_sliding_window": False, "sliding_window": None},
     "gemma3_text": SIZES | {
         "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 64,
         "sliding_window": 512, "sliding_window_pattern": 6, "layer_types": ONE_IN_SIX, "rope_local_base_freq": 10000.0, "rope_scaling": LINEAR,
@@ -94,6 +97,18 @@ CASES = {
     },
     "qwen2": LLAMA_KIND | WINDOWS | {"hidden size apart from heads": ({"hidden_size": 1792}, both(PRODUCT))},
     "qwen3": LLAMA_KIND | WINDOWS | {"attention bias": ({"attention_bias": True}, both("attention_bias"))},
+    "qwen3_moe": LLAMA_KIND | {
+        "attention bias": ({"attention_bias": True}, both("attention_bias")),
+        "a window": ({"use_sliding_window": True, "sliding_window": 64}, {("llama.cpp", "use_sliding_window")}),
+        "types": ({"layer_types": [FULL] * 16}, {("vLLM", "layer_types")}),
+        "a dense layer": ({"mlp_only_layers": [3]}, {("llama.cpp", "mlp_only_layers")}),
+        "every other layer dense": ({"decoder_sparse_step": 2}, {("llama.cpp", "mlp_only_layers")}),
+        "all layers dense": ({"mlp_only_layers": list(range(16))}, both("mlp_only_layers")),
+        "weights as they come": ({"norm_topk_prob": False}, {("llama.cpp", "norm_topk_prob")}),
+        "no number of experts": ({"num_experts": GONE}, {("vLLM", "num_experts")}),
+        "no number of experts per token": ({"num_experts_per_tok": GONE}, {("llama.cpp", "num_experts_per_tok")}),
+        "odd rows": ({"moe_intermediate_size": 764}, {("transformers", "rows of experts")}),
+    },
     "gemma3_text": OF_BLOCKS | {
         "hidden size": ({"hidden_size": 2047}, {("transformers", "hidden_size")}),
         "types": ({"layer_types": [FULL]}, {("transformers", "layer_types")} | OTHER_WINDOWS),
@@ -141,6 +156,9 @@ ADVICE = {
     "mistral": ({"intermediate_size": 8000, "head_dim": 72}, ODD_FFN),
     "qwen2": ({"intermediate_size": 8000, "head_dim": 72, **WINDOWS["windows that no layer's number says"][0]}, ODD_FFN | NUMBERED),
     "qwen3": ({"intermediate_size": 8000, "head_dim": 72, **WINDOWS["windows that no layer's number says"][0]}, ODD_FFN | NUMBERED),
+    "qwen3_moe": ({"intermediate_size": 1, "moe_intermediate_size": 704, "hidden_size": 2056}, {
+        ("vLLM", "lengths of rows"): "hidden_size 2,056, moe_intermediate_size 704", ("vLLM", "hidden_size"): "2056",
+        ("llama.cpp", "lengths of rows"): "hidden_size 2,056, moe_intermediate_size 704"}),
     "gemma3_text": ({"intermediate_size": 8000, "head_dim": 72, "sliding_window_pattern": None},
                     ODD_FFN | {("transformers", "sliding_window_pattern"): "None"}),
     "mamba2": ({"n_groups": 7, "num_heads": 63, "max_position_embeddings": GONE}, {

@@ -16,7 +16,7 @@ from minitron.pruning.cut import build_pruned
 from minitron.pruning.damage import walked_loss
 from minitron.pruning.directions import principal_basis, stream_basis, stream_covariance
 from minitron.pruning.plan import PruningPlan
-from minitron.pruning.refit import NormalEquations, ridge_for
+from minitron.pruning.refits.least_squares import NormalEquations, ridge_for
 from minitron.pruning.rotation import EMBED, NORM, READ, WRITE, stream_role
 
 EVERY_PART = Recipe()

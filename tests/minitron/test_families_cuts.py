@@ -16,7 +16,7 @@ from minitron.checkpoints.files import Checkpoint
 from minitron.checkpoints.given import given_checkpoint
 from minitron.checkpoints.placement import StreamedModel
 from minitron.checkpoints.shards import write_weights
-from minitron.families.base import ATTENTION_HEAD, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD
+from minitron.families.base import ATTENTION_HEAD, EXPERT, EXPERT_FFN, FFN, HIDDEN, KEY_VALUE_HEAD, MAMBA_CHANNEL, MAMBA_HEAD, SHARED_FFN
 from minitron.families.state import model_tensors
 from minitron.families.table import split_layer
 from minitron.pruning.cut import build_pruned, cut_state, kept_indices
@@ -40,7 +40,7 @@ def shuffled(size: int, seed: int = 0) -> tuple[int, ...]:
 
 
 def within(groups: list[int], per_group: int) -> tuple[int, ...]:
-    """Heads group by group in the order of the groups, inside each the first one last."""
+    """Heads or experts group by group in the order of the groups, inside each the first one last."""
     return tuple(group * per_group + index for group in groups for index in (*range(1, per_group), 0))
 
 
@@ -58,12 +58,19 @@ def orders_of(architecture) -> dict[str, dict[str, tuple[int, ...]]]:
     if heads:
         found[MAMBA_HEAD] = {MAMBA_HEAD: within(list(range(groups)), heads // groups)}
         found[MAMBA_CHANNEL] = {MAMBA_CHANNEL: shuffled(architecture.mamba_head_dim)}
+    if architecture.moe_num_experts:
+        groups = architecture.moe_groups
+        found[EXPERT] = {EXPERT: within([*range(1, groups), 0], architecture.moe_num_experts // groups)}
+        found[EXPERT_FFN] = {EXPERT_FFN: shuffled(architecture.moe_ffn)}
+    if architecture.moe_shared_ffn:
+        found[SHARED_FFN] = {SHARED_FFN: shuffled(architecture.moe_shared_ffn)}
     return found
 
 
 def in_every_sublayer(architecture, orders: dict[str, tuple[int, ...]]) -> dict[str, dict[int, tuple[int, ...]]]:
-    """As a plan says it: hidden once for all, of every other axis every sublayer."""
-    return {axis: {-1: order} if axis == HIDDEN else dict.fromkeys(range(architecture.num_sublayers), order) for axis, order in orders.items()}
+    """As a plan says it: hidden once for all, neurons of experts for every expert, of every other axis every sublayer."""
+    places = {HIDDEN: (-1,), EXPERT_FFN: range(architecture.num_sublayers * architecture.moe_num_experts)}
+    return {axis: dict.fromkeys(places.get(axis, range(architecture.num_sublayers)), order) for axis, order in orders.items()}
 
 
 @pytest.fixture
@@ -84,9 +91,9 @@ def test_reordering_the_units_of_any_axis_leaves_the_logits(one, reordered, logi
         assert difference(logits_of(reordered(orders)), logits_of(one.model)) <= 1e-5, axis
 
 
-def test_heads_across_groups_and_kv_heads_without_their_query_heads_move_the_logits(one, reordered, logits_of):
+def test_units_across_groups_and_kv_heads_without_their_query_heads_move_the_logits(one, reordered, logits_of):
     for axis, orders in orders_of(one.architecture).items():
-        if axis in (ATTENTION_HEAD, MAMBA_HEAD):
+        if axis in (ATTENTION_HEAD, MAMBA_HEAD) or axis == EXPERT and one.architecture.moe_groups > 1:
             number = len(orders[axis])
             assert difference(logits_of(reordered({axis: (number - 1, *range(1, number - 1), 0)})), logits_of(one.model)) > 0.01, axis
         if axis == KEY_VALUE_HEAD:

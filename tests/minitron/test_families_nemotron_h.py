@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from transformers import AutoModelForCausalLM, NemotronHConfig
 
-from memory_budget.hf_config import read_config
+from memory_budget.hf_config import architecture_from_config, read_config
 from minitron.families.config_json import transformers_config
 from minitron.families.nemotron_h import FAMILY
 from minitron.families.row_lengths import row_notes
@@ -25,6 +25,20 @@ def test_rows_that_quantisers_and_kernels_mind_are_told(sizes, expected, tiny):
     notes = row_notes(FAMILY, replace(tiny, **sizes))
     assert notes.keys() == expected.keys() and all(notes[use].endswith(said) for use, said in expected.items())
     assert "causal_conv1d" not in row_notes(FAMILY, replace(tiny, **sizes, pattern="*-"))
+
+
+# Nemotron 3 Nano's experts are 1,856 neurons wide and read 2,688 channels; a shared one has 3,712. With a latent they read that.
+@pytest.mark.parametrize(("sizes", "expected"), [
+    ({}, {"int4": "moe_intermediate_size 1,856", "K-quants": "hidden_size 2,688, moe_intermediate_size 1,856, moe_shared_expert_intermediate_size 3,712"}),
+    ({"moe_ffn": 1532, "moe_shared_ffn": 3840}, {"int4": "moe_intermediate_size 1,532", "K-quants": "hidden_size 2,688, moe_intermediate_size 1,532",
+                                                 "experts in transformers": "moe_intermediate_size 1,532"}),
+    ({"moe_ffn": 1536, "moe_shared_ffn": 3840, "hidden": 2816, "moe_latent": 516}, {
+        "int4": "moe_latent_size 516", "K-quants": "moe_latent_size 516", "experts in transformers": "moe_latent_size 516"}),
+], ids=["as published", "odd neurons", "odd latent"])  # fmt: skip
+def test_rows_of_experts_that_quantisers_and_grouped_products_mind_are_told(sizes, expected, tiny):
+    published = replace(tiny, pattern="E*", hidden=2688, num_attention_heads=32, attention_head_dim=128, moe_num_experts=128, moe_ffn=1856, moe_shared_ffn=3712)
+    notes = row_notes(FAMILY, replace(published, **sizes))
+    assert notes.keys() == expected.keys() and all(notes[use].split(": ")[1] == said for use, said in expected.items())
 
 
 class PublishedConfig:
@@ -66,6 +80,15 @@ def test_hf_config_of_a_dense_model_drops_what_looks_like_experts(tiny):
     assert "num_experts_per_tok" in saved and "n_routed_experts" in saved  # what transformers writes
     config = FAMILY.hf_config(saved, tiny)
     assert not [key for key in config if "expert" in key or "moe" in key]
+
+
+def test_hf_config_of_experts_says_what_others_have_no_defaults_for(configs):
+    """And the one shared expert that transformers makes, which others make as often as is said."""
+    given = {key: value for key, value in configs["nemotron_h experts"].items() if key not in ("norm_topk_prob", "routed_scaling_factor")}
+    config = FAMILY.hf_config(given | {"n_shared_experts": 2, "num_local_experts": 8}, architecture_from_config(given))
+    assert (config["norm_topk_prob"], config["routed_scaling_factor"], config["n_shared_experts"]) == (True, 1.0, 1) and "num_local_experts" not in config
+    sizes = NemotronHConfig(**given)
+    assert (sizes.norm_topk_prob, sizes.routed_scaling_factor) == (True, 1.0)
 
 
 def test_hf_config_replaces_the_older_spelling_of_head_dim(tiny):

@@ -1,6 +1,7 @@
 """What every family says of its tensors and their names, of the keys that compute, and of where activations are read, against transformers' own models."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ from safetensors import safe_open
 
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
-from minitron.families.base import HIDDEN
+from minitron.families.base import HIDDEN, TensorAxes
+from minitron.families.config_json import transformers_config
 from minitron.families.known import FAMILIES, family_of
 from minitron.families.state import model_tensors
 from minitron.families.table import check_tensors, expected_shape, required_names, row_of
@@ -34,8 +36,10 @@ def built_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 def test_every_tensor_is_in_the_table_with_its_shape_and_counted(one):
     shapes, names = shapes_of(one.family, one.model), set(required_names(one.family, one.architecture))
     check_tensors(one.family, one.architecture, shapes)
-    expected = sum(math.prod(expected_shape(one.family, one.architecture, row_of(one.family, one.architecture, name))) for name in names)
+    rows = [row_of(one.family, one.architecture, name) for name in names]
+    expected = sum(math.prod(expected_shape(one.family, one.architecture, row)) for row in rows if not row.buffer)
     assert shapes.keys() == names and expected == count_total_parameters(one.architecture) == one.model.num_parameters()
+    assert any(row.buffer for row in rows) == ("nemotron_h" in one.config["model_type"] and "E" in one.architecture.pattern)
 
 
 # Sizes of published config.json files, and the parameters that their safetensors hold.
@@ -65,12 +69,31 @@ def test_published_models_have_the_tensors_of_the_table_and_their_published_numb
     assert sum(map(math.prod, shapes.values())) == count_total_parameters(architecture) == parameters
 
 
-def rows_used(configs: list[dict]) -> set[tuple[str, str]]:
-    """Suffix and kind of every row of the families' tables that a model of one of these configs has a tensor for."""
+PUBLISHED_WITH_EXPERTS = {
+    "Qwen3-30B-A3B": (30_532_122_624, {"model_type": "qwen3_moe", "num_hidden_layers": 48, "head_dim": 128}),
+    "Nemotron-3-Nano-30B-A3B": (31_577_937_344, "nemotron-3-nano-30b-a3b"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_WITH_EXPERTS)
+def test_published_models_with_experts_have_their_published_number_of_parameters_by_the_table(name, repository):
+    """Built whole on the meta device, one tensor for each of 6,144 experts takes seconds; of two or three layers they have the table's shapes."""
+    parameters, config = PUBLISHED_WITH_EXPERTS[name]
+    config = read_config(repository / f"tests/memory_budget/configs/{config}.json") if isinstance(config, str) else config
+    family, architecture = family_of(config), architecture_from_config(config)
+    rows = [row_of(family, architecture, name) for name in required_names(family, architecture)]
+    shapes = {row: expected_shape(family, architecture, row) for row in set(rows)}
+    assert sum(math.prod(shapes[row]) for row in rows if not row.buffer) == count_total_parameters(architecture) == parameters
+    short = replace(architecture, pattern=architecture.pattern[: 2 * architecture.sublayers_per_layer])
+    check_tensors(family, short, built_shapes(family.hf_config(config, short)))
+
+
+def rows_used(configs: list[dict]) -> set[TensorAxes]:
+    """Every row of the families' tables that a model of one of these configs has a tensor for."""
     found = set()
     for config in configs:
         family, architecture = family_of(config), architecture_from_config(config)
-        found |= {(row.suffix, row.kind) for row in (row_of(family, architecture, name) for name in built_shapes(config))}
+        found |= {row_of(family, architecture, name) for name in built_shapes(config)}
     return found
 
 
@@ -79,13 +102,12 @@ def test_the_tables_are_used_up_by_what_configs_can_ask_for(configs):
     configs = [*configs.values(), configs["nemotron_h"] | {"use_bias": True, "mlp_bias": True}]
     for table in {family.table for family in FAMILIES.values()}:
         sharing = [config for config in configs if family_of(config).table == table]
-        rows = {(row.suffix, row.kind) for row in table}
-        assert rows_used(sharing) == rows
-        assert any(rows_used([config for config in sharing if config is not without]) < rows for without in sharing), "the control: one model less"
+        assert rows_used(sharing) == set(table)
+        assert any(rows_used([config for config in sharing if config is not without]) < set(table) for without in sharing), "the control: one model less"
 
 
 SIZES = ("hidden", "vocab", "ffn", "num_attention_heads", "num_key_value_heads", "attention_head_dim", "mamba_num_heads", "mamba_head_dim",
-         "mamba_num_groups", "mamba_state_size", "mamba_conv_kernel")  # fmt: skip
+         "mamba_num_groups", "mamba_state_size", "mamba_conv_kernel", "moe_num_experts", "moe_ffn", "moe_shared_ffn")  # fmt: skip
 
 
 def test_a_model_of_another_size_is_refused(one):
@@ -96,20 +118,39 @@ def test_a_model_of_another_size_is_refused(one):
                 check_tensors(one.family, replace(one.architecture, **{name: size + 1}), shapes)
 
 
+FIELD_OF = {"has_own_head": "tied_embeddings", "experts_read_stream": "moe_latent", "moe_latent_bias": "ffn_bias"}  # that a flag follows from
+
+
 def test_a_tensor_that_config_json_denies_or_lacks_is_named(one):
-    shapes, flags = shapes_of(one.family, one.model), {row.only_if for row in one.family.table} - {""}
-    for flag in flags:
-        has, field = getattr(one.architecture, flag), "tied_embeddings" if flag == "has_own_head" else flag
-        said = rf"is in the checkpoint, but config.json describes a model without it \({flag} is false\)" if has else "is missing from the checkpoint"
+    shapes, kinds = shapes_of(one.family, one.model), ("", "any", *one.architecture.mixers)
+    for field in {FIELD_OF.get(row.only_if, row.only_if) for row in one.family.table if row.kind in kinds} - {""}:
+        has = getattr(one.architecture, field) == (field != "tied_embeddings")
+        said = r"is in the checkpoint, but config.json describes a model without it \(\w+ is false\)" if has else "is missing from the checkpoint"
+        said = r"has shape .*; config.json says .*, 1\]" if field == "moe_latent" else said  # experts would read and write that many
         with pytest.raises(ValueError, match=f"tensor .* {said}"):
-            check_tensors(one.family, replace(one.architecture, **{field: not getattr(one.architecture, field)}), shapes)
+            check_tensors(one.family, replace(one.architecture, **{field: int(not getattr(one.architecture, field))}), shapes)
+
+
+def test_experts_that_are_too_many_or_too_few_are_named(one):
+    shapes, experts = shapes_of(one.family, one.model), one.architecture.moe_num_experts
+    if not experts:
+        return
+    of_experts = [name for name in shapes if ".experts." in name]
+    last, first = of_experts[-1], of_experts[0]
+    assert first.split(".experts.")[1].startswith("0.") and last.split(".experts.")[1].startswith(f"{experts - 1}.")
+    with pytest.raises(ValueError, match=rf"tensor {re.escape(first)} is missing from the checkpoint"):
+        check_tensors(one.family, one.architecture, {name: shape for name, shape in shapes.items() if name != first})
+    beyond = last.replace(f".experts.{experts - 1}.", f".experts.{experts}.")
+    with pytest.raises(ValueError, match=rf"tensor {re.escape(beyond)} belongs to expert {experts}; config.json says {experts} experts"):
+        check_tensors(one.family, one.architecture, shapes | {beyond: shapes[last]})
 
 
 # Names.
 
 
 def test_file_names_are_those_that_transformers_saves_and_come_back(one, tmp_path):
-    one.model.save_pretrained(tmp_path)
+    """Of the class as transformers has it, which stacks experts."""
+    type(one.model)._from_config(transformers_config(one.config)).save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as saved:
         names = set(saved.keys())
     canonical = model_tensors(one.family, one.model)
@@ -150,13 +191,16 @@ def test_the_rows_are_longer_than_the_window(one, token_ids, logits_of):
 
 
 def test_taps_read_every_sublayers_norm_and_one_activation_of_its_mixer(one):
+    """What experts do is not tapped but watched; only a shared one is."""
+    sizes = one.family.axis_sizes(one.architecture)
     for layer, (kind, sublayer) in enumerate(zip(one.architecture.mixers, one.family.parts(one.model).layers, strict=True)):
-        of_stream, of_mixer = one.family.layer_taps(one.architecture, layer, sublayer)
+        of_stream, *of_mixer = one.family.layer_taps(one.architecture, layer, sublayer)
         assert (of_stream.axis, of_stream.module, of_stream.side, of_stream.width) == (HIDDEN, sublayer.norm, "output", one.architecture.hidden)
-        sizes = one.family.axis_sizes(one.architecture)
-        assert of_mixer.axis in AXIS_OF_KIND[kind] and of_mixer.shape[0] == sizes[of_mixer.axis] and of_mixer.layer == of_stream.layer == layer
-        features = of_mixer.module.in_features if of_mixer.side == "input" else of_mixer.module.out_features
-        assert of_mixer.start + of_mixer.width <= features and of_mixer.module in set(sublayer.mixer.children())
+        assert len(of_mixer) == (kind != "E" or one.architecture.moe_shared_ffn > 0) and of_stream.layer == layer
+        for tap in of_mixer:
+            assert tap.axis in AXIS_OF_KIND[kind] and tap.shape[0] == sizes[tap.axis] and tap.layer == layer
+            features = tap.module.in_features if tap.side == "input" else tap.module.out_features
+            assert tap.start + tap.width <= features and tap.module in set(sublayer.mixer.modules())
 
 
 # What computes.
@@ -168,6 +212,7 @@ IDLE = {
     "time_step_min",  # transformers clamps by it; a stage's model, and one that is handed over, does not
     "chunk_size", "use_mamba_kernels",  # the same sums in another order
     "time_step_rank",  # Mamba2 reads it, and uses it for nothing
+    "router_aux_loss_coef",  # of a loss
 }  # fmt: skip
 
 
@@ -178,6 +223,7 @@ def test_every_key_that_the_modules_read_is_one_that_computes_or_is_known_not_to
     monkeypatch.setattr(configuration, "__getattribute__", lambda self, key: read.add(key) or plain(self, key))
     type(one.model)._from_config(sizes).eval()(token_ids())
     monkeypatch.undo()
+    read |= {configuration.attribute_map.get(key, key) for key in read}  # a key that is read by another's name
     full = sizes.to_dict()
     computing, never_tied = one.family.computing(full), {"tie_word_embeddings"} if one.config["model_type"] == "nemotron_h" else set()
     assert (read & set(full)) - computing - IDLE - never_tied == set() and not computing & IDLE
@@ -208,13 +254,12 @@ GEMMA = {"model_type": "gemma3_text"}
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "gpt2"}, r"'gpt2' cannot be pruned; supported: nemotron_h, llama, mistral, qwen2, qwen3, gemma3_text"),
+        ({"model_type": "gpt2"}, r"'gpt2' cannot be pruned; supported: nemotron_h, llama, mistral, qwen2, qwen3, qwen3_moe, gemma3_text, mamba2"),
         ({}, r"None cannot be pruned; supported: nemotron_h, llama, "),
         ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, r"quantization_config is there \(gptq\)"),
         ({"model_type": "llama", "quantization_config": None}, None),
-        ({"model_type": "nemotron_h", "hybrid_override_pattern": "ME*"}, "pattern has MoE layers"),
-        ({"model_type": "nemotron_h", "layers_block_type": ["linear_attention", "moe"]}, "pattern has MoE layers"),
-        ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-*"}, None),
+        ({"model_type": "nemotron_h", "hybrid_override_pattern": "ME*"}, None),
+        ({"model_type": "qwen3_moe"}, None),
         (GEMMA | {"final_logit_softcapping": 30.0}, r"final_logit_softcapping is 30\.0; logits that are capped cannot be distilled or cut here yet"),
         (GEMMA | {"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping is 50\.0"),
         (GEMMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention is true"),

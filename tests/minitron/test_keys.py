@@ -207,7 +207,8 @@ def test_an_architecture_is_stored_as_it_was_before_there_were_windows():
     base = base_architecture(settings())
     assert list(as_dict(base)) == OLD_FIELDS
     windowed = replace(base, pattern="M-MW-M-*-", window=8)
-    assert list(as_dict(replace(windowed, post_norms=True))) == [field.name for field in fields(Architecture)] != OLD_FIELDS
+    later = {"post_norms": True, "moe_groups": 2, "moe_groups_per_token": 2}
+    assert list(as_dict(replace(windowed, **later))) == [field.name for field in fields(Architecture)] != OLD_FIELDS
     assert as_dict(windowed)["window"] == 8 and Architecture(**as_dict(windowed)) == windowed
 
 

@@ -180,13 +180,15 @@ def test_a_config_of_a_trainer_is_taken_and_what_it_says_besides_is_named(merge,
     assert "unsloth_version" not in read_config(merged) and "auto_map" not in read_config(merged)
 
 
-# What a config.json may say of a NemotronH, a Llama and a Qwen3: what computes is refused by its name, what does not is named.
+# What a config.json may say of a NemotronH, a Llama and a Qwen3, with experts and without: what computes is refused by its name, what does not is named.
 COMPUTES = {
     "nemotron_h": [{"mlp_hidden_act": "silu"}, {"mamba_hidden_act": "gelu"}, {"time_step_limit": [0.01, 1.0]}, {"layer_norm_epsilon": 1e-6}],
     "llama untied": [{"rms_norm_eps": 1e-6}, {"hidden_act": "gelu"}, {"rope_theta": 5e5}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
                      {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                                           "original_max_position_embeddings": 128}}],
     "qwen3 tied": [{"rms_norm_eps": 1e-6}, {"rope_theta": 1e6}],
+    "nemotron_h experts": [{"routed_scaling_factor": 1.0}, {"norm_topk_prob": False}, {"topk_group": 2}],
+    "qwen3_moe": [{"num_experts_per_tok": 3}, {"norm_topk_prob": False}],
 }  # fmt: skip
 IDLE = [
     {"unsloth_version": "2025.12"}, {"unsloth_fixed": True}, {"use_cache": False}, {"torch_dtype": "bfloat16", "dtype": "bfloat16"}, {"eos_token_id": [0, 5]},
@@ -232,6 +234,22 @@ def test_keys_that_compute_nothing_are_taken_and_named(name, pair):
     for change in IDLE:
         said, idle = pair(name, change)
         assert said is None and idle.startswith(f"{sorted(change)[0]} ") and idle.count(" (not ") == 1, (change, idle)
+
+
+@pytest.mark.parametrize("name", ["nemotron_h experts", "qwen3_moe"])
+def test_experts_are_merged_by_number_with_their_routers(name, build_tiny, write_checkpoint, tmp_path):
+    """As stage=merge plans it; routers' corrections too, which are no parameters."""
+    sources = []
+    for seed in (0, 1):
+        one = build_tiny(name, seed)
+        checkpoint = Checkpoint(write_checkpoint(tmp_path / str(seed), one.model, one.config))
+        sources.append(Source(str(seed), str(seed), 0.5, checkpoint, names_by_canonical(one.family, one.architecture, checkpoint.entries)))
+    check_same_kind(one.family, *sources)
+    made, (ours, theirs) = merged_tensors(one.family, sources), (tensors(source.folder) for source in sources)
+    assert {planned.name for planned in made} == ours.keys() and sum(".experts." in planned.name for planned in made) >= 30
+    for planned in made:
+        assert torch.allclose(torch.cat(list(planned.pieces())), (ours[planned.name] + theirs[planned.name]) / 2, atol=1e-6), planned.name
+        assert not torch.allclose(ours[planned.name], theirs[planned.name], atol=1e-3), "the control"
 
 
 @pytest.mark.parametrize("spelled", [

@@ -8,8 +8,9 @@ import torch
 from distill.engines.launch import Launch
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
+from memory_budget.parameters import layer_parameters
 from memory_budget.units import GIB
-from minitron.checkpoints.forward_memory import forward_memory, layer_bytes
+from minitron.checkpoints.forward_memory import forward_memory, layer_bytes, streamed_bytes
 from minitron.checkpoints.forward_work import forward_work
 from minitron.importance.cost import scoring_work
 from minitron.importance.memory import ScoringNeeds
@@ -83,6 +84,28 @@ def test_a_window_that_holds_the_row_is_planned_as_full_attention(what):
     assert PLANNED[what](BLOCKS) == PLANNED[what](full)
     sizes = {"mamba_num_heads": 64, "mamba_head_dim": 8, "mamba_num_groups": 1, "mamba_state_size": 64, "mamba_conv_kernel": 4}
     assert PLANNED[what](replace(full, model_type="nemotron_h", pattern="M-*-M-", **sizes)) != PLANNED[what](full)
+
+
+EXPERTS = {"moe_num_experts": 8, "moe_experts_per_token": 2, "moe_ffn": 48}
+
+
+@pytest.mark.parametrize("what", [what for what in PLANNED if not what.startswith("a ")])
+def test_experts_are_planned_by_their_own_sizes(what):
+    """Blocks of experts, of which a token's two are together as wide as an FFN; twice as wide ones are planned otherwise, and so is the FFN."""
+    blocks = replace(BLOCKS, model_type="qwen3_moe", pattern="*E*E*E", **EXPERTS)
+    planned = [PLANNED[what](one) for one in (blocks, replace(blocks, moe_ffn=96), replace(blocks, pattern="*-*-*-"))]
+    assert planned[0] != planned[1] and planned[0] != planned[2]
+
+
+def test_streamed_experts_are_held_one_by_one():
+    """Of Nemotron-3-Nano's layers one and the next, but of routed experts what is kept, the one at work and the next; whole layers would be 5.0 GiB."""
+    expert, rest = 2 * 1856 * 2688, 2 * 3712 * 2688 + 128 * 2688
+    nano = replace(BLOCKS, model_type="nemotron_h", pattern="ME", hidden=2688, ffn_gated=False, mamba_num_heads=64, mamba_head_dim=64, mamba_num_groups=8,
+                   mamba_state_size=128, mamba_conv_kernel=4, moe_num_experts=128, moe_experts_per_token=6, moe_ffn=1856, moe_shared_ffn=3712)  # fmt: skip
+    assert streamed_bytes(nano, 2) == 2 * (2 * rest + 2 * expert) + 2**27 < GIB / 4
+    few = replace(nano, moe_num_experts=6)
+    assert streamed_bytes(few, 2) == 2 * (2 * (rest - 122 * 2688) + 2 * expert) + min(2**27, 2 * 6 * expert)
+    assert streamed_bytes(replace(nano, pattern="M"), 2) == 4 * layer_parameters(nano, "M").total
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

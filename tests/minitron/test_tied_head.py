@@ -11,7 +11,7 @@ from minitron.families.known import family_of
 from minitron.families.state import model_tensors
 from minitron.families.table import names_by_canonical
 from minitron.pruning.basis import Basis
-from minitron.pruning.tied_head import SMOOTHING, TiedHead, aligned
+from minitron.pruning.refits.tied_head import SMOOTHING, TiedHead, aligned
 
 VOCAB, HIDDEN, KEPT, TOKENS = 30, 8, 5, 200
 

@@ -10,9 +10,10 @@ from distill.engines.launch import Launch
 from distill.engines.opening import open_engine
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
+from minitron.families.known import family_of
 from minitron.mamba import dispatch
 from minitron.settings.teachers import CONF_FOLDER
-from minitron.settings.training import Optimizer, Precision, TrainSettings
+from minitron.settings.training import Optimizer, Precision, Router, TrainSettings
 from minitron.training.memory import FLOAT32, PhaseMemory, activation_bytes_per_token, check_fits, check_host, loss_bytes, training_memory
 from minitron.training.steps import train_plan
 
@@ -28,15 +29,19 @@ def num_bytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+EXPERTS = {"pattern": "ME*E-", "moe_num_experts": 8, "moe_experts_per_token": 2, "moe_ffn": 12, "moe_shared_ffn": 20}
+
+
 @pytest.mark.parametrize("optimizer", [Optimizer.adamw, Optimizer.muon])
-def test_weights_gradients_and_optimiser_are_counted_to_the_byte(optimizer, tiny, build_model, token_ids):
-    model = build_model()
-    engine = open_engine(Launch(), model, train_plan(TrainSettings(optimizer=optimizer)))
+@pytest.mark.parametrize(("sizes", "router"), [({}, Router.trained), (EXPERTS, Router.trained), (EXPERTS, Router.frozen)], ids=["dense", "experts", "frozen"])
+def test_weights_gradients_and_optimiser_are_counted_to_the_byte(sizes, router, optimizer, tiny, build_model, token_ids):
+    tiny, model = replace(tiny, **sizes), build_model(**sizes)
+    engine = open_engine(Launch(), model, train_plan(TrainSettings(optimizer=optimizer, router=router)))
     model(token_ids(), use_cache=False).logits.mean().backward()
-    gradients = num_bytes(parameter.grad for parameter in model.parameters())
+    gradients = num_bytes(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
     engine.update(1e-3)
     moments = num_bytes(value for item in engine.optimizers for state in item.state.values() for key, value in state.items() if key != "step")
-    planned = plan(tiny, optimizer=optimizer)
+    planned = plan(tiny, optimizer=optimizer, router=router)
     assert (planned.weights, planned.gradients, planned.optimizer) == (num_bytes(model.parameters()), gradients, moments)
     assert planned.teacher * 2 == planned.weights
 
@@ -66,6 +71,17 @@ def test_activations_are_estimated_within_a_third(pattern, own_scan, tiny, build
     """Against every tensor that autograd keeps, each storage once, without the parameters."""
     held = kept_bytes(build_model(pattern=pattern, vocab=97), token_ids(4, LENGTH))
     assert 2 / 3 < held / (activation_bytes_per_token(replace(tiny, pattern=pattern), TrainSettings(), LENGTH) * 4 * LENGTH) < 3 / 2
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "qwen3_moe"])
+def test_activations_of_experts_are_estimated_as_well(model_type, own_scan, token_ids):
+    """The control is the estimate of twice as many experts a token."""
+    experts = {"num_experts_per_tok": 4, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 64, "n_group": 1, "topk_group": 1}
+    config = {"model_type": model_type, **SMALL_BLOCKS, **experts, "n_routed_experts": 16, "num_experts": 16, "layers_block_type": ["moe"] * 6}
+    model, architecture = family_of(config).build(config), architecture_from_config(config)
+    held = kept_bytes(model.train(), token_ids(4, LENGTH))
+    estimates = [activation_bytes_per_token(replace(architecture, moe_experts_per_token=number), TrainSettings(), LENGTH) * 4 * LENGTH for number in (4, 8)]
+    assert 2 / 3 < held / estimates[0] < 3 / 2 and held < 0.8 * estimates[1]
 
 
 SMALL_BLOCKS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 97, "head_dim": 8,

@@ -3,12 +3,14 @@
 from copy import deepcopy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.placement import WholeModel
+from minitron.families.experts import experts_of
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.activations import measure_width
 from minitron.importance.scores import aggregate
@@ -123,6 +125,49 @@ def test_candidates_with_equally_many_heads_share_their_copies(sorted_teacher, t
     one, other = (sorted_teacher.view(replace(tiny, mamba_num_heads=6, hidden=hidden), EVERYTHING).model for hidden in (32, 16))
     first, second = (dict(model.named_parameters())["model.layers.0.mixer.in_proj.weight"] for model in (one, other))
     assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr() and first.shape != second.shape
+
+
+# Experts.
+
+OF_EXPERTS = {
+    "experts": {"moe_num_experts": 4},
+    "neurons": {"moe_ffn": 7},
+    "shared neurons": {"moe_shared_ffn": 9},
+    "everything": {"moe_num_experts": 4, "moe_ffn": 7, "hidden": 24, "ffn": 20, "moe_shared_ffn": 9},
+}
+
+
+@pytest.fixture(scope="module", params=["nemotron_h experts", "qwen3_moe"])
+def of_experts(request, build_tiny, calibration):
+    """A model, its scores, and a sorted copy."""
+    one = build_tiny(request.param)
+    scores = aggregate(measure_width(WholeModel(one.family, one.model, one.architecture), calibration))
+    return one, scores, SortedTeacher(one.family, deepcopy(one.model), one.config, one.architecture, scores)
+
+
+def test_experts_change_places_whole_and_no_logit(of_experts, logits_of):
+    one, scores, ordered = of_experts
+    assert difference(logits_of(ordered.model), logits_of(one.model)) <= 1e-5
+    layer, groups = one.architecture.mixers.index("E"), one.architecture.moe_groups
+    before, after = (experts_of(one.family.parts(model).layers[layer]) for model in (one.model, ordered.model))
+    order = np.argsort(-scores.experts(layer).reshape(groups, -1), axis=1, kind="stable")
+    order = (order + np.arange(groups)[:, None] * order.shape[1]).reshape(-1).tolist()
+    assert order != sorted(order), "the control: something was to be moved"
+    for place, expert in enumerate(order):
+        assert torch.equal(*(one.down_proj.weight.flatten().sort().values for one in (after[place], before[expert]))), "its own numbers"
+
+
+@pytest.mark.parametrize("name", OF_EXPERTS)
+def test_a_view_of_experts_gives_the_logits_of_the_materialised_candidate(name, of_experts, logits_of):
+    one, scores, ordered = of_experts
+    sizes = {field: size for field, size in OF_EXPERTS[name].items() if getattr(one.architecture, field)}
+    student, layers = replace(one.architecture, **sizes), tuple(range(one.architecture.num_layers))
+    view, cut = ordered.view(student, layers), build_pruned(one.family, one.model, make_plan(one.architecture, student, layers, scores), one.config)
+    assert difference(logits_of(view.model), logits_of(cut)) <= 1e-5
+    assert not sizes or difference(logits_of(cut), logits_of(one.model)) > 1e-2
+    routers = student.num_layers_of("E") * 4 * student.moe_num_experts * (student.hidden + 1)  # and what corrects them
+    copied = routers if student.moe_groups > 1 and "moe_num_experts" in sizes else 0  # of experts in groups those that stay are no run
+    assert view.copied_bytes == copied and view.mamba_copied_bytes == 0
 
 
 # The zero-shot rung.

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from minitron.checkpoints.placement import WholeModel
+from minitron.families.experts import experts_of
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.activations import measure_width
 from minitron.importance.scores import aggregate
-from minitron.pruning.refit import NormalEquations
+from minitron.pruning.refits.least_squares import NormalEquations
 from minitron.pruning.views import SortedTeacher
 from minitron.pruning.width_refits import refit_widths
 from minitron.settings.run import PruneMethod, PruneSettings, Settings, TeacherSettings, TinyTeacherSettings
@@ -143,6 +144,45 @@ def test_every_width_of_one_factor_is_the_fit_of_its_own_sums():
         alike = 0.05 * square.mean().item() / square[:width].mean().item()  # the same λ
         assert torch.allclose(matrix, equations(width).solve(start[:, :width], alike, place="here"), atol=1e-6)
     assert not torch.allclose(found[9][:, :7], found[7], atol=1e-2), "the control: a fit's first columns are no fit of fewer"
+
+
+# Experts.
+
+
+@torch.no_grad()
+def test_experts_are_fitted_to_their_own_tokens_by_what_the_router_gives_them(build_tiny, rows):
+    """Against numpy in float64, as above: one routed expert, its tokens weighted, and the shared one, padding left out."""
+    one = build_tiny("nemotron_h experts")
+    layer = one.architecture.pattern.index("E")
+    scores = aggregate(measure_width(WholeModel(one.family, one.model, one.architecture), rows))
+    ordered = SortedTeacher(one.family, deepcopy(one.model), one.config, one.architecture, scores)
+    block, heard, mask = ordered.model.model.layers[layer], {}, torch.cat(rows).flatten() != -1
+    experts_of(block).watch = lambda routed: heard.update({routed.expert: routed})
+    hook = block.mixer.shared_experts.down_proj.register_forward_pre_hook(lambda _module, args: heard.update(shared=args[0].flatten(0, -2)[mask]))
+    residual_BTD = ordered.model.model.embeddings(torch.cat(rows).clamp(min=0))
+    for each in ordered.model.model.layers[: layer + 1]:
+        residual_BTD = each(residual_BTD)
+    experts_of(block).watch = hook.remove()
+    busiest = max(range(8), key=lambda number: len(heard[number].tokens_n) if number in heard else 0)
+    routed = heard[busiest]
+    weighted = (routed.inner_nF * routed.weights_n[:, None])[mask[routed.tokens_n]]
+    before = {suffix: block.get_parameter(suffix).clone() for suffix in (f"mixer.experts.{busiest}.down_proj.weight", "mixer.shared_experts.down_proj.weight")}
+    refit_widths(ordered, [replace(one.architecture, moe_ffn=6, moe_shared_ffn=9, hidden=24)], rows, RIDGE)
+    for (suffix, weight_DI), given, width in zip(before.items(), (weighted, heard["shared"]), (6, 9), strict=True):
+        given, weight = given.double().numpy(), weight_DI.double().numpy()
+        pull = np.sqrt(RIDGE * np.square(given).sum(0).mean()) * np.eye(width)
+        expected = np.linalg.lstsq(np.concatenate([given[:, :width], pull]), np.concatenate([given @ weight.T, pull @ weight[:, :width].T]), rcond=None)[0].T
+        found = ordered.refitted[f"layers.{layer}.{suffix}", width, b""].double().numpy()
+        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+        assert np.abs(weight[:, :width] - expected).max() > 1e-2 * np.abs(expected).max(), "the control: without a fit it is another matrix"
+
+
+def test_fewer_experts_are_ranked_as_they_are_dropped(build_tiny, rows):
+    one = build_tiny("qwen3_moe")
+    scores = aggregate(measure_width(WholeModel(one.family, one.model, one.architecture), rows))
+    ordered = SortedTeacher(one.family, deepcopy(one.model), one.config, one.architecture, scores)
+    refit_widths(ordered, [replace(one.architecture, moe_num_experts=3)], rows, RIDGE)
+    assert ordered.refitted == {}
 
 
 # The stages.

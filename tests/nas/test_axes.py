@@ -46,7 +46,11 @@ def space(architecture: Architecture, **axes) -> SearchSpace:
 
 def test_a_model_has_the_axes_whose_size_is_not_0():
     assert axes_of(SMOLLM2) == ("layers", "hidden", "ffn", "attention_heads", "key_value_heads")
-    assert axes_of(HYBRID) == tuple(AXES)
+    assert axes_of(HYBRID) == tuple(name for name, axis in AXES.items() if axis.kind != "E")
+    experts = {"moe_num_experts": 8, "moe_experts_per_token": 2, "moe_ffn": 16, "moe_shared_ffn": 32}
+    assert axes_of(replace(HYBRID, pattern="MEM-*", **experts)) == tuple(AXES)
+    assert axes_of(replace(HYBRID, pattern="MEE", **experts)) == ("layers", "hidden", "mamba_heads", "mamba_channels", "experts", "expert_ffn", "shared_ffn"), (
+        "sizes of layers that the pattern lacks")
 
 
 def test_an_identifier_says_what_is_usual_and_what_was_cut_beside_it():
@@ -165,7 +169,7 @@ def test_a_fixed_depth_that_the_teacher_has_not_is_refused(layers):
         ({"num_key_value_heads": 1}, r"9 query heads for 1 KV heads are more for each than the teacher has \(9 for 3\)"),
         ({"attention_head_dim": 32}, r"attention_head_dim of the student \(32\) must equal the teacher's \(64\); it is not a cut axis"),
         ({"pattern": "*-" * 29}, r"kept layers give the pattern"),
-        ({"pattern": "*-" * 29 + "-*"}, r"must be blocks of attention and FFN, \*- or W-, for llama"),
+        ({"pattern": "*-" * 29 + "-*"}, r"must be blocks of attention and FFN or experts, \*- or W- or \*E or WE, for llama"),
     ],
 )
 def test_a_student_that_is_no_cut_of_a_block_model_is_refused(sizes, said):

@@ -62,7 +62,8 @@ def test_channels_may_be_any_number_and_attention_heads_go_by_key_value_heads():
 
 def test_an_axis_left_open_has_the_teachers_value_alone():
     assert SPACE.widths(TEACHER) == {"hidden": (24, 32), "ffn": (32, 48), "mamba_num_heads": (4, 8), "mamba_head_dim": (4,), "num_attention_heads": (4,),
-                                     "num_key_value_heads": (TEACHER.num_key_value_heads,)}  # fmt: skip
+                                     "num_key_value_heads": (TEACHER.num_key_value_heads,), "moe_num_experts": (0,), "moe_ffn": (0,),
+                                     "moe_shared_ffn": (0,)}  # fmt: skip
 
 
 @pytest.mark.parametrize(

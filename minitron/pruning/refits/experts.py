@@ -1,0 +1,153 @@
+"""The fit of a layer with experts: what dropped ones gave is taken up by the shared expert and by those that stay.
+
+Such a layer adds to the stream, for every token t,
+
+    F · Σ_j g_j(t) · W_j a_j(t)  +  S s(t)      over the experts j that the router sends t to,
+
+where a_j are the neurons of expert j as its last matrix W_j reads them, g_j is what its output is multiplied by, S is the last matrix of the shared expert,
+s its neurons, and F is there where experts read and write a latent, else the identity. With the student's own router, over the experts that stay, g and the
+neurons depend on none of W, S and F. Given all others each of these matrices is a least squares fit, so they are solved for in turn (block coordinate descent),
+each towards what the layer should add less what the others do: first S and F, from all tokens, then expert after expert, from the tokens that are sent to it and
+with inputs g_j·a_j. What is missing is kept for every token and brought up to date with each matrix, rounded as it is stored, so that later ones correct for
+rounding too. An expert that no token is sent to stays as it is.
+
+In memory are what experts read and what is missing, of all tokens, and the Gram matrix of one expert; neurons are computed anew, some tokens at a time.
+Letters: B batch, T tokens of a row, N all real tokens, n those of an expert or a batch, K hidden of the student, k experts of a token, L what experts read
+and write, I inputs of a matrix.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from minitron.families.experts import Sent, experts_of
+from minitron.pruning.plan import Recipe
+from minitron.pruning.refits.least_squares import NormalEquations
+
+SWEEPS = 2  # docs/notes/moe.md
+AT_ONCE = 4096  # tokens of an expert whose neurons exist at a time
+BEHIND_LATENT = "mixer.fc2_latent_proj"
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """Of a batch's real tokens: what experts are given [n, L], which of them [n, k] with what weights [n, k], and what the layer adds without them [n, K]."""
+
+    given_nL: torch.Tensor
+    experts_nk: torch.Tensor
+    weights_nk: torch.Tensor
+    added_nK: torch.Tensor
+
+
+class _Listener(nn.Module):
+    """In the experts' place: keeps what they would be given, and gives nothing."""
+
+    heard: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+    def forward(self, hidden_ND: torch.Tensor, experts_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+        self.heard = hidden_ND, experts_NK, weights_NK
+        return torch.zeros_like(hidden_ND)
+
+
+class ExpertsFit:
+    """The fit of a student's layer. `residuals` [B, T, K] are the student's before it, `masks` [B, T] say which tokens are real, `missing` gives for every
+    batch what the layer should add, [B, T, K]; `keep` stores a matrix by its name in the layer, rounded, in the block too."""
+
+    def __init__(self, block: nn.Module, residuals: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], missing: Iterable[torch.Tensor],
+                 keep: Callable[[str, torch.Tensor], None]):  # fmt: skip
+        self.block, self.experts, self.residuals, self.masks, self.keep = block, experts_of(block), residuals, masks, keep
+        behind = dict(block.named_modules()).get(BEHIND_LATENT)
+        self.behind = behind if isinstance(behind, nn.Linear) else None
+        told, error = [], []
+        for (one, _), missing_BTK, mask in zip(self._walk(), missing, masks, strict=True):
+            told.append((one.given_nL, one.experts_nk, one.weights_nk))
+            error.append(_real(missing_BTK, mask) - one.added_nK)
+        self.error_NK = torch.cat(error)
+        self.given_NL, experts_Nk, self.weights_Nk = (torch.cat(values) for values in zip(*told, strict=True))
+        self.sent = Sent(experts_Nk, len(self.experts))
+        self.latent_NL = None if self.behind is None else torch.zeros_like(self.given_NL)
+        for number in self.sent.reached:
+            for tokens_n, inputs_nI in self._inputs(number):
+                self._change(tokens_n, self._matrix(number), inputs_nI)
+
+    def run(self, recipe: Recipe, outside: Sequence[str], *, place: str) -> None:
+        """Refits what the recipe says. `outside` names the layer's matrices that write to the stream beside those of experts.
+
+        Raises ValueError naming the place where sums are not finite or singular.
+        """
+        for _ in range(SWEEPS):
+            for name in outside if recipe.refit_shared else ():
+                self._refit_outside(name, recipe.ridge, place)
+            for number in self.sent.reached if recipe.refit_experts else ():
+                self._refit_expert(number, recipe.ridge, f"expert {number} of {place}")
+
+    def _refit_outside(self, name: str, ridge: float, place: str) -> None:
+        """A matrix that writes to the stream from all tokens: the shared expert's, or what is behind the latents."""
+        writer = self.block.get_submodule(name.removesuffix(".weight"))
+        equations = NormalEquations(writer.in_features, writer.out_features, self.error_NK.device)
+        before_KI = writer.weight.float()
+        for error_nK, inputs_nI in self._inputs_outside(writer):
+            equations.add(inputs_nI, error_nK + inputs_nI @ before_KI.T)
+        self.keep(name, equations.solve(before_KI, ridge, place=place))
+        for error_nK, inputs_nI in self._inputs_outside(writer):
+            error_nK += inputs_nI @ (before_KI - writer.weight.float()).T
+
+    def _refit_expert(self, number: int, ridge: float, place: str) -> None:
+        before_LI = self._matrix(number)
+        equations = NormalEquations(before_LI.shape[1], before_LI.shape[0], self.error_NK.device)
+        to_latent_LK = None if self.behind is None else torch.linalg.pinv(self.behind.weight.double()).float()
+        for tokens_n, inputs_nI in self._inputs(number):
+            error_nK = self.error_NK[tokens_n]
+            equations.add(inputs_nI, (error_nK if to_latent_LK is None else error_nK @ to_latent_LK.T) + inputs_nI @ before_LI.T)
+        self.keep(f"mixer.experts.{number}.down_proj.weight", equations.solve(before_LI, ridge, place=place))
+        changed_LI = self._matrix(number) - before_LI
+        for tokens_n, inputs_nI in self._inputs(number):
+            self._change(tokens_n, changed_LI, inputs_nI)
+
+    def _matrix(self, number: int) -> torch.Tensor:
+        return self.experts[number].down_proj.weight.float()
+
+    def _change(self, tokens_n: torch.Tensor, changed_LI: torch.Tensor, inputs_nI: torch.Tensor) -> None:
+        """What is missing once an expert's matrix is larger by so much."""
+        more = inputs_nI @ changed_LI.T
+        if self.behind is not None:
+            self.latent_NL[tokens_n] += more
+            more = more @ self.behind.weight.float().T
+        self.error_NK[tokens_n] -= more
+
+    def _inputs(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The tokens [n] of an expert, some at a time, and its weighted neurons [n, I]."""
+        tokens_n, places_n = self.sent.of(number)
+        weights_n = self.weights_Nk.flatten()[places_n]
+        for some_n, of_some_n in zip(tokens_n.split(AT_ONCE), weights_n.split(AT_ONCE), strict=True):
+            yield some_n, self.experts[number].inner(self.given_NL[some_n]) * of_some_n[:, None]
+
+    def _inputs_outside(self, writer: nn.Linear) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What is missing [n, K], a view, and the inputs [n, I] of another matrix, a batch at a time."""
+        first = 0
+        for told, inner_nI in self._walk(writer):
+            end = first + len(told.given_nL)
+            yield self.error_NK[first:end], self.latent_NL[first:end] if writer is self.behind else inner_nI
+            first = end
+
+    def _walk(self, writer: nn.Module | None = None) -> Iterator[tuple[_Told, torch.Tensor | None]]:
+        """Of every batch what the layer does without its experts, and what a matrix of it is given, [n, I]."""
+        listener, inner = _Listener(), []
+        self.block.mixer.experts = listener
+        handle = writer and writer.register_forward_pre_hook(lambda _module, args: inner.append(args[0]))
+        try:
+            for residual_BTK, mask in zip(self.residuals, self.masks, strict=True):
+                added_BTK = self.block(residual_BTK) - residual_BTK
+                yield _Told(*(_real(values, mask) for values in (*listener.heard, added_BTK))), _real(inner.pop(), mask) if inner else None
+        finally:
+            self.block.mixer.experts = self.experts
+            if handle:
+                handle.remove()
+
+
+def _real(values: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
+    """[B, T, …] or [B·T, …] to the real tokens' own, [n, …]."""
+    flat = values.flatten(0, -2)
+    return flat if mask_BT is None else flat[mask_BT.flatten()]
