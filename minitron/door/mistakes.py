@@ -11,8 +11,10 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from minitron.settings.names import did_you_mean, nearest, no_setting
+from minitron.walk.store import NOT_WRITABLE
 
-NO_ROOM, NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NUMPYS = re.compile(r"Not enough free space to write|\d+ requested and \d+ written")  # of a disk that is full, without an errno
 OS_ERROR = re.compile(r"(.*?)\s*\(os error (\d+)\)")  # as safetensors words it
 
 
@@ -33,6 +35,8 @@ def _said(error: Exception) -> tuple[str, int] | None:
     """The line and the exit code; None for what is neither the user's nor the system's."""
     if isinstance(error, ValueError | HydraException | OmegaConfBaseException):
         return one_line(error), 2
+    if isinstance(error, OSError) and error.errno is None and NUMPYS.match(str(error)):
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     named = OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
     if named:
         error = OSError(int(named[2]), os.strerror(int(named[2])))
@@ -45,8 +49,9 @@ def _systems(error: OSError) -> tuple[str, int]:
     if error.errno in NO_ROOM:
         return f"{place}no room is left on the disk; what is done is kept, and the same command goes on from there once there is some", 2
     if error.errno in NOT_WRITABLE:
-        return f"{place}it cannot be written to ({os.strerror(error.errno)}); what is done is kept", 2
-    return f"{place}{os.strerror(error.errno)}; what is done is kept, and the same command goes on from there", 1
+        barred = "it cannot be written to" if error.errno == errno.EROFS else "this user may not use it so"
+        return f"{place}{barred} ({os.strerror(error.errno)}); what is done is kept", 2
+    return f"{place}{error.strerror or os.strerror(error.errno)}; what is done is kept, and the same command goes on from there", 1
 
 
 def one_line(error: Exception) -> str:

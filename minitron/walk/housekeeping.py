@@ -1,13 +1,12 @@
 """A store as a whole: is all of it what was written, who uses what, and what nobody does."""
 
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from memory_budget.units import GIB
 from minitron.walk.console import Console
-from minitron.walk.store import DONE, damaged, find_result, locked, measurement_damage
+from minitron.walk.store import DONE, FORMAT_FILE, damaged, discard, find_result, locked, mark_damage, measurement_damage
 
 MEASUREMENTS = "measurements"
 
@@ -29,7 +28,7 @@ def verify(store: Path, console: Console) -> bool:
     unknown = bad = 0
     with console.track("reading", total / GIB, "GiB") as advance:
         for folder in results:
-            if said := damaged(folder, float("inf")):
+            if said := _said_of(folder):
                 console.headline("verify", f"{folder}: {said}; the next run that needs it makes it again")
                 bad += 1
             elif (result := find_result(folder)) is not None and "files" not in result.record:
@@ -39,10 +38,21 @@ def verify(store: Path, console: Console) -> bool:
             if said := measurement_damage(path):
                 console.headline("verify", f"{path}: {said}; it is measured again when it is asked for")
                 bad += 1
+        if said := mark_damage(store):
+            console.headline("verify", f"{store / FORMAT_FILE}: {said}; the next run writes it again")
+            bad += 1
     of_before = f", {unknown} of an earlier version, of which no digests are known" if unknown else ""
     found = f"{bad} not as written" if bad else "all as written"
     console.headline("verify", f"{len(results)} results and {len(files)} measurements, {total / GIB:,.2f} GiB read: {found}{of_before}")
     return not bad
+
+
+def _said_of(result: Path) -> str | None:
+    """What is wrong with a finished result, what cannot be read among it; None where nothing is."""
+    try:
+        return damaged(result, float("inf"))
+    except OSError as error:
+        return f"{Path(error.filename or result).name} cannot be read ({error.strerror})"
 
 
 def tidy(store: Path, used: Mapping[str, set[str]], console: Console, *, remove: bool) -> None:
@@ -64,7 +74,7 @@ def tidy(store: Path, used: Mapping[str, set[str]], console: Console, *, remove:
         console.headline("tidy", f"{'removed' if remove else 'used by no run'}: {one.place}, {_size(one.bytes)}")
         if remove:
             with locked(store / one.place, console.say):
-                shutil.rmtree(store / one.place, ignore_errors=True)
+                discard(store / one.place)
     total = _size(sum(one.bytes for one in unused))
     after = "" if remove or not unused else "; tidy.remove=true removes them"
     console.headline("tidy", f"{len(stored)} results, {_size(sum(one.bytes for one in stored.values()))}; {len(unused)} used by no run, {total}{after}")

@@ -6,6 +6,7 @@ every byte; all are compared before a stage reads what another one has made, whe
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
@@ -40,7 +41,8 @@ def synced(path: Path) -> None:
     """A file's bytes, or a folder's names, reach the disk before anything that is written from here on."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with named(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -48,22 +50,33 @@ def synced(path: Path) -> None:
 def damage(folder: Path, files: Mapping[str, list], most_bytes: float = SMALL_BYTES) -> str | None:
     """How a folder differs from what was vouched for, in a clause, the first file that does; None where it does not.
 
-    By its files' sizes, and as long as they are together at most `most_bytes`, by their bytes, small files first.
+    By its files' sizes, and as long as they are together at most `most_bytes`, by their bytes, small files first. Raises OSError where a file is there and
+    cannot be read: what it holds is not known then, and nothing that may be whole is given up.
     """
     left = most_bytes
     for name, (size, digest) in sorted(files.items(), key=lambda one: one[1][0]):
         path, left = folder / name, left - size
         try:
-            found = path.stat().st_size
-            if found != size:
-                return f"{name} has {found:,} bytes, {size:,} were written"
-            if left >= 0 and _hashed(path) != digest:
-                return f"{name} holds other bytes than were written"
-        except FileNotFoundError:
+            with named(path):
+                found = path.stat().st_size
+                if found != size:
+                    return f"{name} has {found:,} bytes, {size:,} were written"
+                if left >= 0 and _hashed(path) != digest:
+                    return f"{name} holds other bytes than were written"
+        except (FileNotFoundError, NotADirectoryError):
             return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
     return None
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Errors of the system say of which file they are: one of a handle does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def digest_of_text(text: str) -> str:

@@ -4,7 +4,6 @@ Asking for a stage runs what it needs first and reuses what is done, like make.
 """
 
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from minitron.walk.laps import depth_lap, width_lap
 from minitron.walk.need import nothing_to_cut
 from minitron.walk.saved import save_settings
 from minitron.walk.stage import Lap, StageContext, UsingStage
-from minitron.walk.store import FORMAT, Result, check_format, damaged, find_result, finish, locked, make_runs_folder
+from minitron.walk.store import FORMAT, Result, check_format, damaged, discard, find_result, finish, locked, make_runs_folder, still_there
 from minitron.walk.table import inputs_of, label_of, order_of, stage_folder, stage_of, stages, stored_stages, using_stages
 
 MOST_TURNS = 4
@@ -49,7 +48,7 @@ def run_pipeline(settings: Settings, console: Console) -> None:
     if processes.rank() == 0:
         check_format(settings.runs_folder, (lambda _text: None) if uses else console.say)
         if not uses:
-            save_settings(settings)
+            save_settings(settings, console.say)
     laps = _laps(settings, console, uses=uses)
     if processes.rank() == 0:
         (asked if uses else stages()["report"]).run(settings, laps, console)
@@ -173,22 +172,25 @@ def run_stage(name: str, settings: Settings, results: Mapping[str, Result], cons
         console.headline(name, f"{found.facts['headline']} (already done)")
         return found, True
     if processes.rank() > 0:
+        if (found := processes.from_first(None)) is not None:
+            return found, True
         _check_inputs(name, settings, results, console)
         if stored_stages()[name].parallel:
             _run(name, settings, folder, results, console)
         return processes.from_first(None), False
     with locked(folder, console.say):
-        found = find_result(folder)  # another run may have finished it meanwhile
+        found = processes.from_first(find_result(folder))  # another run may have finished it meanwhile
         if found is not None:
-            assert processes.world_size() == 1, f"another run finished {folder} while the processes of this one were at work"
             console.headline(name, f"{found.facts['headline']} (done by another run)")
             return found, True
         if bad := damaged(folder):
             console.headline(name, f"{folder}: {bad}; it is done again")
-            shutil.rmtree(folder)
+            discard(folder)
         _check_inputs(name, settings, results, console)
         folder.mkdir(parents=True, exist_ok=True)
-        result = finish(folder, _run(name, settings, folder, results, console))
+        with still_there(folder):
+            record = _run(name, settings, folder, results, console)
+        result = finish(folder, record)
     console.headline(name, f"{result.facts['headline']} ({result.record['seconds']:,.0f} s)")
     return processes.from_first(result), False
 
@@ -207,7 +209,7 @@ def _check_inputs(name: str, settings: Settings, results: Mapping[str, Result], 
             if bad := damaged(result.folder, most):
                 with locked(result.folder, console.say):
                     if damaged(result.folder, most):  # and no other run has made it anew
-                        shutil.rmtree(result.folder)
+                        discard(result.folder)
                 said = f"{stage_of(label)}: {result.folder}: {bad}; it is done again"
                 break
     said = processes.from_first(said)

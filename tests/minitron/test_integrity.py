@@ -1,11 +1,13 @@
 """What a finished stage wrote is known by its bytes: a result that is something else is named and not used."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from minitron.walk.integrity import damage, vouch_for
-from minitron.walk.store import DONE, damaged, find_result, finish
+from minitron.walk.store import DONE, damaged, discard, find_result, finish, still_there
 
 
 @pytest.fixture
@@ -57,3 +59,55 @@ def test_a_record_of_before_digests_is_still_a_result(result):
 def test_nothing_is_vouched_for_that_is_half_written_or_a_link(result):
     (result / "link").symlink_to(result / "checkpoint")
     assert set(vouch_for(result)) == {"checkpoint/model.safetensors", DONE}
+
+
+@pytest.mark.parametrize("name", ["checkpoint/model.safetensors", DONE])
+def test_what_cannot_be_read_is_not_taken_for_damaged(result, name):
+    """A link to itself: the system refuses to read it, and says of which file."""
+    (result / name).unlink()
+    (result / name).symlink_to(result / name)
+    for look in (find_result, damaged):
+        with pytest.raises(OSError) as refused:
+            look(result)
+        assert refused.value.filename == str(result / name)
+
+
+def interrupted_after(monkeypatch, calls: int) -> None:
+    """Lets so many files and folders be removed, and the next one raise."""
+    left, unlink, rmtree = [calls], Path.unlink, shutil.rmtree
+
+    def counted(real):
+        def remove(path, *more, **how):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return real(path, *more, **how)
+
+        return remove
+
+    monkeypatch.setattr(Path, "unlink", counted(unlink))
+    monkeypatch.setattr(shutil, "rmtree", counted(rmtree))
+
+
+@pytest.mark.parametrize("calls", range(4))
+def test_what_is_left_of_a_result_that_was_being_taken_away_is_no_half_made_one(result, monkeypatch, calls):
+    """However much is gone: a stage would go on from files without a record, damaged ones among them."""
+    with monkeypatch.context() as patched:
+        interrupted_after(patched, calls)
+        try:
+            discard(result)
+        except KeyboardInterrupt:
+            assert find_result(result) is not None if calls == 0 else damaged(result)
+        else:
+            assert calls == 3 and not result.exists()  # a folder, a file, and the rest
+    if result.exists():
+        discard(result)
+        assert not result.exists()
+
+
+def test_a_folder_that_was_made_anew_under_a_stage_is_not_the_one_it_worked_in(result):
+    with still_there(result):
+        pass
+    with pytest.raises(FileNotFoundError, match="moved or removed"), still_there(result):
+        result.rename(result.with_name("away"))
+        result.mkdir()
