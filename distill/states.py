@@ -1,7 +1,7 @@
 """Saved states: a folder `step-<steps done>` each, written beside its place and renamed into it, so never half made.
 
 A state holds whole tensors by name (tensors.safetensors) and what it is (state.json), whatever engine and number of processes
-made it. Tensors are written one at a time. The safetensors format (header length, JSON header, raw bytes) is
+made it; the latter vouches for the former's bytes. Tensors are written one at a time. The safetensors format (header length, JSON header, raw bytes) is
 written directly because the library's writer needs all of them in memory at once.
 """
 
@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
+import xxhash
 from safetensors import safe_open
 
 from distill.engines.engine import Engine, Entry
 
 STATES_FOLDER, TENSORS_FILE, FACTS_FILE = "states", "tensors.safetensors", "state.json"
 BEST = "best"  # the weights with the lowest held-out loss
+PIECE_BYTES = 2**24
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
@@ -48,6 +51,38 @@ def _read(path: Path) -> State:
     return State(path, json.loads((path / FACTS_FILE).read_text()))
 
 
+def drop_damaged(folder: Path) -> list[str]:
+    """Deletes states that are not what was written, from the newest back to the first that is; gives a sentence on each. Without its best weights a run cannot
+    be gone on with, so then all go. Called by one process, before any reads them."""
+    states, said = folder / STATES_FOLDER, []
+    best = (states / BEST).exists() and _damage(states / BEST)
+    for path in sorted(states.glob("step-*[0-9]"), reverse=True):
+        if not (problem := best or _damage(path)):
+            break
+        shutil.rmtree(path)
+        said.append(f"{path}: {problem}; it is not used")
+    if best:
+        shutil.rmtree(states / BEST)
+    return said
+
+
+def _damage(state: Path) -> str | None:
+    """How a state differs from what was written, in a clause; None where it does not, as far as is known: earlier versions kept no digest."""
+    try:
+        written = json.loads((state / FACTS_FILE).read_text(encoding="utf-8")).get("tensors")
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
+        return f"{FACTS_FILE} cannot be read as what was written"
+    path, digest = state / TENSORS_FILE, xxhash.xxh3_64()
+    if not path.exists():
+        return f"{TENSORS_FILE} is missing"
+    if written is None:
+        return None
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(PIECE_BYTES):
+            digest.update(piece)
+    return None if [path.stat().st_size, digest.hexdigest()] == written else f"{TENSORS_FILE} holds other bytes than were written"
+
+
 def save_state(folder: Path, engine: Engine, entries: Sequence[Entry], facts: Mapping[str, Any], *, name: str, keep: int | None = None) -> None:
     """Save entries of the engine as `folder`/states/`name`; only the newest `keep` steps' states stay, None deletes none.
 
@@ -58,16 +93,18 @@ def save_state(folder: Path, engine: Engine, entries: Sequence[Entry], facts: Ma
     disk = _Disk(at_work=engine.launch.rank == 0)
     disk.attempt(lambda: shutil.rmtree(partial, ignore_errors=True))
     disk.attempt(lambda: partial.mkdir(parents=True))
-    file = disk.attempt(lambda: (partial / TENSORS_FILE).open("wb"))
+    file = disk.attempt(lambda: _HashedFile(partial / TENSORS_FILE))
     disk.attempt(lambda: file.write(_header(entries)))
     for entry in entries:
         whole = entry.whole()
         assert tuple(whole.shape) == entry.shape and whole.dtype == entry.dtype, f"{entry.name} is not as announced"
         disk.attempt(lambda whole=whole: file.write(whole.contiguous().reshape(-1).view(torch.uint8).numpy()))
-    disk.attempt(lambda: _close(file))
-    disk.attempt(lambda: _write_facts(partial / FACTS_FILE, facts))
+    disk.attempt(lambda: file.close())
+    disk.attempt(lambda: _write_facts(partial / FACTS_FILE, {**facts, "tensors": file.written}))
+    disk.attempt(lambda: _sync_folder(partial))
     disk.attempt(lambda: shutil.rmtree(place, ignore_errors=True))  # of an earlier sitting, which this one has overtaken
     disk.attempt(lambda: partial.rename(place))
+    disk.attempt(lambda: _sync_folder(place.parent))
     disk.attempt(lambda: _remove_old(folder / STATES_FOLDER, keep))
     if engine.sum([float(disk.error is not None)])[0]:
         shutil.rmtree(partial, ignore_errors=True)
@@ -92,10 +129,34 @@ class _Disk:
             return None
 
 
+class _HashedFile:
+    """A file that is written from its beginning to its end; once it is closed it is on the disk, and `written` says its bytes and their digest (xxh3)."""
+
+    def __init__(self, path: Path):
+        self.file, self.digest, self.written = path.open("wb"), xxhash.xxh3_64(), []
+
+    def write(self, piece: bytes | np.ndarray) -> None:
+        self.digest.update(piece)
+        self.file.write(piece)
+
+    def close(self) -> None:
+        self.written = [self.file.tell(), self.digest.hexdigest()]
+        _close(self.file)
+
+
 def _close(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    """The names in a folder reach the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
@@ -116,7 +177,7 @@ def _write_facts(path: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _remove_old(states: Path, keep: int | None) -> None:
-    for path in states.glob("step-*.partial"):
+    for path in states.glob("*.partial"):
         shutil.rmtree(path, ignore_errors=True)
     for path in sorted(states.glob("step-*[0-9]"))[:-keep] if keep else []:
         shutil.rmtree(path, ignore_errors=True)
@@ -149,8 +210,8 @@ class _Stored:
 
 def remove_states(folder: Path) -> None:
     """Delete what a finished run needs no more: all states but the best weights."""
-    for path in (folder / STATES_FOLDER).glob("step-*"):
-        shutil.rmtree(path)
+    for path in [*(folder / STATES_FOLDER).glob("step-*"), *(folder / STATES_FOLDER).glob("*.partial")]:
+        shutil.rmtree(path, ignore_errors=True)
     if (folder / STATES_FOLDER).exists() and not any((folder / STATES_FOLDER).iterdir()):
         (folder / STATES_FOLDER).rmdir()
 

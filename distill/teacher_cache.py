@@ -95,7 +95,8 @@ def write_teacher_cache(
                 on_block(int(np.count_nonzero(written_R)), meta.num_rows)
     if written_R.all():
         _write_json(folder / META, asdict(meta))
-        (folder / PARTIAL_META).unlink(missing_ok=True)
+        for path in (folder / PARTIAL_META, *folder.glob(f"{PARTIAL_META}.*")):  # those of processes that were killed too
+            path.unlink(missing_ok=True)
 
 
 def rows_written(folder: Path) -> int:
@@ -151,6 +152,9 @@ def _read_meta(path: Path) -> CacheMeta:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}")  # two processes may finish at once
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial = path.with_name(f"{PARTIAL_META}.{os.getpid()}")  # two processes may finish at once
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)

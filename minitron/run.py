@@ -6,6 +6,7 @@ Exit codes: 0 done · 2 the user's mistake, one line on stderr · 1 anything els
 import os
 import signal
 import sys
+from contextlib import suppress
 
 # Said before what an older Python cannot read is imported; this file itself it can.
 if sys.version_info < (3, 11):  # noqa: UP036
@@ -37,6 +38,7 @@ def main() -> int:
 
         return command(sys.argv[1:])
     except KeyboardInterrupt:
+        leave_at_once()
         exec("")  # an interrupt inside exec of text, as dataclasses do it, makes Python end by SIGINT whatever is caught, unless some text goes well after it
         print("interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
         return 130
@@ -45,6 +47,17 @@ def main() -> int:
             raise
         print(f"error: {error.name} is not installed for {sys.executable}; `make install` makes .venv with all of it: .venv/bin/python", file=sys.stderr)
         return 2
+    finally:
+        leave_at_once()
+
+
+def leave_at_once() -> None:
+    """From here on nothing is left to do but to go, which takes torch a moment: an interrupt then ends it, instead of a trace of whatever is being let go."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: os._exit(130))
 
 
 def hear_interrupts() -> None:

@@ -15,10 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+import xxhash
 
 from memory_budget.units import format_gib
 from minitron.checkpoints.direct_io import DirectFile, would_not_stay
 from minitron.checkpoints.files import DTYPES, INDEX_FILE, SINGLE_FILE, PlannedTensor, bytes_of, read_header
+from minitron.walk.integrity import written_as
 from minitron.walk.store import write_json
 
 
@@ -45,8 +47,8 @@ def write_weights(folder: Path, tensors: Iterable[PlannedTensor], *, max_shard_b
         closed = []
         for path, shard in missing:
             file = _open_for_writing(path.with_suffix(".partial"), direct=direct)
-            _write_shard(file, shard, writer, on_bytes)
-            closed.append(closer.submit(_close, file, path))  # waits for the disk while the next one is made
+            digest = _write_shard(file, shard, writer, on_bytes)
+            closed.append(closer.submit(_close, file, path, digest))  # waits for the disk while the next one is made
         for each in closed:
             each.result()
     if len(shards) > 1:
@@ -82,20 +84,28 @@ def _plan_shards(tensors: list[PlannedTensor], max_shard_bytes: int) -> list[lis
     return shards
 
 
-def _write_shard(file: io.RawIOBase, shard: list[PlannedTensor], writer: ThreadPoolExecutor, on_bytes: Callable[[int], None]) -> None:
-    """Pieces are made in the calling thread, where memory let go is used again, the next one while one is being written."""
+def _write_shard(file: io.RawIOBase, shard: list[PlannedTensor], writer: ThreadPoolExecutor, on_bytes: Callable[[int], None]) -> str:
+    """Pieces are made in the calling thread, where memory let go is used again, the next one while one is being written. Gives the digest of all bytes."""
+    state = xxhash.xxh3_64()
+
+    def write(view: memoryview) -> None:
+        state.update(view)
+        while len(view):
+            view = view[file.write(view) :]  # one call takes at most 2 GiB
+
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for tensor in shard:
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.num_bytes]}
         offset += tensor.num_bytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    written = writer.submit(_write_all, file, memoryview(struct.pack("<Q", len(encoded)) + encoded))
+    written = writer.submit(write, memoryview(struct.pack("<Q", len(encoded)) + encoded))
     for piece in _checked_pieces(shard):
         written.result()
-        written = writer.submit(_write_all, file, memoryview(bytes_of(piece)))
+        written = writer.submit(write, memoryview(bytes_of(piece)))
         on_bytes(piece.nbytes)
     written.result()
+    return state.hexdigest()
 
 
 def _open_for_writing(path: Path, *, direct: bool) -> io.RawIOBase:
@@ -105,17 +115,13 @@ def _open_for_writing(path: Path, *, direct: bool) -> io.RawIOBase:
     return open(path, "wb", buffering=0)
 
 
-def _close(file: io.RawIOBase, path: Path) -> None:
+def _close(file: io.RawIOBase, path: Path, digest: str) -> None:
     """Gives a whole shard its name once the disk has it."""
     file.flush()
     os.fsync(file.fileno())
     file.close()
     Path(file.name).rename(path)
-
-
-def _write_all(file: io.RawIOBase, view: memoryview) -> None:
-    while len(view):
-        view = view[file.write(view) :]  # one call takes at most 2 GiB
+    written_as(path, digest)
 
 
 def _checked_pieces(shard: list[PlannedTensor]) -> Iterator[torch.Tensor]:

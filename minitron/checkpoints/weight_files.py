@@ -18,6 +18,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 LFS_POINTER = b"version https://git-lfs"
+LARGEST_HEADER = 10**8  # bytes, of the safetensors format
 # What a folder without safetensors of its own may hold instead, and what would work.
 OTHER_WEIGHTS = (
     ("adapter_model.*", "an adapter (LoRA) and not the model it belongs to; merge it into that one first (peft: merge_and_unload, then save_pretrained)"),
@@ -132,6 +133,8 @@ def _header_rows(path: Path) -> Header:
     with open(path, "rb") as file:
         start = file.read(8)
         header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if size >= 8 + header_bytes > 8 + LARGEST_HEADER:
+            raise ValueError(f"checkpoint {path} is not a safetensors file: its header would have {header_bytes:,} bytes, and {LARGEST_HEADER:,} are the most")
         if 8 + header_bytes > size:
             if (start + file.read(len(LFS_POINTER))).startswith(LFS_POINTER):
                 raise ValueError(f"checkpoint {path} is a pointer of Git LFS and not the file itself; `git lfs pull` fetches it")
@@ -139,7 +142,7 @@ def _header_rows(path: Path) -> Header:
         try:
             header = json.loads(file.read(header_bytes))
             rows = [(name, row["dtype"], tuple(row["shape"]), *row["data_offsets"]) for name, row in header.items() if name != "__metadata__"]
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"checkpoint {path} is not a safetensors file: its header is not JSON") from None
         except (AttributeError, KeyError, TypeError):
             raise ValueError(f"checkpoint {path} is not a safetensors file: its header does not list tensors") from None

@@ -1,5 +1,6 @@
-"""A user's mistakes: one line and exit code 2, whether found here, by Hydra or by OmegaConf."""
+"""A user's mistakes: one line and exit code 2, whether found here, by Hydra or by OmegaConf; and what the system refuses, a full disk say, in one line too."""
 
+import errno
 import os
 import re
 import sys
@@ -10,18 +11,47 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from minitron.settings.names import did_you_mean, nearest, no_setting
+from minitron.walk.store import NOT_WRITABLE
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NUMPYS = re.compile(r"Not enough free space to write|\d+ requested and \d+ written")  # of a disk that is full, without an errno
+OS_ERROR = re.compile(r"(.*?)\s*\(os error (\d+)\)")  # as safetensors words it
 
 
 @contextmanager
 def users_mistakes() -> Iterator[None]:
-    """Turns what the user can mend into one line and exit code 2."""
+    """Turns what the user can mend into one line and exit code 2, and what the system refuses otherwise into one line and 1."""
     try:
         yield
-    except (ValueError, HydraException, OmegaConfBaseException) as error:
-        if os.environ.get("MINITRON_FULL_ERROR"):
+    except Exception as error:
+        said = _said(error)
+        if said is None or os.environ.get("MINITRON_FULL_ERROR"):
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        print(f"error: {said[0]}", file=sys.stderr)
+        sys.exit(said[1])
+
+
+def _said(error: Exception) -> tuple[str, int] | None:
+    """The line and the exit code; None for what is neither the user's nor the system's."""
+    if isinstance(error, ValueError | HydraException | OmegaConfBaseException):
+        return one_line(error), 2
+    if isinstance(error, OSError) and error.errno is None and NUMPYS.match(str(error)):
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    named = OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    if named:
+        error = OSError(int(named[2]), os.strerror(int(named[2])))
+    return _systems(error) if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError) else None
+
+
+def _systems(error: OSError) -> tuple[str, int]:
+    """What the system refused, of which file, and what to do."""
+    place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    if error.errno in NO_ROOM:
+        return f"{place}no room is left on the disk; what is done is kept, and the same command goes on from there once there is some", 2
+    if error.errno in NOT_WRITABLE:
+        barred = "it cannot be written to" if error.errno == errno.EROFS else "this user may not use it so"
+        return f"{place}{barred} ({os.strerror(error.errno)}); what is done is kept", 2
+    return f"{place}{error.strerror or os.strerror(error.errno)}; what is done is kept, and the same command goes on from there", 1
 
 
 def one_line(error: Exception) -> str:

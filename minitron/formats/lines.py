@@ -8,6 +8,7 @@ from typing import Any
 from minitron.formats.blocks import Block, document_name
 from minitron.formats.streams import Given, Stream, not_text, wrong
 
+LONGEST_LINE = 2**28  # bytes
 LONGEST_CELL = 2**31 - 1  # of a table; the csv module's own is 131,072 characters
 
 
@@ -16,7 +17,7 @@ def json_lines(given: Given, start: dict[str, Any] | None) -> Iterator[Block]:
     place = start or {"document": 0, "byte": 0}
     with Stream(given.path, given.name, place["byte"]) as stream:
         document, before, position = place["document"], stream.disk(place["byte"]), stream.position
-        for data in whole_lines(stream, given.block_bytes):
+        for data in whole_lines(stream, given.name, given.block_bytes):
             position += len(data)
             lines = [line for line in data.split(b"\n") if line and not line.isspace()]
             if lines:
@@ -26,8 +27,9 @@ def json_lines(given: Given, start: dict[str, Any] | None) -> Iterator[Block]:
                 document, before = end["document"], after
 
 
-def whole_lines(stream: Stream, block_bytes: int) -> Iterator[bytes]:
-    """What is left of the stream, cut after the last line end within every `block_bytes`, or after the first one behind them."""
+def whole_lines(stream: Stream, name: str, block_bytes: int) -> Iterator[bytes]:
+    """What is left of the stream, cut after the last line end within every `block_bytes`, or after the first one behind them. Raises ValueError for a line that
+    is longer than LONGEST_LINE: a packed file of a few kilobytes may hold one of terabytes."""
     rest = b""
     while not stream.ended:
         parts, wish = [rest], block_bytes - len(rest)
@@ -36,6 +38,8 @@ def whole_lines(stream: Stream, block_bytes: int) -> Iterator[bytes]:
             cut = parts[-1].rfind(b"\n") + 1
             if cut or stream.ended:
                 break
+            if sum(map(len, parts)) > LONGEST_LINE:
+                raise wrong(name, f"has a line of more than {LONGEST_LINE:,} bytes, from byte {stream.position - sum(map(len, parts)):,} on")
             wish = block_bytes
         last = parts.pop()
         if stream.ended:
@@ -100,7 +104,7 @@ class _Table:
             yield row
 
     def _lines(self) -> Iterator[str]:
-        for data in whole_lines(self._stream, self._given.block_bytes):
+        for data in whole_lines(self._stream, self._given.name, self._given.block_bytes):
             for line in io.BytesIO(data):  # ends lines at \n alone: a \r belongs to its cell, or to the line end
                 try:
                     text = line.decode("utf-8")

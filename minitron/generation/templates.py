@@ -1,11 +1,16 @@
 """A conversation through a tokenizer's chat template: what goes in is made plain, what comes out is text, what goes wrong is one sentence."""
 
 import json
+import os
 import re
+import resource
+import signal
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -16,6 +21,8 @@ REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # names that 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # characters that no text means anything by
 # What a template does wrong with a message that it was not written for, beside raising an error of its own.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 10, 2**30
+TOO_LARGE, REFUSES = 3, 4  # exit codes
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # transformers' own block around what an assistant wrote
 Message = dict[str, Any]
 
@@ -69,8 +76,46 @@ def _shown(value: Any) -> str:
     return repr(value)[:60]
 
 
+@lru_cache
+def check_template(template: str) -> None:
+    """Writes a short conversation in a process of its own, before a template is let near this one's time and memory: transformers' sandbox lets one do nothing
+    but compute, for as long and with as much as it likes. Raises ValueError for one that takes TEMPLATE_SECONDS or TEMPLATE_BYTES."""
+    sample = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello", "reasoning_content": "Hm"}, {"role": "user", "content": "Bye"}]
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(_tried(template, sample))
+        finally:
+            os._exit(REFUSES)
+    deadline = time.monotonic() + TEMPLATE_SECONDS
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise ValueError(f"the chat template takes more than {TEMPLATE_SECONDS} s to write three short messages; it is not used")
+        time.sleep(0.001)
+    if os.waitstatus_to_exitcode(ended[1]) not in (0, REFUSES):
+        raise ValueError(f"the chat template takes more than {TEMPLATE_BYTES // 2**20} MiB to write three short messages; it is not used")
+
+
+def _tried(template: str, sample: list[Message]) -> int:
+    """An exit code: TOO_LARGE where memory or the text goes beyond the limit; REFUSES where the template fails otherwise, which it may."""
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc/self/statm").exists() else None
+    if held is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (held + TEMPLATE_BYTES,) * 2)
+    try:
+        texts, _ = render_jinja_template(conversations=[sample], chat_template=template, tools=None, add_generation_prompt=True)
+    except (MemoryError, OverflowError):
+        return TOO_LARGE
+    except Exception:
+        return REFUSES
+    return TOO_LARGE if len(texts[0]) > TEMPLATE_BYTES // 64 else 0
+
+
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = False, **variables: Any) -> str:
-    """Plain messages in the tokenizer's chat template. Raises ValueError with the template's own sentence where it refuses them or fails."""
+    """Plain messages in the tokenizer's chat template. Raises ValueError with its own sentence where it refuses them or fails, and as check_template."""
+    if isinstance(tokenizer.chat_template, str):
+        check_template(tokenizer.chat_template)
     return _told(lambda: tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **variables))
 
 
@@ -82,6 +127,7 @@ def marked_ranges(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     template = tokenizer.get_chat_template(tools=tools)
     if not GENERATION.search(template):
         return "", []
+    check_template(template)
     variables = {**tokenizer.special_tokens_map, "tools": tools, "chat_template": template, "return_assistant_tokens_mask": True}
     (text,), (ranges,) = _told(lambda: render_jinja_template(conversations=[list(messages)], **variables))
     return text, [(start, end) for start, end in ranges if start < end]

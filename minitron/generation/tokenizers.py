@@ -7,12 +7,17 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+LARGEST_FILE = 2**28  # bytes; of 256,000 tokens and their merges it is 35 MB
+
 
 def load_tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or Hub id. Code beside it is neither run nor asked about: tokenizer.json is taken in its stead.
 
-    Raises ValueError where there is none that can be loaded.
+    Raises ValueError where there is none that can be loaded, and for a file of one that is larger than any tokenizer's.
     """
+    for path in Path(place).glob("*token*.json") if Path(place).is_dir() else ():
+        if path.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"tokenizer is {str(place)!r}, whose {path.name} has {path.stat().st_size:,} bytes; at most {LARGEST_FILE:,} are read")
     try:
         try:
             return AutoTokenizer.from_pretrained(place, trust_remote_code=False)

@@ -1,6 +1,7 @@
 """Width importance and block influence by one walk, layer importance by leaving layers out."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -48,6 +49,9 @@ def score_model(context: StageContext) -> dict:
     layers |= {"block_influence": influence, "width_curves": _width_curves(width), "how_made": how_made}
     of_experts = experts.expert_scores(width, model.architecture)
     if rank() == 0:
+        for others in context.folder.glob("parts-*"):  # of a sitting of another number of processes
+            if others.name != f"parts-{world_size()}":
+                shutil.rmtree(others)
         width.save(context.folder / SCORES_FILE)
         write_json(context.folder / LAYERS_FILE, layers | ({"experts": of_experts} if of_experts else {}))
     reached = {"experts": _reached(context, of_experts, width)} if of_experts else {}

@@ -21,7 +21,7 @@ def write_kept(file: str, kept: dict[str, Any]) -> None:
     path = _path_of(file)
     if path is None:
         return
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial = path.with_name(f"{path.name}.partial")  # one name: whoever is killed here leaves one file, and two at once spoil what is found out again
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(kept, indent=2) + "\n")

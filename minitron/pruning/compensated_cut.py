@@ -34,6 +34,7 @@ from minitron.pruning.directions import stream_basis
 from minitron.pruning.plan import PruningPlan, Recipe, recipe_of
 from minitron.settings.derived import calibration_samples, candidate_samples
 from minitron.text.samples import batches_of, screening_rows, spread_rows
+from minitron.walk.integrity import synced
 from minitron.walk.stage import StageContext
 
 BASIS_FILE = "basis.safetensors"
@@ -78,6 +79,7 @@ def write_basis(basis: Basis, path: Path) -> None:
     named = {"matrix": basis.matrix_DK, **dict(zip(("left", "right"), basis.factors or (), strict=False))}
     unfinished = path.with_suffix(".partial")
     save_file({name: tensor.contiguous() for name, tensor in named.items()}, unfinished)
+    synced(unfinished)
     os.replace(unfinished, path)
 
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from memory_budget.architecture import Architecture
@@ -86,7 +87,7 @@ def stream_moments(base: PlacedModel, batches: Sequence[torch.Tensor], epsilon: 
             gradients = [_behind_head(base.family, head, residual, mask, epsilon, generator, sums) for residual, mask in zip(residuals, masks, strict=True)]
         del residuals
         for layer, block in base.visit(range(num_layers - 1, -1, -1)):
-            inputs = torch.load(_file(Path(folder), layer), map_location=base.device)
+            inputs = list(load_file(_file(Path(folder), layer), device=str(base.device)).values())
             _file(Path(folder), layer).unlink()
             norm = _norm_of(block, base.family, base.architecture, layer)
             gradients, at_norms = _behind_layer(block, norm, inputs, gradients)
@@ -104,14 +105,14 @@ def _emptied(scratch: Path | None) -> Path | None:
 
 
 def _file(folder: Path, layer: int) -> Path:
-    return folder / f"{layer}.pt"
+    return folder / f"{layer}.safetensors"
 
 
 def _walk_forward(base: PlacedModel, ids: Sequence[torch.Tensor], folder: Path, on_layer: Callable[[], None]) -> list[torch.Tensor]:
     """Residuals [B, T, D] behind the last layer; those before every layer are in the folder, rounded to bf16."""
     residuals, num_layers = base.embed(ids), base.architecture.num_sublayers
     for layer, block in base.visit(range(num_layers)):
-        torch.save([residual_BTD.bfloat16() for residual_BTD in residuals], _file(folder, layer))
+        save_file({f"{number:08d}": residual_BTD.bfloat16().contiguous() for number, residual_BTD in enumerate(residuals)}, _file(folder, layer))
         residuals = run_layer(block, residuals)
         if not all(torch.isfinite(residual_BTD).all() for residual_BTD in residuals):
             raise ValueError(f"prune: the residuals before {place(layer + 1, num_layers)} are not finite")

@@ -15,7 +15,7 @@ from minitron.report.sweep import sweep_yaml
 from minitron.settings.run import Settings, Stage
 from minitron.walk.console import Console
 from minitron.walk.stage import Lap
-from minitron.walk.store import Result, locked, write_text
+from minitron.walk.store import Result, locked, unwritable, write_text
 
 SWEEP_FILE = "sweep.yaml"
 
@@ -25,7 +25,8 @@ def write_report(settings: Settings, laps: Sequence[Lap], console: Console) -> N
 
     What is left there of an earlier run and is not of this one goes: nothing in the folder contradicts summary.json. A candidate
     screened by itself leaves the folder alone: it is one row of the search's table, and several are screened at once. So does a
-    merge: it is no part of the walk that the folder tells of, and a sweep makes several at once.
+    merge: it is no part of the walk that the folder tells of, and a sweep makes several at once. Where the folder cannot be written to,
+    a disk to read say, the page is said on the terminal.
     """
     if settings.stage is Stage.screen and settings.candidate is not None:
         return
@@ -35,9 +36,13 @@ def write_report(settings: Settings, laps: Sequence[Lap], console: Console) -> N
     if not laps[0].results:
         raise ValueError(f"stage=report shows what is done, but nothing is under these settings in {settings.runs_folder}/store; run stage=all first")
     folder = Path(settings.runs_folder) / settings.run_name
+    summary = build_summary(laps) | {"plan": planned_and_taken(settings, laps)}
+    if reason := unwritable(folder):
+        console.say(page_markdown(summary, []))
+        console.headline("report", f"above and nowhere else: {folder} cannot be written to ({reason})")
+        return
     with locked(folder, console.say):
         folder.mkdir(parents=True, exist_ok=True)
-        summary = build_summary(laps) | {"plan": planned_and_taken(settings, laps)}
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         copy_tables(folder, laps[-1].results)
         # A first lap's depths are screened on the way, all of them.

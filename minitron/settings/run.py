@@ -55,6 +55,12 @@ class PruneMethod(Choice):
     compensated = "compensated"
 
 
+class CheckInputs(Choice):
+    auto = "auto"
+    sizes = "sizes"
+    full = "full"
+
+
 class Tracking(Choice):
     disabled = "disabled"
     offline = "offline"
@@ -239,6 +245,11 @@ class PlanSettings:
 
 
 @dataclass(kw_only=True, slots=True)
+class TidySettings:
+    remove: bool = how(False)
+
+
+@dataclass(kw_only=True, slots=True)
 class Settings:
     stage: Stage = Stage.all
     candidate: str | None = None
@@ -251,6 +262,7 @@ class Settings:
     runs_folder: str = "runs"
     seed: int = 0
     device: str = how("auto")
+    check_inputs: CheckInputs = how(CheckInputs.auto)
     tracking: Tracking = how(Tracking.disabled)
     plan: PlanSettings = field(default_factory=PlanSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -270,6 +282,7 @@ class Settings:
     reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     generate: GenerateSettings = field(default_factory=GenerateSettings)
+    tidy: TidySettings = field(default_factory=TidySettings)
 
     def __post_init__(self) -> None:
         if not self.run_name or "/" in self.run_name or self.run_name.startswith(".") or self.run_name == "store":

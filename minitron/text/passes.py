@@ -25,6 +25,7 @@ from minitron.text.encoding import REFUSED, Encoded, Encoding
 from minitron.text.split_rows import SplitCounts, SplitRows
 from minitron.text.workers import Workers
 from minitron.walk.console import Console
+from minitron.walk.integrity import synced
 from minitron.walk.store import write_json
 
 SAVE_SECONDS = 3.0
@@ -165,6 +166,7 @@ class _Pass:
             self.hashes.seek(0)
             found = np.unique(np.frombuffer(self.hashes.read(), np.uint64))
         np.save(partial := self.encoding.hashes.with_suffix(".partial.npy"), found)
+        synced(partial)
         partial.rename(self.encoding.hashes)
 
     def _keep(self, rows: SplitRows, place: Mapping, done: int) -> None:

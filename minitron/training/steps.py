@@ -7,8 +7,9 @@ from dataclasses import asdict
 from enum import Enum
 
 from distill.plan import StepRecord, TrainPlan
-from distill.states import newest_state
+from distill.states import drop_damaged, newest_state
 from minitron.families.base import ROUTER
+from minitron.machine import processes
 from minitron.settings.training import Balance, Router, TrainSettings
 from minitron.walk.stage import StageContext
 from minitron.walk.tracking import Tracker, open_tracker
@@ -35,6 +36,8 @@ def tracked_steps(context: StageContext, description: str, tokens: int, *, loss_
     Where there is a saved state to go on from, that is said; lines of steps that will be done again are dropped. What the tracker's run is left with as its
     loss is the mean of the last steps, as the headline says it.
     """
+    for damaged in processes.from_first(drop_damaged(context.folder) if processes.rank() == 0 else None):
+        context.console.say(damaged)
     path, saved = context.folder / METRICS_FILE, newest_state(context.folder)
     before = saved.facts["record"] if saved else {"tokens": 0}
     if saved:

@@ -16,14 +16,18 @@ from types import MappingProxyType
 from typing import Any
 
 from minitron.machine import processes
-from minitron.settings.run import Settings
+from minitron.settings.run import CheckInputs, Settings
 from minitron.walk.console import Console
+from minitron.walk.integrity import SMALL_BYTES
 from minitron.walk.laps import depth_lap, width_lap
 from minitron.walk.need import nothing_to_cut
 from minitron.walk.saved import save_settings
 from minitron.walk.stage import Lap, StageContext, UsingStage
-from minitron.walk.store import FORMAT, Result, check_format, find_result, finish, locked, make_runs_folder
+from minitron.walk.store import FORMAT, Result, check_format, damaged, discard, find_result, finish, locked, make_runs_folder, still_there
 from minitron.walk.table import inputs_of, label_of, order_of, stage_folder, stage_of, stages, stored_stages, using_stages
+
+MOST_TURNS = 4
+MOST_CHECKED = {CheckInputs.auto: 2**30, CheckInputs.sizes: SMALL_BYTES, CheckInputs.full: float("inf")}  # bytes of an input's files
 
 
 def run_pipeline(settings: Settings, console: Console) -> None:
@@ -44,7 +48,23 @@ def run_pipeline(settings: Settings, console: Console) -> None:
     if processes.rank() == 0:
         check_format(settings.runs_folder, (lambda _text: None) if uses else console.say)
         if not uses:
-            save_settings(settings)
+            save_settings(settings, console.say)
+    laps = _laps(settings, console, uses=uses)
+    if processes.rank() == 0:
+        (asked if uses else stages()["report"]).run(settings, laps, console)
+
+
+def _laps(settings: Settings, console: Console, *, uses: bool) -> list[Lap]:
+    """The walk, or what is done of it. A result that turns out not to be what was written is not done: the walk begins again, and comes by it again."""
+    for _ in range(MOST_TURNS):
+        try:
+            return _walk(settings, console, uses=uses)
+        except DamagedInput as found:
+            console.say(str(found))
+    raise RuntimeError(f"{settings.runs_folder}/store: what is written there is read back otherwise, {MOST_TURNS} times now; the disk or the memory fails")
+
+
+def _walk(settings: Settings, console: Console, *, uses: bool) -> list[Lap]:
     walk = finished_stages if uses else partial(run_stages, asked=settings)
     first = depth_lap(settings)
     if first is None:
@@ -57,8 +77,7 @@ def run_pipeline(settings: Settings, console: Console) -> None:
             say("second lap: widths")
             student = laps[0].results["distill"]
             laps.append(walk(width_lap(settings, student), console, {"base": student}))
-    if processes.rank() == 0:
-        (asked if uses else stages()["report"]).run(settings, laps, console)
+    return laps
 
 
 def check_before_work(settings: Settings) -> None:
@@ -116,14 +135,17 @@ def _others(name: str, lap: Lap) -> dict[str, Result]:
     return processes.from_first(found)
 
 
-def finished_stages(settings: Settings, _console: Console, given: Mapping[str, Result] = MappingProxyType({})) -> Lap:
+def finished_stages(settings: Settings, console: Console, given: Mapping[str, Result] = MappingProxyType({})) -> Lap:
     """What is already done under these settings."""
     lap = Lap(settings, dict(given), {})
     for name in order_of(settings):
         if name in given or not set(stored_stages()[name].needs(settings)) <= {stage_of(label) for label in lap.results}:
             continue
         for one in _settings_of(name, lap):
-            found = find_result(stage_folder(name, one, lap.results))
+            folder = stage_folder(name, one, lap.results)
+            found = find_result(folder)
+            if found is None and (bad := damaged(folder)):
+                console.say(f"{name}: {folder}: {bad}; it is not used, and stage={name} makes it again")
             if found is not None:
                 lap.results[label_of(name, one)] = found
         if stored_stages()[name].per_candidate:
@@ -143,26 +165,56 @@ def finished_laps(settings: Settings) -> list[Lap]:
 
 
 def run_stage(name: str, settings: Settings, results: Mapping[str, Result], console: Console) -> tuple[Result, bool]:
-    """The stage's result and whether it was already there."""
+    """The stage's result and whether it was already there. Raises DamagedInput where what it would read is not what was written."""
     folder = stage_folder(name, settings, results)
     found = processes.from_first(find_result(folder))
     if found is not None:
         console.headline(name, f"{found.facts['headline']} (already done)")
         return found, True
     if processes.rank() > 0:
+        if (found := processes.from_first(None)) is not None:
+            return found, True
+        _check_inputs(name, settings, results, console)
         if stored_stages()[name].parallel:
             _run(name, settings, folder, results, console)
         return processes.from_first(None), False
     with locked(folder, console.say):
-        found = find_result(folder)  # another run may have finished it meanwhile
+        found = processes.from_first(find_result(folder))  # another run may have finished it meanwhile
         if found is not None:
-            assert processes.world_size() == 1, f"another run finished {folder} while the processes of this one were at work"
             console.headline(name, f"{found.facts['headline']} (done by another run)")
             return found, True
+        if bad := damaged(folder):
+            console.headline(name, f"{folder}: {bad}; it is done again")
+            discard(folder)
+        _check_inputs(name, settings, results, console)
         folder.mkdir(parents=True, exist_ok=True)
-        result = finish(folder, _run(name, settings, folder, results, console))
+        with still_there(folder):
+            record = _run(name, settings, folder, results, console)
+        result = finish(folder, record)
     console.headline(name, f"{result.facts['headline']} ({result.record['seconds']:,.0f} s)")
     return processes.from_first(result), False
+
+
+class DamagedInput(Exception):
+    """What a stage was to read is not what was written; it has been taken away."""
+
+
+def _check_inputs(name: str, settings: Settings, results: Mapping[str, Result], console: Console) -> None:
+    """Hold what a stage will read against what was written, as far as settings.check_inputs says. Raises DamagedInput in all processes, once the first
+    has taken away what is damaged."""
+    said = None
+    if processes.rank() == 0:
+        for label, result in inputs_of(name, settings, results).items():
+            most = MOST_CHECKED[settings.check_inputs]
+            if bad := damaged(result.folder, most):
+                with locked(result.folder, console.say):
+                    if damaged(result.folder, most):  # and no other run has made it anew
+                        discard(result.folder)
+                said = f"{stage_of(label)}: {result.folder}: {bad}; it is done again"
+                break
+    said = processes.from_first(said)
+    if said:
+        raise DamagedInput(said)
 
 
 def _run(name: str, settings: Settings, folder: Path, results: Mapping[str, Result], console: Console) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def test_an_experiments_own_space_is_somebody_who_said_so():
 
 def test_a_runs_name_is_enough_to_use_what_it_made(own, tmp_path):
     made = own("smol", "budget.device_gib=0.4", f"runs_folder={tmp_path}", "distill.train.batch=16")
-    save_settings(made)
+    save_settings(made, print)
     from hydra import compose, initialize_config_dir
 
     def said(*words):

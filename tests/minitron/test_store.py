@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from minitron.walk.store import DONE, FORMAT, Result, check_format, find_result, finish, locked, stage_key, write_json
+from minitron.walk.store import DONE, FORMAT, Result, check_format, find_result, finish, locked, mark_damage, stage_key, unwritable, write_json
 
 BASE = {"stage": "score", "version": 1, "settings": {"samples": 8, "seed": 0}, "inputs": {"data": "aaa", "teacher": "bbb"}}
 
@@ -99,7 +99,7 @@ def test_results_of_an_earlier_format_are_said_to_be_so_in_one_line_until_they_a
 
 def test_a_store_of_this_format_and_a_new_one_are_said_nothing_of(tmp_path):
     """The control; results of this format that were copied from elsewhere, without the store's mark, are this format's too."""
-    assert said(tmp_path / "new") == [] and json.loads((tmp_path / "new" / "store" / "format.json").read_text()) == {"format": FORMAT}
+    assert said(tmp_path / "new") == [] and json.loads((tmp_path / "new" / "store" / "format.json").read_text())["format"] == FORMAT
     stored(tmp_path / "copied", "score", "aaa", format=FORMAT)
     assert said(tmp_path / "copied") == []
 
@@ -109,6 +109,30 @@ def test_a_store_of_a_later_format_is_refused(tmp_path):
     write_json(tmp_path / "store" / "format.json", {"format": FORMAT + 1})
     with pytest.raises(ValueError, match=f"format {FORMAT + 1}, this one reads {FORMAT}"):
         said(tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda text: text.replace(str(FORMAT), str(FORMAT + 1)), lambda text: text.replace("digest", "digesu"), lambda text: text[:9]])
+def test_a_mark_that_is_not_what_was_written_is_named_and_written_again(tmp_path, change):
+    said(tmp_path)
+    mark = tmp_path / "store" / "format.json"
+    whole = mark.read_text()
+    mark.write_text(change(whole))
+    assert mark_damage(tmp_path / "store") and said(tmp_path) == []
+    assert mark.read_text() == whole and mark_damage(tmp_path / "store") is None
+
+
+def test_a_mark_of_before_digests_is_as_good(tmp_path):
+    said(tmp_path)
+    write_json(tmp_path / "store" / "format.json", {"format": FORMAT})
+    assert mark_damage(tmp_path / "store") is None and said(tmp_path) == []
+
+
+def test_of_a_folder_that_can_be_written_into_it_is_said_so(tmp_path):
+    """The control of test_soak.py's read-only disk; and what is wrong otherwise is another matter."""
+    assert unwritable(tmp_path / "new" / "run") is None and (tmp_path / "new" / "run").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        unwritable(tmp_path / "file" / "run")
 
 
 def arithmetic_search(folder, runs: str) -> tuple[str, ...]:
@@ -153,6 +177,18 @@ def test_a_second_process_does_the_work_if_the_first_left_it_undone(search_done,
         assert not folder.exists()
     output, _ = second.communicate(timeout=60)
     assert second.returncode == 0 and "(done by another run)" not in output and (folder / DONE).exists()
+
+
+def test_two_processes_of_a_run_wait_and_take_another_runs_result_too(search_done, tmp_path, fork_server, engine_environments):
+    arguments, folder = search_done
+    record = json.loads((folder / DONE).read_text())
+    (folder / DONE).unlink()
+    with locked(folder, print):
+        second = fork_server.start("door", arguments, folder=tmp_path, environment=engine_environments["ddp"], ranks=2)
+        assert "waiting for another run" in wait_until_waiting(second)
+        finish(folder, record)
+    output, errors = second.communicate(timeout=120)
+    assert second.codes == [0, 0] and output.count("(done by another run)") == 1, errors
 
 
 def test_a_lock_ends_with_its_process(tmp_path, environment):

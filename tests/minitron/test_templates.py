@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
+from minitron.generation import templates
 from minitron.generation.conversations import ConversationWriter
 from minitron.generation.ends import end_ids
 from minitron.generation.prompts import Tags, make_prompt, write_prompt
@@ -340,3 +341,15 @@ def test_a_conversation_that_is_null_or_empty_is_no_text(chat_tokenizer, tmp_pat
     (tmp_path / "chat.jsonl").write_text('{"messages": null}\n{"messages": []}\n' + json.dumps({"messages": [user("a"), assistant("b")]}) + "\n")
     data = DataSettings(files=[str(tmp_path / "chat.jsonl")], messages_field="messages")
     assert list(read_documents(data, tmp_path, chat_tokenizer("mistral"))) == [Document("chat/2", "<s>[INST] a[/INST] b</s>")]
+
+
+@pytest.mark.parametrize(("template", "said"), [
+    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 0.5 s"),
+    ("{{ 'x' * 10**10 }}", "more than 1024 MiB"),
+    ("{% set all = namespace(x='abcdefgh') %}{% for a in range(60) %}{% set all.x = all.x ~ all.x %}{% endfor %}", "more than 1024 MiB"),
+])  # fmt: skip
+def test_a_template_that_takes_all_time_or_memory_is_refused_before_it_is_used(template, said, monkeypatch):
+    monkeypatch.setattr(templates, "TEMPLATE_SECONDS", 0.5 if "range(99999)" in template else 10)
+    with pytest.raises(ValueError, match=said):
+        templates.check_template(template)
+    templates.check_template("{{ messages[0].content }}")
