@@ -14,6 +14,7 @@ from torch import nn
 
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
+from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.files import Checkpoint
 from minitron.checkpoints.shards import write_weights
 from minitron.families.base import MAMBA_HEAD
@@ -45,6 +46,16 @@ def test_the_random_teacher_has_the_published_pattern_names_and_size(make_teache
     assert twelve.pattern == published_patterns[0]
     assert sum(tensor.num_bytes for tensor in tensors) == 2 * 12_310_001_152
     assert all(tensor.name.startswith(("backbone.", "lm_head.")) for tensor in tensors)
+
+
+def test_the_random_mixture_of_experts_has_the_published_size_and_its_first_layers_are_what_score_30b_takes(make_teacher, repository):
+    nano3 = architecture_from_config(read_config(make_teacher.PRESETS["nano3-30b"]))
+    assert count_total_parameters(nano3) == 31_577_937_344
+    first = replace(nano3, pattern=nano3.pattern[: load_script(repository, "score_30b").LAYERS])
+    assert first.num_layers >= 10 and first.pattern.count("E") >= 4 and {"M", "*"} < set(first.pattern)
+    tensors = list(make_teacher.planned_tensors(first, 0))
+    biases = [tensor.num_bytes for tensor in tensors if tensor.dtype == "F32"]  # of the routers
+    assert sum(tensor.num_bytes for tensor in tensors) == 2 * count_total_parameters(first) + sum(biases) and biases == [4 * 128] * 4
 
 
 def test_a_random_teacher_is_the_same_for_the_same_seed(make_teacher, twelve, tmp_path):

@@ -161,8 +161,8 @@ class StreamedModel:
         yield Head(*(self._load_outside(part) for part in ("norm", "head")))
 
     def _begin_reading(self, reader: ThreadPoolExecutor, layer: int) -> Future[dict[str, torch.Tensor]]:
-        """A layer's tensors as stored, but for its experts'. Their memory is asked for here, in the thread that lets it go again: another thread's does not come
-        back to it."""
+        """A layer's tensors as stored, but for its experts'. Their memory is asked for here, in the thread that lets it go again: another thread's does not
+        come back to it."""
         names = self._named(layer, experts=False)
         return reader.submit(self._fill, names, self._empty(names))
 

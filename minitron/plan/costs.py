@@ -119,7 +119,8 @@ def _shortlist(view: LapView) -> Cost:
     work = listed + load_work(view.base, view.width) + view.held_out(view.teacher, rows) + view.held_out(view.student, rows) * view.shortlisted
     if rotated or refitted:
         samples = candidate_samples(settings, view.base)
-        work += CutCost(view.base, view.base, Recipe(None, False, refitted), samples, samples * view.length, view.width).work
+        recipe = Recipe(None, False, refitted, refit_experts=False, refit_shared=False)
+        work += CutCost(view.base, view.base, recipe, samples, samples * view.length, view.width).work
         widths = len(_between(view, "ffn")) + len(_between(view, "mamba_heads"))
         work += forward_work(view.base, samples * view.length, view.length) * (0.25 * widths * refitted)
     models, tokens = [(view.base, view.width), (view.teacher, view.width)], settings.evaluate.batch * view.length

@@ -104,9 +104,10 @@ def removed_layers(plan: PruningPlan) -> list[int]:
 
 
 def describe_cut(plan: PruningPlan) -> str:
-    """Every axis that became smaller, and the layers that went; not from what: runs that share the cut may call that by other names."""
+    """Every axis that became smaller, but for those that went with their last layer, and the layers that went; not from what: runs that share the cut may
+    call that by other names."""
     sizes = [(SHORT_TITLES.get(axis.name, axis.title), axis.size(plan.teacher), axis.size(plan.student)) for axis in (*WIDTH_AXES, LAYERS)]
-    changed = [f"{label} {before} → {after}" for label, before, after in sizes if before != after]
+    changed = [f"{label} {before} → {after}" for label, before, after in sizes if before != after > 0]
     layers = removed_layers(plan)
     gone = f" Removed layers (from 0): {', '.join(map(str, layers))}." if layers else ""
     return f"{', '.join(changed) or 'nothing'}.{gone}"

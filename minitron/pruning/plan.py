@@ -43,7 +43,8 @@ class PruningPlan:
         return self.teacher.sublayers_of(self.kept_layers)
 
     def to_json(self) -> dict:
-        return asdict(self)
+        """Without a copy of the units, which in a mixture of experts are millions."""
+        return {"teacher": asdict(self.teacher), "student": asdict(self.student), "kept_layers": self.kept_layers, "units": self.units}
 
 
 def expert_place(teacher: Architecture, layer: int, expert: int) -> int:

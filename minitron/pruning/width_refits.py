@@ -21,9 +21,12 @@ from memory_budget.architecture import Architecture
 from minitron.checkpoints.placement import WholeModel, ids_and_mask, run_layer
 from minitron.families.base import EXPERT_FFN, MAMBA_HEAD, SHARED_FFN
 from minitron.families.experts import Routed, experts_of
+from minitron.pruning.plan import ENOUGH_FOR_EXPERT
 from minitron.pruning.refits.least_squares import NormalEquations
 from minitron.pruning.rotation import WRITE, real_tokens, stream_role
 from minitron.pruning.views import ColumnsKey, SortedTeacher
+
+AT_ONCE = 4096  # tokens of an expert whose neurons are widened to be summed up
 
 
 @torch.no_grad()
@@ -77,18 +80,19 @@ def _refit_experts(candidates: SortedTeacher, layer: int, block: nn.Module, resi
     mask_N = torch.cat([residual_BTD.new_ones(residual_BTD.shape[:2], dtype=torch.bool) if mask is None else mask
                         for residual_BTD, mask in zip(residuals, masks, strict=True)]).flatten()  # fmt: skip
 
-    def fit(suffix: str, widths: set[int], inner_nI: torch.Tensor) -> None:
-        name = f"layers.{layer}.{suffix}"
+    def fit(suffix: str, widths: set[int], inner_nI: torch.Tensor, enough: float = 1.0) -> None:
         weight_DI = block.get_parameter(suffix)
         if inner_nI.any():
-            sums = NormalEquations(weight_DI.shape[1], weight_DI.shape[0], weight_DI.device)
-            sums.add(inner_nI, inner_nI.float() @ weight_DI.float().T)
-            found = sums.solve_first(widths, weight_DI, ridge, place=f"{name.removesuffix('.weight')}")
-            candidates.refitted |= {(name, width, b""): matrix_DI.to(weight_DI.dtype) for width, matrix_DI in found.items()}
+            sums = NormalEquations(weight_DI.shape[1], weight_DI.shape[0], weight_DI.device, enough=enough)
+            for some_nI in inner_nI.split(AT_ONCE):
+                sums.add(some_nI, some_nI.float() @ weight_DI.float().T)
+            found = sums.solve_first(widths, weight_DI, ridge, place=f"layer {layer}, {suffix.removesuffix('.weight')}")
+            candidates.refitted |= {(f"layers.{layer}.{suffix}", width, b""): matrix_DI.to(weight_DI.dtype) for width, matrix_DI in found.items()}
 
     def routed(one: Routed) -> None:
         real_n = mask_N[one.tokens_n]
-        fit(suffixes[(EXPERT_FFN,),].replace("*", str(one.expert)), neurons, one.inner_nF[real_n] * one.weights_n[real_n, None].to(one.inner_nF.dtype))
+        inner_nF = one.inner_nF[real_n].float() * one.weights_n[real_n, None]
+        fit(suffixes[(EXPERT_FFN,),].replace("*", str(one.expert)), neurons, inner_nF, ENOUGH_FOR_EXPERT)
 
     neurons, of_shared = ({getattr(student, field) for student in students} - {getattr(teacher, field)} for field in ("moe_ffn", "moe_shared_ffn"))
     hooks = []

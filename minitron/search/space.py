@@ -104,8 +104,9 @@ def check_protected_experts(settings: Settings, teacher: Architecture) -> None:
     for sublayer, experts in protected.items():
         if max(Counter(expert // of_group for expert in experts).values()) > fewest // groups:
             within = f" of {groups} routing groups, {fewest // groups} of each" if groups > 1 else ""
-            raise ValueError(f"search.protect_experts has {experts} of layer {sublayer // teacher.sublayers_per_layer}; search.experts leaves {fewest} experts in "
-                             f"a layer{within}, so no more can be protected")  # fmt: skip
+            layer = sublayer // teacher.sublayers_per_layer
+            raise ValueError(f"search.protect_experts has {experts} of layer {layer}; search.experts leaves {fewest} experts in a layer{within}, so no more "
+                             "can be protected")  # fmt: skip
 
 
 def fixed_student(settings: Settings, teacher: Architecture) -> Architecture:

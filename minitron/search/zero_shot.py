@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -21,10 +21,11 @@ from minitron.pruning.rotated import rotate_model, with_own_head
 from minitron.pruning.views import SortedTeacher, View
 from minitron.pruning.width_refits import refit_widths
 from minitron.search.distances import GPU_CHUNK_TOKENS, Distance, best_first, measure_batch
-from minitron.settings.derived import base_stage, candidate_samples, ranks_refitted, ranks_rotated
+from minitron.settings.derived import base_stage, candidate_samples, ranks_rotated, refitted_widths
 from minitron.settings.teachers import base_architecture, teacher_architecture
 from minitron.text.samples import batches_of, screening_rows, spread_rows
 from minitron.walk.stage import StageContext
+from nas.axes import WIDTHS
 
 PART_FILE = "zero_shot.partial.jsonl"
 
@@ -121,14 +122,15 @@ def _sorted_base(context: StageContext, head_dim: int, students: Iterable[Archit
     config = read_config(folder)
     family, settings = family_of(config), context.settings
     scores, architecture, model = scores_of(context.inputs["score"], settings), base_architecture(settings), family.load(folder, device=str(device))
-    rotates, refits = ranks_rotated(settings), ranks_refitted(settings)
+    rotates, refits = ranks_rotated(settings), refitted_widths(settings)
     calibration = batches_of(calibration_rows(context, candidate_samples(settings)), settings.prune.batch, device) if rotates or refits else []
     norm_scales = rotate_model(family, model, architecture, calibration, config=config) if rotates else {}
     architecture, students = with_own_head(architecture) if rotates else architecture, list(students)
     fewer_keys = any(student.num_key_value_heads < architecture.num_key_value_heads for student in students)
     sorted_base = SortedTeacher(family, model, config, architecture, scores, head_dim, norm_scales=norm_scales, sort_key_values=fewer_keys)
     if refits:
-        refit_widths(sorted_base, students, calibration, settings.prune.ridge)
+        others = {width: getattr(architecture, width) for width in WIDTHS if width not in (*refits, "hidden")}
+        refit_widths(sorted_base, [replace(student, **others) for student in students], calibration, settings.prune.ridge)
     return sorted_base
 
 

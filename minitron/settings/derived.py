@@ -74,8 +74,15 @@ def ranks_rotated(settings: Settings, base: Architecture | None = None) -> bool:
 
 
 def ranks_refitted(settings: Settings, base: Architecture | None = None) -> bool:
-    """Whether candidates are ranked zero-shot with what writes to the stream refitted for their neurons and heads, where any are cut at all."""
-    return settings.prune.refit_writing and _ranks_compensated(settings, base, *(width for width in WIDTHS if width != "hidden"))
+    """Whether candidates are ranked zero-shot with what writes to the stream refitted for fewer units, where any are cut at all."""
+    return bool(refitted_widths(settings, base))
+
+
+def refitted_widths(settings: Settings, base: Architecture | None = None) -> tuple[str, ...]:
+    """The widths that it is refitted for; of the number of experts nothing is (pruning/width_refits.py)."""
+    prune = settings.prune
+    asked = {"hidden": False, "moe_num_experts": False, "moe_ffn": prune.refit_experts, "moe_shared_ffn": prune.refit_shared}
+    return tuple(width for width in WIDTHS if asked.get(width, prune.refit_writing) and _ranks_compensated(settings, base, width))
 
 
 def _ranks_compensated(settings: Settings, base: Architecture | None, *widths: str) -> bool:

@@ -3,10 +3,19 @@
 from dataclasses import asdict
 from typing import Any
 
-from memory_budget.architecture import as_dict
+from memory_budget.architecture import Architecture, as_dict
 from minitron.search.layer_order import given_layer_order
 from minitron.search.space import check_search, serving_of
-from minitron.settings.derived import asked_candidate_samples, base_stage, budget_of, fixed_sizes, ranks_refitted, ranks_rotated, workload_of
+from minitron.settings.derived import (
+    asked_candidate_samples,
+    base_stage,
+    budget_of,
+    fixed_sizes,
+    ranks_refitted,
+    ranks_rotated,
+    refitted_widths,
+    workload_of,
+)
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings
 from minitron.settings.search import CHOOSING
@@ -32,8 +41,14 @@ def what(settings: Settings) -> Any:
         "budget_bytes": budget_of(settings).bytes,
         "served": _numbers(serving_of(settings), settings.throughput.batch),
         **({"rotated_samples": asked_candidate_samples(settings)} if ranks_rotated(settings) else {}),
-        **({"refitted": {"samples": asked_candidate_samples(settings), "ridge": settings.prune.ridge}} if ranks_refitted(settings) else {}),
+        **({"refitted": _refits(settings, base)} if ranks_refitted(settings) else {}),
     }
+
+
+def _refits(settings: Settings, base: Architecture) -> dict[str, Any]:
+    """What follows from the settings of the refits; widths are said of a model with experts, for which some are asked for and others not."""
+    widths = {"widths": refitted_widths(settings, base)} if "E" in base.pattern else {}
+    return {"samples": asked_candidate_samples(settings), "ridge": settings.prune.ridge, **widths}
 
 
 def _numbers(serving: Serving | None, batch: int | None) -> Any:

@@ -14,6 +14,7 @@ from minitron.families.experts import experts_of
 from minitron.families.nemotron_h import FAMILY
 from minitron.importance.activations import measure_width
 from minitron.importance.scores import aggregate
+from minitron.pruning.plan import ENOUGH_FOR_EXPERT, ridge_for
 from minitron.pruning.refits.least_squares import NormalEquations
 from minitron.pruning.views import SortedTeacher
 from minitron.pruning.width_refits import refit_widths
@@ -168,9 +169,10 @@ def test_experts_are_fitted_to_their_own_tokens_by_what_the_router_gives_them(bu
     weighted = (routed.inner_nF * routed.weights_n[:, None])[mask[routed.tokens_n]]
     before = {suffix: block.get_parameter(suffix).clone() for suffix in (f"mixer.experts.{busiest}.down_proj.weight", "mixer.shared_experts.down_proj.weight")}
     refit_widths(ordered, [replace(one.architecture, moe_ffn=6, moe_shared_ffn=9, hidden=24)], rows, RIDGE)
-    for (suffix, weight_DI), given, width in zip(before.items(), (weighted, heard["shared"]), (6, 9), strict=True):
+    ridges = ridge_for(RIDGE, one.architecture.moe_ffn, len(weighted), enough=ENOUGH_FOR_EXPERT), RIDGE
+    for (suffix, weight_DI), given, width, ridge in zip(before.items(), (weighted, heard["shared"]), (6, 9), ridges, strict=True):
         given, weight = given.double().numpy(), weight_DI.double().numpy()
-        pull = np.sqrt(RIDGE * np.square(given).sum(0).mean()) * np.eye(width)
+        pull = np.sqrt(ridge * np.square(given).sum(0).mean()) * np.eye(width)
         expected = np.linalg.lstsq(np.concatenate([given[:, :width], pull]), np.concatenate([given @ weight.T, pull @ weight[:, :width].T]), rcond=None)[0].T
         found = ordered.refitted[f"layers.{layer}.{suffix}", width, b""].double().numpy()
         assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
@@ -199,7 +201,7 @@ def test_the_shortlist_knows_of_the_fits_only_where_it_ranks_by_them(axis, low, 
     plain, fitted = key(tiny, search), key(tiny, search, **compensated)
     assert fitted != plain == key(tiny, search, **compensated, refit_writing=False, ridge=0.1)
     assert key(tiny, search, **compensated, ridge=0.1) != fitted != key(tiny, search, **compensated, samples=7)
-    assert fitted == key(tiny, search, **compensated, refit_reading=False, batch=3) == key(tiny, search, **compensated, rotate=False)
+    assert fitted == key(tiny, search, **compensated, refit_reading=False, batch=3, refit_experts=False) == key(tiny, search, **compensated, rotate=False)
     fixed = SearchSettings(**{axis: AxisSettings(values=[low])}, fixed=FixedSettings(ffn=20))
     assert key(tiny, fixed, **compensated) == key(tiny, fixed), "nothing is ranked"
 
