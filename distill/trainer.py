@@ -132,7 +132,7 @@ class _Run:
                 return
             tokens = tokens_before + (local_step + 1) * phase.batches.tokens_per_step
             if plan.balance_rate:
-                self.engine.loads.balance(plan.balance_rate * rate / plan.learning_rate)
+                self.engine.loads.balance(plan.balance_rate * rate / (plan.learning_rate or 1.0))
             self.record = self._next_record(step, phase_number, tokens, means, norm, rate)
             if self.launch.rank == 0:
                 self.on_step(self.record)

@@ -93,7 +93,7 @@ def test_a_state_that_was_never_finished_is_not_seen(worker, tmp_path):
 def test_the_best_weights_by_the_held_out_loss_are_kept_beside_the_last(worker, tmp_path):
     """A learning rate that spoils the student late: the best is not the last, and its loss is the one told."""
     rows = RowBatches(worker.padded_rows(), 4, seed=1)
-    plan = replace(TrainPlan(**worker.PLAN), learning_rate=0.3, warmup_share=1.0, tokens=12 * 38)
+    plan = replace(TrainPlan(**worker.PLAN), learning_rate=2.0, warmup_share=1.0, tokens=12 * 38)
     loss, records = distillation_loss(worker.build_teacher()), []
     held_out = HeldOut(batches=[torch.from_numpy(worker.padded_rows()[:3]).long()], every_steps=3)
     train_phases(worker.build_model(2), [Phase(rows, plan)], loss, folder=tmp_path, on_step=records.append, held_out=held_out)
