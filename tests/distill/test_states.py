@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from distill.batches import RowBatches
 from distill.plan import Phase, TrainPlan
-from distill.states import BEST, STATES_FOLDER, TENSORS_FILE, best_state, load_weights, newest_state, remove_states
+from distill.states import BEST, FACTS_FILE, STATES_FOLDER, TENSORS_FILE, best_state, drop_damaged, load_weights, newest_state, remove_states
 from distill.trainer import HeldOut, distillation_loss, train_phases
 
 LONG = {"tokens": 40 * 54, "optimizer": "muon"}
@@ -104,3 +104,42 @@ def test_the_best_weights_by_the_held_out_loss_are_kept_beside_the_last(worker, 
     assert newest_state(tmp_path) is None and [path.name for path in (tmp_path / STATES_FOLDER).iterdir()] == [BEST]
     load_weights(best_state(tmp_path), best)
     assert loss(best, held_out.batches[0])["loss"].item() == pytest.approx(min(measured.values()), rel=1e-5)
+
+
+def flipped(path):
+    path.write_bytes(bytes([*path.read_bytes()[:-1], path.read_bytes()[-1] ^ 1]))
+
+
+DAMAGES = {  # of a state's folder, and what is said of it
+    "holds other bytes": lambda state: flipped(state / TENSORS_FILE),
+    "is missing": lambda state: (state / TENSORS_FILE).unlink(),
+    "cannot be read as what was written": lambda state: (state / FACTS_FILE).write_text(""),
+    f"{FACTS_FILE} cannot be read": lambda state: (state / FACTS_FILE).unlink(),
+}
+
+
+@pytest.mark.parametrize("says", DAMAGES)
+def test_a_state_that_is_not_what_was_written_is_not_gone_on_from(says, worker, tmp_path):
+    plan = {"save_every_steps": 4, "keep_states": 3}
+    worker.run(tmp_path, plan)
+    last = {name: tensor.clone() for name, tensor in weights_of(tmp_path).items()}  # the file's own bytes are about to change
+    names = ["step-000000004", "step-000000008", "step-000000011"]
+    assert drop_damaged(tmp_path) == [] and [path.name for path in sorted((tmp_path / STATES_FOLDER).iterdir())] == names
+    DAMAGES[says](tmp_path / STATES_FOLDER / names[-1])
+    (said,) = drop_damaged(tmp_path)
+    assert says in said and newest_state(tmp_path).folder.name == names[-2]
+    worker.run(tmp_path, plan)
+    assert same(weights_of(tmp_path), last)
+
+
+def test_without_its_best_weights_a_run_begins_anew(worker, tmp_path):
+    worker.run(tmp_path, {"save_every_steps": 4})
+    (tmp_path / STATES_FOLDER / BEST).mkdir()
+    assert len(drop_damaged(tmp_path)) == 1 and list((tmp_path / STATES_FOLDER).iterdir()) == []
+
+
+def test_a_state_of_before_digests_is_gone_on_from(worker, tmp_path):
+    worker.run(tmp_path, {})
+    path = newest_state(tmp_path).folder / FACTS_FILE
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "tensors"}))
+    assert drop_damaged(tmp_path) == [] and newest_state(tmp_path)

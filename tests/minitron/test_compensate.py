@@ -100,8 +100,9 @@ def test_every_tensor_that_meets_the_stream_has_the_role_that_its_name_says():
     roles = {row.suffix: stream_role(FAMILY, row) for row in FAMILY.table}
     assert {suffix for suffix, role in roles.items() if role == NORM} == {"norm.weight", "norm_f.weight"}
     assert {suffix for suffix, role in roles.items() if role == EMBED} == {"embeddings.weight"}
-    assert {suffix.split(".")[-2] for suffix, role in roles.items() if role == WRITE} == {"out_proj", "down_proj", "o_proj"}
-    assert {suffix.split(".")[-2] for suffix, role in roles.items() if role == READ} == {"in_proj", "up_proj", "q_proj", "k_proj", "v_proj", "lm_head"}
+    assert {suffix.split(".")[-2] for suffix, role in roles.items() if role == WRITE} == {"out_proj", "down_proj", "o_proj", "fc2_latent_proj"}
+    assert {suffix.split(".")[-2] for suffix, role in roles.items() if role == READ} == {
+        "in_proj", "up_proj", "q_proj", "k_proj", "v_proj", "lm_head", "gate", "fc1_latent_proj"}  # fmt: skip
     assert roles["mixer.norm.weight"] is None  # Mamba's own norm is over inner channels
 
 

@@ -68,3 +68,26 @@ def test_other_training_gives_other_weights(interrupted, walk):
 
 def test_the_saved_state_goes_once_the_stage_is_done(interrupted):
     assert not (interrupted[0] / "states").exists() and (interrupted[0] / "done.json").exists()
+
+
+AT_EXIT = """
+import atexit, os, signal, sys, time
+import minitron.run
+def interrupted():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+atexit.register(interrupted)
+sys.argv = ["run", "--help"]
+{}
+"""
+
+
+def test_an_interrupt_after_the_end_leaves_no_trace(snippet, tmp_path):
+    """Letting torch go takes a moment, in which a scheduler may ask as well."""
+    finished = snippet(tmp_path, AT_EXIT.format("sys.exit(minitron.run.main())"))
+    assert (finished.returncode, finished.stderr) == (130, "") and "stage=" in finished.stdout and finished.seconds < 60
+
+
+def test_elsewhere_one_does(snippet, tmp_path):
+    """The control."""
+    assert "Traceback" in snippet(tmp_path, AT_EXIT.format("")).stderr

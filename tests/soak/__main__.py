@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -74,9 +75,11 @@ def lives(soak: Soak, launch: Callable, options: argparse.Namespace, *, mounts: 
     for _ in range(options.twos):
         yield numbered(one(soak_lives.several_runs, first=late, number=2))
     for _ in range(options.processes):
-        yield numbered(one(soak_lives.other_processes, first=late, launch=lambda _: launch))
-    for _ in range(options.flips // 20):
-        yield numbered(lambda folder, chance: list(soak_lives.flips(soak, folder, chance, number=20)))
+        yield numbered(one(soak_lives.other_processes, first=lambda chance: chance.randrange(reference.report), launch=lambda _: launch))
+    for _ in range(options.flips // 10):
+        yield numbered(lambda folder, chance: list(soak_lives.flips(soak, folder, chance, number=10)))
+    for number_ in range(options.states):
+        yield numbered(one(soak_lives.flipped_state, stage=("teacher", "distill")[number_ % 2]))
     for _ in range(options.disks if mounts else 0):
         yield numbered(one(soak_lives.full_disk, first=late))
     for _ in range(options.disks // 2 if mounts else 0):
@@ -89,7 +92,10 @@ def live(number: int, life: Callable, folder: Path, seed: int) -> tuple[int, lis
     """Lives one life in a folder of its own, which goes if all was well."""
     began, own = time.monotonic(), folder / f"life-{number}"
     own.mkdir()
-    told = life(own, random.Random(f"{seed}/{number}"))
+    try:
+        told = life(own, random.Random(f"{seed}/{number}"))
+    except Exception:  # the soak's own: the other lives go on
+        told = [Told(f"life {number}", wrong=traceback.format_exc().splitlines())]
     if not any(one.wrong for one in told):
         shutil.rmtree(own)
     return number, told, time.monotonic() - began
@@ -174,6 +180,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--twos", type=int, default=6, help="the same with two")
     parser.add_argument("--processes", type=int, default=3, help="walks in one process and in two by turns")
     parser.add_argument("--flips", type=int, default=100, help="bits flipped in a finished store")
+    parser.add_argument("--states", type=int, default=6, help="bits flipped in what an interrupted training has saved")
     parser.add_argument("--disks", type=int, default=6, help="walks on a disk that is too small; half as many on one that is read-only")
     parser.add_argument("--workers", type=int, default=2, help="lives at a time")
     parser.add_argument("--only", type=int, help="the number of the one life to live")

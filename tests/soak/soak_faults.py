@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("soak_preload.c")
@@ -109,6 +109,8 @@ def vanishing(folders: Sequence[Path], counts: Mapping[str, int], chance: random
 # Of a single run, with how often each is drawn.
 DRAWN = {killed_at_a_moment: 5, killed_in_a_rename: 4, killed_in_a_change: 4, full_disk: 4, read_only: 2, input_output_error: 5, vanishing: 2, short_calls: 1,
          clock_jumps: 1}  # fmt: skip
+HEARD = "ronum"  # kinds of calls that soak_standin.py hears
+KILLS = (killed_at_a_moment, killed_in_a_rename, killed_in_a_change)
 STANDS_IN = (killed_at_a_moment, killed_in_a_rename, killed_in_a_change, full_disk, read_only, input_output_error, vanishing)  # what soak_standin.py can do
 
 
@@ -116,4 +118,8 @@ def drawn(seconds: float, folders: Sequence[Path], counts: Mapping[str, int], ch
     """A fault of a run that would take so many seconds and so many calls of each kind, in which `folders` may vanish."""
     table = {draw: weight for draw, weight in DRAWN.items() if preloaded or draw in STANDS_IN}
     (draw,) = chance.choices(list(table), weights=list(table.values()))
-    return draw(folders if draw is vanishing else seconds, counts, chance)
+    fault = draw(folders if draw is vanishing else seconds, counts, chance)
+    if preloaded or "SOAK_CALLS" not in fault.environment:
+        return fault
+    heard = "".join(call for call in fault.environment["SOAK_CALLS"] if call in HEARD) or "on"
+    return replace(fault, environment={**fault.environment, "SOAK_CALLS": heard, "SOAK_AT": str(chance.randint(1, max(1, sum(map(counts.get, heard)))))})

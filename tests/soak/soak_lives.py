@@ -3,13 +3,15 @@
 import random
 import shutil
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
-from soak_faults import SIGNALS, Fault, codes_of, drawn
+from soak_faults import KILLS, SIGNALS, Fault, codes_of, drawn
 from soak_runs import Ended, Run, bring_back, left_behind
 from soak_stores import Reference, begin, contents_of, differences, flip, half_made, something_to_do
 
@@ -82,27 +84,36 @@ def one_run(soak: Soak, folder: Path, chance: random.Random, *, first: int, faul
     return told
 
 
-def full_disk(soak: Soak, folder: Path, chance: random.Random, *, first: int) -> Told:
-    """A disk of its own, too small for what is to be done, and then larger, twice; at last large enough. Needs the rights to mount one."""
+def full_disk(soak: Soak, folder: Path, chance: random.Random, *, first: int, times: int = 3, alone: bool = False) -> Told:
+    """A disk of its own, which another program fills while a run is at work, and empties once it has ended. Needs the rights to mount one."""
     told, runs = Told(f"small disk, from {soak.reference.places[first]}"), folder / "runs"
     whole = _blocks(soak.reference.runs)
     with mounted(folder, 4 * whole):
-        begin(soak.reference, runs, first, measured=False)
-        least = _blocks(runs)
-        for share in sorted(chance.uniform(0.02, 0.9) for _ in range(2)):
-            _mount("-o", f"remount,size={int(least + share * (whole - least))}", str(folder))
-            ended = soak.run(folder, fault=Fault("full disk of its own")).end()
+        begin(soak.reference, runs, first, alone=alone, measured=alone)
+        for _ in range(times):
+            run = soak.run(folder, fault=Fault("full disk of its own"))
+            run.first_word.wait()
+            time.sleep(chance.uniform(0, soak.ahead(runs)[0]))
+            fill(folder / "other")
+            ended = run.end()
+            (folder / "other").unlink()
             soak.checked(told, folder, ended)
-        _mount("-o", f"remount,size={4 * whole}", str(folder))
         soak.last(told, folder)
     return told
 
 
-def read_only_disk(soak: Soak, folder: Path, chance: random.Random, *, first: int) -> Told:
+def fill(file: Path) -> None:
+    """Writes until nothing more fits on the disk."""
+    with open(file, "wb", buffering=0) as other, suppress(OSError):
+        while True:
+            other.write(bytes(4096))
+
+
+def read_only_disk(soak: Soak, folder: Path, chance: random.Random, *, first: int, alone: bool = False) -> Told:
     """A disk that cannot be written to: what is to be done is refused in a line, what is done can be reported. Needs the rights to mount one."""
     told, runs = Told(f"read-only disk, from {soak.reference.places[first]}"), folder / "runs"
     with mounted(folder, 4 * _blocks(soak.reference.runs)):
-        begin(soak.reference, runs, first, measured=chance.random() < 0.5)
+        begin(soak.reference, runs, first, alone=alone, measured=alone or chance.random() < 0.5)
         _mount("-o", "remount,ro", str(folder))
         ended = soak.run(folder, fault=Fault("read-only disk")).end()
         soak.checked(told, folder, ended)
@@ -117,19 +128,20 @@ def read_only_disk(soak: Soak, folder: Path, chance: random.Random, *, first: in
     return told
 
 
-def several_runs(soak: Soak, folder: Path, chance: random.Random, *, first: int, number: int) -> Told:
+def several_runs(soak: Soak, folder: Path, chance: random.Random, *, first: int, number: int, alone: bool = False) -> Told:
     """So many runs on one store at once, of which some are killed and at least one is not."""
     told, runs = Told(f"{number} runs at once, from {soak.reference.places[first]}"), folder / "runs"
-    begin(soak.reference, runs, first, measured=chance.random() < 0.5)
+    begin(soak.reference, runs, first, alone=alone, measured=alone or chance.random() < 0.5)
     before, log = {path.parent for path in runs.glob(f"store/*/*/{DONE}")}, folder / "log"
-    seconds = sum(soak.reference.seconds[first:])
+    to_do = [first] if alone else range(first, len(soak.reference.places))
+    seconds, calls = sum(soak.reference.seconds[one] for one in to_do), sum((soak.reference.calls[one] for one in to_do), Counter())
     victims = chance.sample(range(number), chance.randint(1, number - 1))
     started = []
     for one in range(number):
-        signal_ = chance.choice(SIGNALS)
-        kind = f"{signal_.name}, one of {number} runs at once"
-        fault = Fault(kind, signal=signal_, seconds=chance.uniform(0, seconds), codes=codes_of(signal_)) if one in victims else None
+        killed = chance.choice(KILLS if soak.preloaded else KILLS[:1])(seconds, calls, chance)
+        fault = replace(killed, kind=f"one of {number} runs at once: {killed.kind}") if one in victims else None
         started.append(soak.run(folder, fault=fault, log=log if soak.preloaded else None))
+        time.sleep(chance.choice([0, 0, 0.3]))
     for run in started:
         ended = run.end()
         if ended.fault:
@@ -180,6 +192,22 @@ def other_processes(soak: Soak, folder: Path, chance: random.Random, *, first: i
     return told
 
 
+def flipped_state(soak: Soak, folder: Path, chance: random.Random, *, stage: str) -> Told:
+    """A training interrupted, and a bit flipped in what it has saved to go on from."""
+    told, runs = Told(f"a state of {stage}"), folder / "runs"
+    first = soak.reference.number_of(stage)
+    begin(soak.reference, runs, first, alone=True)
+    at = Fault("SIGTERM while training", {"SOAK_DO": "kill 15", "SOAK_CALLS": "w", "SOAK_AT": str(chance.randint(8, soak.reference.calls[first]["w"] // 3))},
+               signal=0 if soak.preloaded else 15, seconds=soak.reference.seconds[first] / 2, codes=(130,))  # fmt: skip
+    soak.checked(told, folder, soak.run(folder, fault=at).end())
+    if states := sorted((runs / soak.reference.places[first]).glob("states/*")):
+        path, bit = flip(states[-1], chance)
+        told.steps.append(f"bit {bit} of {path.relative_to(runs)}")
+        told.faults["a bit flipped in a saved state"] += 1
+    soak.last(told, folder)
+    return told
+
+
 def flips(soak: Soak, folder: Path, chance: random.Random, *, number: int) -> Iterator[Told]:
     """Bits flipped one after another in any file of a finished store: each is named and healed, or harmless."""
     runs = folder / "runs"
@@ -187,7 +215,7 @@ def flips(soak: Soak, folder: Path, chance: random.Random, *, number: int) -> It
     soak.run(folder).end()
     for _ in range(number):
         before = contents_of(runs)
-        path, bit = flip(runs, chance)
+        path, bit = flip(runs / "store", chance)
         told = Told(f"bit {bit} of {path.relative_to(runs)}")
         fault = Fault("a bit flipped in a finished store", codes=(1,))
         verified = soak.run(folder, "stage=verify", fault=fault).end()
@@ -196,6 +224,8 @@ def flips(soak: Soak, folder: Path, chance: random.Random, *, number: int) -> It
         told.steps.append(f"verify → {verified.code}")
         told.wrong += [f"verify: exit code {verified.code}, {verified.error_lines}"] * (verified.code not in (0, 1))
         told.wrong += ["verify does not name it"] * (verified.code == 1 and not names)
+        if "measurements" in path.parts:  # it is looked at when it is asked for, by a stage that is to be done
+            shutil.rmtree(runs / soak.reference.places[soak.reference.number_of("evaluate")])
         soak.last(told, folder)
         healed = soak.run(folder, "stage=verify").end()
         told.wrong += [f"verify after the next run: {one}" for one in healed.wrong()]
