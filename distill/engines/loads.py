@@ -33,17 +33,19 @@ class Loads:
                 experts_NK = output[2].detach()
                 if self.counts[number] is None:
                     self.counts[number] = torch.zeros(self.lengths[number], dtype=torch.int64, device=experts_NK.device)
-                is_real_N = torch.ones(len(experts_NK), dtype=torch.bool) if self.real_BT is None else self.real_BT.flatten()
-                is_real_NK = is_real_N.to(experts_NK.device)[:, None].expand_as(experts_NK)
-                self.counts[number].index_add_(0, experts_NK.flatten(), is_real_NK.flatten().long())
+                ones_NK = torch.ones_like(experts_NK)
+                if self.real_BT is not None:
+                    ones_NK *= self.real_BT.flatten()[:, None].to(experts_NK.device)
+                self.counts[number].index_add_(0, experts_NK.flatten(), ones_NK.flatten())
 
         return count
 
     def take(self) -> list[float]:
         """This process's counts, one mixture after another, which begin anew."""
-        counts = [count_E.tolist() if count_E is not None else [0] * length for count_E, length in zip(self.counts, self.lengths, strict=True)]
-        self.counts = [None] * len(self.routers)
-        return [float(count) for counts_E in counts for count in counts_E]
+        counts, self.counts = self.counts, [None] * len(self.routers)
+        if any(count_E is None for count_E in counts):  # none has passed
+            return [0.0] * sum(self.lengths)
+        return torch.cat(counts).double().tolist() if counts else []
 
     def measure(self, sums: Sequence[float]) -> dict[str, float]:
         """Of the counts of all processes: how many times the mean the busiest expert of all mixtures was sent, and how many experts were sent nothing."""

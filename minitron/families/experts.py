@@ -9,6 +9,7 @@ Letters: N tokens, K experts of a token, D what experts read and write, F neuron
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
 
@@ -141,7 +142,7 @@ class Experts(nn.ModuleList):
     def _products(self, given_nI: torch.Tensor, name: str, sent: "Sent") -> torch.Tensor:
         kind = given_nI.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else given_nI.dtype
-        return Products.apply(given_nI.to(dtype), sent.counts, *(getattr(expert, name).weight for expert in self))
+        return Products.apply(given_nI.to(dtype), sent, *(getattr(expert, name).weight for expert in self))
 
 
 class Sent:
@@ -150,8 +151,17 @@ class Sent:
     def __init__(self, experts_NK: torch.Tensor, num_experts: int):
         flat = experts_NK.flatten()
         self.places, self.per_token = flat.argsort(stable=True), experts_NK.shape[1]
-        self.counts: list[int] = torch.bincount(flat, minlength=num_experts).tolist()
-        self.firsts = [0, *accumulate(self.counts)]
+        self.counts_E = torch.zeros(num_experts, dtype=torch.int64, device=flat.device).index_add_(0, flat, torch.ones_like(flat))
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """How many tokens each expert is sent; on a GPU asking for them waits for it."""
+        return self.counts_E.tolist()
+
+    @cached_property
+    def firsts(self) -> list[int]:
+        """Where each expert's tokens begin among all, and at the end how many those are."""
+        return [0, *accumulate(self.counts)]
 
     @property
     def reached(self) -> list[int]:
@@ -203,35 +213,35 @@ class Collect(torch.autograd.Function):
 
 
 class Products(torch.autograd.Function):
-    """Rows [n, I] by expert, `counts` of each, times its matrix [O, I], cast to their dtype: [n, O]. A matrix without rows gets a gradient of zeros."""
+    """Rows [n, I] of what is `sent`, by expert, times its matrix [O, I], cast to their dtype: [n, O]. A matrix without rows gets a gradient of zeros."""
 
     @staticmethod
-    def forward(ctx, given_nI, counts, *weights_OI):
-        ctx.counts = counts
+    def forward(ctx, given_nI, sent, *weights_OI):
+        ctx.sent = sent
         ctx.save_for_backward(given_nI, *weights_OI)
-        return _times(given_nI, counts, weights_OI, transposed=True)
+        return _times(given_nI, sent, weights_OI, transposed=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient_nO):
         (given_nI, *weights_OI), gradient_nO = ctx.saved_tensors, gradient_nO.contiguous()
-        g_given_nI = _times(gradient_nO, ctx.counts, weights_OI, transposed=False)
+        g_given_nI = _times(gradient_nO, ctx.sent, weights_OI, transposed=False)
         if is_grouped(given_nI, weights_OI[0]):
-            g_weights = F.grouped_mm(gradient_nO.t(), given_nI, offs=_ends(ctx.counts, given_nI.device)).to(weights_OI[0].dtype).unbind()
+            g_weights = F.grouped_mm(gradient_nO.t(), given_nI, offs=ctx.sent.counts_E.cumsum(0, dtype=torch.int32)).to(weights_OI[0].dtype).unbind()
         else:
-            parts = zip(gradient_nO.split(ctx.counts), given_nI.split(ctx.counts), weights_OI, strict=True)
+            parts = zip(gradient_nO.split(ctx.sent.counts), given_nI.split(ctx.sent.counts), weights_OI, strict=True)
             g_weights = [torch.mm(gradient.t(), given).to(weight_OI.dtype) if len(given) else torch.zeros_like(weight_OI)
                          for gradient, given, weight_OI in parts]  # fmt: skip
         return g_given_nI, None, *g_weights
 
 
-def _times(given_nI: torch.Tensor, counts: list[int], matrices: Sequence[torch.Tensor], *, transposed: bool) -> torch.Tensor:
+def _times(given_nI: torch.Tensor, sent: Sent, matrices: Sequence[torch.Tensor], *, transposed: bool) -> torch.Tensor:
     """Rows by expert times its matrix [I, O], or [O, I] transposed."""
     if is_grouped(given_nI, matrices[0]):
         stack = torch.stack(list(matrices)).to(given_nI.dtype)
-        return F.grouped_mm(given_nI, stack.mT if transposed else stack, offs=_ends(counts, given_nI.device))
+        return F.grouped_mm(given_nI, stack.mT if transposed else stack, offs=sent.counts_E.cumsum(0, dtype=torch.int32))
     made_nO = given_nI.new_empty(len(given_nI), matrices[0].shape[0 if transposed else 1])
-    for given, made, matrix in zip(given_nI.split(counts), made_nO.split(counts), matrices, strict=True):
+    for given, made, matrix in zip(given_nI.split(sent.counts), made_nO.split(sent.counts), matrices, strict=True):
         if len(given):
             cast = matrix.to(given.dtype)
             torch.mm(given, cast.t() if transposed else cast, out=made)
@@ -243,10 +253,6 @@ def is_grouped(given: torch.Tensor, matrix: torch.Tensor) -> bool:
     if given.device.type != "cuda" or given.dtype != torch.bfloat16 or any(size % GROUPED_SIZES for size in matrix.shape):
         return False
     return torch.cuda.get_device_capability(given.device) >= (8, 0)
-
-
-def _ends(counts: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
 
 
 def unstacked(stacked: nn.Module, *, gated: bool) -> Experts:

@@ -195,9 +195,7 @@ class MicroStep:
 
         Mamba-2: the gradients of its output and of in_proj's, and the kernel's own. Attention: gradients of the weighted sum, queries, keys and values, of
         the queries in float32 under bf16, of keys and values by query head. Feed-forward: torch's backward pass of a square holds gradient, input to the
-        first power, that doubled, and the result, all float32, when the square kept for down_proj is gone. Experts: that of a token's own, or of the shared
-        one; float32 gradients of their weighted outputs, of the outputs and of the weights; and of one of their matrices those of all experts, under bf16
-        beside the matrices put together and their gradients as they come of one product (families/experts.py).
+        first power, that doubled, and the result, all float32, when the square kept for down_proj is gone.
         """
         student, width = self.student, self.width
         if letter == "M":
@@ -210,11 +208,21 @@ class MicroStep:
             scores = 9 * score_bytes(student, letter, width, self.rows, self.tokens) // 4  # forward, beside those kept; two gradients backward are less
             return self._all_tokens * (2 * (queries + keys) * width + by_head + sums) + scores
         of_neuron = 3 * width if student.ffn_gated else 4 * FLOAT32 - width  # gated: of the product, and of what it was made of
-        if letter == "-":
-            return self._all_tokens * of_neuron * student.ffn
-        reads, per_token = student.moe_latent or student.hidden, student.moe_experts_per_token
-        matrices = (FLOAT32 + (2 * BF16 if width == BF16 else 0)) * student.moe_num_experts * student.moe_ffn * reads
-        return matrices + self._all_tokens * max(per_token * max(of_neuron * student.moe_ffn, 3 * FLOAT32 * reads), of_neuron * student.moe_shared_ffn)
+        return self._experts_gradients(of_neuron) if letter == "E" else self._all_tokens * of_neuron * student.ffn
+
+    def _experts_gradients(self, of_neuron: int) -> int:
+        """The same of experts, at the largest of four moments (families/experts.py): the shared expert's neurons; then, without what that kept, float32
+        gradients of the weighted outputs, of the outputs and of the weights; then, without the outputs too, what goes into the last matrices' products and
+        comes out of them, with the gradients of one matrix of every expert, under bf16 beside the matrices put together and their gradients before they are
+        cast; or the neurons of a token's own experts."""
+        student, width, rows = self.student, self.width, self._all_tokens * self.student.moe_experts_per_token
+        reads, neurons = student.moe_latent or student.hidden, student.moe_ffn
+        shared_kept = self._all_tokens * student.moe_shared_ffn * (4 * width if student.ffn_gated else 2 * FLOAT32)
+        matrices = (FLOAT32 + (2 * BF16 if width == BF16 else 0)) * student.moe_num_experts * neurons * reads
+        weighted = 3 * FLOAT32 * rows * reads
+        products = matrices + rows * width * (neurons + reads) - rows * reads * width
+        return max(self._all_tokens * of_neuron * student.moe_shared_ffn,
+                   max(weighted, products, rows * (of_neuron * neurons - reads * width)) - shared_kept)  # fmt: skip
 
     @property
     def _mamba_outputs(self) -> int:

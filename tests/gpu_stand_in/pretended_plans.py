@@ -17,7 +17,9 @@ from pretended_cuda import ALLOCATOR
 from pretended_torch import install
 
 TOKENS, ROWS, VOCABULARY = 512, 2, 128
-KINDS = {"M": "linear_attention", "-": "mlp", "*": "full_attention"}
+KINDS = {"M": "linear_attention", "-": "mlp", "*": "full_attention", "E": "moe"}
+EXPERTS = {"n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 96, "n_group": 1,
+           "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "moe_latent_size": None}  # fmt: skip
 DEVICE = "cuda:0"
 FIXED = ("weights", "gradients", "optimizer", "teacher")
 
@@ -42,7 +44,8 @@ class Training:
 TRAININGS = [
     *(Training("M-*M-", way, "bf16") for way in (False, True, "host")),
     *(Training("M-*M-", way, "float32", keys=4) for way in (False, True, "host")),
-    *(Training(pattern, way, "bf16") for pattern in ("MMM", "---", "***") for way in (False, "host")),
+    *(Training(pattern, way, "bf16") for pattern in ("MMM", "---", "***", "EEE") for way in (False, "host")),
+    *(Training("M-E*E", way, precision) for way, precision in ((True, "bf16"), (False, "float32"))),
     Training("M-*M-", False, "float32"),
     Training("M-*M-", True, "bf16", every=2),
     *(Training(pattern, way, "bf16", long=True) for pattern in ("MMM", "---", "***", "M-*M-") for way in (True, "host")),
@@ -57,7 +60,7 @@ def model_config(pattern: str, hidden: int, ffn: int, heads: int, vocabulary: in
         "vocab_size": vocabulary, "hidden_size": hidden, "layers_block_type": [KINDS[letter] for letter in pattern], "intermediate_size": ffn,
         "num_attention_heads": 4, "num_key_value_heads": keys, "head_dim": 16, "mamba_num_heads": heads, "mamba_head_dim": 16, "n_groups": 2,
         "ssm_state_size": 16, "conv_kernel": 4, "tie_word_embeddings": False, "chunk_size": 128, "dtype": str(dtype).removeprefix("torch."),
-    }  # fmt: skip
+    } | (EXPERTS if "E" in pattern else {})  # fmt: skip
 
 
 def trained(case: Training) -> dict:

@@ -12,7 +12,7 @@ from distill.objectives import head_of, next_token_objective
 from memory_budget.hf_config import architecture_from_config
 from minitron.families import experts as experts_module
 from minitron.families.base import ROUTER
-from minitron.families.experts import Experts, Products, experts_of
+from minitron.families.experts import Experts, Products, Sent, experts_of
 from minitron.families.state import in_dtype
 from minitron.mamba import dispatch
 from minitron.settings.rules import key_settings
@@ -76,7 +76,7 @@ def test_one_call_for_all_experts_as_a_gpu_makes_it_gives_the_same_bits(dtype, m
     weights = [torch.randn(8, 16, generator=generator).requires_grad_() for _ in range(4)]
 
     def outcome(counts: list[int]) -> list[torch.Tensor]:
-        made = Products.apply(given, counts, *weights)
+        made = Products.apply(given, Sent(torch.arange(4).repeat_interleave(torch.tensor(counts))[:, None], 4), *weights)
         return [made, *torch.autograd.grad((made * torch.arange(96).view(12, 8)).sum(), [given, *weights])]
 
     one_by_one, elsewhere = outcome([5, 0, 3, 4]), outcome([4, 1, 3, 4])
