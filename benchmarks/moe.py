@@ -26,7 +26,7 @@ from minitron.families.base import EXPERT  # noqa: E402
 from minitron.importance.activations import measure_width  # noqa: E402
 from minitron.importance.scores import ImportanceScores, aggregate  # noqa: E402
 from minitron.mamba import dispatch  # noqa: E402
-from minitron.pruning.plan import PruningPlan, Recipe, make_plan  # noqa: E402
+from minitron.pruning.plan import LOCAL_STEPS, PruningPlan, Recipe, make_plan  # noqa: E402
 from minitron.settings.teachers import TRAINING_FILE  # noqa: E402
 from minitron.text.samples import batches_of  # noqa: E402
 
@@ -34,8 +34,10 @@ TEACHER = Path(__file__).resolve().parent / "tiny_moe"
 SHARES = (0.25, 0.5)  # of the experts, dropped
 RANKINGS = ("frequency", "activation", "reap", "random")
 OFF = {"refit_reading": False, "refit_writing": False, "refit_experts": False, "refit_shared": False}
-RECIPES = {"compensated": {}, "experts alone": OFF | {"refit_experts": True}, "shared alone": OFF | {"refit_shared": True},
-           "experts and shared": OFF | {"refit_experts": True, "refit_shared": True}}  # fmt: skip
+COMPENSATED = {"local_steps": LOCAL_STEPS}
+RECIPES = {"compensated": COMPENSATED, "closed form": {}, "experts in closed form": OFF | {"refit_experts": True},
+           "shared in closed form": OFF | {"refit_shared": True},
+           "experts, trained": OFF | COMPENSATED | {"refit_experts": True}}  # fmt: skip
 
 
 class Mixture:
@@ -70,7 +72,7 @@ class Mixture:
     def distilled(self, side: str, share: float, tokens: int, rate: float) -> float:
         """Held-out loss after so many tokens."""
         plan = self.plan("reap", share)
-        student = self.sides.sliced(plan) if side == "plain" else self.sides.compensated(plan, Recipe(), self.calibration)
+        student = self.sides.sliced(plan) if side == "plain" else self.sides.compensated(plan, Recipe(**COMPENSATED), self.calibration)
         return self.sides.trained(student, tokens, rate, self.seed)
 
 

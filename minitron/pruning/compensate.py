@@ -37,7 +37,7 @@ from minitron.pruning.basis import Basis
 from minitron.pruning.cut import plan_cuts
 from minitron.pruning.directions import stream_basis
 from minitron.pruning.plan import PruningPlan, Recipe
-from minitron.pruning.refits.experts import ExpertsFit
+from minitron.pruning.refits.experts import ExpertsFit, Trained, is_trained
 from minitron.pruning.refits.least_squares import NormalEquations, fit_behind_norm
 from minitron.pruning.refits.tied_head import TiedHead
 from minitron.pruning.rotation import BEHIND, NORM, WRITE, check_rms, check_turns, factors, in_basis, normalised, real_tokens, stream_role
@@ -99,6 +99,7 @@ class CompensatedCut:
         if not basis.is_of_channels:
             check_turns(plan.teacher)
         self.on_layer = on_layer
+        self.trained: list[Trained] = []  # what the local training of each layer with experts came to, of those made now
         self.student_config = self.family.hf_config(config, plan.student)
         self.scales = self.family.embed_scale(plan.teacher), self.family.embed_scale(plan.student)
         inner = replace(plan, units={axis: kept for axis, kept in plan.units.items() if axis != HIDDEN})
@@ -185,8 +186,8 @@ class CompensatedCut:
         return _Begun(load_to_compute(block, tensors, torch.float32), layer, position, tensors, bool(unfinished))
 
     def _fitted_last(self, names: Iterable[str]) -> list[str]:
-        """A layer's writers, one but for its experts', and the norm behind it where there is one."""
-        return [name for name in names if self.roles[name] in (WRITE, BEHIND)]
+        """A layer's writers, one but for its experts', the norm behind it where there is one, and what local training changes beside them."""
+        return [name for name in names if self.roles[name] in (WRITE, BEHIND) or (self.recipe.local_steps and is_trained(name))]
 
     def _finish(self, begun: _Begun) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
         """Refits the layer's writers, moves the student's residuals behind the layer and gives the layer's tensors."""
@@ -202,7 +203,8 @@ class CompensatedCut:
         if experts_of(block) is not None:
             if self.recipe.refit_experts or self.recipe.refit_shared:
                 missing = map(self._missing, self.base_residuals, self.student_residuals)
-                ExpertsFit(block, self.student_residuals, self.masks, missing, begun.keep).run(self.recipe, names, place=place)
+                fit = ExpertsFit(block, self.student_residuals, self.masks, missing, begun.keep)
+                self.trained.append(fit.run(self.recipe, names, place=place))
         elif self.recipe.refit_writing:
             (name,) = names
             writer = block.get_submodule(name.removesuffix(".weight"))

@@ -5,6 +5,7 @@ A run that was interrupted goes on behind the last whole shard: what is on disk 
 
 import os
 import shutil
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -72,6 +73,10 @@ def write_compensated(context: StageContext, family: Family, plan: PruningPlan, 
         if made.stored:
             context.console.say(f"    prune  {len(made.stored)} tensors are written already; going on behind them")
         made.write(sliced, max_shard_bytes=min(SHARD_BYTES, int(settings.max_shard_gib * GIB)))
+    if trained := made.local_training:
+        undone = trained["tried"] - trained["kept"]
+        note = f"; {undone:,} times of {trained['tried']:,} it did not lower the error of tokens held back, and the fit stayed" if undone else ""
+        context.console.say(f"    prune  training each expert on its layer's output left {trained['error_left']:.2f} of the error behind the fit{note}")
     return made
 
 
@@ -135,6 +140,16 @@ class MadeWeights:
             checksum.update(bytes_of(piece))
             yield piece
         self.checksums[name] = checksum.intdigest()
+
+    @property
+    def local_training(self) -> dict[str, float] | None:
+        """Of the layers made now, how often an expert was trained and how often that was `kept`, and the mean over layers of the share of the error left; None
+        where none was."""
+        layers = [layer for layer in self.cut.trained if layer.tried]
+        if not layers:
+            return None
+        left = statistics.fmean(layer.after / layer.before if layer.before else 1.0 for layer in layers)
+        return {"tried": sum(layer.tried for layer in layers), "kept": sum(layer.kept for layer in layers), "error_left": left}
 
     @torch.no_grad()
     def check(self, config: Mapping) -> str:

@@ -9,7 +9,9 @@ from memory_budget.units import format_gib
 from minitron.checkpoints.forward_work import forward_work
 from minitron.machine.pace import Pace, Work
 from minitron.machine.rate import duration
-from minitron.pruning.plan import ENOUGH_FOR_EXPERT, SWEEPS, Recipe, num_sites, ridge_for
+from minitron.pruning.plan import ENOUGH_FOR_EXPERT, LOCAL_BATCH, SHARED_BATCH, SWEEPS, Recipe, num_sites, ridge_for
+
+STEP_SECONDS = 1e-3  # of a step of local training beside its products
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,23 +73,16 @@ class CutCost:
     @property
     def held_bytes(self) -> int:
         """At least: both models' residuals of all tokens in float32, and beside them two layers of the base and one of the student as stored, and in float64
-        either the Gram matrix of a fit, its factor and two matrices of its shape, or what directions are chosen by. The base's experts are there one by one,
-        the student's of a layer together."""
-        base = 2 * max(self._without_experts(kind) for kind in set(self.base.mixers)) + 3 * self._expert
+        either the Gram matrix of a fit, its factor and two matrices of its shape, an expert that is trained, or what directions are chosen by. The base's
+        experts are there one by one, the student's of a layer together."""
+        base = 2 * max(self._without_experts(kind) for kind in set(self.base.mixers)) + 3 * _expert(self.base)
         of_student = max(layer_parameters(self.student, kind).total for kind in set(self.student.mixers))
         fit = max((8 * (2 * fit.inputs**2 + 2 * fit.inputs * fit.outputs) for fit in self._fits), default=0)
+        fit = max(fit, 5 * 4 * _expert(self.student) * (self.recipe.local_steps > 0))  # trained: itself, as it was, its gradient and Adam's two
         return self._residual_bytes + self.number_bytes * (base + of_student) + max(fit, self._sums_for_directions)
 
     def _without_experts(self, kind: str) -> int:
-        return layer_parameters(self.base, kind).total - (kind == "E") * self.base.moe_num_experts * self._expert
-
-    @property
-    def _expert(self) -> int:
-        """Parameters of one expert of the base."""
-        if "E" not in self.base.mixers:
-            return 0
-        matrices = layer_parameters(self.base, "E").matrices[:2]
-        return sum(copies * outputs * inputs for copies, outputs, inputs in matrices) // self.base.moe_num_experts
+        return layer_parameters(self.base, kind).total - (kind == "E") * self.base.moe_num_experts * _expert(self.base)
 
     @property
     def work(self) -> Work:
@@ -98,7 +93,7 @@ class CutCost:
         solved = sum(fit.number * (fit.inputs**3 / 3 + 4 * fit.inputs**2 * fit.outputs) for fit in self._fits)
         fits = Work(doubles=sums + solved, numbers=sum(2 * fit.number * fit.tokens * (fit.inputs + fit.outputs) for fit in self._fits))
         moved = Work(read=self.number_bytes * count_total_parameters(self.base), written=self.number_bytes * count_total_parameters(self.student))
-        return walks + fits + moved + self._directions_work
+        return walks + fits + moved + self._directions_work + self._local_training
 
     @property
     def _rounds_of_experts(self) -> Work:
@@ -106,6 +101,18 @@ class CutCost:
             return Work()
         active = layer_parameters(self.student, "E", active_only=True).total * self.student.num_layers_of("E")
         return Work(singles=2 * self.tokens * active * (1 + 2 * SWEEPS))
+
+    @property
+    def _local_training(self) -> Work:
+        """Forward and backward of every step, of the experts and of the shared one, which has three matrices at most."""
+        student, layers = self.student, self.student.num_layers_of("E")
+        if not layers:
+            return Work()
+        experts, steps = student.moe_num_experts * self.recipe.refit_experts, self.recipe.local_steps * layers
+        sent = min(LOCAL_BATCH, self.tokens * student.moe_experts_per_token / student.moe_num_experts)
+        shared = self.recipe.refit_shared and student.moe_shared_ffn > 0
+        numbers = experts * sent * _expert(student) + shared * SHARED_BATCH * 3 * student.moe_shared_ffn * student.hidden
+        return Work(singles=6 * steps * numbers, serial=STEP_SECONDS * steps * (experts + shared))
 
     @property
     def _directions_work(self) -> Work:
@@ -153,5 +160,14 @@ class CutCost:
     @property
     def _residual_bytes(self) -> int:
         """Of layers with experts, which take all tokens at once, with what they read, write and add up, and the shared expert's neurons before and after."""
-        at_once = (4 * self.base.hidden + 2 * self.base.moe_shared_ffn) if "E" in self.base.mixers else 0
+        kept = 4 + 3 * (self.recipe.local_steps > 0)  # of training the shared expert what it reads, gives and should give
+        at_once = (kept * self.base.hidden + 2 * self.base.moe_shared_ffn) if "E" in self.base.mixers else 0
         return 4 * self.tokens * (self.base.hidden + self.student.hidden + at_once)
+
+
+def _expert(model: Architecture) -> int:
+    """Parameters of one expert."""
+    if "E" not in model.mixers:
+        return 0
+    matrices = layer_parameters(model, "E").matrices[:2]
+    return sum(copies * outputs * inputs for copies, outputs, inputs in matrices) // model.moe_num_experts

@@ -54,7 +54,8 @@ def prune_teacher(context: StageContext) -> dict:
     if made:
         check = made.check(family.hf_config(config, student))
         losses = damage(context, family, plan, sliced, folder)
-        check, facts = f"{check}; {_describe_damage(losses)}", {"held_out_losses": losses}
+        trained = {"local_training": made.local_training} if made.local_training else {}
+        check, facts = f"{check}; {_describe_damage(losses)}", {"held_out_losses": losses, **trained}
         (context.folder / BASIS_FILE).unlink()
     else:
         check, facts = _check(family, plan, source, folder, config), {}

@@ -17,6 +17,8 @@ from nas.depth import check_is_cut
 
 Indices = tuple[int, ...]
 SWEEPS = 2  # over the matrices of a layer with experts (docs/notes/moe.md)
+LOCAL_STEPS = 200  # of training for each expert, where the setting says none (docs/notes/moe.md)
+LOCAL_BATCH, SHARED_BATCH = 512, 2048  # tokens of such a step: of an expert, of the shared one, which sees all
 ENOUGH_FOR_EXPERT = 300.0  # tokens an input of an expert's matrix below which its ridge is raised (docs/notes/moe.md)
 SUMS_BYTES = 2**32  # of all sums of second moments: where they are more, neighbouring norms share one
 AXIS_OF_KIND = {"M": (MAMBA_HEAD, MAMBA_CHANNEL), "-": (FFN,), "*": (KEY_VALUE_HEAD, ATTENTION_HEAD), "E": (EXPERT, SHARED_FFN)}
@@ -118,6 +120,7 @@ class Recipe:
     balanced: bool = True
     refit_experts: bool = True
     refit_shared: bool = True
+    local_steps: int = 0
 
 
 def _directions(settings: PruneSettings, student: Architecture) -> str:
@@ -131,7 +134,14 @@ def recipe_of(settings: PruneSettings, student: Architecture) -> Recipe:
     """The parts that settings ask for, of a cut down to `student`."""
     directions = _directions(settings, student) if settings.rotate is not False and not student.post_norms else None
     return Recipe(directions, settings.refit_reading, settings.refit_writing, settings.ridge, settings.direction_samples, refit_experts=settings.refit_experts,
-                  refit_shared=settings.refit_shared)  # fmt: skip
+                  refit_shared=settings.refit_shared, local_steps=_local_steps(settings, student))  # fmt: skip
+
+
+def _local_steps(settings: PruneSettings, student: Architecture) -> int:
+    """As set, else LOCAL_STEPS, where there are experts."""
+    if "E" not in student.mixers:
+        return 0
+    return LOCAL_STEPS if settings.local_steps is None else settings.local_steps
 
 
 def ridge_for(ridge: float, num_inputs: int, num_tokens: float, *, enough: float = 1.0) -> float:

@@ -196,6 +196,7 @@ class PruneSettings:
     refit_writing: bool = True
     refit_experts: bool = added(True)
     refit_shared: bool = added(True)
+    local_steps: int | None = added(None)
     ridge: float = 1e-3
     batch: int = how(8)
     max_shard_gib: float = how(4.5)
@@ -204,7 +205,7 @@ class PruneSettings:
 
     def __post_init__(self) -> None:
         at_least(self, "prune", 1, "samples", "direction_samples", "batch")
-        at_least(self, "prune", 0, "ridge", "slice_learning_rate")
+        at_least(self, "prune", 0, "ridge", "slice_learning_rate", "local_steps")
         if self.max_shard_gib <= 0:
             raise ValueError(f"prune.max_shard_gib is {self.max_shard_gib}; it must be above 0")
 

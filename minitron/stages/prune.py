@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from minitron.pruning.plan import LOCAL_STEPS
 from minitron.settings.derived import base_stage, check_rotates
 from minitron.settings.rules import key_settings
 from minitron.settings.run import PruneMethod, Settings
@@ -22,7 +23,13 @@ def needs(settings: Settings) -> tuple[str, ...]:
 def what(settings: Settings) -> Any:
     if settings.prune.method is PruneMethod.slice:
         return {}  # nothing else to choose
-    return {**key_settings(settings.prune), "rotate": settings.prune.rotate is not False, "held_out": settings.search.screen_samples, **BALANCED}
+    return compensated(settings) | {"held_out": settings.search.screen_samples}
+
+
+def compensated(settings: Settings) -> dict[str, Any]:
+    """What a compensated cut follows from beside its inputs."""
+    trained = {"local_steps": LOCAL_STEPS} if settings.prune.local_steps is None and base_architecture(settings).moe_num_experts else {}
+    return {**key_settings(settings.prune), "rotate": settings.prune.rotate is not False, **trained, **BALANCED}
 
 
 def cut_from(settings: Settings, inputs: Mapping[str, Result], candidate: Mapping[str, Any]) -> dict[str, Any]:

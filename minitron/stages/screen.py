@@ -9,7 +9,7 @@ from minitron.settings.derived import asked_candidate_samples, base_stage
 from minitron.settings.rules import key_settings
 from minitron.settings.run import PruneMethod, Settings
 from minitron.stages.distill import check_experts
-from minitron.stages.prune import BALANCED, cut_from
+from minitron.stages.prune import compensated, cut_from
 from minitron.walk.stage import Lap, PerCandidate, StageContext, StoredStage
 from minitron.walk.store import Result
 from minitron.walk.tracking import record_finished
@@ -22,8 +22,7 @@ def needs(settings: Settings) -> tuple[str, ...]:
 def what(settings: Settings) -> Any:
     cut = {}
     if settings.prune.method is PruneMethod.compensated:
-        own = {"rotate": settings.prune.rotate is not False, "samples": asked_candidate_samples(settings), **BALANCED}
-        cut = {"prune": {**key_settings(settings.prune), **own}}
+        cut = {"prune": compensated(settings) | {"samples": asked_candidate_samples(settings)}}
     short = {name: value for name, value in key_settings(settings.screen).items() if name != "cut_samples"}
     return {"held_out": settings.search.screen_samples, "seed": settings.seed, **short, **cut}
 

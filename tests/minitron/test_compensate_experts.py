@@ -20,6 +20,8 @@ from minitron.pruning.cut import build_pruned
 from minitron.pruning.cut_cost import CutCost
 from minitron.pruning.disk_to_disk import planned_tensors
 from minitron.pruning.plan import PruningPlan, Recipe
+from minitron.pruning.refits.experts import ExpertsFit
+from minitron.pruning.refits.local_training import train_locally
 from minitron.walk.store import write_json
 
 NOTHING = Recipe(None, refit_reading=False, refit_writing=False, refit_experts=False, refit_shared=False)
@@ -90,6 +92,40 @@ def test_each_part_lowers_the_error_where_experts_are_dropped(one, rows, logits_
     assert changed == [set(), {False}, {True}, {False, True}]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("one", ["nemotron_h latent", "qwen3_moe"], indirect=True)
+def test_experts_trained_on_the_layers_output_come_closer_than_fitted_ones(one):
+    layer, generator = layers_of_experts(one)[0], torch.Generator().manual_seed(6)
+    own, residuals = one.family.parts(one.model).layers[layer], [torch.randn(8, 100, one.architecture.hidden, generator=generator) for _ in range(4)]
+    student = one.family.parts(build_pruned(one.family, one.model, keeping(one, range(0, one.architecture.moe_num_experts, 2)), one.config)).layers[layer]
+    wanted, kept = [own(residual) - residual for residual in residuals], {}
+
+    def keep(name: str, tensor: torch.Tensor) -> None:
+        kept[name] = tensor
+        student.get_parameter(name).data = tensor
+
+    fit = ExpertsFit(student, residuals, [None] * 4, wanted, keep)
+    done = fit.run(replace(NOTHING, refit_experts=True, refit_shared=True, local_steps=40), [], place="here")
+    assert done.kept > 0 and done.after < 0.98 * done.before
+    assert {name.split(".")[-2] for name in kept} == {"up_proj", "down_proj"} | ({"gate_proj"} if one.architecture.model_type == "qwen3_moe" else set())
+    left = sum((target - student(residual) + residual).square().sum() for target, residual in zip(wanted, residuals, strict=True))
+    assert left.item() == pytest.approx(done.after, rel=1e-4)  # what the fit keeps count of is what the layer is off by
+
+
+@pytest.mark.parametrize("asked", ["as it is", "not finite", "held back otherwise"])
+def test_local_training_that_does_not_help_tokens_held_back_is_undone(asked):
+    generator = torch.Generator().manual_seed(5)
+    linear, given_NI = torch.nn.Linear(8, 8, bias=False), torch.randn(256, 8, generator=generator)
+    wanted_NO = given_NI @ torch.randn(8, 8, generator=generator)
+    before = linear.weight.detach().clone()
+    if asked == "not finite":
+        wanted_NO[3] = torch.inf
+    if asked == "held back otherwise":
+        wanted_NO[224:] = linear(given_NI[224:]).detach()
+    kept = train_locally(linear, lambda some: linear(given_NI[some]), wanted_NO, steps=20, batch=32)
+    assert kept == (asked == "as it is") == (not torch.equal(linear.weight, before))
+
+
 @pytest.mark.parametrize("one", ["qwen3_moe"], indirect=True)
 def test_padding_is_no_token_of_an_expert(one, rows, logits_of):
     plan, recipe = keeping(one, (0, 2, 4)), replace(NOTHING, refit_experts=True)
@@ -109,7 +145,7 @@ def test_a_walk_that_was_interrupted_within_a_layers_experts_goes_on_to_the_same
     written.mkdir()
 
     def write() -> MadeWeights:
-        made = MadeWeights(base, plan, rows, Basis(torch.eye(32)), Recipe(None), written)
+        made = MadeWeights(base, plan, rows, Basis(torch.eye(32)), Recipe(None, local_steps=10), written)
         made.write(planned_tensors(one.family, plan, Checkpoint(folder)), max_shard_bytes=4_000)
         return made
 

@@ -2,14 +2,17 @@
 
 Such a layer adds to the stream, for every token t,
 
-    F · Σ_j g_j(t) · W_j a_j(t)  +  S s(t)      over the experts j that the router sends t to,
+    B · Σ_j g_j(t) · W_j a_j(t)  +  S s(t)      over the experts j that the router sends t to,
 
 where a_j are the neurons of expert j as its last matrix W_j reads them, g_j is what its output is multiplied by, S is the last matrix of the shared expert,
-s its neurons, and F is there where experts read and write a latent, else the identity. With the student's own router, over the experts that stay, g and the
-neurons depend on none of W, S and F. Given all others each of these matrices is a least squares fit, so they are solved for in turn (block coordinate descent),
-each towards what the layer should add less what the others do: first S and F, from all tokens, then expert after expert, from the tokens that are sent to it
+s its neurons, and B is there where experts read and write a latent, else the identity. With the student's own router, over the experts that stay, g and the
+neurons depend on none of W, S and B. Given all others each of these matrices is a least squares fit, so they are solved for in turn (block coordinate descent),
+each towards what the layer should add less what the others do: first S and B, from all tokens, then expert after expert, from the tokens that are sent to it
 and with inputs g_j·a_j. What is missing is kept for every token and brought up to date with each matrix, rounded as it is stored, so that later ones correct
 for rounding too. An expert that no token is sent to stays as it is.
+
+Then, in rounds of the same kind, the shared expert and one expert after another are trained, with all of their matrices, towards what is missing and what they
+give themselves (local_training.py).
 
 In memory are what experts read and what is missing, of all tokens, and the Gram matrix of one expert; neurons are computed anew, some tokens at a time.
 Letters: B batch, T tokens of a row, N all real tokens, n those of an expert or a batch, K hidden of the student, k experts of a token, L what experts read
@@ -18,16 +21,21 @@ and write, I inputs of a matrix.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from minitron.families.experts import Sent, experts_of
-from minitron.pruning.plan import ENOUGH_FOR_EXPERT, SWEEPS, Recipe
+from minitron.families.table import expert_of
+from minitron.pruning.plan import ENOUGH_FOR_EXPERT, LOCAL_BATCH, SHARED_BATCH, SWEEPS, Recipe
 from minitron.pruning.refits.least_squares import NormalEquations
+from minitron.pruning.refits.local_training import train_locally, trainable
 
 AT_ONCE = 4096  # tokens of an expert whose neurons exist at a time
 BEHIND_LATENT = "mixer.fc2_latent_proj"
+SHARED_EXPERT = "mixer.shared_experts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,16 @@ class _Told:
     experts_nk: torch.Tensor
     weights_nk: torch.Tensor
     added_nK: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Local training of a layer: how many parts were `tried` and `kept`, and the layer's error, a sum of squares, before and after."""
+
+    tried: int
+    kept: int
+    before: float
+    after: float
 
 
 class _Listener(nn.Module):
@@ -71,8 +89,9 @@ class ExpertsFit:
             for tokens_n, inputs_nI in self._inputs(number):
                 self._change(tokens_n, self._matrix(number), inputs_nI)
 
-    def run(self, recipe: Recipe, outside: Sequence[str], *, place: str) -> None:
-        """Refits what the recipe says. `outside` names the layer's matrices that write to the stream beside those of experts.
+    def run(self, recipe: Recipe, outside: Sequence[str], *, place: str) -> Trained:
+        """Refits and trains what the recipe says; gives what the training came to. `outside` names the layer's matrices that write to the stream beside those
+        of experts.
 
         Raises ValueError naming the place where sums are not finite or singular.
         """
@@ -81,6 +100,47 @@ class ExpertsFit:
                 self._refit_outside(name, recipe.ridge, place)
             for number in self.sent.reached if recipe.refit_experts else ():
                 self._refit_expert(number, recipe.ridge, f"expert {number} of {place}")
+        fitted, tried, kept = self._error, 0, 0
+        for _ in range(SWEEPS if recipe.local_steps else 0):
+            parts = [partial(self._train_shared, recipe.local_steps // SWEEPS)] * (recipe.refit_shared and self._shared is not None)
+            parts += [partial(self._train_expert, number, recipe.local_steps // SWEEPS) for number in self.sent.reached if recipe.refit_experts]
+            tried, kept = tried + len(parts), kept + sum(train() for train in parts)
+        return Trained(tried, kept, fitted, self._error)
+
+    @property
+    def _error(self) -> float:
+        return float(self.error_NK.square().sum(dtype=torch.float64))
+
+    @property
+    def _shared(self) -> nn.Module | None:
+        return dict(self.block.named_modules()).get(SHARED_EXPERT)
+
+    def _train_shared(self, steps: int) -> bool:
+        own = trainable(self._shared)
+        given_NK = torch.cat([given_nK for _, given_nK in self._walk(self._shared)])
+        before_NK = _in_parts(own, given_NK)
+        if not train_locally(own, lambda tokens_n: own(given_NK[tokens_n]), self.error_NK + before_NK, steps=steps, batch=SHARED_BATCH):
+            return False
+        for name, tensor in own.named_parameters():
+            self.keep(f"{SHARED_EXPERT}.{name}", tensor.detach())
+        self.error_NK += before_NK - _in_parts(self._shared, given_NK)
+        return True
+
+    def _train_expert(self, number: int, steps: int) -> bool:
+        own, (tokens_n, places_n) = trainable(self.experts[number]), self.sent.of(number)
+        given_nL, weights_n1 = self.given_NL[tokens_n], self.weights_Nk.flatten()[places_n, None]
+        behind = (lambda made: made) if self.behind is None else partial(F.linear, weight=self.behind.weight.float())
+        before_nL = _in_parts(own, given_nL) * weights_n1
+        targets_nK = self.error_NK[tokens_n] + behind(before_nL)
+        if not train_locally(own, lambda some: behind(own(given_nL[some]) * weights_n1[some]), targets_nK, steps=steps, batch=LOCAL_BATCH):
+            return False
+        for name, tensor in own.named_parameters():
+            self.keep(f"mixer.experts.{number}.{name}", tensor.detach())
+        more_nL = _in_parts(self.experts[number], given_nL) * weights_n1 - before_nL
+        if self.latent_NL is not None:
+            self.latent_NL[tokens_n] += more_nL
+        self.error_NK[tokens_n] -= behind(more_nL)
+        return True
 
     def _refit_outside(self, name: str, ridge: float, place: str) -> None:
         """A matrix that writes to the stream from all tokens: the shared expert's, or what is behind the latents."""
@@ -146,9 +206,19 @@ class ExpertsFit:
                 handle.remove()
 
 
+def is_trained(name: str) -> bool:
+    """Whether a layer's tensor is one that local training may change."""
+    return expert_of(name) is not None or f".{SHARED_EXPERT}." in name
+
+
 def _now(linear: nn.Linear) -> torch.Tensor:
     """Its matrix in float32, which stays what it is when the module is given another."""
     return linear.weight.detach().float()
+
+
+def _in_parts(module: nn.Module, given_NI: torch.Tensor) -> torch.Tensor:
+    """[N, I] to [N, O], some tokens at a time."""
+    return torch.cat([module(some_nI) for some_nI in given_NI.split(AT_ONCE)])
 
 
 def _real(values: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
