@@ -75,7 +75,7 @@ def write_compensated(context: StageContext, family: Family, plan: PruningPlan, 
         made.write(sliced, max_shard_bytes=min(SHARD_BYTES, int(settings.max_shard_gib * GIB)))
     if trained := made.local_training:
         undone = trained["tried"] - trained["kept"]
-        note = f"; {undone:,} times of {trained['tried']:,} it did not lower the error of tokens held back, and the fit stayed" if undone else ""
+        note = f"; {undone:,} times of {trained['tried']:,} it did not lower it, and the fit stayed" if undone else ""
         context.console.say(f"    prune  training each expert on its layer's output left {trained['error_left']:.2f} of the error behind the fit{note}")
     return made
 
