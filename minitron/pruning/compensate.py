@@ -13,7 +13,8 @@ y of the student, which should be Q_Kᵀx. Three parts, each of which can be lef
   logits are closest (refits/tied_head.py).
 - Writing. The layer's last matrix is solved anew, from the student's own activations before it to what is missing in y to be
   Q_Kᵀx after the layer, and after those removed behind it. So it answers for cut neurons and heads, for removed layers and for what
-  the layers before left wrong. Where a norm stands behind the writer nothing is rotated, and the two are fitted together (refits/least_squares.py).
+  the layers before left wrong. In a layer with experts every one of them answers for its tokens (refits/experts.py). Where a norm stands behind
+  the writer nothing is rotated, and the two are fitted together (refits/least_squares.py).
 
 Both refits are drawn by the ridge towards the cut without one. Matrices are rounded to the dtype they are stored in before
 the walk goes on, so that rounding is corrected too.
