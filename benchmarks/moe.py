@@ -6,7 +6,7 @@ router chooses among those that stay. The compensated cut is that of the ranking
 tokens, each at the best of the rates. `over_plain` is what the compensated cut adds over what the plain drop of the same experts adds, the mean of the seeds;
 `after` the loss of the compensated student less that of the plain one, after distillation.
 What was measured lies in the --runs folder and is not measured again.
-Run: .venv/bin/python benchmarks/moe.py --runs DIR [--seeds 3] [--rows 256] [--tokens 100000] [--rates 0.0015 0.0005]
+Run: .venv/bin/python benchmarks/moe.py --runs DIR [--seeds 3] [--rows 256] [--recipes compensated …] [--tokens 100000] [--rates 0.0015 0.0005]
 """
 
 import argparse
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0015, 0.0005])
     options = parser.parse_args()
@@ -115,7 +116,7 @@ def measured(sides: Sides, kept: Measured, share: float, options: argparse.Names
 
     for ranking in RANKINGS:
         mean(f"plain {ranking}", lambda mixture, ranking=ranking: mixture.added(ranking, share))
-    for recipe in RECIPES:
+    for recipe in options.recipes:
         mean(recipe, lambda mixture, recipe=recipe: mixture.compensated(recipe, share))
     found = {"added": means, "over_plain": round(means["compensated"] / means["plain reap"], 3)}
     if options.tokens:
