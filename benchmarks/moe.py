@@ -116,7 +116,7 @@ def measured(sides: Sides, kept: Measured, share: float, options: argparse.Names
 
     for ranking in RANKINGS:
         mean(f"plain {ranking}", lambda mixture, ranking=ranking: mixture.added(ranking, share))
-    for recipe in options.recipes:
+    for recipe in dict.fromkeys(["compensated", *options.recipes]):
         mean(recipe, lambda mixture, recipe=recipe: mixture.compensated(recipe, share))
     found = {"added": means, "over_plain": round(means["compensated"] / means["plain reap"], 3)}
     if options.tokens:

@@ -160,7 +160,7 @@ class CutCost:
     @property
     def _residual_bytes(self) -> int:
         """Of layers with experts, which take all tokens at once, with what they read, write and add up, and the shared expert's neurons before and after."""
-        kept = 4 + 3 * (self.recipe.local_steps > 0)  # of training the shared expert what it reads, gives and should give
+        kept = 4 + (self.recipe.local_steps > 0)  # what the shared expert reads while it is trained
         at_once = (kept * self.base.hidden + 2 * self.base.moe_shared_ffn) if "E" in self.base.mixers else 0
         return 4 * self.tokens * (self.base.hidden + self.student.hidden + at_once)
 

@@ -118,13 +118,17 @@ class ExpertsFit:
     def _train_shared(self, steps: int) -> bool:
         own = trainable(self._shared)
         given_NK = torch.cat([given_nK for _, given_nK in self._walk(self._shared)])
-        before_NK = _in_parts(own, given_NK)
-        if not train_locally(own, lambda tokens_n: own(given_NK[tokens_n]), self.error_NK + before_NK, steps=steps, batch=SHARED_BATCH):
-            return False
-        for name, tensor in own.named_parameters():
-            self.keep(f"{SHARED_EXPERT}.{name}", tensor.detach())
-        self.error_NK += before_NK - _in_parts(self._shared, given_NK)
-        return True
+        self._give_shared(given_NK, 1.0)  # what is missing is now what it should give: no second copy of all tokens
+        kept = train_locally(own, lambda tokens_n: own(given_NK[tokens_n]), self.error_NK, steps=steps, batch=SHARED_BATCH)
+        if kept:
+            for name, tensor in own.named_parameters():
+                self.keep(f"{SHARED_EXPERT}.{name}", tensor.detach())
+        self._give_shared(given_NK, -1.0)
+        return kept
+
+    def _give_shared(self, given_NK: torch.Tensor, times: float) -> None:
+        for error_nK, given_nK in zip(self.error_NK.split(AT_ONCE), given_NK.split(AT_ONCE), strict=True):
+            error_nK.add_(self._shared(given_nK), alpha=times)
 
     def _train_expert(self, number: int, steps: int) -> bool:
         own, (tokens_n, places_n) = trainable(self.experts[number]), self.sent.of(number)
