@@ -28,8 +28,7 @@ def what(settings: Settings) -> Any:
 
 def compensated(settings: Settings) -> dict[str, Any]:
     """What a compensated cut follows from beside its inputs."""
-    trained = {"local_steps": LOCAL_STEPS} if settings.prune.local_steps is None and base_architecture(settings).moe_num_experts else {}
-    return {**key_settings(settings.prune), "rotate": settings.prune.rotate is not False, **trained, **BALANCED}
+    return {**key_settings(settings.prune), "rotate": settings.prune.rotate is not False, **BALANCED}
 
 
 def cut_from(settings: Settings, inputs: Mapping[str, Result], candidate: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,7 +38,9 @@ def cut_from(settings: Settings, inputs: Mapping[str, Result], candidate: Mappin
     cuts_widths = any(architecture[width] != getattr(base, width) for width in WIDTHS)
     of_experts = architecture["moe_num_experts"] != base.moe_num_experts
     units = {"units": width_scoring(settings, inputs["score"], of_experts=of_experts)} if cuts_widths else {}
-    return {"base": inputs[base_stage(settings)].identity, "architecture": architecture, "kept_layers": candidate["kept_layers"], **units}
+    default = settings.prune.method is PruneMethod.compensated and settings.prune.local_steps is None and architecture["moe_num_experts"]
+    trained = {"local_steps": LOCAL_STEPS} if default else {}
+    return {"base": inputs[base_stage(settings)].identity, "architecture": architecture, "kept_layers": candidate["kept_layers"], **units, **trained}
 
 
 def of_inputs(settings: Settings, inputs: Mapping[str, Result]) -> dict[str, Any]:
