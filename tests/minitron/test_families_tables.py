@@ -210,7 +210,7 @@ IDLE = {
     "initializer_range", "rescale_prenorm_residual", "time_step_max", "time_step_floor", "dtype", "attention_dropout", "pad_token_id", "_name_or_path",
     "is_encoder_decoder", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "max_position_embeddings", "use_cache",
     "time_step_min",  # transformers clamps by it; a stage's model, and one that is handed over, does not
-    "chunk_size", "use_mamba_kernels",  # the same sums in another order
+    "chunk_size", "mamba_chunk_size", "use_mamba_kernels",  # the same sums in another order
     "time_step_rank",  # Mamba2 reads it, and uses it for nothing
     "router_aux_loss_coef",  # of a loss
 }  # fmt: skip
@@ -254,7 +254,8 @@ GEMMA = {"model_type": "gemma3_text"}
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "gpt2"}, r"'gpt2' cannot be pruned; supported: nemotron_h, llama, mistral, qwen2, qwen3, qwen3_moe, gemma3_text, mamba2"),
+        ({"model_type": "gpt2"}, r"'gpt2' cannot be pruned; supported: nemotron_h, llama, mistral, qwen2, qwen3, qwen3_moe, gemma3_text, mamba2, "
+                                    r"granitemoehybrid"),
         ({}, r"None cannot be pruned; supported: nemotron_h, llama, "),
         ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, r"quantization_config is there \(gptq\)"),
         ({"model_type": "llama", "quantization_config": None}, None),

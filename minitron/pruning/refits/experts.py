@@ -52,10 +52,12 @@ class _Listener(nn.Module):
 
 class ExpertsFit:
     """The fit of a student's layer. `residuals` [B, T, K] are the student's before it, `masks` [B, T] say which tokens are real, `missing` gives for every
-    batch what the layer should add, [B, T, K]; `keep` stores a matrix by its name in the layer, rounded, in the block too."""
+    batch what the mixer should give, [B, T, K]; `keep` stores a matrix by its name in the layer, rounded, in the block too; `added` is what the layer
+    multiplies by before it adds."""
 
     def __init__(self, block: nn.Module, residuals: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], missing: Iterable[torch.Tensor],
-                 keep: Callable[[str, torch.Tensor], None]):  # fmt: skip
+                 keep: Callable[[str, torch.Tensor], None], added: float = 1.0):  # fmt: skip
+        self.added = added
         self.block, self.experts, self.residuals, self.masks, self.keep = block, experts_of(block), residuals, masks, keep
         behind = dict(block.named_modules()).get(BEHIND_LATENT)
         self.behind = behind if isinstance(behind, nn.Linear) else None
@@ -139,6 +141,7 @@ class ExpertsFit:
         try:
             for residual_BTK, mask in zip(self.residuals, self.masks, strict=True):
                 added_BTK = self.block(residual_BTK) - residual_BTK
+                added_BTK = added_BTK if self.added == 1 else added_BTK / self.added
                 yield _Told(*(_real(values, mask) for values in (*listener.heard, added_BTK))), _real(inner.pop(), mask) if inner else None
         finally:
             self.block.mixer.experts = self.experts
