@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from memory_budget.architecture import BLOCK, Architecture
 from minitron.families import blocks, config_json, nemotron_h
-from minitron.families.base import FFN, HIDDEN, SHARED_FFN, Family, ModelParts, Tap, TensorAxes
+from minitron.families.base import EXPERT, EXPERT_FFN, FFN, HIDDEN, ROUTER, SHARED_FFN, Family, ModelParts, Tap, TensorAxes
 from minitron.families.config_json import kept_config, transformers_config
 from minitron.families.mamba2 import Expansion
 from minitron.families.qwen2 import FullHeads
@@ -34,16 +34,22 @@ from minitron.families.qwen2 import FullHeads
 if TYPE_CHECKING:
     from torch import nn
 
-_HIDDEN = ((HIDDEN,),)
+_HIDDEN, _NEURONS = ((HIDDEN,),), ((EXPERT_FFN,),)
 TABLE = (
     *(row for row in blocks.TABLE if row.kind != "-" and row.only_if not in ("post_norms", "attention_qk_norm")),
     *(row for row in nemotron_h.MAMBA_TABLE if row.kind == "M"),
     TensorAxes("mixer.shared_mlp.input_linear.weight", "-", (((FFN,), (FFN,)), _HIDDEN)),
     TensorAxes("mixer.shared_mlp.output_linear.weight", "-", (_HIDDEN, ((FFN,),))),
+    TensorAxes(ROUTER, "E", (((EXPERT,),), _HIDDEN)),
+    TensorAxes("mixer.experts.*.gate_proj.weight", "E", (_NEURONS, _HIDDEN)),
+    TensorAxes("mixer.experts.*.up_proj.weight", "E", (_NEURONS, _HIDDEN)),
+    TensorAxes("mixer.experts.*.down_proj.weight", "E", (_HIDDEN, _NEURONS)),
+    TensorAxes("mixer.shared_mlp.input_linear.weight", "E", (((SHARED_FFN,), (SHARED_FFN,)), _HIDDEN)),
+    TensorAxes("mixer.shared_mlp.output_linear.weight", "E", (_HIDDEN, ((SHARED_FFN,),))),
 )
-# Our names of a block's parts by transformers', and in which half they are; a router has another name in memory.
+# Our names of a block's parts by those in files, and in which half they are; a router has another name in memory.
 PARTS = {"input_layernorm": (0, "norm"), "mamba": (0, "mixer"), "self_attn": (0, "mixer"), "post_attention_layernorm": (1, "norm"),
-         "shared_mlp": (1, "mixer.shared_mlp"), "block_sparse_moe.router.layer": (1, "mixer.gate"), "block_sparse_moe.router": (1, "mixer.gate"),
+         "shared_mlp": (1, "mixer.shared_mlp"), "block_sparse_moe.router.layer": (1, "mixer.gate"), "block_sparse_moe.gate": (1, "mixer.gate"),
          "block_sparse_moe.experts": (1, "mixer.experts")}  # fmt: skip
 ATTENTION = ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj", "mixer.o_proj")
 # What the modules read of their configuration in a forward pass in eval mode; mamba_chunk_size only orders the additions.
@@ -95,7 +101,7 @@ def hf_config(teacher_config: dict, architecture: Architecture) -> dict:
         "shared_intermediate_size": architecture.moe_shared_ffn or architecture.ffn,
         "intermediate_size": architecture.moe_ffn or architecture.ffn,  # llama.cpp's neurons of a dense one
         "num_local_experts": architecture.moe_num_experts,
-        **({"num_experts_per_tok": architecture.moe_experts_per_token} if architecture.moe_num_experts else {}),
+        "num_experts_per_tok": architecture.moe_experts_per_token,
         **(_mamba_sizes(architecture) if "M" in architecture.pattern else _idle_mamba_sizes(teacher_config, architecture.hidden)),
     }  # fmt: skip
 
@@ -210,28 +216,23 @@ def _ours(model: nn.Module) -> nn.Module:
 
 def _sublayer(block: nn.Module, half: int, make_rotary: Callable[[], nn.Module | None]) -> nn.Module:
     """One of a block's two sublayers, which share its modules."""
-    from minitron.families.experts import Experts, unstacked
-    from minitron.families.halves import Attention, FeedForward, SharedAndExperts
+    from minitron.families.halves import Attention, FeedForward, SharedAndExperts, gated_mixture
 
     factor = block.residual_multiplier
     if half == 0 and block.mamba is None:
         return Attention(block.input_layernorm, block.self_attn, make_rotary=make_rotary, factor=factor)
     if half == 0:
         return FeedForward(block.input_layernorm, block.mamba, factor=factor)
-    mixture = block.block_sparse_moe
-    if mixture is not None and not isinstance(mixture.experts, Experts):
-        mixture.experts = unstacked(mixture.experts, gated=True)
+    mixture = block.block_sparse_moe and gated_mixture(block.block_sparse_moe)
     return FeedForward(block.post_attention_layernorm, SharedAndExperts(block.shared_mlp, mixture), factor=factor)
 
 
 def refused(config: dict) -> str | None:
-    """Multipliers that are no numbers, or 0, by which nothing could be divided; experts."""
+    """Multipliers that are no numbers, or 0, by which nothing could be divided."""
     for key in MULTIPLIERS:
         value = config.get(key, 1.0)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
             return f"{key} is {value!r}; it must be a number above 0"
-    if config.get("num_local_experts", 8):
-        return f"num_local_experts is {config.get('num_local_experts', 8)}: experts stacked in one tensor of a file cannot be cut here yet, only dense Granites"
     return None
 
 

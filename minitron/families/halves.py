@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridRMSNorm
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMoE, GraniteMoeHybridRMSNorm
+
+from minitron.families.experts import unstacked
 
 
 class Attention(nn.Module):
@@ -110,14 +112,32 @@ def keeping_documents_apart(base: nn.Module, args: tuple, kwargs: dict[str, Any]
     return args, kwargs | {"attention_mask": {"full_attention": mask, "linear_attention": None}}
 
 
+class GatedMixture(GraniteMoeHybridMoE):
+    """Experts whose router is called `gate`, as all that look for one expect."""
+
+    def forward(self, layer_input: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] to [B, T, D]."""
+        hidden_ND = layer_input.flatten(0, -2)
+        _, weights_NK, experts_NK = self.gate(hidden_ND)
+        return self.experts(hidden_ND, experts_NK, weights_NK).view(layer_input.shape)
+
+
+def gated_mixture(mixture: GraniteMoeHybridMoE) -> GatedMixture:
+    """The mixture itself, with its experts one by one (experts.py)."""
+    if not isinstance(mixture, GatedMixture):
+        mixture.__class__, mixture.gate = GatedMixture, mixture._modules.pop("router")
+        mixture.experts = unstacked(mixture.experts, gated=True)
+    return mixture
+
+
 class SharedAndExperts(nn.Module):
     """The feed-forward layer of a block, and beside it, where there are any, experts with their router (families/experts.py): modules of the block's."""
 
-    def __init__(self, shared_mlp: nn.Module, mixture: nn.Module | None):
+    def __init__(self, shared_mlp: nn.Module, mixture: GatedMixture | None):
         super().__init__()
         self.shared_mlp = shared_mlp
         if mixture is not None:
-            self.gate, self.experts = mixture.router, mixture.experts
+            self.gate, self.experts = mixture.gate, mixture.experts
 
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, D] to [B, T, D], added up in the order in which transformers does."""

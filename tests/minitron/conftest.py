@@ -74,6 +74,9 @@ MODELS = {
                      "position_embedding_type": "rope", "tie_word_embeddings": True},
     "granite untied": {"model_type": "granitemoehybrid", **_SIZES, **_GRANITE, "layer_types": ["attention", "attention", "mamba", "mamba"],
                        "tie_word_embeddings": False, "attention_bias": True, "mamba_proj_bias": True, "mamba_conv_bias": False},
+    "granite experts": {"model_type": "granitemoehybrid", **_SIZES, **_GRANITE, "layer_types": ["mamba", "attention", "mamba", "mamba"],
+                        "tie_word_embeddings": True, "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 16,
+                        "shared_intermediate_size": 20},
 }  # fmt: skip
 NOT_ONES = ("mamba2 untied", "nemotron_h latent", "granite untied")
 ONES = tuple(name for name in MODELS if name not in NOT_ONES)  # of which all is asked that is asked of every family
@@ -108,7 +111,7 @@ def _randomise(family: Family, architecture: Architecture, model: nn.Module, see
             value = normal(parameter, 0.5)
         elif last in ("embeddings", "embed_tokens"):
             value = normal(parameter, 1 / family.embed_scale(architecture) / getattr(model.get_input_embeddings(), "multiplier", 1.0))
-        elif name.endswith("gate.weight"):  # a router, which sends many tokens to some experts and few to others
+        elif name.endswith(("gate.weight", "router.weight")):  # a router, which sends many tokens to some experts and few to others
             value = normal(parameter, 2 * parameter.shape[1] ** -0.5)
         elif parameter.ndim == 2:
             value = normal(parameter, parameter.shape[1] ** -0.5)

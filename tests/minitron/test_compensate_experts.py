@@ -90,7 +90,7 @@ def test_each_part_lowers_the_error_where_experts_are_dropped(one, rows, logits_
     assert changed == [set(), {False}, {True}, {False, True}]
 
 
-@pytest.mark.parametrize("one", ["qwen3_moe"], indirect=True)
+@pytest.mark.parametrize("one", ["qwen3_moe", "granite experts"], indirect=True)
 def test_padding_is_no_token_of_an_expert(one, rows, logits_of):
     plan, recipe = keeping(one, (0, 2, 4)), replace(NOTHING, refit_experts=True)
     padded = [torch.cat([batch, torch.full((len(batch), 7), -1)], dim=1) for batch in rows]
