@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from distill.batches import PADDING, mark_start
 from distill.objectives import distillation_loss, head_of
 from distill.products import logits_of as products_of
+from memory_budget.architecture import check_architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from minitron.checkpoints.placement import StreamedModel, WholeModel
 from minitron.families.config_json import transformers_config
@@ -18,10 +20,12 @@ from minitron.families.known import family_of
 from minitron.mamba import dispatch, mixer
 from minitron.pruning.cut import build_pruned
 from minitron.pruning.plan import PruningPlan
+from minitron.settings.derived import by_kind
+from minitron.settings.follow import RULES
 from nas.couplings import QUERY_HEADS, completed, following
 
 TRANSFORMERS_OWN = {(owner, name): getattr(owner, name) for owner, name, _ in dispatch.replacements()}  # before any test puts ours in their place
-KINDS = ("granite tied", "granite untied")
+KINDS, floor_of = ("granite tied", "granite untied"), RULES["search.floors.attention"]
 
 
 def put(monkeypatch, functions) -> None:
@@ -180,9 +184,16 @@ def test_blocks_of_attention_alone_are_cut_and_loaded_though_config_json_has_mam
     assert left == architecture_from_config(one.family.hf_config(one.config, left)) and left.mamba_inner == 0 < hybrid.mamba_inner
 
 
-def test_half_a_pattern_is_no_pattern(granite):
-    from memory_budget.architecture import check_architecture
+def test_of_few_layers_with_attention_most_stay_unless_somebody_says_otherwise(build_tiny, configs):
+    """The default floor, of a hybrid of blocks as of one of single mixers; of a model whose layers all have attention there is none."""
+    patterns = {"granitemoehybrid": "M-M-*-" * 4, "nemotron_h": "M-M*" * 4, "llama": "*-" * 12}
+    floors = {kind: floor_of(SimpleNamespace(architecture=replace(build_tiny("granite tied").architecture, model_type=kind, pattern=pattern)))
+              for kind, pattern in patterns.items()}  # fmt: skip
+    assert floors == {"granitemoehybrid": 3, "nemotron_h": 3, "llama": 0}
+    assert by_kind({"attention": 3}, ("M-", "*-")) == {"*-": 3}
 
+
+def test_half_a_pattern_is_no_pattern(granite):
     with pytest.raises(ValueError, match="must be blocks of attention and FFN or experts"):
         check_architecture(replace(granite.architecture, pattern="MM*-"))
     with pytest.raises(ValueError, match="must be blocks of attention and FFN or experts"):
