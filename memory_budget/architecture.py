@@ -2,7 +2,8 @@
 
 Legend of pattern letters: M Mamba-2 · * attention · W attention within a window · - FFN · E mixture of experts (MoE) FFN.
 A letter is a sublayer: a norm and a mixer whose output is added to the residual stream. A layer, what config.json's
-num_hidden_layers counts, is one sublayer in NemotronH and Mamba-2, and two, attention and `-` or `E`, in a transformer block of Llama's kind.
+num_hidden_layers counts, is one sublayer in NemotronH and Mamba-2, and two, attention and `-` or `E`, in a transformer block of Llama's kind; a Granite-4-H
+has blocks with M in the place of attention.
 W is the same mixer as *, with the same tensors, but for what it looks at.
 
 Sizes may be numpy arrays instead of int where the search evaluates many architectures of one pattern
@@ -15,9 +16,10 @@ from typing import Any
 
 LAYER_KINDS = {"M": "mamba", "*": "attention", "-": "ffn", "E": "moe"}  # mixers, by their letters
 WINDOWED = "W"  # attention that sees the last `window` tokens alone
-BLOCK, WINDOWED_BLOCK, MOE_BLOCK, WINDOWED_MOE_BLOCK = "*-", "W-", "*E", "WE"
-BLOCKS = (BLOCK, WINDOWED_BLOCK, MOE_BLOCK, WINDOWED_MOE_BLOCK)
-BLOCK_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text")  # model types whose layers are such blocks
+BLOCK, WINDOWED_BLOCK, MOE_BLOCK, WINDOWED_MOE_BLOCK, MAMBA_BLOCK, MAMBA_MOE_BLOCK = "*-", "W-", "*E", "WE", "M-", "ME"
+BLOCKS = (BLOCK, WINDOWED_BLOCK, MOE_BLOCK, WINDOWED_MOE_BLOCK, MAMBA_BLOCK, MAMBA_MOE_BLOCK)
+BLOCK_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "granitemoehybrid")  # model types whose layers are such blocks
+MAMBA_BLOCK_TYPES = ("granitemoehybrid",)  # and of which some may have Mamba-2 in the place of attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +72,13 @@ class Architecture:
         """What no layer of the pattern has is as if it had not been given, so that a cut to other layers is what its own config.json says."""
         if self.window and WINDOWED not in self.pattern:
             object.__setattr__(self, "window", 0)
-        if "E" not in self.pattern:
-            for field in fields(self):
-                if field.name.startswith("moe_"):
-                    object.__setattr__(self, field.name, 0 * getattr(self, field.name) + field.default)  # an array stays one
+        absent = [] if "E" in self.pattern else ["moe_"]
+        if self.model_type in MAMBA_BLOCK_TYPES and "M" not in self.pattern:  # config.json goes on to have sizes, which hidden size decides
+            absent.append("mamba_")
+        for field in fields(self):
+            if field.name.startswith(tuple(absent)):
+                value = field.default if isinstance(field.default, bool) else 0 * getattr(self, field.name) + field.default  # an array stays one
+                object.__setattr__(self, field.name, value)
 
     def num_layers_of(self, kind: str) -> int:
         """Number of sublayers of one kind, by its letter; * is all attention, W that of it which is within a window."""
@@ -147,8 +152,10 @@ def describe_layers(architecture: Architecture) -> str:
     """What the layers are, for a person: their pattern, or how many blocks."""
     if not set(architecture.layer_kinds) <= set(BLOCKS):
         return f"pattern {architecture.pattern}"
-    windowed, moe = architecture.num_layers_of(WINDOWED), architecture.num_layers_of("E")
-    said = f"{architecture.num_layers} blocks of attention and {'FFN' if not moe else 'experts' if moe == architecture.num_layers else 'FFN or experts'}"
+    windowed, moe, mamba = architecture.num_layers_of(WINDOWED), architecture.num_layers_of("E"), architecture.num_layers_of("M")
+    attending = architecture.num_layers - mamba
+    mixers = "attention" if not mamba else f"Mamba-2 or, {attending} of them, attention," if attending else "Mamba-2"
+    said = f"{architecture.num_layers} blocks of {mixers} and {'FFN' if not moe else 'experts' if moe == architecture.num_layers else 'FFN or experts'}"
     if not windowed:
         return said
     which = "all" if windowed == architecture.num_layers else f"{windowed}"
@@ -166,8 +173,9 @@ def check_architecture(architecture: Architecture) -> None:
             f"pattern {architecture.pattern!r} must be a string of layer letters M (Mamba-2), * (attention), W (attention within a window), - (FFN), E (MoE)"
             + (f"; unknown: {' '.join(unknown)}" if unknown else "; it is empty")
         )
-    if architecture.model_type in BLOCK_TYPES and not set(architecture.layer_kinds) <= set(BLOCKS):
-        raise ValueError(f"pattern {architecture.pattern!r} must be blocks of attention and FFN or experts, {' or '.join(BLOCKS)}, "
+    blocks = [block for block in BLOCKS if "M" not in block or architecture.model_type in MAMBA_BLOCK_TYPES]
+    if architecture.model_type in BLOCK_TYPES and not set(architecture.layer_kinds) <= set(blocks):
+        raise ValueError(f"pattern {architecture.pattern!r} must be blocks of attention and FFN or experts, {' or '.join(blocks)}, "
                          f"for {architecture.model_type}")  # fmt: skip
     needed = {"hidden": True, "vocab": True, "ffn": "-" in architecture.pattern, **_needed_by_kind(architecture)}
     for name, is_needed in needed.items():

@@ -1,18 +1,19 @@
-"""Architecture of a Hugging Face config.json of a model that can be cut: nemotron_h, mamba2, llama, mistral, qwen2, qwen3, qwen3_moe, gemma3_text.
+"""Architecture of a Hugging Face config.json of a model that can be cut: nemotron_h, mamba2, llama, mistral, qwen2, qwen3, qwen3_moe, gemma3_text,
+granitemoehybrid.
 
-A missing key means what transformers' (5.23) config class of that model_type means by it. How each type is read stands in configs/mamba.py and
-configs/blocks.py.
+A missing key means what transformers' (5.23) config class of that model_type means by it. How each type is read stands in configs/mamba.py,
+configs/blocks.py and configs/granite.py.
 """
 
 import json
 from pathlib import Path
 
 from memory_budget.architecture import Architecture, check_architecture
-from memory_budget.configs import blocks, mamba
+from memory_budget.configs import blocks, granite, mamba
 from memory_budget.configs.prediction import prediction_notes
 from memory_budget.configs.values import Config
 
-FAMILIES = {**mamba.FAMILIES, **blocks.FAMILIES}
+FAMILIES = {**mamba.FAMILIES, **blocks.FAMILIES, **granite.FAMILIES}
 
 
 def read_config(path: str | Path) -> Config:

@@ -1,4 +1,4 @@
-"""Mamba or short convolutions among attention: granitemoehybrid, falcon_h1, bamba, jamba, zamba2, lfm2, lfm2_moe.
+"""Mamba or short convolutions among attention: falcon_h1, bamba, jamba, zamba2, lfm2, lfm2_moe. How Mamba-2 is read, granitemoehybrid shares (granite.py).
 
 A missing key means what transformers' (5.23) config class of the model_type means by it, and what its model builds decides.
 """
@@ -38,7 +38,7 @@ def _model(config: Config, parts: list[Part], *, hidden: int, vocab: int, num_la
     )
 
 
-def _mamba2(config: Config, hidden: int, inner: int, says: str, *, gated_norm: bool = True, output_bias: bool | None = None) -> Mamba2:
+def mamba2(config: Config, hidden: int, inner: int, says: str, *, gated_norm: bool = True, output_bias: bool | None = None) -> Mamba2:
     """Granite's, Bamba's and Falcon's keys. `inner`: its channels as `says` says; heads times their dim must be as many."""
     num_heads = integer(config, "mamba_n_heads", default=128, least=1)
     multiple(config, (says, inner), ("mamba_n_heads", num_heads))
@@ -53,22 +53,8 @@ def _mamba2(config: Config, hidden: int, inner: int, says: str, *, gated_norm: b
                   projection_bias=boolean(config, "mamba_proj_bias", default=False), gated_norm=gated_norm, output_bias=output_bias)  # fmt: skip
 
 
-def _expanded(config: Config, hidden: int) -> int:
+def expanded(config: Config, hidden: int) -> int:
     return integer(config, "mamba_expand", default=2, least=1) * hidden
-
-
-def _granite(config: Config) -> Model:
-    """Mamba-2 or attention, then experts with a shared one; without experts the shared one alone is the feed-forward layer."""
-    hidden, num_layers = integer(config, "hidden_size", default=4096, least=1), layer_number(config, default=32)
-    types = layer_types(config, ("layer_types", "layers_block_type"), (MAMBA, ATTENTION), num_layers=num_layers, otherwise=lambda index: MAMBA)
-    mixers = _mixers(types, {MAMBA: lambda: _mamba2(config, hidden, _expanded(config, hidden), "mamba_expand times hidden_size"),
-                             ATTENTION: lambda: plain_attention(config, hidden, key_value_heads=0, bias_key="attention_bias")})  # fmt: skip
-    shared, experts = integer(config, "shared_intermediate_size", default=1024), integer(config, "num_local_experts", default=8)
-    forward: Part = FeedForward(hidden=hidden, neurons=shared)
-    if experts:
-        forward = Experts(hidden=hidden, experts=experts, experts_per_token=experts_per_token(config, default=2, experts=experts),
-                          neurons=integer(config, "intermediate_size", default=11008), shared_neurons=shared)  # fmt: skip
-    return _model(config, [*mixers, *[forward] * num_layers], hidden=hidden, vocab=32000, num_layers=num_layers)
 
 
 def _mixers(types: list[str], made: dict[str, Callable[[], Part]]) -> list[Part]:
@@ -81,8 +67,8 @@ def _falcon_h1(config: Config) -> Model:
     """Attention and Mamba-2 in parallel from one norm in every layer, then a feed-forward layer."""
     hidden, num_layers = integer(config, "hidden_size", default=4096, least=1), layer_number(config, default=32)
     expands = config.get("mamba_d_ssm", 1024) is None
-    inner = _expanded(config, hidden) if expands else integer(config, "mamba_d_ssm", default=1024, least=1)
-    mamba = _mamba2(config, hidden, inner, "mamba_expand times hidden_size" if expands else "mamba_d_ssm",
+    inner = expanded(config, hidden) if expands else integer(config, "mamba_d_ssm", default=1024, least=1)
+    mamba = mamba2(config, hidden, inner, "mamba_expand times hidden_size" if expands else "mamba_d_ssm",
                     gated_norm=boolean(config, "mamba_rms_norm", default=False), output_bias=boolean(config, "projectors_bias", default=False))  # fmt: skip
     attention = plain_attention(config, hidden, key_value_heads=8, bias_key="attention_bias")
     parts = [mamba, attention, _feed_forward(config, hidden)]
@@ -98,7 +84,7 @@ def _bamba(config: Config) -> Model:
     hidden, num_layers = integer(config, "hidden_size", default=4096, least=1), layer_number(config, default=32)
     attending = set(indices(config, "attn_layer_indices", num_layers) or ())
     types = [ATTENTION if index in attending else MAMBA for index in range(num_layers)]
-    mixers = _mixers(types, {MAMBA: lambda: _mamba2(config, hidden, _expanded(config, hidden), "mamba_expand times hidden_size"),
+    mixers = _mixers(types, {MAMBA: lambda: mamba2(config, hidden, expanded(config, hidden), "mamba_expand times hidden_size"),
                              ATTENTION: lambda: plain_attention(config, hidden, key_value_heads=8, bias_key="attention_bias")})  # fmt: skip
     return _model(config, [*mixers, *[_feed_forward(config, hidden)] * num_layers], hidden=hidden, vocab=128000, num_layers=num_layers)
 
@@ -130,7 +116,7 @@ def _periodic(config: Config, name: str, *, period: int, offset: int) -> Callabl
 
 def _mamba1(config: Config, hidden: int) -> Mamba1:
     rank = -(-hidden // 16) if config.get("mamba_dt_rank", "auto") == "auto" else integer(config, "mamba_dt_rank", default=0)
-    return Mamba1(hidden=hidden, inner=_expanded(config, hidden), state=integer(config, "mamba_d_state", default=16, least=1), rank=rank,
+    return Mamba1(hidden=hidden, inner=expanded(config, hidden), state=integer(config, "mamba_d_state", default=16, least=1), rank=rank,
                   conv_kernel=integer(config, "mamba_d_conv", default=4, least=1), conv_bias=boolean(config, "mamba_conv_bias", default=True),
                   projection_bias=boolean(config, "mamba_proj_bias", default=False))  # fmt: skip
 
@@ -157,7 +143,7 @@ def _zamba2(config: Config) -> Model:
 
 def _zamba2_mamba(config: Config, hidden: int, bias: bool) -> Mamba2:
     """Its convolution has a bias whatever use_conv_bias says."""
-    num_heads, inner = integer(config, "n_mamba_heads", default=8, least=1), _expanded(config, hidden)
+    num_heads, inner = integer(config, "n_mamba_heads", default=8, least=1), expanded(config, hidden)
     head_dim = integer(config, "mamba_headdim", default=inner // num_heads, least=1)
     if num_heads * head_dim != inner:
         raise ValueError(f"n_mamba_heads ({num_heads}) times mamba_headdim ({head_dim}) must be mamba_expand times hidden_size ({inner})")
@@ -231,5 +217,5 @@ def _lfm2_neurons(config: Config) -> int:
 
 
 MODELS: dict[str, Callable[[Config], Model]] = {
-    "granitemoehybrid": _granite, "falcon_h1": _falcon_h1, "bamba": _bamba, "jamba": _jamba, "zamba2": _zamba2, "lfm2": _lfm2, "lfm2_moe": _lfm2_moe,
+    "falcon_h1": _falcon_h1, "bamba": _bamba, "jamba": _jamba, "zamba2": _zamba2, "lfm2": _lfm2, "lfm2_moe": _lfm2_moe,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Checkpoints streamed piece by piece: a model never has to be in memory, nor has a tensor.
+"""Checkpoints streamed piece by piece: a model never has to be in memory, nor has a tensor. What a file has stacked is read part by part (stacked.py).
 
 Reading goes through plain file reads, not a memory map, so that what was read does not count as resident
 memory, and around the page cache (direct_io.py) where the files are too large to stay in it.
@@ -7,7 +7,7 @@ memory, and around the page cache (direct_io.py) where the files are too large t
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from minitron.checkpoints.direct_io import empty_tensor, fill_tensor, would_not_stay
 from minitron.checkpoints.folder import COMPANION_FILES
 from minitron.checkpoints.local_paths import is_local
+from minitron.checkpoints.stacked import parts_of
 from minitron.checkpoints.weight_files import INDEX_FILE, WeightFiles, read_header_rows, weight_files
 from minitron.checkpoints.weight_files import SINGLE_FILE as SINGLE_FILE
 from minitron.families.config_json import CODE_KEYS
@@ -67,9 +68,10 @@ class Checkpoint:
         found = weight_files(self.folder) if file is None else WeightFiles((self.folder / file,), frozenset(), ())
         files = self.files = list(found.files)
         self.notes = found.notes
-        self.entries = {entry.name: entry for path in files for entry in read_header(path)}
+        stored = [entry for path in files for entry in read_header(path)]
+        self.entries = {part.name: part for entry in stored for part in _apart(entry)}
         self.direct = would_not_stay(sum(entry.num_bytes for entry in self.entries.values())) if direct is None else direct
-        missing = sorted(found.listed - set(self.entries))
+        missing = sorted(found.listed - {entry.name for entry in stored})
         if missing:
             raise ValueError(f"checkpoint {self.folder}: tensor {missing[0]} is listed in {INDEX_FILE} but in none of its shards")
 
@@ -141,8 +143,16 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and np.array_equal(bytes_of(one), bytes_of(other))
 
 
+def _apart(entry: TensorEntry) -> list[TensorEntry]:
+    """The parts of a stack, any other tensor as it is."""
+    width = DTYPES[entry.dtype].itemsize
+    parts = [replace(entry, name=name, shape=shape, offset=entry.offset + first * width, num_bytes=shape[0] * shape[1] * width)
+             for name, shape, first in parts_of(entry.name, entry.shape)]  # fmt: skip
+    return parts or [entry]
+
+
 def read_header(path: Path) -> list[TensorEntry]:
-    """The tensors of one safetensors file. Raises ValueError where the file is truncated or its header unreadable."""
+    """The tensors of one safetensors file, as it has them. Raises ValueError where the file is truncated or its header unreadable."""
     size, header = path.stat().st_size, read_header_rows(path)
     entries = []
     for name, dtype, shape, begin, end in header.rows:

@@ -136,7 +136,8 @@ class StreamedModel:
         for first, rows_VD in self.stored_rows(f"{self.family.outside_names['embed']}weight"):
             for ids_BT, residual_BTD in zip(batches, residuals, strict=True):
                 look_up(ids_BT, first, rows_VD, residual_BTD, self.family.embed_scale(self.architecture))
-        return residuals
+        multiplier = self.family.embed_multiplier(self.config)
+        return residuals if multiplier == 1 else [residual_BTD.mul_(multiplier) for residual_BTD in residuals]
 
     def stored_rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         for first, rows in self.checkpoint.read_rows(self.names[name], ROWS_BYTES):

@@ -20,6 +20,7 @@ import xxhash
 from memory_budget.units import format_gib
 from minitron.checkpoints.direct_io import DirectFile, would_not_stay
 from minitron.checkpoints.files import DTYPES, INDEX_FILE, SINGLE_FILE, PlannedTensor, bytes_of, read_header
+from minitron.checkpoints.stacked import stack_of
 from minitron.walk.integrity import written_as
 from minitron.walk.store import write_json
 
@@ -32,7 +33,7 @@ def write_weights(folder: Path, tensors: Iterable[PlannedTensor], *, max_shard_b
     their index are removed, since each program has its own order of looking at them. `on_bytes` hears how many were written or kept; `direct` says
     whether to write around the page cache, else the size decides. Raises ValueError before anything is written where the disk has too little room.
     """
-    shards = _plan_shards(list(tensors), max_shard_bytes)
+    shards = _plan_shards(_stacked(tensors), max_shard_bytes)
     names = [SINGLE_FILE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     _remove_others(folder, names)
     missing = []
@@ -54,6 +55,30 @@ def write_weights(folder: Path, tensors: Iterable[PlannedTensor], *, max_shard_b
     if len(shards) > 1:
         weight_map = {tensor.name: file_name for file_name, shard in zip(names, shards, strict=True) for tensor in shard}
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(map(_num_bytes, shards))}, "weight_map": weight_map})
+
+
+def _stacked(tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
+    """The tensors as files have them: parts of a stack (stacked.py) as one tensor in the first one's place, an expert a piece."""
+    together: dict[str, PlannedTensor | dict[tuple[int, int], PlannedTensor]] = {}
+    for tensor in tensors:
+        stack, *place = stack_of(tensor.name) or (tensor.name,)
+        if place:
+            together.setdefault(stack, {})[tuple(place)] = tensor
+        else:
+            together[stack] = tensor
+    return [_stack(name, found) if isinstance(found, dict) else found for name, found in together.items()]
+
+
+def _stack(name: str, parts: dict[tuple[int, int], PlannedTensor]) -> PlannedTensor:
+    experts, matrices = (1 + max(place) for place in zip(*parts, strict=True))
+    first = parts[0, 0]
+    assert len(parts) == experts * matrices and {(part.dtype, part.shape) for part in parts.values()} == {(first.dtype, first.shape)}, f"parts of {name} lack"
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for expert in range(experts):
+            yield torch.cat([piece for matrix in range(matrices) for piece in parts[expert, matrix].pieces()])[None]
+
+    return PlannedTensor(name, first.dtype, (experts, matrices * first.shape[0], first.shape[1]), pieces)
 
 
 def _remove_others(folder: Path, names: list[str]) -> None:

@@ -90,9 +90,11 @@ class Family:
     the keys that the forward pass depends on: two checkpoints that differ in another one compute alike.
 
     `norm_offset` is what is added to the stored weight of a norm of the residual stream before it multiplies: 0, or 1 where such weights are stored around
-    0. `embed_scale` gives what the model multiplies rows of its table of embeddings by, where that follows from its sizes. `float32_stream` gives, from
-    config.json, whether the residual stream is float32 whatever number format the layers compute in. `decodes_without_attention` says that transformers goes on
-    from the cache of a model of this family that has no attention layer.
+    0. `embed_scale` gives what the model multiplies rows of its table of embeddings by, where that follows from its sizes, and `embed_multiplier` what it
+    multiplies them by besides, from config.json; `added_multiplier` what every mixer's output is multiplied by before it is added to the stream.
+    `float32_stream` gives, from config.json, whether the residual stream is float32 whatever number format the layers compute in.
+    `decodes_without_attention` says that transformers goes on from the cache of a model of this family that has no attention layer; `documents_by_mask` that
+    its attention keeps the documents of a packed row apart by a mask alone, which flash attention does not take.
     """
 
     model_type: str
@@ -115,5 +117,8 @@ class Family:
     refused: Callable[[dict], str | None] = lambda _config: None
     norm_offset: float = 0.0
     embed_scale: Callable[[Architecture], float] = lambda _architecture: 1.0
+    embed_multiplier: Callable[[Mapping], float] = lambda _config: 1.0
+    added_multiplier: Callable[[Mapping], float] = lambda _config: 1.0
     float32_stream: Callable[[Mapping], bool] = lambda _config: False
     decodes_without_attention: bool = False
+    documents_by_mask: bool = False

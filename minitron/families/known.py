@@ -6,14 +6,14 @@ from typing import Any
 from memory_budget.architecture import Architecture
 from minitron.families.base import Family
 from minitron.families.gemma3_text import FAMILY as GEMMA3_TEXT
-from minitron.families.llama import FAMILY as LLAMA
+from minitron.families.granite import FAMILY as GRANITE
+from minitron.families.llama import LLAMA, MISTRAL
 from minitron.families.mamba2 import FAMILY as MAMBA2
-from minitron.families.mistral import FAMILY as MISTRAL
 from minitron.families.nemotron_h import FAMILY as NEMOTRON_H
 from minitron.families.qwen import QWEN3, QWEN3_MOE
 from minitron.families.qwen2 import FAMILY as QWEN2
 
-FAMILIES = {family.model_type: family for family in (NEMOTRON_H, LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA3_TEXT, MAMBA2)}
+FAMILIES = {family.model_type: family for family in (NEMOTRON_H, LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA3_TEXT, MAMBA2, GRANITE)}
 
 
 def family_of(config: dict) -> Family:

@@ -55,7 +55,7 @@ def _rope_text(folder: Folder) -> str:
     return rope_text(rope_of(folder))
 
 
-def _both_spellings(folder: Folder) -> bool:
+def both_rope_spellings(folder: Folder) -> bool:
     """What programs from before rope_parameters need: theta, and the scaling where there is one."""
     rope = rope_of(folder)
     scaled = rope["rope_type"] == "default" or bool(folder.config.get("rope_scaling"))
@@ -130,7 +130,7 @@ def _llama_kind(model_type: str, of_class: str, head_dim_else: str, llama_cpp_ro
     return (
         *block_rules(model_type, of_class, head_dim_else, *row_advice),
         Rule(TRANSFORMERS, "rope_theta", "must be at the top level too, and rope_scaling where positions are scaled: versions before 5 read nothing else",
-             _both_spellings, _rope_text),
+             both_rope_spellings, _rope_text),
         Rule(VLLM, "hidden_act", "must be silu: it knows no other", says("hidden_act", "silu", None)),
         Rule(VLLM, "rope_parameters", f"must be of a type it knows ({', '.join(VLLM_ROPE_TYPES)})",
              lambda folder: rope_of(folder)["rope_type"] in VLLM_ROPE_TYPES, _rope_text),
@@ -154,7 +154,8 @@ _QWEN_WINDOWS = (
 )  # fmt: skip
 
 
-def _square_attention(program: str) -> Rule:
+def square_attention(program: str) -> Rule:
+    """Of programs that know no head_dim."""
     return Rule(program, "num_attention_heads × head_dim", "must be hidden_size: head_dim is not read, hidden_size / num_attention_heads is taken",
                 lambda folder: folder.size("num_attention_heads") * folder.size("head_dim") == folder.size("hidden_size"),
                 lambda folder: f"{folder.size('num_attention_heads') * folder.size('head_dim'):,}")  # fmt: skip
@@ -177,8 +178,8 @@ MISTRAL_RULES = (
 QWEN2_RULES = (
     *_llama_kind("qwen2", "Qwen2ForCausalLM", "hidden_size / num_attention_heads", QWEN_ROPES),
     *_QWEN_WINDOWS,
-    _square_attention(VLLM),
-    _square_attention(LLAMA_CPP),
+    square_attention(VLLM),
+    square_attention(LLAMA_CPP),
 )
 QWEN3_RULES = (
     *_llama_kind("qwen3", "Qwen3ForCausalLM", "128", QWEN_ROPES),

@@ -22,12 +22,12 @@ def _number_bytes(folder: Folder) -> int:
     return 4 if folder.config.get("dtype", folder.config.get("torch_dtype")) == "float32" else 2
 
 
-def expert_rows(width: Callable[[Folder], str]) -> Rule:
+def expert_rows(width: Callable[[Folder], str], neurons: str = "moe_intermediate_size") -> Rule:
     """The rows of experts' matrices, `width` naming what experts read and write. Where they do not fit, transformers loads the model and fails at the first
     text."""
 
     def odd(folder: Folder) -> str:
-        return ", ".join(f"{name} {folder.size(name):,}" for name in (width(folder), "moe_intermediate_size")
+        return ", ".join(f"{name} {folder.size(name):,}" for name in (width(folder), neurons)
                          if folder.size(name) * _number_bytes(folder) % GROUPED_BYTES)  # fmt: skip
 
     return Rule(TRANSFORMERS, "rows of experts", f"must be multiples of {GROUPED_BYTES} bytes: its grouped products take no other strides, and only "

@@ -40,9 +40,10 @@ def is_full_range(folder: Folder) -> bool:
     return list(folder.config.get("time_step_limit", [0.0, math.inf])) == [0.0, math.inf]
 
 
-def _power_of_two(folder: Folder) -> bool:
-    size = folder.size("chunk_size")
-    return "chunk_size" not in folder.config or (size > 0 and size & (size - 1) == 0)
+def is_power_of_two(folder: Folder, key: str) -> bool:
+    """The field's number is 1, 2, 4 and so on, or not there."""
+    size = folder.size(key)
+    return key not in folder.config or (size > 0 and size & (size - 1) == 0)
 
 
 def mixer_rules(*, heads: str, head_dim: str, state: str, activation: str) -> tuple[Rule, ...]:
@@ -55,7 +56,7 @@ def mixer_rules(*, heads: str, head_dim: str, state: str, activation: str) -> tu
         Rule(VLLM, activation, "must be silu, which its kernels know", says(activation, "silu", None)),
         Rule(VLLM, "n_groups", f"must divide {heads}", divides("n_groups", heads)),
         Rule(VLLM, "conv_kernel", "must be 2 to 4", lambda folder: 2 <= folder.size("conv_kernel") <= 4),
-        Rule(VLLM, "chunk_size", "must be a power of two", _power_of_two),
+        Rule(VLLM, "chunk_size", "must be a power of two", lambda folder: is_power_of_two(folder, "chunk_size")),
         Rule(VLLM, "time_step_limit", "must be 0 to infinity: it always computes that", is_full_range),
         Rule(LLAMA_CPP, "n_groups", f"must divide {heads}", divides("n_groups", heads)),
         Rule(LLAMA_CPP, "use_bias", "must be false: its Mamba-2 projections have no biases", says("use_bias", False, None)),

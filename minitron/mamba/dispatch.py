@@ -1,4 +1,4 @@
-"""Which function computes a layer of NemotronH or Mamba-2: decided by where its tensors are, here and nowhere else.
+"""Which function computes a layer of NemotronH, Mamba-2 or Granite-4-H: decided by where its tensors are, here and nowhere else.
 
 transformers decides once, by which packages are installed, and hands tensors of a CPU to kernels that only a GPU has. After `install`, tensors on a CPU
 go through our functions (mixer.py) and torch's convolution; tensors on a GPU through mamba-ssm's and causal-conv1d's kernels where they are usable, else
@@ -28,6 +28,7 @@ def install() -> None:
 @functools.cache
 def replacements() -> tuple[tuple[object, str, Callable], ...]:
     """What `install` changes, as (owner, name, new function)."""
+    from transformers.models.granitemoehybrid import modeling_granitemoehybrid as granite
     from transformers.models.mamba2 import modeling_mamba2 as mamba2
     from transformers.models.nemotron_h import modeling_nemotron_h as nemotron_h
 
@@ -36,8 +37,10 @@ def replacements() -> tuple[tuple[object, str, Callable], ...]:
         (nemotron_h.NemotronHMLP, mixer.mlp_forward, _feed_long), (nemotron_h.NemotronHAttention, _theirs, _attend_long),
         (nemotron_h.NemotronHTopkRouter, _route, _route_exactly),
         (mamba2.Mamba2Mixer, mixer.mixer_forward, _mix_long), (mamba2.Mamba2RMSNorm, mixer.norm_forward, _feed_long),
+        (granite.GraniteMoeHybridMambaLayer, mixer.mixer_forward, _mix_long), (granite.GraniteMoeHybridRMSNorm, mixer.norm_forward, _feed_long),
+        (granite.GraniteMoeHybridTopKRouter, _route, _route_exactly),
     )  # fmt: skip
-    return (*_functions(nemotron_h), *_functions(mamba2),
+    return (*_functions(nemotron_h), *_functions(mamba2), *_functions(granite),
             *((owner, "forward", _method(ours, owner.forward, in_parts)) for owner, ours, in_parts in methods))  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""NemotronH and Mamba-2 on a CPU without Mamba's kernels: what takes transformers' place once dispatch.py puts it there.
+"""NemotronH, Mamba-2 and Granite-4-H on a CPU without Mamba's kernels: what takes transformers' place once dispatch.py puts it there.
 
 The heart of a Mamba-2 mixer (convolution, scan, gated norm) goes a chunk of tokens at a time from the input projection's
 output to the output projection's input, so that what lies between is made once, in memory that is used again.
@@ -185,7 +185,8 @@ class _Walk:
 
 
 def mixer_forward(module, hidden_states, *, theirs: Callable, cache_params=None, attention_mask=None, seq_idx=None, **kwargs):
-    """NemotronHMamba2Mixer.forward, or Mamba2Mixer's; transformers' own where there is a cache, a mask or a limit to the time step.
+    """NemotronHMamba2Mixer.forward, Mamba2Mixer's or GraniteMoeHybridMambaLayer's; transformers' own where there is a cache, a mask or a limit to the time
+    step.
 
     `seq_idx` [B, T] numbers the documents of packed rows.
     """
@@ -233,7 +234,7 @@ def chunk_scan(hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, ini
 
 
 def norm_forward(module, hidden_states, *, theirs: Callable):
-    """NemotronHRMSNorm.forward, or Mamba2RMSNorm's."""
+    """NemotronHRMSNorm.forward, Mamba2RMSNorm's or GraniteMoeHybridRMSNorm's."""
     if hidden_states.dtype != torch.float32:
         return theirs(module, hidden_states)
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])

@@ -103,6 +103,7 @@ class CompensatedCut:
         self.trained: list[Trained] = []  # what the local training of each layer with experts came to, of those made now
         self.student_config = self.family.hf_config(config, plan.student)
         self.scales = self.family.embed_scale(plan.teacher), self.family.embed_scale(plan.student)
+        self.multiplier, self.added = self.family.embed_multiplier(config), self.family.added_multiplier(config)
         inner = replace(plan, units={axis: kept for axis, kept in plan.units.items() if axis != HIDDEN})
         rows = {name: row_of(self.family, plan.teacher, name) for name in required_names(self.family, plan.teacher)}
         shapes = {name: expected_shape(self.family, plan.teacher, row) for name, row in rows.items()}
@@ -167,8 +168,8 @@ class CompensatedCut:
         for first, rows_VD in self.base.stored_rows(name):
             made_VK = self._made(name, rows_VD, None) if stored is None else stored[first : first + len(rows_VD)].to(self.base.device)
             for ids_BT, base_BTD, student_BTK in zip(self.ids, self.base_residuals, self.student_residuals, strict=True):
-                look_up(ids_BT, first, rows_VD, base_BTD, self.scales[0])
-                look_up(ids_BT, first, made_VK, student_BTK, self.scales[1])
+                look_up(ids_BT, first, rows_VD, base_BTD, self.scales[0] * self.multiplier)
+                look_up(ids_BT, first, made_VK, student_BTK, self.scales[1] * self.multiplier)
             yield made_VK
 
     def _begin(self, base_block: nn.Module, layer: int, position: int) -> _Begun:
@@ -204,7 +205,7 @@ class CompensatedCut:
         if experts_of(block) is not None:
             if self.recipe.refit_experts or self.recipe.refit_shared:
                 missing = map(self._missing, self.base_residuals, self.student_residuals)
-                fit = ExpertsFit(block, self.student_residuals, self.masks, missing, begun.keep)
+                fit = ExpertsFit(block, self.student_residuals, self.masks, missing, begun.keep, self.added)
                 self.trained.append(fit.run(self.recipe, names, place=place))
         elif self.recipe.refit_writing:
             (name,) = names
@@ -227,8 +228,9 @@ class CompensatedCut:
         return {name: weight_KI, POST_NORM: factor_K - self.family.norm_offset}
 
     def _missing(self, base_BTD: torch.Tensor, student_BTK: torch.Tensor) -> torch.Tensor:
-        """What is missing in the student's stream, [B, T, K]."""
-        return self.basis.project(base_BTD) - student_BTK
+        """What a mixer of the student should give, [B, T, K]: what is missing in its stream, over what the family multiplies it by on its way there."""
+        missing_BTK = self.basis.project(base_BTD) - student_BTK
+        return missing_BTK if self.added == 1 else missing_BTK / self.added
 
     def _given_and_missing(self, block: nn.Module, writer: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Of every batch what the writer is given, [N, I], and what is missing, [N, K]."""

@@ -21,7 +21,7 @@ from distill.batches import count_tokens
 from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
-from minitron.checkpoints.files import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, bytes_of, read_header
+from minitron.checkpoints.files import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, bytes_of
 from minitron.checkpoints.placement import StreamedModel, ids_and_mask
 from minitron.checkpoints.shards import write_weights
 from minitron.families.base import Family
@@ -101,7 +101,7 @@ class MadeWeights:
         self.family, self.plan, self.batches, self.folder = base.family, plan, batches, folder
         self.stored = {
             self.family.canonical_name(entry.name): partial(Checkpoint(folder, file=path.name).read, entry.name)
-            for path in sorted(folder.glob("*.safetensors")) for entry in read_header(path)
+            for path in sorted(folder.glob("*.safetensors")) for entry in Checkpoint(folder, file=path.name).entries.values()
         }  # fmt: skip
         self.cut = CompensatedCut(base, plan, batches, basis, recipe, config=base.config, dtypes=_stored_dtypes(base), stored=self.stored, on_layer=on_layer)
         self.tensors = self.cut.tensors()

@@ -134,7 +134,7 @@ def _behind_head(family: Family, head: Head, residual_BTD: torch.Tensor, mask_BT
 
 def _at_head(family: Family, head: Head, normed_ND: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Gradients [N, D] of −log p(y) at normalised residuals, y drawn from p."""
-    folded_VD = head.projection.weight * factors(family, head.norm.weight)
+    folded_VD = head.projection.weight * (factors(family, head.norm.weight) / getattr(head.norm, "divisor", 1.0))
     p_NV = torch.softmax(normed_ND @ folded_VD.T, dim=-1)
     drawn_N1 = torch.multinomial(p_NV, 1, generator=generator)
     return p_NV.scatter_add_(1, drawn_N1, -torch.ones_like(p_NV[:, :1])) @ folded_VD

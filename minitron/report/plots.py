@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from memory_budget.architecture import BLOCK, MOE_BLOCK, WINDOWED_BLOCK, WINDOWED_MOE_BLOCK
+from memory_budget.architecture import BLOCK, MAMBA_BLOCK, MAMBA_MOE_BLOCK, MOE_BLOCK, WINDOWED_BLOCK, WINDOWED_MOE_BLOCK
 from memory_budget.units import format_gib, to_gib
 from minitron.report import plot_style, plots_data, plots_evaluation, plots_search
 from minitron.report.plot_style import GREY, MODELS, RED, draw_curve, new_axes, new_figure, viridis, viridis_map
@@ -23,7 +23,7 @@ PARTS = {
     "activations": ("activations", "#56B4E9"),
 }
 KIND_COLOURS = {"M": "#0072B2", "*": "#D55E00", "-": "#009E73", "E": "#CC79A7", BLOCK: "#56B4E9", WINDOWED_BLOCK: "#E69F00", MOE_BLOCK: "#CC79A7",
-                WINDOWED_MOE_BLOCK: "#882255"}  # fmt: skip
+                WINDOWED_MOE_BLOCK: "#882255", MAMBA_BLOCK: "#009E73", MAMBA_MOE_BLOCK: "#009E73"}  # fmt: skip
 AXES = {"hidden": "hidden channels", "ffn": "FFN neurons", "mamba_head": "Mamba-2 heads", "attention_head": "attention heads",
         "expert": "routed experts", "expert_ffn": "experts' neurons", "shared_ffn": "shared neurons"}  # fmt: skip
 CRITERIA = {

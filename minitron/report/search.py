@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from memory_budget.architecture import BLOCK, MOE_BLOCK, WINDOWED_BLOCK, WINDOWED_MOE_BLOCK, Architecture
+from memory_budget.architecture import BLOCK, MAMBA_BLOCK, MAMBA_MOE_BLOCK, MOE_BLOCK, WINDOWED_BLOCK, WINDOWED_MOE_BLOCK, Architecture
 from memory_budget.parameters import count_active_parameters
 from memory_budget.units import format_gib
 from minitron.report.summary import KIND_NAMES, best_first, chosen_candidate, cut_kinds, highest_rung, removed_layers
@@ -12,9 +12,10 @@ from minitron.report.text import Summary, change, duration, escaped, nats, speed
 Candidate = Mapping[str, Any]
 
 # Of the picture of layers, where a block is one character, and what it stands for.
-BLOCK_LETTERS = {BLOCK: "B", WINDOWED_BLOCK: "W", MOE_BLOCK: "E", WINDOWED_MOE_BLOCK: "X"}
+BLOCK_LETTERS = {BLOCK: "B", WINDOWED_BLOCK: "W", MOE_BLOCK: "E", WINDOWED_MOE_BLOCK: "X", MAMBA_BLOCK: "M", MAMBA_MOE_BLOCK: "M"}
 LEGENDS = {BLOCK: "B is a block of attention and FFN", WINDOWED_BLOCK: "W is a block of attention within a window and FFN",
-           MOE_BLOCK: "E is a block of attention and experts", WINDOWED_MOE_BLOCK: "X is a block of attention within a window and experts"}  # fmt: skip
+           MOE_BLOCK: "E is a block of attention and experts", WINDOWED_MOE_BLOCK: "X is a block of attention within a window and experts",
+           MAMBA_BLOCK: "M is a block of Mamba-2 and FFN", MAMBA_MOE_BLOCK: "M is a block of Mamba-2 and experts"}  # fmt: skip
 SIZES = (
     ("hidden", "hidden width", "M*-E"),
     ("ffn", "FFN neurons", "-"),

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from memory_budget.architecture import BLOCK, MOE_BLOCK, WINDOWED_BLOCK, WINDOWED_MOE_BLOCK, Architecture, as_dict
+from memory_budget.architecture import BLOCK, MAMBA_BLOCK, MAMBA_MOE_BLOCK, MOE_BLOCK, WINDOWED_BLOCK, WINDOWED_MOE_BLOCK, Architecture, as_dict
 from memory_budget.calculator import memory_report
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_active_parameters, count_total_parameters
@@ -34,7 +34,8 @@ REASONERS = {"teacher": "teacher", "student": "student", "student_whole": "stude
 OF_WIDTHS = ("width_curves", "experts")  # of summary["importance"], what the last of two laps says
 RUNGS = ("short_distill_loss", "zero_shot_loss")  # the highest first
 KIND_NAMES = {"M": "Mamba-2", "*": "attention", "-": "FFN", "E": "experts", BLOCK: "attention + FFN", WINDOWED_BLOCK: "attention within a window + FFN",
-              MOE_BLOCK: "attention + experts", WINDOWED_MOE_BLOCK: "attention within a window + experts"}  # of layers, by their letters  # fmt: skip
+              MOE_BLOCK: "attention + experts", WINDOWED_MOE_BLOCK: "attention within a window + experts", MAMBA_BLOCK: "Mamba-2 + FFN",
+              MAMBA_MOE_BLOCK: "Mamba-2 + experts"}  # of layers, by their letters  # fmt: skip
 
 
 def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:

@@ -124,6 +124,11 @@ def _at_shares(teacher: Architecture, shares: Mapping[str, float]) -> Architectu
     return completed(replace(teacher, pattern="".join(kept), **sizes), teacher, following(couplings_of(teacher), sizes))
 
 
+def _few_that_attend(teacher: Architecture) -> int:
+    """Layers with attention in a model where others have Mamba-2 in its place."""
+    return sum(kind == "*" or (kind.startswith("*") and "M" in teacher.pattern) for kind in teacher.layer_kinds)
+
+
 # Every setting that may be left open, in the order of conf/run.yaml.
 RULES: dict[str, Callable[[Model], Any]] = {
     "data.sequence_length": lambda model: model.row_tokens,
@@ -133,7 +138,7 @@ RULES: dict[str, Callable[[Model], Any]] = {
     "scoring.criterion": lambda model: "iterative_mse" if model.parameters < 50_000_000 else "block_influence",
     "throughput.input_tokens": lambda model: min(8192, max(1, model.workload.context_tokens // 3)),
     "throughput.output_tokens": lambda model: min(16384, max(1, model.workload.context_tokens // 3)),
-    "search.floors.attention": lambda model: -(-2 * model.architecture.layer_kinds.count("*") // 3),
+    "search.floors.attention": lambda model: -(-2 * _few_that_attend(model.architecture) // 3),
     **{f"search.{name}.low": lambda model, name=name: model.lows[name] for name in AXES},
     "prune.batch": lambda model: model.rows_at_once,
     "screen.cache_batch": lambda model: model.rows_at_once,

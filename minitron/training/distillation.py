@@ -158,7 +158,7 @@ def _attention(context: StageContext) -> str | None:
     """The attention that packed rows want on a GPU: one that goes by documents, where there is one; None leaves the model's own, or none."""
     settings = context.settings
     packed = any(map(_is_packed, phase_parts(settings))) and "*" in teacher_architecture(settings).mixers
-    flash = packed and pick_device(settings).type == "cuda" and has_flash_attention(settings.distill.train.precision)
+    flash = packed and pick_device(settings).type == "cuda" and has_flash_attention(teacher_architecture(settings), settings.distill.train.precision)
     return "flash_attention_2" if flash else None
 
 

@@ -15,6 +15,7 @@ from memory_budget.architecture import WINDOWED, Architecture
 from memory_budget.parameters import count_parameters, count_total_parameters, layer_parameters
 from memory_budget.units import format_gib
 from minitron.checkpoints.forward_work import has_mask, layer_numbers
+from minitron.families.known import FAMILIES
 from minitron.machine.memory import available_memory_bytes
 from minitron.settings.training import Optimizer, Precision, Router, TrainSettings
 from minitron.training.gpu_memory import BF16, FLOAT32, MicroStep, Moment
@@ -161,7 +162,7 @@ class PhaseMemory:
     def of(self, train: TrainSettings) -> TrainingMemory:
         """The plan of one process."""
         by_document, models = self.packed and self.on_gpu and "*" in self.teacher.mixers, (self.student, self.teacher)
-        if by_document and has_flash_attention(train.precision):  # which needs no masks, of windows neither
+        if by_document and has_flash_attention(self.teacher, train.precision):  # which needs no masks, of windows neither
             by_document, models = False, [replace(model, pattern=model.mixers) for model in models]
         return training_memory(*models, train, self.launch, sequence_length=self.sequence_length,
                                teacher_bytes_per_number=self.teacher_bytes_per_number, on_gpu=self.on_gpu, masked=by_document)  # fmt: skip
@@ -194,9 +195,9 @@ def loss_bytes(student: Architecture, teacher: Architecture, tokens: int) -> int
     return FLOAT32 * (2 * chunk + tokens * (2 * student.hidden + teacher.hidden) + student.vocab * student.hidden)
 
 
-def has_flash_attention(precision: Precision) -> bool:
-    """Whether attention can go by documents without a mask: by the package flash-attn, which computes in bf16."""
-    return precision is Precision.bf16 and importlib.util.find_spec("flash_attn") is not None
+def has_flash_attention(model: Architecture, precision: Precision) -> bool:
+    """Whether a model's attention can go by documents without a mask: by the package flash-attn, which computes in bf16."""
+    return precision is Precision.bf16 and not FAMILIES[model.model_type].documents_by_mask and importlib.util.find_spec("flash_attn") is not None
 
 
 def check_host(needed_bytes: int, stage: str) -> None:

@@ -47,6 +47,10 @@ _SIZES = {"hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 4, "n
           "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0, "dtype": "float32"}  # fmt: skip
 _MAMBA2 = {"hidden_size": 32, "num_hidden_layers": 4, "num_heads": 8, "state_size": 6, "conv_kernel": 4, "chunk_size": 16, "vocab_size": TINY.vocab,
            "layer_norm_epsilon": 1e-5, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "dtype": "float32"}  # fmt: skip
+# Multipliers of which none is a power of two, by which dividing and multiplying round.
+_GRANITE = {"num_key_value_heads": 3, "shared_intermediate_size": 56, "mamba_n_heads": 12, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 6,
+            "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 16, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+            "attention_multiplier": 0.3, "logits_scaling": 6.0, "num_local_experts": 0, "pad_token_id": 0}  # fmt: skip
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 MODELS = {
     "nemotron_h": NEMOTRON_H.hf_config(TINY_CONFIG, TINY),
@@ -66,8 +70,16 @@ MODELS = {
                     "layer_types": [_SLIDING, _SLIDING, _SLIDING, _FULL]},
     "mamba2 tied": {"model_type": "mamba2", **_MAMBA2, "expand": 2, "head_dim": 8, "n_groups": 2, "tie_word_embeddings": True},
     "mamba2 untied": {"model_type": "mamba2", **_MAMBA2, "expand": 1, "head_dim": 4, "n_groups": 4, "use_bias": True, "use_conv_bias": False},
+    "granite tied": {"model_type": "granitemoehybrid", **_SIZES, **_GRANITE, "layer_types": ["mamba", "attention", "mamba", "mamba"],
+                     "position_embedding_type": "rope", "tie_word_embeddings": True},
+    "granite untied": {"model_type": "granitemoehybrid", **_SIZES, **_GRANITE, "layer_types": ["attention", "attention", "mamba", "mamba"],
+                       "tie_word_embeddings": False, "attention_bias": True, "mamba_proj_bias": True, "mamba_conv_bias": False},
+    "granite experts": {"model_type": "granitemoehybrid", **_SIZES, **_GRANITE, "layer_types": ["mamba", "attention", "mamba", "mamba"],
+                        "tie_word_embeddings": True, "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 16,
+                        "shared_intermediate_size": 20},
 }  # fmt: skip
-ONES = tuple(name for name in MODELS if name not in ("mamba2 untied", "nemotron_h latent"))  # of which all is asked that is asked of every family
+NOT_ONES = ("mamba2 untied", "nemotron_h latent", "granite untied")
+ONES = tuple(name for name in MODELS if name not in NOT_ONES)  # of which all is asked that is asked of every family
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +110,8 @@ def _randomise(family: Family, architecture: Architecture, model: nn.Module, see
         if name.endswith("conv1d.weight"):
             value = normal(parameter, 0.5)
         elif last in ("embeddings", "embed_tokens"):
-            value = normal(parameter, 1 / family.embed_scale(architecture))
-        elif name.endswith("gate.weight"):  # a router, which sends many tokens to some experts and few to others
+            value = normal(parameter, 1 / family.embed_scale(architecture) / getattr(model.get_input_embeddings(), "multiplier", 1.0))
+        elif name.endswith(("gate.weight", "router.weight")):  # a router, which sends many tokens to some experts and few to others
             value = normal(parameter, 2 * parameter.shape[1] ** -0.5)
         elif parameter.ndim == 2:
             value = normal(parameter, parameter.shape[1] ** -0.5)

@@ -37,6 +37,12 @@ GOOD = {
         "architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "hidden_size": 2560, "num_hidden_layers": 64, "vocab_size": 50288, "expand": 2,
         "num_heads": 80, "head_dim": 64, "n_groups": 1, "state_size": 128, "conv_kernel": 4, "chunk_size": 256, "hidden_act": "silu", "use_bias": False,
         "use_conv_bias": True, "time_step_limit": [0.0, math.inf], "tie_word_embeddings": True, "max_position_embeddings": 131072},
+    "granitemoehybrid": {
+        "architectures": ["GraniteMoeHybridForCausalLM"], "model_type": "granitemoehybrid", "hidden_size": 1536, "num_hidden_layers": 4, "vocab_size": 100352,
+        "layer_types": ["mamba", "mamba", "attention", "mamba"], "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 128, "hidden_act": "silu",
+        "intermediate_size": 512, "shared_intermediate_size": 1024, "num_local_experts": 64, "num_experts_per_tok": 6, "mamba_expand": 2, "mamba_n_heads": 48,
+        "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_state": 128, "mamba_d_conv": 4, "mamba_chunk_size": 256, "mamba_proj_bias": False,
+        "position_embedding_type": "nope", "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 10000},
 }  # fmt: skip
 BLOCKS = [family for family in GOOD if family != "mamba2"]
 TENSORS = dict.fromkeys(BLOCKS, ("model.embed_tokens.weight", "model.norm.weight")) | {"mamba2": ("backbone.embeddings.weight",)}
@@ -145,6 +151,36 @@ CASES = {
         "no bias of the convolution": ({"use_conv_bias": False}, {("llama.cpp", "use_conv_bias")}),
         "vocabulary": ({"vocab_size": 50280}, {("llama.cpp", "vocab_size")}),
     },
+    "granitemoehybrid": {name: case for name, case in OF_BLOCKS.items() if name not in ("head_dim of no kernel", "odd head_dim", "ffn", "no head_dim")} | {
+        "modern words": ({"layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"]}, both("layer_types")),
+        "no words": ({"layer_types": GONE}, {("transformers", "layer_types"), ("llama.cpp", "position_embedding_type")} | both("layer_types")),
+        "too few words": ({"layer_types": ["mamba", "attention"]}, {("transformers", "layer_types")} | both("layer_types")),
+        "other query heads": ({"num_attention_heads": 8}, both(PRODUCT)),
+        "heads of no kernel": ({"num_attention_heads": 4, "head_dim": 384}, {("vLLM", "head_dim")}),
+        "width": ({"mamba_n_heads": 40}, {("transformers", "mamba_n_heads × mamba_d_head")}),
+        "channels by themselves": ({"mamba_d_head": "auto"}, {("transformers", "mamba_n_heads × mamba_d_head")}),
+        "expand": ({"mamba_expand": 4, "mamba_n_heads": 96}, {("llama.cpp", "mamba_expand")}),
+        "groups": ({"mamba_n_groups": 5}, both("mamba_n_groups")),
+        "no number of experts": ({"num_local_experts": GONE},
+                                 {("transformers", "num_local_experts"), ("llama.cpp", "num_experts_per_tok"), ("llama.cpp", "intermediate_size")}),
+        "no number of experts per token": ({"num_experts_per_tok": GONE}, {("llama.cpp", "num_experts_per_tok")}),
+        "dense, with a number of experts per token": ({"num_local_experts": 0, "intermediate_size": 1024}, {("llama.cpp", "num_experts_per_tok")}),
+        "dense, as wide as another": ({"num_local_experts": 0, "num_experts_per_tok": 0}, {("llama.cpp", "intermediate_size")}),
+        "dense": ({"num_local_experts": 0, "num_experts_per_tok": 0, "intermediate_size": 1024}, set()),
+        "no shared width": ({"shared_intermediate_size": GONE}, {("transformers", "shared_intermediate_size")}),
+        "odd rows": ({"intermediate_size": 508}, {("transformers", "rows of experts")}),
+        "positions": ({"position_embedding_type": "rope"}, {("llama.cpp", "position_embedding_type")}),
+        "positions in the new spelling": ({"position_embedding_type": "rope", "rope_theta": GONE, "rope_parameters": {"rope_theta": 5e5}},
+                                          {("llama.cpp", "position_embedding_type"), ("transformers", "rope_theta")}),
+        "attention alone": ({"layer_types": ["attention"] * 4, "position_embedding_type": "rope", "mamba_proj_bias": True, "vocab_size": 100351}, set()),
+        "attention alone, without positions": ({"layer_types": ["attention"] * 4}, {("llama.cpp", "position_embedding_type")}),
+        "activation": ({"hidden_act": "gelu"}, both("hidden_act")),
+        "wide convolution": ({"mamba_d_conv": 5}, {("vLLM", "mamba_d_conv")}),
+        "chunk": ({"mamba_chunk_size": 96}, {("vLLM", "mamba_chunk_size")}),
+        "clamped steps": ({"time_step_limit": [0.001, math.inf]}, both("time_step_limit")),
+        "projection bias": ({"mamba_proj_bias": True}, {("llama.cpp", "mamba_proj_bias")}),
+        "vocabulary": ({"vocab_size": 100350}, {("llama.cpp", "vocab_size")}),
+    },
 }  # fmt: skip
 # What a change of head_dim breaks besides.
 WITH_HEAD_DIM = {"qwen2": both(PRODUCT), "gemma3_text": {("llama.cpp", "query_pre_attn_scalar")}}
@@ -164,6 +200,11 @@ ADVICE = {
     "mamba2": ({"n_groups": 7, "num_heads": 63, "max_position_embeddings": GONE}, {
         ("vLLM", "lengths of rows"): "num_heads × head_dim 4,032", ("llama.cpp", "lengths of rows"): "num_heads × head_dim 4,032",
         ("transformers", "groups of the gated norm"): "7", ("transformers", "rows of in_proj"): "9,919", ("vLLM", "max_position_embeddings"): "absent"}),
+    "granitemoehybrid": ({"hidden_size": 1040, "num_attention_heads": 13, "head_dim": 80, "num_key_value_heads": 1, "mamba_n_heads": 26, "mamba_d_head": 80,
+                          "layer_types": ["mamba"] * 4}, {
+        ("vLLM", "lengths of rows"): "hidden_size 1,040, mamba_n_heads × mamba_d_head 2,080",
+        ("llama.cpp", "lengths of rows"): "hidden_size 1,040, mamba_n_heads × mamba_d_head 2,080",
+        ("transformers", "rows of in_proj"): "4,442", ("vLLM", "hidden_size"): "1040"}),
 }  # fmt: skip
 
 

@@ -93,22 +93,23 @@ def test_each_part_lowers_the_error_where_experts_are_dropped(one, rows, logits_
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("one", ["nemotron_h latent", "qwen3_moe"], indirect=True)
+@pytest.mark.parametrize("one", ["nemotron_h latent", "qwen3_moe", "granite experts"], indirect=True)
 def test_experts_trained_on_the_layers_output_come_closer_than_fitted_ones(one):
     layer, generator = layers_of_experts(one)[0], torch.Generator().manual_seed(6)
     own, residuals = one.family.parts(one.model).layers[layer], [torch.randn(8, 100, one.architecture.hidden, generator=generator) for _ in range(4)]
     student = one.family.parts(build_pruned(one.family, one.model, keeping(one, range(0, one.architecture.moe_num_experts, 2)), one.config)).layers[layer]
-    wanted, kept = [own(residual) - residual for residual in residuals], {}
+    added, kept = one.family.added_multiplier(one.config), {}
+    wanted = [(own(residual) - residual) / added for residual in residuals]
 
     def keep(name: str, tensor: torch.Tensor) -> None:
         kept[name] = tensor
         student.get_parameter(name).data = tensor
 
-    fit = ExpertsFit(student, residuals, [None] * 4, wanted, keep)
+    fit = ExpertsFit(student, residuals, [None] * 4, wanted, keep, added)
     done = fit.run(replace(NOTHING, refit_experts=True, refit_shared=True, local_steps=40), [], place="here")
     assert done.kept > 0 and done.after < 0.98 * done.before
-    assert {name.split(".")[-2] for name in kept} == {"up_proj", "down_proj"} | ({"gate_proj"} if one.architecture.model_type == "qwen3_moe" else set())
-    left = sum((target - student(residual) + residual).square().sum() for target, residual in zip(wanted, residuals, strict=True))
+    assert {name.split(".")[-2] for name in kept} == {"up_proj", "down_proj"} | (set() if one.architecture.model_type == "nemotron_h" else {"gate_proj"})
+    left = sum((target - (student(residual) - residual) / added).square().sum() for target, residual in zip(wanted, residuals, strict=True))
     assert left.item() == pytest.approx(done.after, rel=1e-4)  # what the fit keeps count of is what the layer is off by
 
 
@@ -124,7 +125,7 @@ def test_local_training_that_does_not_help_is_undone(asked):
     assert kept == (asked == "as it is") == (not torch.equal(linear.weight, before))
 
 
-@pytest.mark.parametrize("one", ["qwen3_moe"], indirect=True)
+@pytest.mark.parametrize("one", ["qwen3_moe", "granite experts"], indirect=True)
 def test_padding_is_no_token_of_an_expert(one, rows, logits_of):
     plan, recipe = keeping(one, (0, 2, 4)), replace(NOTHING, refit_experts=True)
     padded = [torch.cat([batch, torch.full((len(batch), 7), -1)], dim=1) for batch in rows]

@@ -22,7 +22,7 @@ from minitron.stages.distill import check_experts
 from minitron.training.expert_load import expert_load
 from minitron.training.steps import train_plan
 
-WITH_EXPERTS = pytest.mark.parametrize("one", ["nemotron_h experts", "qwen3_moe"], indirect=True)
+WITH_EXPERTS = pytest.mark.parametrize("one", ["nemotron_h experts", "qwen3_moe", "granite experts"], indirect=True)
 
 
 def gradients_of(experts: Experts, total_ND: torch.Tensor, hidden_ND: torch.Tensor, weights_NK: torch.Tensor) -> list[torch.Tensor]:

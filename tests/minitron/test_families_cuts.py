@@ -93,7 +93,8 @@ def test_reordering_the_units_of_any_axis_leaves_the_logits(one, reordered, logi
 
 def test_units_across_groups_and_kv_heads_without_their_query_heads_move_the_logits(one, reordered, logits_of):
     for axis, orders in orders_of(one.architecture).items():
-        if axis in (ATTENTION_HEAD, MAMBA_HEAD) or axis == EXPERT and one.architecture.moe_groups > 1:
+        groups = {ATTENTION_HEAD: one.architecture.num_key_value_heads, MAMBA_HEAD: one.architecture.mamba_num_groups, EXPERT: one.architecture.moe_groups}
+        if groups.get(axis, 1) > 1:
             number = len(orders[axis])
             assert difference(logits_of(reordered({axis: (number - 1, *range(1, number - 1), 0)})), logits_of(one.model)) > 0.01, axis
         if axis == KEY_VALUE_HEAD:
@@ -184,10 +185,10 @@ def test_its_config_json_is_read_back_as_the_same_architecture(one, hard_plan, w
 
 
 def test_without_head_dim_it_would_be_another_model(one, hard_plan, written):
-    """Why it is always written: a loader takes hidden size over heads, or a number of its own; Qwen2's students alone keep the former, by their equation."""
+    """Why it is always written: a loader takes hidden size over heads, or a number of its own; Qwen2 and Granite keep the former, by an equation."""
     config = {name: value for name, value in read_config(written).items() if name != "head_dim"}
     try:
-        assert (architecture_from_config(config) == hard_plan.student) == (one.config["model_type"] == "qwen2")
+        assert (architecture_from_config(config) == hard_plan.student) == (one.config["model_type"] in ("qwen2", "granitemoehybrid"))
     except ValueError as error:
         assert "head_dim" in str(error) or "attention heads" in str(error)
 

@@ -18,7 +18,8 @@ from minitron.families.table import BUFFER
 from minitron.pruning.cut import build_pruned
 from minitron.pruning.plan import PruningPlan, expert_place
 
-WITH_EXPERTS = pytest.mark.parametrize("one", ["nemotron_h experts", "qwen3_moe"], indirect=True)
+WITH_EXPERTS = pytest.mark.parametrize("one", ["nemotron_h experts", "qwen3_moe", "granite experts"], indirect=True)
+SOME_WITHOUT = pytest.mark.parametrize("one", ["nemotron_h experts", "qwen3_moe"], indirect=True)  # layers
 
 
 def difference(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -98,7 +99,7 @@ def test_experts_that_no_token_reaches_go_without_a_trace(one, token_ids, logits
         assert difference(logits_of(without(unscaled, idle), ids), logits_of(unscaled.model, ids)) > 1e-3
 
 
-@WITH_EXPERTS
+@SOME_WITHOUT
 def test_a_cut_that_leaves_no_layer_of_experts_is_a_dense_model(one, logits_of):
     kept = tuple(layer for layer, kinds in enumerate(one.architecture.layer_kinds) if "E" not in kinds)
     student = replace(one.architecture, pattern="".join(one.architecture.layer_kinds[layer] for layer in kept))

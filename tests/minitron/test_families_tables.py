@@ -1,15 +1,17 @@
 """What every family says of its tensors and their names, of the keys that compute, and of where activations are read, against transformers' own models."""
 
+import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_total_parameters
+from minitron.checkpoints.files import Checkpoint
 from minitron.families.base import HIDDEN, TensorAxes
 from minitron.families.config_json import transformers_config
 from minitron.families.known import FAMILIES, family_of
@@ -43,6 +45,7 @@ def test_every_tensor_is_in_the_table_with_its_shape_and_counted(one):
 
 
 # Sizes of published config.json files, and the parameters that their safetensors hold.
+GRANITES = json.loads((Path(__file__).parents[1] / "memory_budget/recurrent.json").read_text())["published"]
 LLAMA3 = {"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
 PUBLISHED = {
     "NVIDIA-Nemotron-Nano-12B-v2-Base": (12_310_001_152, CONF_FOLDER / "architectures/nemotron-nano-12b-v2-base.json"),
@@ -56,6 +59,8 @@ PUBLISHED = {
     "Qwen3-8B": (8_190_735_360, "qwen3-8b"),
     "gemma-3-1b": (999_885_952, {"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "vocab_size": 262144,
                                  "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512}),
+    "granite-4.0-h-350m": (340_332_224, GRANITES["granite-4.0-h-350m"]["config"]),
+    "granite-4.0-h-micro": (3_191_396_096, GRANITES["granite-4.0-h-micro"]["config"]),
 }  # fmt: skip
 
 
@@ -72,6 +77,8 @@ def test_published_models_have_the_tensors_of_the_table_and_their_published_numb
 PUBLISHED_WITH_EXPERTS = {
     "Qwen3-30B-A3B": (30_532_122_624, {"model_type": "qwen3_moe", "num_hidden_layers": 48, "head_dim": 128}),
     "Nemotron-3-Nano-30B-A3B": (31_577_937_344, "nemotron-3-nano-30b-a3b"),
+    "granite-4.0-h-tiny": (6_939_037_248, GRANITES["granite-4.0-h-tiny"]["config"]),
+    "granite-4.0-h-small": (32_207_337_984, GRANITES["granite-4.0-h-small"]["config"]),
 }
 
 
@@ -151,8 +158,7 @@ def test_experts_that_are_too_many_or_too_few_are_named(one):
 def test_file_names_are_those_that_transformers_saves_and_come_back(one, tmp_path):
     """Of the class as transformers has it, which stacks experts."""
     type(one.model)._from_config(transformers_config(one.config)).save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as saved:
-        names = set(saved.keys())
+    names = set(Checkpoint(tmp_path).entries)
     canonical = model_tensors(one.family, one.model)
     assert {one.family.file_name(name) for name in canonical} == names
     assert {one.family.canonical_name(name) for name in names} == canonical.keys()
@@ -210,7 +216,7 @@ IDLE = {
     "initializer_range", "rescale_prenorm_residual", "time_step_max", "time_step_floor", "dtype", "attention_dropout", "pad_token_id", "_name_or_path",
     "is_encoder_decoder", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "max_position_embeddings", "use_cache",
     "time_step_min",  # transformers clamps by it; a stage's model, and one that is handed over, does not
-    "chunk_size", "use_mamba_kernels",  # the same sums in another order
+    "chunk_size", "mamba_chunk_size", "use_mamba_kernels",  # the same sums in another order
     "time_step_rank",  # Mamba2 reads it, and uses it for nothing
     "router_aux_loss_coef",  # of a loss
 }  # fmt: skip
@@ -254,7 +260,8 @@ GEMMA = {"model_type": "gemma3_text"}
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "gpt2"}, r"'gpt2' cannot be pruned; supported: nemotron_h, llama, mistral, qwen2, qwen3, qwen3_moe, gemma3_text, mamba2"),
+        ({"model_type": "gpt2"}, r"'gpt2' cannot be pruned; supported: nemotron_h, llama, mistral, qwen2, qwen3, qwen3_moe, gemma3_text, mamba2, "
+                                    r"granitemoehybrid"),
         ({}, r"None cannot be pruned; supported: nemotron_h, llama, "),
         ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, r"quantization_config is there \(gptq\)"),
         ({"model_type": "llama", "quantization_config": None}, None),

@@ -57,6 +57,9 @@ STUDENTS = {
     "nemotron_h": (False, "hidden: 96, key_value_heads: 1, mamba_heads: 8, experts: 6, expert_ffn: 48, shared_ffn: 64",
                    ("mixer.gate.weight", "mixer.gate.e_score_correction_bias", "mixer.experts.3.up_proj.weight", "mixer.shared_experts.down_proj.weight")),
     "mamba2": (True, "layers: 3, hidden: 96", ("backbone.layers.1.mixer.out_proj.weight", "backbone.layers.1.mixer.A_log")),
+    "granitemoehybrid": (True, "layers: 3, key_value_heads: 1, experts: 6, expert_ffn: 48, shared_ffn: 64",
+                         ("layers.0.mamba.A_log", "layers.1.self_attn.v_proj.weight", "block_sparse_moe.gate.weight", "experts.3.down_proj.weight",
+                          "layers.1.shared_mlp.output_linear.weight")),
 }  # fmt: skip
 
 UNGATED = {"nemotron_h": {"plain_experts": True, "mamba_ssm_cache_dtype": "float32"}}  # what vLLM lacks on a CPU, and vllm_engine.py stands in for

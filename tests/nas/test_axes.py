@@ -7,7 +7,7 @@ import pytest
 from memory_budget.architecture import Architecture
 from memory_budget.workload import Workload
 from minitron.families.blocks import transformers_config
-from minitron.families.llama import FAMILY as LLAMA
+from minitron.families.llama import LLAMA
 from minitron.families.qwen import QWEN3
 from minitron.pruning.plan import make_plan
 from minitron.search.space import check_search, space_of

@@ -21,7 +21,7 @@ and write, I inputs of a matrix.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ from minitron.pruning.refits.local_training import train_locally, trainable
 
 AT_ONCE = 4096  # tokens of an expert whose neurons exist at a time
 BEHIND_LATENT = "mixer.fc2_latent_proj"
-SHARED_EXPERT = "mixer.shared_experts"
+SHARED_EXPERT = ("mixer.shared_experts", "mixer.shared_mlp")  # whichever a family has
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +70,12 @@ class _Listener(nn.Module):
 
 class ExpertsFit:
     """The fit of a student's layer. `residuals` [B, T, K] are the student's before it, `masks` [B, T] say which tokens are real, `missing` gives for every
-    batch what the layer should add, [B, T, K]; `keep` stores a matrix by its name in the layer, rounded, in the block too."""
+    batch what the mixer should give, [B, T, K]; `keep` stores a matrix by its name in the layer, rounded, in the block too; `added` is what the layer
+    multiplies by before it adds."""
 
     def __init__(self, block: nn.Module, residuals: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], missing: Iterable[torch.Tensor],
-                 keep: Callable[[str, torch.Tensor], None]):  # fmt: skip
+                 keep: Callable[[str, torch.Tensor], None], added: float = 1.0):  # fmt: skip
+        self.added = added
         self.block, self.experts, self.residuals, self.masks, self.keep = block, experts_of(block), residuals, masks, keep
         behind = dict(block.named_modules()).get(BEHIND_LATENT)
         self.behind = behind if isinstance(behind, nn.Linear) else None
@@ -111,24 +113,25 @@ class ExpertsFit:
     def _error(self) -> float:
         return float(self.error_NK.square().sum(dtype=torch.float64))
 
-    @property
-    def _shared(self) -> nn.Module | None:
-        return dict(self.block.named_modules()).get(SHARED_EXPERT)
+    @cached_property
+    def _shared(self) -> str | None:
+        """The shared expert's name in the layer; None where it has none."""
+        return next((name for name, _ in self.block.named_modules() if name in SHARED_EXPERT), None)
 
     def _train_shared(self, steps: int) -> bool:
-        own = trainable(self._shared)
-        given_NK = torch.cat([given_nK for _, given_nK in self._walk(self._shared)])
-        self._give_shared(given_NK, 1.0)  # what is missing is now what it should give: no second copy of all tokens
+        shared = self.block.get_submodule(self._shared)
+        own, given_NK = trainable(shared), torch.cat([given_nK for _, given_nK in self._walk(shared)])
+        self._give(shared, given_NK, 1.0)  # what is missing is now what it should give: no second copy of all tokens
         kept = train_locally(own, lambda tokens_n: own(given_NK[tokens_n]), self.error_NK, steps=steps, batch=SHARED_BATCH)
         if kept:
             for name, tensor in own.named_parameters():
-                self.keep(f"{SHARED_EXPERT}.{name}", tensor.detach())
-        self._give_shared(given_NK, -1.0)
+                self.keep(f"{self._shared}.{name}", tensor.detach())
+        self._give(shared, given_NK, -1.0)
         return kept
 
-    def _give_shared(self, given_NK: torch.Tensor, times: float) -> None:
+    def _give(self, shared: nn.Module, given_NK: torch.Tensor, times: float) -> None:
         for error_nK, given_nK in zip(self.error_NK.split(AT_ONCE), given_NK.split(AT_ONCE), strict=True):
-            error_nK.add_(self._shared(given_nK), alpha=times)
+            error_nK.add_(shared(given_nK), alpha=times)
 
     def _train_expert(self, number: int, steps: int) -> bool:
         own, (tokens_n, places_n) = trainable(self.experts[number]), self.sent.of(number)
@@ -203,6 +206,7 @@ class ExpertsFit:
         try:
             for residual_BTK, mask in zip(self.residuals, self.masks, strict=True):
                 added_BTK = self.block(residual_BTK) - residual_BTK
+                added_BTK = added_BTK if self.added == 1 else added_BTK / self.added
                 yield _Told(*(_real(values, mask) for values in (*listener.heard, added_BTK))), _real(inner.pop(), mask) if inner else None
         finally:
             self.block.mixer.experts = self.experts
@@ -212,7 +216,7 @@ class ExpertsFit:
 
 def is_trained(name: str) -> bool:
     """Whether a layer's tensor is one that local training may change."""
-    return expert_of(name) is not None or f".{SHARED_EXPERT}." in name
+    return expert_of(name) is not None or any(f".{shared}." in name for shared in SHARED_EXPERT)
 
 
 def _now(linear: nn.Linear) -> torch.Tensor:
