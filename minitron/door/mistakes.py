@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from minitron.machine.interrupts import heard
 from minitron.settings.names import did_you_mean, nearest, no_setting
 from minitron.walk.store import NOT_WRITABLE
 
@@ -24,6 +25,8 @@ def users_mistakes() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if heard():  # a library has made an error of its own of an interrupt
+            raise KeyboardInterrupt from error
         said = _said(error)
         if said is None or os.environ.get("MINITRON_FULL_ERROR"):
             raise

@@ -86,12 +86,13 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def begin(reference: Reference, runs: Path, first: int, *, alone: bool = False, measured: bool = True) -> None:
-    """A copy of the reference without the result of the number `first` and all after it, or without it `alone`; with what was `measured`, or without."""
+    """A copy of the reference without the result of the number `first` and all after it, or without it `alone`; with what was `measured`, or without where
+    some stage will ask for it again."""
     shutil.copytree(reference.runs, runs, symlinks=True)
     for number, place in enumerate(reference.places):
         if number == first or (number > first and not alone):
             shutil.rmtree(runs / place)
-    if not measured:
+    if not measured and not (runs / reference.places[reference.number_of("evaluate")]).exists():
         shutil.rmtree(runs / "store" / "measurements", ignore_errors=True)
 
 
