@@ -39,7 +39,7 @@ def _said(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, ValueError | HydraException | OmegaConfBaseException):
         return one_line(error), 2
     if isinstance(error, OSError) and error.errno is None and NUMPYS.match(str(error)):
-        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), error.filename)
     named = OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
     if named:
         error = OSError(int(named[2]), os.strerror(int(named[2])))

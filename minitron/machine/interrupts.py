@@ -2,7 +2,7 @@
 
 An interrupt is raised as KeyboardInterrupt wherever Python happens to be, and not from everywhere does it get through. A callback of other languages' code or
 a finaliser has it printed and forgotten; a library makes an error of its own of it, or passes it over; an import that is broken off there is taken for a
-library that is missing. So what was heard is remembered: within an import it waits for the import's end, and where nobody is dealing with it it is raised again.
+library that is missing. So what was heard is remembered: within an import it waits for the import's end, and where nobody deals with it it is raised again.
 """
 
 import os
@@ -102,10 +102,10 @@ def _at_the_top(hook: Callable) -> Callable:
     """An interrupt that came while another one was being answered is nobody's any more."""
 
     def at_the_top(kind: type[BaseException], error: BaseException, trace: object) -> None:
-        if not heard():
-            return hook(kind, error, trace)
-        say()
-        _leave(INTERRUPTED)
+        if heard():
+            say()
+            _leave(INTERRUPTED)
+        hook(kind, error, trace)
 
     return at_the_top
 

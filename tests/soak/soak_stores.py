@@ -99,7 +99,7 @@ def begin(reference: Reference, runs: Path, first: int, *, alone: bool = False, 
 def something_to_do(reference: Reference, runs: Path, chance: random.Random) -> None:
     """Takes one of the quick results, or the report, away from a store in which all is done."""
     quick = [number for number, seconds in enumerate(reference.seconds) if seconds <= sorted(reference.seconds)[len(reference.seconds) // 2]]
-    shutil.rmtree(runs / reference.places[chance.choice([*quick, reference.report])])
+    shutil.rmtree(runs / reference.places[chance.choice([*quick, reference.report])], ignore_errors=True)  # the report may not be there yet
 
 
 def half_made(reference: Reference, runs: Path, *, rounding: bool = False) -> list[str]:
