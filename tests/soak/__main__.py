@@ -186,7 +186,7 @@ def say(faults: Counter, wrong: int, seconds: float, folder: Path, left: list[st
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="soak", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lives", type=int, default=40, help="walks of five faults each")
+    parser.add_argument("--lives", type=int, default=24, help="walks of five faults each")
     parser.add_argument("--threes", type=int, default=20, help="three runs on one store, some of them killed")
     parser.add_argument("--twos", type=int, default=6, help="the same with two")
     parser.add_argument("--processes", type=int, default=3, help="walks in one process and in two by turns")
