@@ -42,7 +42,7 @@ def _said(error: Exception) -> tuple[str, int] | None:
         return one_line(error), 2
     if isinstance(error, RuntimeError) and world_size() > 1 and PROCESS_GONE.search(f"{type(error).__name__} {error}"):
         return "another process of this run has gone, or cannot be reached; what is done is kept, and the same command goes on from there", 1
-    if isinstance(error, OSError) and error.errno is None and NUMPYS.match(str(error)):
+    if isinstance(error, OSError) and error.errno is None and error.args and NUMPYS.match(str(error.args[0])):
         error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), error.filename)
     named = OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
     if named:

@@ -144,7 +144,7 @@ def main() -> int:
 
     reference = make_reference(start, options.reference or folder, walk.SMALL, preloaded=library is not None)
     mounts = soak_lives.can_mount(reference.runs / "store")
-    print(f"undisturbed in {time.monotonic() - began:.0f} s: {', '.join(reference.places)}")
+    print(f"undisturbed in {time.monotonic() - began:.0f} s: {', '.join(reference.places)}", flush=True)
     print(f"faults of calls by {'a preloaded library' if library else 'a stand-in in Python (no C compiler, or no Linux)'}; "
           f"disks of their own: {'yes' if mounts else 'no (mounting needs root)'}", flush=True)  # fmt: skip
     soak = Soak(start, walk.SMALL, reference, library is not None)
