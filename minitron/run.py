@@ -4,9 +4,7 @@ Exit codes: 0 done · 2 the user's mistake, one line on stderr · 1 anything els
 """
 
 import os
-import signal
 import sys
-from contextlib import suppress
 
 # Said before what an older Python cannot read is imported; this file itself it can.
 if sys.version_info < (3, 11):  # noqa: UP036
@@ -32,38 +30,38 @@ os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
 
 def main() -> int:
     """The command; gives the exit code."""
-    try:
-        hear_interrupts()
-        from minitron.door.command import command  # seconds, in which an interrupt is heard too
+    from minitron.machine import interrupts
 
-        return command(sys.argv[1:])
+    code = 1
+    try:
+        interrupts.hear()
+        code = _command()
     except KeyboardInterrupt:
-        leave_at_once()
+        code = interrupts.INTERRUPTED
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    except BaseException:  # some libraries' panics are no Exception
+        if not interrupts.heard():
+            raise
+        code = interrupts.INTERRUPTED
+    finally:
+        interrupts.nothing_left(code)
+    if code == interrupts.INTERRUPTED:
         exec("")  # an interrupt inside exec of text, as dataclasses do it, makes Python end by SIGINT whatever is caught, unless some text goes well after it
-        print("interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
-        return 130
+        interrupts.say()
+    return code
+
+
+def _command() -> int:
+    try:
+        from minitron.door.command import command  # seconds, in which an interrupt is heard too
     except ModuleNotFoundError as error:
         if error.name not in ("hydra", "omegaconf", "numpy", "torch", "rich"):
             raise
         print(f"error: {error.name} is not installed for {sys.executable}; `make install` makes .venv with all of it: .venv/bin/python", file=sys.stderr)
         return 2
-    finally:
-        leave_at_once()
-
-
-def leave_at_once() -> None:
-    """From here on nothing is left to do but to go, which takes torch a moment: an interrupt then ends it, instead of a trace of whatever is being let go."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # nobody reads it any more
-            stream.flush()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda _number, _frame: os._exit(130))
-
-
-def hear_interrupts() -> None:
-    """SIGINT is heard also by what a shell has started in the background, which would ignore it; and a scheduler's SIGTERM is an interrupt too."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    return command(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ CALLS = {call.__name__: call for call in (door, worker, snippet)}
 
 
 def import_once() -> None:
-    """Every module that computes, and the worker; no threads are started and no random numbers drawn by it."""
+    """Every module that computes, the one that draws, and the worker; no threads are started and no random numbers drawn by it."""
     import importlib.util
     import pkgutil
 
@@ -165,6 +165,8 @@ def import_once() -> None:
         for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
             if not found.name.endswith("__main__"):
                 importlib.import_module(found.name)
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401 with its fonts, which every report's plots take
     from transformers.models.nemotron_h import modeling_nemotron_h  # noqa: F401
 
     spec = importlib.util.spec_from_file_location("worker", WORKER)

@@ -10,12 +10,15 @@ from contextlib import contextmanager
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from minitron.machine.interrupts import heard
+from minitron.machine.processes import world_size
 from minitron.settings.names import did_you_mean, nearest, no_setting
 from minitron.walk.store import NOT_WRITABLE
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NUMPYS = re.compile(r"Not enough free space to write|\d+ requested and \d+ written")  # of a disk that is full, without an errno
 OS_ERROR = re.compile(r"(.*?)\s*\(os error (\d+)\)")  # as safetensors words it
+PROCESS_GONE = re.compile(r"gloo/transport|Dist\w+Error|NCCL")  # as torch words it in the processes that are left
 
 
 @contextmanager
@@ -24,6 +27,8 @@ def users_mistakes() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if heard():  # a library has made an error of its own of an interrupt
+            raise KeyboardInterrupt from error
         said = _said(error)
         if said is None or os.environ.get("MINITRON_FULL_ERROR"):
             raise
@@ -35,8 +40,10 @@ def _said(error: Exception) -> tuple[str, int] | None:
     """The line and the exit code; None for what is neither the user's nor the system's."""
     if isinstance(error, ValueError | HydraException | OmegaConfBaseException):
         return one_line(error), 2
-    if isinstance(error, OSError) and error.errno is None and NUMPYS.match(str(error)):
-        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if isinstance(error, RuntimeError) and world_size() > 1 and PROCESS_GONE.search(f"{type(error).__name__} {error}"):
+        return "another process of this run has gone, or cannot be reached; what is done is kept, and the same command goes on from there", 1
+    if isinstance(error, OSError) and error.errno is None and error.args and NUMPYS.match(str(error.args[0])):
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), error.filename)
     named = OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
     if named:
         error = OSError(int(named[2]), os.strerror(int(named[2])))

@@ -31,4 +31,3 @@ def kept(folder: Path, measure: str, *, of: Mapping[str, Any], make: Callable[[]
             found = json.loads(json.dumps({"of": of, "measured": make()}))
             write_json(path, found | {"digest": digest_of(found)})
     return found["measured"]
-

@@ -29,14 +29,15 @@ def train_plan(settings: TrainSettings) -> TrainPlan:
 
 
 @contextmanager
-def tracked_steps(context: StageContext, description: str, tokens: int, *, loss_name: str, tracker: Tracker | None = None
+def tracked_steps(context: StageContext, description: str, tokens: int, *, loss_name: str, tracker: Tracker | None = None, alone: bool = False
                   ) -> Iterator[Callable[[StepRecord], None]]:  # fmt: skip
     """Yields on_step(record): advances the bar, appends to metrics.jsonl and tells the tracker, one of its own unless given.
 
     Where there is a saved state to go on from, that is said; lines of steps that will be done again are dropped. What the tracker's run is left with as its
-    loss is the mean of the last steps, as the headline says it.
+    loss is the mean of the last steps, as the headline says it. `alone`: in the first process, while the others wait for the stage's result.
     """
-    for damaged in processes.from_first(drop_damaged(context.folder) if processes.rank() == 0 else None):
+    damages = drop_damaged(context.folder) if processes.rank() == 0 else None
+    for damaged in damages if alone else processes.from_first(damages):
         context.console.say(damaged)
     path, saved = context.folder / METRICS_FILE, newest_state(context.folder)
     before = saved.facts["record"] if saved else {"tokens": 0}

@@ -52,7 +52,7 @@ def train_tiny_teacher(context: StageContext) -> dict:
     model = NEMOTRON_H.build(config).to(pick_device(settings))
     rows = np.load(context.inputs["data"].folder / "train.npy", mmap_mode="r")
     plan = train_plan(settings.teacher.train)
-    with tracked_steps(context, "training teacher", plan.tokens, loss_name="loss") as on_step:
+    with tracked_steps(context, "training teacher", plan.tokens, loss_name="loss", alone=True) as on_step:
         batches = RowBatches(rows, settings.teacher.train.batch, settings.seed, num_tokens=context.inputs["data"].facts["train_tokens"])
         last = train_phases(model, [Phase(batches, plan)], next_token_objective, folder=context.folder, on_step=on_step, held_out=_held_out(context))
     folder = context.folder / "checkpoint"

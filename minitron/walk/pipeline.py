@@ -18,7 +18,7 @@ from typing import Any
 from minitron.machine import processes
 from minitron.settings.run import CheckInputs, Settings
 from minitron.walk.console import Console
-from minitron.walk.integrity import SMALL_BYTES
+from minitron.walk.integrity import SMALL_BYTES, named
 from minitron.walk.laps import depth_lap, width_lap
 from minitron.walk.need import nothing_to_cut
 from minitron.walk.saved import save_settings
@@ -188,9 +188,10 @@ def run_stage(name: str, settings: Settings, results: Mapping[str, Result], cons
             discard(folder)
         _check_inputs(name, settings, results, console)
         folder.mkdir(parents=True, exist_ok=True)
-        with still_there(folder):
-            record = _run(name, settings, folder, results, console)
-        result = finish(folder, record)
+        with named(folder):
+            with still_there(folder):
+                record = _run(name, settings, folder, results, console)
+            result = finish(folder, record)
     console.headline(name, f"{result.facts['headline']} ({result.record['seconds']:,.0f} s)")
     return processes.from_first(result), False
 

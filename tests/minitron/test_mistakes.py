@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from minitron.door.mistakes import users_mistakes
+from minitron.walk.integrity import named
 
 
 def said(capsys, action) -> tuple[int, str]:
@@ -42,6 +43,22 @@ def test_what_the_system_refuses_is_one_line_that_names_the_file(number, code, w
 
     found, line = said(capsys, refused)
     assert found == code and line.startswith("error: /runs/file: ") and line.count("\n") == 1 and words in line
+
+
+@pytest.mark.parametrize(("processes", "ends"), [("2", SystemExit), ("1", RuntimeError)], ids=["of a launch", "control: alone"])
+def test_a_process_that_has_gone_is_one_line_in_those_that_are_left(processes, ends, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(ends), users_mistakes():
+        raise RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:39639.")
+    assert capsys.readouterr().err.startswith("error: another process of this run has gone") == (ends is SystemExit)
+
+
+def test_a_full_disk_that_numpy_tells_of_is_named_by_who_knows_the_folder(small_files, capsys, tmp_path):
+    def written():
+        with named(tmp_path):
+            np.save(tmp_path / "rows.npy", np.zeros(10_000))
+
+    assert said(capsys, written)[1].startswith(f"error: {tmp_path}: no room is left on the disk")
 
 
 def test_an_error_of_another_kind_goes_on(capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import soak_standin
 from soak_faults import Fault, codes_of
-from soak_lives import Soak, can_mount, done_twice, flips, full_disk, one_run, read_only_disk, several_runs
+from soak_lives import Soak, Told, can_mount, done_twice, flips, full_disk, one_run, read_only_disk, several_runs
 from soak_runs import Ended
 from soak_stores import begin, differences, half_made, read_reference
 
@@ -28,12 +28,24 @@ def soak(walk, fork_server, tmp_path_factory) -> Soak:
     return Soak(start, walk.settings[1:], read_reference(runs, "tiny"), False)
 
 
-@pytest.fixture
-def disk(tmp_path) -> Path:
-    """A folder in which a disk can be mounted."""
-    if not can_mount(tmp_path):
-        pytest.skip("mounting a disk needs root")
-    return tmp_path
+@pytest.fixture(scope="module")
+def lives(soak, tmp_path_factory) -> dict[str, Told]:
+    """Every kind of life once; those on disks of their own where this user may mount one."""
+
+    def folder(name: str) -> Path:
+        return tmp_path_factory.mktemp(name).resolve()
+
+    prune, shortlist = soak.reference.number_of("prune"), soak.reference.number_of("shortlist")
+    lived = {
+        "prune": one_run(soak, folder("prune"), random.Random("suite/0"), first=prune, faults=7, alone=True),
+        "shortlist": one_run(soak, folder("shortlist"), random.Random("suite/2"), first=shortlist, faults=7, alone=True),
+        "three": several_runs(soak, folder("three"), random.Random("suite"), first=prune, number=3, alone=True),
+    }
+    lived |= {f"flip {number}": told for number, told in enumerate(flips(soak, folder("flips"), random.Random("suite"), number=2))}
+    if can_mount(disk := folder("full")):
+        lived["full"] = full_disk(soak, disk, random.Random("suite"), first=prune, times=2, alone=True)
+        lived["read-only"] = read_only_disk(soak, folder("read-only"), random.Random("suite"), first=prune, alone=True)
+    return lived
 
 
 @pytest.fixture
@@ -43,36 +55,25 @@ def copy(soak, tmp_path) -> Path:
     return tmp_path / "runs"
 
 
-def test_after_faults_of_every_kind_the_student_is_the_same_bit_for_bit(soak, tmp_path):
-    faults: Counter = Counter()
-    for number, (stage, times) in enumerate({"prune": 8, "search": 6, "shortlist": 6}.items()):
-        folder = tmp_path / stage
-        folder.mkdir()
-        told = one_run(soak, folder, random.Random(f"suite/{number}"), first=soak.reference.number_of(stage), faults=times, alone=True)
-        assert told.wrong == [], told.steps
-        faults += told.faults
-    assert faults.total() >= LEAST_FAULTS and len(faults) >= 5, faults
+def told_of(lives: dict[str, Told], name: str) -> Told:
+    if name not in lives:
+        pytest.skip("mounting a disk needs root")
+    return lives[name]
 
 
-def test_of_three_runs_on_a_store_some_are_killed_and_the_others_end_as_ever(soak, tmp_path):
-    told = several_runs(soak, tmp_path, random.Random("suite"), first=soak.reference.number_of("prune"), number=3, alone=True)
-    assert told.wrong == [], told.steps
+@pytest.mark.parametrize("name", ["prune", "shortlist", "three", "flip 0", "flip 1", "full", "read-only"])
+def test_whatever_befalls_a_run_the_student_is_the_same_bit_for_bit(name, lives):
+    told = told_of(lives, name)
+    assert told.wrong == [], (told.title, told.steps)
 
 
-def test_a_flipped_bit_is_named_and_the_next_run_heals_it(soak, tmp_path):
-    for told in flips(soak, tmp_path, random.Random("suite"), number=2):
-        assert told.wrong == [], (told.title, told.steps)
+def test_the_faults_were_many_and_of_many_kinds(lives):
+    faults = sum((told.faults for told in lives.values()), Counter())
+    assert faults.total() >= LEAST_FAULTS and len(faults) >= 5, (faults, [told.steps for told in lives.values()])
 
 
-def test_a_disk_that_is_full_loses_nothing(soak, disk):
-    told = full_disk(soak, disk, random.Random("suite"), first=soak.reference.number_of("prune"), alone=True)
-    assert told.wrong == [] and told.faults.total() >= 1, told.steps
-
-
-def test_of_a_disk_that_cannot_be_written_to_what_is_done_is_reported(soak, disk):
-    told = read_only_disk(soak, disk, random.Random("suite"), first=soak.reference.number_of("prune"), alone=True)
-    assert told.wrong == [], told.steps
-    assert told.faults == {"read-only disk": 1, "finished on a read-only disk": 3}
+def test_of_a_disk_that_cannot_be_written_to_what_is_done_is_reported(lives):
+    assert told_of(lives, "read-only").faults == {"read-only disk": 1, "finished on a read-only disk": 3}
 
 
 # Controls: what the soak looks at is seen.
@@ -111,4 +112,3 @@ def test_a_stage_that_is_finished_twice_is_seen(tmp_path):
     file = tmp_path / "runs" / "store" / "prune" / "key" / "done.json"
     assert done_twice(f"1 n {file}\n2 n {file}\n", tmp_path / "runs", set()) and done_twice(f"1 n {file}\n", tmp_path / "runs", {file.parent})
     assert not done_twice(f"1 n {file}\n", tmp_path / "runs", set())
-

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -29,6 +30,8 @@ from soak_stores import Reference, read_reference
 TESTS = Path(__file__).resolve().parent.parent
 REPOSITORY = TESTS.parent
 NAME = "tiny"
+Life = Callable[[Path, random.Random], list[Told]]
+MOST_LEFT = 4  # files outside the runs folder, whatever befell how many runs
 
 
 def loaded(path: Path):
@@ -50,11 +53,11 @@ def environment_of(folder: Path, library: Path | None) -> dict[str, str]:
     """What runs get: one thread each, offline, this checkout's code, a cache folder of their own, and the library."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("HYDRA", "MINITRON", "WANDB", "TRANSFORMERS", "FORCE_COLOR", "SOAK"))}
     own |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1",
-            "XDG_CACHE_HOME": str(folder / "cache")}  # fmt: skip
+            "XDG_CACHE_HOME": str(folder / "cache"), "TMPDIR": str(folder / "temporary")}  # fmt: skip
     return own | ({"LD_PRELOAD": str(library)} if library else {})
 
 
-def lives(soak: Soak, launch: Callable, options: argparse.Namespace, *, mounts: bool) -> Iterator[tuple[int, Callable[[Path, random.Random], list[Told]]]]:
+def lives(soak: Soak, launch: Callable, alone: Callable, options: argparse.Namespace, *, mounts: bool) -> Iterator[tuple[int, Life]]:
     """Every life by its number, the longest first where there are several kinds."""
     reference, number = soak.reference, 0
 
@@ -76,6 +79,8 @@ def lives(soak: Soak, launch: Callable, options: argparse.Namespace, *, mounts: 
         yield numbered(one(soak_lives.several_runs, first=late, number=2))
     for _ in range(options.processes):
         yield numbered(one(soak_lives.other_processes, first=lambda chance: chance.randrange(reference.report), launch=lambda _: launch))
+    for _ in range(options.beginnings // 5):
+        yield numbered(one(soak_lives.beginnings, first=lambda chance: chance.randrange(reference.report), times=5, launch=lambda _: alone))
     for _ in range(options.flips // 10):
         yield numbered(lambda folder, chance: list(soak_lives.flips(soak, folder, chance, number=10)))
     for number_ in range(options.states):
@@ -118,8 +123,10 @@ def main() -> int:
     options = read_options()
     in_a_world_of_its_own()
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="soak-", dir=options.folder)).resolve()
+    (folder / "temporary").mkdir()
     library, walk = soak_faults.compiled(folder), loaded(TESTS / "conftest.py")
-    server, turn = walk.forks.ForkServer(environment_of(folder, library)), threading.Lock()
+    server_environment = environment_of(folder, library)
+    server, turn = walk.forks.ForkServer(server_environment), threading.Lock()
 
     def start(arguments, **how):
         with turn:
@@ -131,14 +138,18 @@ def main() -> int:
         with turn:
             return server.start("door", list(arguments), environment=environment | walk.ENGINES["ddp"], ranks=2, **how)
 
+    def alone(arguments, *, folder, environment):
+        return subprocess.Popen([sys.executable, "-m", "minitron.run", *arguments], cwd=folder, env=server_environment | environment, text=True,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
     reference = make_reference(start, options.reference or folder, walk.SMALL, preloaded=library is not None)
     mounts = soak_lives.can_mount(reference.runs / "store")
-    print(f"undisturbed in {time.monotonic() - began:.0f} s: {', '.join(reference.places)}")
+    print(f"undisturbed in {time.monotonic() - began:.0f} s: {', '.join(reference.places)}", flush=True)
     print(f"faults of calls by {'a preloaded library' if library else 'a stand-in in Python (no C compiler, or no Linux)'}; "
           f"disks of their own: {'yes' if mounts else 'no (mounting needs root)'}", flush=True)  # fmt: skip
     soak = Soak(start, walk.SMALL, reference, library is not None)
     faults, wrong, done = Counter(), 0, 0
-    chosen = [one for one in lives(soak, launch, options, mounts=mounts) if options.only is None or one[0] == options.only]
+    chosen = [one for one in lives(soak, launch, alone, options, mounts=mounts) if options.only is None or one[0] == options.only]
     with ThreadPoolExecutor(options.workers) as workers:
         for future in as_completed([workers.submit(live, number, life, folder, options.seed) for number, life in chosen]):
             number, told, seconds = future.result()
@@ -149,8 +160,8 @@ def main() -> int:
                 show(one, options.verbose)
             print(f"life {number}: {seconds:.0f} s, {sum(faults.values())} faults so far, {done} of {len(chosen)} lives, {wrong} wrong", flush=True)
     server.close()
-    caches = sorted(path.name for path in (folder / "cache").rglob("*") if path.is_file())
-    return say(faults, wrong, time.monotonic() - began, folder, caches)
+    left = sorted(str(path.relative_to(folder)) for own in ("cache", "temporary") for path in (folder / own).rglob("*") if path.is_file())
+    return say(faults, wrong, time.monotonic() - began, folder, left)
 
 
 def show(told: Told, verbose: bool) -> None:
@@ -158,9 +169,9 @@ def show(told: Told, verbose: bool) -> None:
         print(told.title, *(f"    {step}" for step in told.steps), *(f"    WRONG: {one}" for one in told.wrong), sep="\n")
 
 
-def say(faults: Counter, wrong: int, seconds: float, folder: Path, caches: list[str]) -> int:
-    if len(caches) > 4:
-        print(f"WRONG: files left in the cache folder: {caches}")
+def say(faults: Counter, wrong: int, seconds: float, folder: Path, left: list[str]) -> int:
+    if len(left) > MOST_LEFT:
+        print(f"WRONG: files left in folders for caches and temporary files: {left}")
         wrong += 1
     for kind, number in sorted(faults.items()):
         print(f"{number:6d}  {kind}")
@@ -175,10 +186,11 @@ def say(faults: Counter, wrong: int, seconds: float, folder: Path, caches: list[
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="soak", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lives", type=int, default=40, help="walks of five faults each")
+    parser.add_argument("--lives", type=int, default=24, help="walks of five faults each")
     parser.add_argument("--threes", type=int, default=20, help="three runs on one store, some of them killed")
     parser.add_argument("--twos", type=int, default=6, help="the same with two")
     parser.add_argument("--processes", type=int, default=3, help="walks in one process and in two by turns")
+    parser.add_argument("--beginnings", type=int, default=20, help="interrupts while libraries are imported")
     parser.add_argument("--flips", type=int, default=100, help="bits flipped in a finished store")
     parser.add_argument("--states", type=int, default=6, help="bits flipped in what an interrupted training has saved")
     parser.add_argument("--disks", type=int, default=6, help="walks on a disk that is too small; half as many on one that is read-only")

@@ -16,12 +16,13 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("soak_preload.c")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+FIRST_SECONDS = 1.0  # of a run before its first stage
 CHANGES = "owtnum"  # kinds of calls that change a disk; s syncs it, r reads
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that goes wrong: by a call in the run (`environment`), or by a `signal` so many seconds after it began.
+    """One thing that goes wrong: by a call in the run (`environment`), by a `signal` so many seconds after it began, or as who reads its output `leaves`.
 
     `harmless` faults do not end a run; `codes` are the exit codes that a run may end in on any other, beside 0 where the fault came too late. Of several
     `processes` of a run each may say its line.
@@ -31,13 +32,15 @@ class Fault:
     environment: Mapping[str, str] = field(default_factory=dict)
     signal: int = 0
     seconds: float = 0.0
+    leaves: bool = False
     harmless: bool = False
     codes: tuple[int, ...] = (1, 2)
     processes: int = 1
 
     def __str__(self) -> str:
         values = [f"{name.removeprefix('SOAK_').lower()}={value}" for name, value in self.environment.items() if name != "SOAK_VANISHES"]
-        return f"{self.kind} ({', '.join(values) or f'after {self.seconds:.2f} s'})"
+        values += [f"after {self.seconds:.2f} s"] * bool(self.signal)
+        return f"{self.kind} ({', '.join(values)})" if values else self.kind
 
 
 def compiled(folder: Path) -> Path | None:
@@ -64,7 +67,13 @@ def _calls(kind: str, do: str, calls: str, counts: Mapping[str, int], chance: ra
 
 def killed_at_a_moment(seconds: float, _counts: Mapping[str, int], chance: random.Random) -> Fault:
     number = chance.choice(SIGNALS)
-    return Fault(f"{number.name} at a random moment", signal=number, seconds=chance.uniform(0, seconds), codes=codes_of(number))
+    return Fault(f"{number.name} at a random moment", signal=number, seconds=chance.uniform(0, FIRST_SECONDS + seconds), codes=codes_of(number))
+
+
+def killed_while_imported(seconds: float, chance: random.Random) -> Fault:
+    """Of a process that begins as users' do, with the seconds of its imports."""
+    number = chance.choice(SIGNALS[1:])
+    return Fault(f"{number.name} while libraries are imported", signal=number, seconds=chance.uniform(0, seconds), codes=codes_of(number))
 
 
 def killed_in_a_rename(_seconds: float, counts: Mapping[str, int], chance: random.Random) -> Fault:
@@ -101,6 +110,10 @@ def clock_jumps(_seconds: float, counts: Mapping[str, int], chance: random.Rando
     return _calls("clock jumps", "clock 0", "", {}, chance, environment={"SOAK_AT": str(chance.randint(1, 10**6))}, harmless=True)
 
 
+def reader_leaves(_seconds: float, _counts: Mapping[str, int], _chance: random.Random) -> Fault:
+    return Fault("its reader has gone, as of `| head -1`", leaves=True, harmless=True)
+
+
 def vanishing(folders: Sequence[Path], counts: Mapping[str, int], chance: random.Random) -> Fault:
     """A folder that is moved away under the run."""
     return _calls("vanished folder", "vanish 0", "rown", counts, chance, environment={"SOAK_VANISHES": str(chance.choice(folders))}, codes=(1, 2))
@@ -108,10 +121,10 @@ def vanishing(folders: Sequence[Path], counts: Mapping[str, int], chance: random
 
 # Of a single run, with how often each is drawn.
 DRAWN = {killed_at_a_moment: 5, killed_in_a_rename: 4, killed_in_a_change: 4, full_disk: 4, read_only: 2, input_output_error: 5, vanishing: 2, short_calls: 1,
-         clock_jumps: 1}  # fmt: skip
+         clock_jumps: 1, reader_leaves: 1}  # fmt: skip
 HEARD = "ronum"  # kinds of calls that soak_standin.py hears
 KILLS = (killed_at_a_moment, killed_in_a_rename, killed_in_a_change)
-STANDS_IN = (killed_at_a_moment, killed_in_a_rename, killed_in_a_change, full_disk, read_only, input_output_error, vanishing)  # what soak_standin.py can do
+STANDS_IN = (*KILLS, full_disk, read_only, input_output_error, vanishing, reader_leaves)  # what goes without the library
 
 
 def drawn(seconds: float, folders: Sequence[Path], counts: Mapping[str, int], chance: random.Random, *, preloaded: bool) -> Fault:

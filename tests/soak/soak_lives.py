@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
-from soak_faults import KILLS, SIGNALS, Fault, codes_of, drawn
+from soak_faults import KILLS, SIGNALS, Fault, codes_of, drawn, killed_while_imported
 from soak_runs import Ended, Run, bring_back, left_behind
 from soak_stores import Reference, begin, contents_of, differences, flip, half_made, something_to_do
 
 from minitron.walk.store import DONE
 
 MOST_AHEAD = 2  # stages of which a fault comes in one
+IMPORT_SECONDS = 6.0
 TOGETHER = ("score", "screen", "distill")  # stages that several processes compute together
 
 
@@ -192,6 +193,16 @@ def other_processes(soak: Soak, folder: Path, chance: random.Random, *, first: i
     return told
 
 
+def beginnings(soak: Soak, folder: Path, chance: random.Random, *, first: int, times: int, launch: Callable) -> Told:
+    """Interrupts while a process imports its libraries, which forks do not. `launch` starts one as users do."""
+    told, runs = Told(f"real beginnings, {soak.reference.places[first]}"), folder / "runs"
+    begin(soak.reference, runs, first, alone=True)
+    for _ in range(times):
+        soak.checked(told, folder, replace(soak, start=launch).run(folder, fault=killed_while_imported(IMPORT_SECONDS, chance)).end())
+    soak.last(told, folder)
+    return told
+
+
 def flipped_state(soak: Soak, folder: Path, chance: random.Random, *, stage: str) -> Told:
     """A training interrupted, and a bit flipped in what it has saved to go on from."""
     told, runs = Told(f"a state of {stage}"), folder / "runs"
@@ -264,4 +275,3 @@ def _mount(*arguments: str) -> None:
 def _blocks(folder: Path) -> int:
     """Bytes that a folder takes on a disk of pages."""
     return sum(-(-path.lstat().st_size // 4096) * 4096 + 4096 for path in folder.rglob("*"))
-

@@ -74,14 +74,17 @@ class Run:
         for line in stream:
             self.said[number] += line
             self.first_word.set()
+            if number == 0 and self.fault and self.fault.leaves:
+                break
         self.first_word.set()
         stream.close()
 
     def _disturb(self) -> None:
-        """Sends the signal so many seconds after the run has said something: before that nobody hears it as the door does."""
+        """Sends the signal so many seconds after the door hears it, which Python itself does not do in one line."""
         if self.fault is None or not self.fault.signal:
             return
-        self.first_word.wait()
+        while not self.first_word.is_set() and not all(map(_hears, getattr(self.process, "pids", [self.process.pid]))):
+            time.sleep(0.005)
         time.sleep(self.fault.seconds)
         self.process.send_signal(self.fault.signal)
 
@@ -97,6 +100,15 @@ class Run:
         for reader in self.readers:
             reader.join(30)
         return Ended(self.process.returncode, *self.said, time.monotonic() - self.started, self.fault, hangs)
+
+
+def _hears(pid: int) -> bool:
+    """Whether a process catches SIGTERM, as its system says."""
+    try:
+        said = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    return bool(int(said.partition("SigCgt:")[2].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def left_behind(folder: Path) -> list[str]:

@@ -86,19 +86,20 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def begin(reference: Reference, runs: Path, first: int, *, alone: bool = False, measured: bool = True) -> None:
-    """A copy of the reference without the result of the number `first` and all after it, or without it `alone`; with what was `measured`, or without."""
+    """A copy of the reference without the result of the number `first` and all after it, or without it `alone`; with what was `measured`, or without where
+    some stage will ask for it again."""
     shutil.copytree(reference.runs, runs, symlinks=True)
     for number, place in enumerate(reference.places):
         if number == first or (number > first and not alone):
             shutil.rmtree(runs / place)
-    if not measured:
+    if not measured and not (runs / reference.places[reference.number_of("evaluate")]).exists():
         shutil.rmtree(runs / "store" / "measurements", ignore_errors=True)
 
 
 def something_to_do(reference: Reference, runs: Path, chance: random.Random) -> None:
     """Takes one of the quick results, or the report, away from a store in which all is done."""
     quick = [number for number, seconds in enumerate(reference.seconds) if seconds <= sorted(reference.seconds)[len(reference.seconds) // 2]]
-    shutil.rmtree(runs / reference.places[chance.choice([*quick, reference.report])])
+    shutil.rmtree(runs / reference.places[chance.choice([*quick, reference.report])], ignore_errors=True)  # the report may not be there yet
 
 
 def half_made(reference: Reference, runs: Path, *, rounding: bool = False) -> list[str]:
