@@ -11,6 +11,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from minitron.settings.names import did_you_mean, nearest, no_setting
+from minitron.walk.shown import shown
 from minitron.walk.store import NOT_WRITABLE
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -27,7 +28,7 @@ def users_mistakes() -> Iterator[None]:
         said = _said(error)
         if said is None or os.environ.get("MINITRON_FULL_ERROR"):
             raise
-        print(f"error: {said[0]}", file=sys.stderr)
+        print(f"error: {shown(said[0])}", file=sys.stderr)
         sys.exit(said[1])
 
 

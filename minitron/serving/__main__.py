@@ -10,7 +10,7 @@ from collections.abc import Generator
 
 from minitron.generation.prompts import Tags
 from minitron.serving.client import Reply, ThinkingBudgetClient
-from minitron.walk.secrets import without_secrets
+from minitron.walk.shown import shown, without_secrets
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,14 +25,14 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
-        print(f"error: {without_secrets(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"error: {shown(' '.join(str(error).split()))}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         return 130
     if reply.note:
-        print(f"note: {reply.note}", file=sys.stderr)
+        print(f"note: {shown(reply.note)}", file=sys.stderr)
     if reply.stopped:
-        print(f"error: the server at {without_secrets(options.url)} stopped the reply ({reply.stopped})", file=sys.stderr)
+        print(f"error: the server at {without_secrets(options.url)} stopped the reply ({shown(reply.stopped)})", file=sys.stderr)
         return 1
     closed = "closed here" if reply.closed_here else "closed by the model or still open"
     print(f"{reply.reasoning_tokens:,} tokens of reasoning, {closed}; {'ended' if reply.ended else 'cut off by --max-tokens'}", file=sys.stderr)
@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _printed(pieces: Generator[str, None, Reply]) -> Reply:
     while True:
         try:
-            print(next(pieces), end="", flush=True)
+            piece = next(pieces)
+            print(shown(piece) if sys.stdout.isatty() else piece, end="", flush=True)
         except StopIteration as end:
             print()
             return end.value

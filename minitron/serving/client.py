@@ -18,7 +18,7 @@ from minitron.generation.tokenizers import load_tokenizer
 from minitron.serving.bounds import bounding
 from minitron.serving.errors import in_one_line
 from minitron.serving.made import Ending, Made, read_pieces
-from minitron.walk.secrets import without_secrets
+from minitron.walk.shown import without_secrets
 
 Asked = str | Sequence[Mapping[str, Any]]
 
@@ -140,8 +140,8 @@ class ThinkingBudgetClient:
         ours = len(self._tokenizer(self._sent(prompt))["input_ids"])
         if made.prompt_tokens is None or made.prompt_tokens <= ours + 1:  # one: a beginning of the text that the tokenizer here does not add
             return ""
-        return (f"the server at {without_secrets(self._base_url)} counts {made.prompt_tokens:,} tokens in a prompt of {ours:,}: it seems to apply a chat template "
-                "to what has been through one; serve the completions endpoint without a template")  # fmt: skip
+        return (f"the server at {without_secrets(self._base_url)} counts {made.prompt_tokens:,} tokens in a prompt of {ours:,}: it seems to apply a chat "
+                "template to what has been through one; serve the completions endpoint without a template")  # fmt: skip
 
     def _sent(self, text: str) -> str:
         """Without a beginning-of-text token that the server's tokenizer will put in front by itself."""

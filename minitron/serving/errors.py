@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import openai
 
-from minitron.walk.secrets import without_secrets
+from minitron.walk.shown import without_secrets
 
 MOST_CHARACTERS = 300  # of what a server says
 BUSY = (408, 409, 425, 429)  # statuses of a request that is right, at a wrong time

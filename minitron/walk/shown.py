@@ -1,4 +1,4 @@
-"""What nobody may read in a log, a card or a summary: tokens and keys of the environment, and those that stand in addresses."""
+"""What may be read in a terminal, a log, a card or a summary: no tokens and keys of the environment or in addresses, and nothing that a terminal obeys."""
 
 import os
 import re
@@ -12,6 +12,20 @@ IN_ADDRESS = re.compile(r"(?<=://)[^\s/@'\"]+@")  # user:password@
 IN_QUERY = re.compile(r"([?&][\w.-]*(?:token|key|secret|signature|password|credential)[\w.-]*=)[^&\s'\"#]+", re.IGNORECASE)
 KNOWN_FORMS = re.compile(r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|wandb_v1_[A-Za-z0-9_]{20,})")  # of the Hub, OpenAI, wandb
 HIDDEN = "(hidden)"
+# Control characters but newline and tab, what turns the direction of writing round, and halves of a character.
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text: str) -> str:
+    """A text for a terminal: without secrets, and with what a terminal would obey as signs: ␛, <U+202E>."""
+    return OBEYED.sub(lambda found: sign_of(found[0]), without_secrets(text))
+
+
+def sign_of(character: str) -> str:
+    """What stands for a character that nobody would see."""
+    if character < " ":
+        return chr(0x2400 + ord(character))
+    return "␡" if character == "\x7f" else f"<U+{ord(character):04X}>"
 
 
 def without_secrets(text: str) -> str:
