@@ -1,10 +1,14 @@
 """From what Hydra composed to Settings: what an experiment leaves open is filled in, and what nobody gave is asked for."""
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from omegaconf import DictConfig, OmegaConf
 
 from memory_budget.budget import PRESETS
 from minitron.settings.derived import budget_of, workload_of
 from minitron.settings.follow import MOST_CONTEXT, Model, followed, run_name_of
+from minitron.settings.names import is_setting, no_setting, setting_groups
 from minitron.settings.run import Settings
 from minitron.settings.teachers import CONF_FOLDER, base_architecture, max_positions
 from minitron.settings.words import for_hydra
@@ -15,10 +19,31 @@ OPEN = "${follows:"  # what an experiment writes for a setting that follows from
 
 def settings_of(config: DictConfig, *, processes: int = 1) -> Settings:
     """The settings, all there. Raises ValueError naming one that is missing, or what is wrong with the model that others follow from."""
+    check_names(config)
     fill_in(config, processes=processes)
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ValueError(f"{missing[0]} has no value; it must be set, e.g. {missing[0]}=…")
     return OmegaConf.to_object(config)
+
+
+def check_names(config: DictConfig) -> None:
+    """Refuse names that are no settings, and groups of settings that are something else, as ${seed} would be. Raises ValueError."""
+    for name in setting_groups():
+        group = OmegaConf.select(config, name)
+        if group is not None and not isinstance(group, DictConfig):
+            raise ValueError(f"{name} is {group!r}, but {name} is a group of settings")
+    for name in unknown_names(OmegaConf.to_container(config)):
+        raise ValueError(no_setting(name))
+
+
+def unknown_names(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names that are no settings: what a + has added."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if not is_setting(name):
+            yield name
+        elif name in setting_groups() and isinstance(value, dict):
+            yield from unknown_names(value, f"{name}.")
 
 
 def compose_settings(*words: str, config_dir: str | None = None) -> Settings:

@@ -34,7 +34,7 @@ def users_mistakes() -> Iterator[None]:
 
 def _said(error: Exception) -> tuple[str, int] | None:
     """The line and the exit code; None for what is neither the user's nor the system's."""
-    if isinstance(error, ValueError | HydraException | OmegaConfBaseException):
+    if isinstance(error, ValueError | HydraException | OmegaConfBaseException) or _is_too_large(error):
         return one_line(error), 2
     if isinstance(error, OSError) and error.errno is None and NUMPYS.match(str(error)):
         error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -42,6 +42,11 @@ def _said(error: Exception) -> tuple[str, int] | None:
     if named:
         error = OSError(int(named[2]), os.strerror(int(named[2])))
     return _systems(error) if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError) else None
+
+
+def _is_too_large(error: Exception) -> bool:
+    """OmegaConf's, of a number that no float is."""
+    return isinstance(error, OverflowError) and "full_key: " in str(error)
 
 
 def _systems(error: OSError) -> tuple[str, int]:
@@ -69,6 +74,8 @@ def one_line(error: Exception) -> str:
         return f"{group}/{name} is not in conf/; there are: {', '.join(error.options)}{did_you_mean(name, error.options)}"
     if isinstance(error, HydraException):
         return _hydras(error)
+    if _is_too_large(error):
+        return f"{re.search('full_key: (.*)', str(error))[1]}: {first}"
     return " ".join(str(error).split())
 
 

@@ -4,7 +4,6 @@ Only the completions endpoint is used, text in and text out, which every such se
 model's own tokenizer. Needs the openai package (extra `serve`), no torch.
 """
 
-import json
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import openai
 from transformers import PreTrainedTokenizerBase
 
+from memory_budget.json_files import read_json
 from minitron.generation.prompts import Prompt, Tags, make_prompt
 from minitron.generation.tokenizers import load_tokenizer
 from minitron.serving.bounds import bounding
@@ -184,6 +184,7 @@ def _check_tags(tokenizer: PreTrainedTokenizerBase, tags: Tags, *, hidden: bool)
 def _positions(folder: Path) -> int | None:
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings") if path.is_file() else None
-    except (ValueError, AttributeError):
+        found = read_json(path).get("max_position_embeddings") if path.is_file() else None
+    except (OSError, ValueError, AttributeError):
         raise ValueError(f"tokenizer is {str(folder)!r}, but its config.json is no JSON object") from None
+    return found if isinstance(found, int) and found > 0 else None
