@@ -100,8 +100,8 @@ def _check_name(folder: Path, name: str) -> None:
 
 def _indexed(folder: Path, index: str, notes: tuple[str, ...]) -> WeightFiles:
     try:
-        weight_map = dict(read_json(folder / index, LARGEST_INDEX)["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weight_map = dict(read_json(folder / index, LARGEST_INDEX)["weight_map"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"checkpoint {folder / index} is not a safetensors index with a weight_map ({error})") from None
     names = sorted(set(map(str, weight_map.values())))
     for name in names:

@@ -12,9 +12,9 @@ from minitron.settings.names import setting_types
 from minitron.settings.words import for_hydra
 
 Case = Callable[[random.Random], None]
-VALUES = [*map(str, NUMBERS), *TEXTS, "null", "[]", "[1, 2]", "{low: 0.5, high: 1}", "'a,b'", '"', "[", "{", "}", "${seed}", "${", "${oc.env:NOWHERE}", "${a.b}", "l4",
-          "24", "1e6", "a,b", "a=b", "choice(1,2)", "range(1,5)", "=", "\\", "\\'", "'", "true", "auto", "glob(*)", "!!python/object:os.system", "${oc.decode:x}",
-          "a b", "*", "~", "#"]  # fmt: skip
+VALUES = [*map(str, NUMBERS), *TEXTS, "null", "[]", "[1, 2]", "{low: 0.5, high: 1}", "'a,b'", '"', "[", "{", "}", "${seed}", "${", "${oc.env:NOWHERE}",
+          "${a.b}", "l4", "24", "1e6", "a,b", "a=b", "choice(1,2)", "range(1,5)", "=", "\\", "\\'", "'", "true", "auto", "glob(*)", "a b", "*", "~", "#",
+          "!!python/object:os.system", "${oc.decode:x}"]  # fmt: skip
 FLAGS = ["-m", "--cfg=job", "-h", "--config-dir=/nowhere", "--config-dir", "--help", "--multirun", "--info", "-c", "hydra", "--resolve", "--x", "-", "--"]
 NAMES = ["budget", "search.hidden", "search", "teacher", "experiment", "hydra.run.dir", "data", "search.num_layers", "foo", "stage", "budget.name", "a.b.c", "",
          "search.fixed", "distill.phases", "followed"]  # fmt: skip
