@@ -1,6 +1,6 @@
 """`make fuzz`: mutated files, words and replies, each through the code that a user's would go through; a table of counts, and the first case of every finding.
 
-A case ends in an answer or in one line, within SECONDS and a GiB. Cases follow from the seed, the surface and a number alone: `--only SURFACE-NUMBER` does one
+A case ends in an answer or in one line, within SECONDS of computing (MOST_TIMES as many by the clock: other work may keep the cores) and a GiB. Cases follow from the seed, the surface and a number alone: `--only SURFACE-NUMBER` does one
 again, with its trace. Exit code 1 where anything was found. docs/security.md
 """
 
@@ -30,7 +30,7 @@ import fuzz_words  # noqa: E402
 
 from minitron.door.mistakes import users_mistakes  # noqa: E402
 
-SECONDS, ROOM_BYTES, MOST_SHOWN = 10, 2**30, 3
+SECONDS, MOST_TIMES, ROOM_BYTES, MOST_SHOWN = 10, 6, 2**30, 3
 # What makes a case of a folder, and of how many parts of --count it gets one: those that take 10 ms or more get a tenth.
 SURFACES: dict[str, tuple[Callable, int]] = {
     "config.json": (fuzz_models.config_json, 1),
@@ -102,7 +102,7 @@ def surface(name: str, count: int, seed: int) -> Counts:
         while Counts.read(shared).at < count:
             child = os.fork()
             if child == 0:
-                os._exit(_child(name, folder, count, seed, shared))
+                os._exit(_child(name, folder, count, seed, shared, os.getppid()))
             ended = _watched(child, shared)
             if ended != 0:
                 counts = Counts.read(shared)
@@ -113,35 +113,37 @@ def surface(name: str, count: int, seed: int) -> Counts:
 
 
 def _watched(child: int, shared: mmap.mmap) -> int:
-    """Its exit code; a child whose case takes twice the time that is allowed, deaf to the alarm, is killed."""
+    """Its exit code; a child whose case waits, or is deaf to the alarm, is killed."""
     at, since = -1, time.monotonic()
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
         now = Counts.read(shared).at
         if now != at:
             at, since = now, time.monotonic()
-        if time.monotonic() - since > (2 if at else 12) * SECONDS:  # the first waits for what is loaded
+        if time.monotonic() - since > MOST_TIMES * (1 if at else 3) * SECONDS:  # the first waits for what is loaded
             os.kill(child, signal.SIGKILL)
         time.sleep(0.05)
     return os.waitstatus_to_exitcode(ended[1])
 
 
-def _child(name: str, folder: Path, count: int, seed: int, shared: mmap.mmap) -> int:
+def _child(name: str, folder: Path, count: int, seed: int, shared: mmap.mmap, parent: int) -> int:
     counts, seen = Counts.read(shared), {}
     try:
         case = SURFACES[name][0](folder)
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + ROOM_BYTES, resource.RLIM_INFINITY))
-        signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError(f"more than {SECONDS} s")))
+        signal.signal(signal.SIGPROF, lambda *_: (_ for _ in ()).throw(TimeoutError(f"more than {SECONDS} s")))
         counts.base_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         for number in range(counts.at, count):
-            begun = time.monotonic()
-            signal.alarm(SECONDS)
+            if os.getppid() != parent:  # which was stopped
+                return 130
+            begun = time.process_time()
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             try:
                 end = _one(case, random.Random(f"{seed}-{name}-{number}"))
             except KeyboardInterrupt:
                 return 130
             except BaseException as error:  # all that is neither an answer nor a line is a finding
-                signal.alarm(0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 end = "found"
                 where = traceback.extract_tb(error.__traceback__)
                 ours = [frame for frame in where if "/tests/fuzz/" not in frame.filename and "site-packages" not in frame.filename] or where
@@ -149,8 +151,8 @@ def _child(name: str, folder: Path, count: int, seed: int, shared: mmap.mmap) ->
                 seen[kind] = seen.get(kind, 0) + 1
                 if seen[kind] <= MOST_SHOWN:
                     print(f"  {name}-{number}: {kind}: {str(error)[:200]!r}", flush=True)
-            signal.alarm(0)
-            counts.at, counts.slowest = number + 1, max(counts.slowest, time.monotonic() - begun)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            counts.at, counts.slowest = number + 1, max(counts.slowest, time.process_time() - begun)
             setattr(counts, end, getattr(counts, end) + 1)
             counts.peak_bytes = max(counts.peak_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
             counts.write(shared)

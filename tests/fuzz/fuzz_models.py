@@ -68,6 +68,7 @@ def safetensors(folder: Path) -> Case:
     config, data, header = _tiny_model(folder)
     (folder / "config.json").write_text(json.dumps(config))
     small = dict(list(header.items())[:6])
+    transformers_config(config)  # loads transformers
     rest = data[: max(one["data_offsets"][1] for one in small.values() if "data_offsets" in one)]
 
     def case(chance: random.Random) -> None:
