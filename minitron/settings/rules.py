@@ -49,12 +49,6 @@ def at_least(settings: Any, prefix: str, least: float, *names: str) -> None:
             raise ValueError(f"{prefix}.{name} is {value}; it must be at least {least}")
 
 
-def check_group(name: str, value: Any, kind: type) -> None:
-    """Refuse what stands in a list of groups of settings and is none."""
-    if not isinstance(value, kind):
-        raise ValueError(f"{name} is {value!r}; it must be a group of settings, {{{', '.join(f'{one.name}: …' for one in fields(kind)[:2])}, …}}")
-
-
 def check_share(name: str, value: float) -> None:
     """Refuse a share that is none."""
     if not 0 <= value <= 1:

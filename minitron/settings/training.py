@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
 
-from minitron.settings.rules import Choice, added, at_least, check_group, check_share, how
+from minitron.settings.rules import Choice, added, at_least, check_share, how
 
 
 class Rows(Choice):
@@ -176,14 +176,12 @@ class DistillSettings:
         at_least(self, "distill", 0, "max_hours")
         for number, phase in enumerate(self.phases):
             name = f"distill.phases[{number}]"
-            check_group(name, phase, PhaseSettings)
             at_least(phase, name, 2, "sequence_length")
             if phase.truncated_share is not None:
                 check_share(f"{name}.truncated_share", phase.truncated_share)
                 if phase.blend:
                     raise ValueError(f"{name}.truncated_share is {phase.truncated_share} and blend is given; with a blend each source has its own")
             for source in phase.blend:
-                check_group(f"{name}.blend", source, SourceSettings)
                 if not source.weight > 0:
                     raise ValueError(f"{name}.blend has a source of weight {source.weight}; it must be above 0")
                 check_share(f"{name}.blend truncated_share", source.truncated_share)

@@ -1,7 +1,8 @@
 """`make fuzz`: mutated files, words and replies, each through the code that a user's would go through; a table of counts, and the first case of every finding.
 
-A case ends in an answer or in one line, within SECONDS of computing (MOST_TIMES as many by the clock: other work may keep the cores) and a GiB. Cases follow from the seed, the surface and a number alone: `--only SURFACE-NUMBER` does one
-again, with its trace. Exit code 1 where anything was found. docs/security.md
+A case ends in an answer or in one line, within SECONDS of computing (MOST_TIMES as many by the clock, since other work may keep the cores) and a GiB.
+Cases follow from the seed, the surface and a number alone: `--only SURFACE-NUMBER` does one again, with its trace. Exit code 1 where anything was found.
+docs/security.md
 """
 
 import argparse
