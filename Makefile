@@ -148,10 +148,13 @@ $(VLLM_VENV)/installed: constraints.txt
 vllm-check: $(VENV)/installed-test $(VLLM_VENV)/installed
 	HF_HUB_OFFLINE=1 VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -q -s -m vllm $(PYTEST_ARGS)
 
-# Mutated configs, tensors and options through python -m memory_budget: an answer or one line, within 5 seconds and a GiB. About 3 minutes. docs/memory.md
+# Mutated files, words and replies through the code that a user's go through: each ends in an answer or one line, within 10 seconds and a GiB. The table of
+# what was tried is in docs/security.md. An hour and a half of one core; FUZZ_COUNT=2000 is minutes. fuzz-memory: the same of python -m memory_budget, 3 minutes.
 FUZZ_COUNT ?= 100000
 FUZZ_SEED ?= 0
-fuzz: fuzz-memory
+fuzz: $(VENV)/installed-test fuzz-memory
+	OMP_WAIT_POLICY=PASSIVE PYTHONPATH=$(CURDIR) $(BIN)/python tests/fuzz --count $(FUZZ_COUNT) --seed $(FUZZ_SEED) $(FUZZ_ARGS)
+
 fuzz-memory:
 	PYTHONPATH=$(CURDIR) $(PYTHON) tests/memory_budget/fuzz.py $(FUZZ_COUNT) $(FUZZ_SEED)
 

@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from distill.engines.engine import Engine, Entry
 
@@ -48,7 +49,13 @@ def best_state(folder: Path) -> State | None:
 
 
 def _read(path: Path) -> State:
-    return State(path, json.loads((path / FACTS_FILE).read_text()))
+    try:
+        facts = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"the state {path} cannot be read: {FACTS_FILE} is not what was written ({type(error).__name__})") from None
+    return State(path, facts)
 
 
 def drop_damaged(folder: Path) -> list[str]:
@@ -185,8 +192,18 @@ def _remove_old(states: Path, keep: int | None) -> None:
 
 def restore_state(state: State, engine: Engine) -> None:
     """Put a saved state into an engine."""
-    with safe_open(state.folder / TENSORS_FILE, framework="pt") as file:
+    with _opened(state) as file:
         engine.restore(_Stored(file))
+
+
+@contextmanager
+def _opened(state: State) -> Iterator[Any]:
+    """The tensors of a state. Raises ValueError where they are not those that were written."""
+    try:
+        with safe_open(state.folder / TENSORS_FILE, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"the state {state.folder} cannot be read: {' '.join(str(error).split())[:300]}") from None
 
 
 class _Stored:
@@ -220,7 +237,10 @@ def remove_states(folder: Path) -> None:
 def load_weights(state: State, model: torch.nn.Module) -> None:
     """Copy a saved state's weights into a whole model."""
     stored = {id(parameter): name for name, parameter in model.named_parameters()}  # of tied ones the first name alone
-    with safe_open(state.folder / TENSORS_FILE, framework="pt") as file:
+    with _opened(state) as file:
         for name, tensor in model.state_dict(keep_vars=True).items():
             if stored.get(id(tensor), name) == name:
-                tensor.copy_(file.get_tensor(f"model.{name}"))
+                found = file.get_tensor(f"model.{name}")
+                if found.shape != tensor.shape:
+                    raise ValueError(f"the state {state.folder} is of another model: {name} has the shape {list(found.shape)}, here {list(tensor.shape)}")
+                tensor.copy_(found)

@@ -5,13 +5,13 @@ A missing key means what transformers' (5.23) config class of that model_type me
 configs/blocks.py and configs/granite.py.
 """
 
-import json
 from pathlib import Path
 
 from memory_budget.architecture import Architecture, check_architecture
 from memory_budget.configs import blocks, granite, mamba
 from memory_budget.configs.prediction import prediction_notes
-from memory_budget.configs.values import Config
+from memory_budget.configs.values import Config, check_layer_counts, shown
+from memory_budget.json_files import read_json
 
 FAMILIES = {**mamba.FAMILIES, **blocks.FAMILIES, **granite.FAMILIES}
 
@@ -24,12 +24,12 @@ def read_config(path: str | Path) -> Config:
     file = Path(path)
     try:
         file = file / "config.json" if file.is_dir() else file
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except FileNotFoundError:
         raise ValueError(f"config {file} not found; give a directory that holds config.json, or the file") from None
     except OSError as error:
         raise ValueError(f"config {file} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
+    except ValueError as error:
         raise ValueError(f"config {file} must be JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"config {file} must be a JSON object, not {type(config).__name__}")
@@ -40,13 +40,14 @@ def architecture_from_config(config: Config) -> Architecture:
     """The architecture of a config dict.
 
     Raises ValueError for a missing or unsupported model_type, values that are no sizes, a pattern spelled in two ways that
-    disagree, num_hidden_layers that is not the pattern's length, and what check_architecture refuses.
+    disagree, more layers than any model has, num_hidden_layers that is not the pattern's length, and what check_architecture refuses.
     """
     model_type = config.get("model_type")
     if model_type is None:
         raise ValueError(f"model_type is missing from the config; supported: {', '.join(FAMILIES)}")
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type ({model_type}) is not supported; supported: {', '.join(FAMILIES)}")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"model_type ({shown(model_type)}) is not supported; supported: {', '.join(FAMILIES)}")
+    check_layer_counts(config)
     architecture = FAMILIES[model_type](config)
     check_architecture(architecture)
     return architecture

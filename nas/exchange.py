@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memory_budget.architecture import LAYER_KINDS, WINDOWED, Architecture
+from memory_budget.json_files import read_json
 
 # Megatron's name → the architecture's field.
 SIZES = {
@@ -79,7 +80,7 @@ def write_export_config(path: Path, architecture: Architecture) -> None:
 def read_export_config(path: Path, teacher: Architecture) -> Imported:
     """`from_export_config` of a JSON file. Raises ValueError, also for a file that is not there or holds no JSON object."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"export_config {path} cannot be read: {error}") from error
     if not isinstance(config, dict):

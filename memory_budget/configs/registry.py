@@ -2,21 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from memory_budget.configs import delta, dense, hybrids, latent, mixtures
 from memory_budget.configs.nested import language_part
 from memory_budget.configs.quantisation import positions
 from memory_budget.configs.unknown import unknown_model
-from memory_budget.configs.values import Config, shown
+from memory_budget.configs.values import Config, check_layer_counts, shown
 from memory_budget.hf_config import FAMILIES, architecture_from_config
 from memory_budget.model import Model, as_model
 from memory_budget.parameters import count_total_parameters
 from memory_budget.sources.safetensors import TensorSizes
-
-MOST_LAYERS = 2**14
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_nextn_predict_layers", "max_window_layers", "first_k_dense_replace",
-                "num_kv_shared_layers", "sliding_window_pattern")  # fmt: skip
 
 # Beside those that can be cut.
 READERS: dict[str, Callable[[Config], Model]] = {**dense.MODELS, **mixtures.MODELS, **latent.MODELS, **hybrids.MODELS, **delta.MODELS}
@@ -62,13 +57,6 @@ def _known_model(model_type: str, config: Config) -> Model | None:
     return READERS[model_type](config) if model_type in READERS else None
 
 
-def check_layer_counts(config: Config) -> None:
-    """Refuse numbers of layers that would take the memory they are to be weighed against. Raises ValueError naming the key."""
-    for key in LAYER_COUNTS:
-        if _is_above(config.get(key), MOST_LAYERS):
-            raise ValueError(f"{key} ({shown(config[key])}) must be at most {MOST_LAYERS:,}")
-
-
 def check_model(model: Model) -> None:
     """Refuse sizes of nothing, which would divide by zero. Raises ValueError."""
     for _, part in model.layers:
@@ -79,7 +67,3 @@ def check_model(model: Model) -> None:
             raise ValueError(f"the recurrent layers of model_type {model.model_type} have states of 0 numbers: their heads and sizes must be at least 1")
     if count_total_parameters(model) < 1:
         raise ValueError(f"the model of model_type {model.model_type} has 0 parameters: its sizes must be at least 1")
-
-
-def _is_above(value: Any, most: int) -> bool:
-    return isinstance(value, int) and value > most

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from memory_budget.configs.values import shown
+from memory_budget.json_files import is_inside, parse_json
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
@@ -46,7 +47,7 @@ def tensors_of_folder(folder: Path) -> dict[str, Entry]:
     """
     names = [WHOLE] if (folder / WHOLE).is_file() else None
     if names is None and (folder / INDEX).is_file():
-        names = shards_of((folder / INDEX).read_bytes())
+        names = shards_of(_index_of(folder))
     names = sorted(path.name for path in folder.glob("*.safetensors")) if names is None else names
 
     def read(name: str, start: int, length: int) -> bytes:
@@ -60,13 +61,21 @@ def tensors_of_folder(folder: Path) -> dict[str, Entry]:
     return tensors_of(names, read)
 
 
+def _index_of(folder: Path) -> bytes:
+    try:
+        with open(folder / INDEX, "rb") as file:
+            return file.read(LARGEST_HEADER)
+    except OSError as error:
+        raise ValueError(f"{INDEX} cannot be read: {error.strerror}") from None
+
+
 def shards_of(index: bytes) -> list[str]:
     """File names that an index lists. Raises ValueError where it is none, or names a file elsewhere."""
     try:
-        names = set(json.loads(index)["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        names = set(parse_json(index)["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{INDEX} must be a JSON object with weight_map, file names by tensors") from None
-    if odd := [name for name in names if not isinstance(name, str) or "/" in name or "\\" in name or not name.endswith(".safetensors")]:
+    if odd := [name for name in names if not is_inside(name) or "/" in name or not name.endswith(".safetensors")]:
         raise ValueError(f"{INDEX} names {json.dumps(odd[0])[:80]}; it must name *.safetensors files beside it")
     return sorted(names)
 
@@ -85,8 +94,8 @@ def tensors_of(names: Iterable[str], read: Reader) -> dict[str, Entry]:
 
 def _entries(name: str, header: bytes) -> dict[str, Entry]:
     try:
-        return {tensor: _entry(entry) for tensor, entry in json.loads(header).items() if tensor != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {tensor: _entry(entry) for tensor, entry in parse_json(header).items() if tensor != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{name} must be a safetensors file: its header is none") from None
 
 

@@ -1,12 +1,12 @@
 """What the command's argument names: a folder, a config.json, or a model on the Hub."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from memory_budget.configs.values import Config, shown
 from memory_budget.hf_config import read_config
+from memory_budget.json_files import parse_json
 from memory_budget.sources.hub import HUB_ID, HubModel
 from memory_budget.sources.safetensors import Entry, tensors_of_folder
 
@@ -36,8 +36,8 @@ def open_source(argument: str) -> Source:
 
 def _object(content: bytes, name: str) -> Config:
     try:
-        config = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        config = parse_json(content)
+    except ValueError as error:
         raise ValueError(f"config.json of {name} must be JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"config.json of {name} must be a JSON object, not {type(config).__name__}")

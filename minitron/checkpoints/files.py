@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from memory_budget.json_files import read_json
 from minitron.checkpoints.direct_io import empty_tensor, fill_tensor, would_not_stay
 from minitron.checkpoints.folder import COMPANION_FILES
 from minitron.checkpoints.local_paths import is_local
@@ -228,7 +229,7 @@ def copy_companions(source: Path, folder: Path) -> None:
 def _without_places(source: Path, name: str) -> dict | None:
     """A config beside the weights without paths of a machine and without `auto_map`; None where it has neither, or cannot be read."""
     try:
-        config = json.loads((source / name).read_text(encoding="utf-8"))
+        config = read_json(source / name)
     except ValueError:
         return None
     if not isinstance(config, dict):

@@ -13,7 +13,7 @@ from minitron.checkpoints.files import Checkpoint
 from minitron.checkpoints.folder import content_bytes, content_digest
 from minitron.checkpoints.weight_files import check_plain_weights
 from minitron.families.base import Family
-from minitron.families.config_json import transformers_config
+from minitron.families.config_json import CODE_KEYS, transformers_config
 from minitron.families.known import family_of
 from minitron.families.table import check_tensors, layer_of, left_out, names_by_canonical
 from minitron.walk.console import Console
@@ -33,7 +33,8 @@ def given_checkpoint(folder: Path, name: str, setting: str = "the checkpoint", *
     names = names_by_canonical(family, architecture, checkpoint.entries)
     check_tensors(family, architecture, {canonical: checkpoint.entries[tensor].shape for canonical, tensor in names.items()})
     _check_second_head(family, architecture, checkpoint)
-    notes = [*checkpoint.notes, *left_out(family, architecture, checkpoint.entries)]
+    code = [f"{name} in config.json names code beside the weights, which is not run" for name in CODE_KEYS if name in config]
+    notes = [*checkpoint.notes, *left_out(family, architecture, checkpoint.entries), *code]
     for note in notes:
         say(f"{setting}: {note}")
     parameters = count_total_parameters(architecture)

@@ -22,6 +22,7 @@ from minitron.families.state import model_tensors
 from minitron.families.table import expert_of
 from minitron.machine.memory import available_memory_bytes
 from minitron.mamba import dispatch
+from minitron.walk.shown import without_secrets
 from minitron.walk.store import write_json
 
 CHECK_TOKENS = 48
@@ -72,7 +73,7 @@ def write_companions(folder: Path, *, config: dict, companions: Path, card: str)
     """Everything of a model folder but the weights."""
     write_json(folder / "config.json", config)
     copy_companions(companions, folder)
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text(without_secrets(card))
 
 
 @torch.no_grad()
@@ -154,6 +155,7 @@ def check_layer_by_layer(folder: Path, family: Family, planned: Sequence[Planned
 def model_card(title: str, *, lines: list[str], architecture: Architecture, base: str | None,
                metadata: Mapping[str, str] = MappingProxyType({})) -> str:  # fmt: skip
     """README.md of a model folder: what it is, what it came from, its sizes; `metadata` is more of what the Hub reads at its top."""
+    title = " ".join(title.split())
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [minitron, pruning, distillation]"]
     head += [f"base_model: {base}"] if base and "/" in base and not base.startswith("/") else []
     head += [f"{name}: {json.dumps(value)}" for name, value in metadata.items()]  # a JSON string is a YAML one

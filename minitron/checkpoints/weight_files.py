@@ -4,7 +4,6 @@ The order is that of transformers (modeling_utils.py, _get_resolved_checkpoint_f
 index. Other programs look at the index first, so a folder that has both is told of.
 """
 
-import json
 import re
 import struct
 from collections.abc import Mapping
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memory_budget.configs.values import shown
+from memory_budget.json_files import LARGEST_INDEX, is_inside, parse_json, read_json
 from minitron.families.known import method_of, quantised_by_config
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -19,6 +20,7 @@ SINGLE_FILE = "model.safetensors"
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 LFS_POINTER = b"version https://git-lfs"
 LARGEST_HEADER = 10**8  # bytes, of the safetensors format
+MOST_BYTES = 2**60  # of a file, and numbers of a dimension
 # What a folder without safetensors of its own may hold instead, and what would work.
 OTHER_WEIGHTS = (
     ("adapter_model.*", "an adapter (LoRA) and not the model it belongs to; merge it into that one first (peft: merge_and_unload, then save_pretrained)"),
@@ -73,7 +75,7 @@ def weight_files(folder: Path) -> WeightFiles:
 def _named_in_config(folder: Path) -> str | None:
     """`transformers_weights`, by which a config.json names the file of weights or the index."""
     try:
-        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+        named = read_json(folder / "config.json").get("transformers_weights")
     except (OSError, ValueError, AttributeError):
         return None
     if named is None or (isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json"))):
@@ -83,20 +85,27 @@ def _named_in_config(folder: Path) -> str | None:
 
 def _inside(folder: Path, name: str) -> Path:
     """A file of the folder by the name that a config or an index gives it. Raises ValueError for one elsewhere or missing."""
-    if not (folder / name).resolve().is_relative_to(folder.resolve()) and not (folder / name).is_symlink():
-        raise ValueError(f"checkpoint {folder}: {name} is named as a file of weights but lies outside of the folder")
+    _check_name(folder, name)
     if not (folder / name).is_file():
         raise ValueError(f"checkpoint {folder}: {name} is named as the file of weights but missing")
     return folder / name
 
 
+def _check_name(folder: Path, name: str) -> None:
+    if not is_inside(name):
+        raise ValueError(f"checkpoint {folder}: {shown(name)} is named as a file of weights but lies outside of the folder, or is no name of a file")
+    if not name.endswith(".safetensors"):
+        raise ValueError(f"checkpoint {folder}: {shown(name)} is named as a file of weights; it must be a .safetensors file")
+
+
 def _indexed(folder: Path, index: str, notes: tuple[str, ...]) -> WeightFiles:
     try:
-        weight_map = {str(name): str(file) for name, file in json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].items()}
+        weight_map = dict(read_json(folder / index, LARGEST_INDEX)["weight_map"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"checkpoint {folder / index} is not a safetensors index with a weight_map ({error})") from None
-    names = sorted(set(weight_map.values()))
+    names = sorted(set(map(str, weight_map.values())))
     for name in names:
+        _check_name(folder, name)
         if not (folder / name).is_file():
             raise ValueError(f"checkpoint {folder}: shard {name} is listed in {index} but missing{_other_set(folder, set(names))}")
     unlisted = sorted(path.name for path in _shards(folder) if path.name not in names)
@@ -140,13 +149,22 @@ def _header_rows(path: Path) -> Header:
                 raise ValueError(f"checkpoint {path} is a pointer of Git LFS and not the file itself; `git lfs pull` fetches it")
             raise ValueError(f"checkpoint {path} is truncated: {size} bytes do not hold its header")
         try:
-            header = json.loads(file.read(header_bytes))
-            rows = [(name, row["dtype"], tuple(row["shape"]), *row["data_offsets"]) for name, row in header.items() if name != "__metadata__"]
-        except (ValueError, RecursionError):
+            header = parse_json(file.read(header_bytes))
+        except ValueError:
             raise ValueError(f"checkpoint {path} is not a safetensors file: its header is not JSON") from None
-        except (AttributeError, KeyError, TypeError):
-            raise ValueError(f"checkpoint {path} is not a safetensors file: its header does not list tensors") from None
+    try:
+        rows = [_header_row(name, row) for name, row in header.items() if name != "__metadata__"]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"checkpoint {path} is not a safetensors file: its header does not list tensors") from None
     return Header(8 + header_bytes, tuple(rows))
+
+
+def _header_row(name: str, row: Mapping[str, Any]) -> tuple[str, str, tuple[int, ...], int, int]:
+    """A row of a header. Raises what a row that is none does."""
+    dtype, shape, (begin, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
+    if not isinstance(dtype, str) or not all(type(size) is int and 0 <= size < MOST_BYTES for size in (*shape, begin, end)) or begin > end:
+        raise ValueError
+    return name, dtype, shape, begin, end
 
 
 # Names that quantisers give to what they store beside or in place of a weight, and whose they are.
@@ -176,7 +194,7 @@ def _quantised_by_file(folder: Path) -> str | None:
     for name in QUANTISED_FILES:
         if (folder / name).is_file():
             try:
-                said = json.loads((folder / name).read_text(encoding="utf-8"))
+                said = read_json(folder / name)
             except (OSError, ValueError):
                 said = {}
             return f"{name} is there ({method_of(said.get('quantization', said) if isinstance(said, Mapping) else {})})"

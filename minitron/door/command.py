@@ -1,20 +1,18 @@
 """The command: words to settings, settings to a run. Hydra composes, and runs one job, or with -m several."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from minitron.door.composed import fill_in, register_schema, settings_of
+from minitron.door.composed import check_names, fill_in, register_schema, settings_of
 from minitron.door.jobs import run_name_of_job
 from minitron.door.mistakes import users_mistakes
 from minitron.door.output import outlive_readers
-from minitron.settings.names import is_setting, no_setting, setting_groups
 from minitron.settings.run import Settings
 from minitron.settings.teachers import CONF_FOLDER, is_stored
 from minitron.settings.words import asks_for_help, for_hydra
@@ -72,7 +70,7 @@ def run_job(config: DictConfig) -> None:
     outlive_readers()  # in a process of a sweep too
     with users_mistakes():
         hydras = HydraConfig.get()
-        _check_names(config)
+        check_names(config)
         config = with_the_runs_own(config, [override.partition("=")[0] for override in hydras.overrides.task])
         settings = settings_of(config, processes=processes.world_size())
         check_teacher_overrides(settings, hydras.overrides.task)
@@ -85,24 +83,9 @@ def run_job(config: DictConfig) -> None:
 def print_settings(config: DictConfig) -> None:
     """All settings as YAML, with their values."""
     with users_mistakes():
-        _check_names(config)
+        check_names(config)
         fill_in(config)
         sys.stdout.write(OmegaConf.to_yaml(config))
-
-
-def _check_names(config: DictConfig) -> None:
-    for name in unknown_names(OmegaConf.to_container(config)):
-        raise ValueError(no_setting(name))
-
-
-def unknown_names(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names that are no settings: what a + has added."""
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if not is_setting(name):
-            yield name
-        elif name in setting_groups() and isinstance(value, dict):
-            yield from unknown_names(value, f"{name}.")
 
 
 def check_teacher_overrides(settings: Settings, overrides: Sequence[str]) -> None:

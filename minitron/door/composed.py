@@ -1,10 +1,16 @@
 """From what Hydra composed to Settings: what an experiment leaves open is filled in, and what nobody gave is asked for."""
 
-from omegaconf import DictConfig, OmegaConf
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any, get_origin
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from memory_budget.budget import PRESETS
 from minitron.settings.derived import budget_of, workload_of
 from minitron.settings.follow import MOST_CONTEXT, Model, followed, run_name_of
+from minitron.settings.names import is_setting, no_setting, setting_groups, setting_types
 from minitron.settings.run import Settings
 from minitron.settings.teachers import CONF_FOLDER, base_architecture, max_positions
 from minitron.settings.words import for_hydra
@@ -15,10 +21,34 @@ OPEN = "${follows:"  # what an experiment writes for a setting that follows from
 
 def settings_of(config: DictConfig, *, processes: int = 1) -> Settings:
     """The settings, all there. Raises ValueError naming one that is missing, or what is wrong with the model that others follow from."""
+    check_names(config)
     fill_in(config, processes=processes)
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ValueError(f"{missing[0]} has no value; it must be set, e.g. {missing[0]}=…")
     return OmegaConf.to_object(config)
+
+
+def check_names(config: DictConfig) -> None:
+    """Refuse names that are no settings, and groups and lists that are something else, as ${seed} would be. Raises ValueError."""
+    kinds = dict.fromkeys(setting_groups(), (DictConfig, "a group of settings"))
+    kinds |= {name: (ListConfig, "a list") for name, kind in setting_types().items() if get_origin(kind) is list}
+    for name, (kind, called) in kinds.items():
+        with suppress(OmegaConfBaseException):  # what leads to nothing is told of where it is read, or follows from the model
+            value = OmegaConf.select(config, name)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{name} is {value!r}, but {name} is {called}")
+    for name in unknown_names(OmegaConf.to_container(config)):
+        raise ValueError(no_setting(name))
+
+
+def unknown_names(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names that are no settings: what a + has added."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if not is_setting(name):
+            yield name
+        elif name in setting_groups() and isinstance(value, dict):
+            yield from unknown_names(value, f"{name}.")
 
 
 def compose_settings(*words: str, config_dir: str | None = None) -> Settings:

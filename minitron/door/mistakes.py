@@ -13,6 +13,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from minitron.machine.interrupts import heard
 from minitron.machine.processes import world_size
 from minitron.settings.names import did_you_mean, nearest, no_setting
+from minitron.walk.shown import shown
 from minitron.walk.store import NOT_WRITABLE
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -32,13 +33,13 @@ def users_mistakes() -> Iterator[None]:
         said = _said(error)
         if said is None or os.environ.get("MINITRON_FULL_ERROR"):
             raise
-        print(f"error: {said[0]}", file=sys.stderr)
+        print(f"error: {shown(said[0])}", file=sys.stderr)
         sys.exit(said[1])
 
 
 def _said(error: Exception) -> tuple[str, int] | None:
     """The line and the exit code; None for what is neither the user's nor the system's."""
-    if isinstance(error, ValueError | HydraException | OmegaConfBaseException):
+    if isinstance(error, ValueError | HydraException | OmegaConfBaseException) or _is_too_large(error):
         return one_line(error), 2
     if isinstance(error, RuntimeError) and world_size() > 1 and PROCESS_GONE.search(f"{type(error).__name__} {error}"):
         return "another process of this run has gone, or cannot be reached; what is done is kept, and the same command goes on from there", 1
@@ -48,6 +49,11 @@ def _said(error: Exception) -> tuple[str, int] | None:
     if named:
         error = OSError(int(named[2]), os.strerror(int(named[2])))
     return _systems(error) if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError) else None
+
+
+def _is_too_large(error: Exception) -> bool:
+    """OmegaConf's, of a number that no float is."""
+    return isinstance(error, OverflowError) and "full_key: " in str(error)
 
 
 def _systems(error: OSError) -> tuple[str, int]:
@@ -75,6 +81,8 @@ def one_line(error: Exception) -> str:
         return f"{group}/{name} is not in conf/; there are: {', '.join(error.options)}{did_you_mean(name, error.options)}"
     if isinstance(error, HydraException):
         return _hydras(error)
+    if _is_too_large(error):
+        return f"{re.search('full_key: (.*)', str(error))[1]}: {first}"
     return " ".join(str(error).split())
 
 

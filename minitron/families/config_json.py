@@ -57,7 +57,8 @@ def load(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu")
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar a stage is enough
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False).to(device).eval()
+    here = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}  # no network, no pickles, no code of theirs
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **here).to(device).eval()
 
 
 def build(config: dict) -> nn.Module:

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from memory_budget.json_files import is_inside, read_json
 from minitron.formats.kinds import KNOWN, KNOWN_SAID, TEXT, TOKENS, TOKENS_INDEX, extension
 from minitron.formats.streams import named_errors, wrong
 
@@ -20,12 +21,15 @@ def is_saved_dataset(path: Path) -> bool:
 def saved_files(folder: Path, name: str) -> list[Path]:
     """The Arrow files of a saved dataset, in their order. Raises ValueError for a damaged folder."""
     with named_errors(f"{name}/{STATE}"):
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = read_json(folder / STATE)
     if not isinstance(state, dict) or not isinstance(state.get("_data_files"), list):
         raise wrong(f"{name}/{STATE}", "names no files; save the dataset anew")
     if state.get("_indices_data_files"):
         raise wrong(name, "holds rows in an order of its own, by an old version of the datasets library; save it anew after flatten_indices()")
-    paths = [folder / file["filename"] for file in state["_data_files"]]
+    names = [file.get("filename") if isinstance(file, dict) else None for file in state["_data_files"]]
+    if odd := [given for given in names if not is_inside(given)]:
+        raise wrong(f"{name}/{STATE}", f"names {json.dumps(odd[0])[:80]}, which is no file of its folder")
+    paths = [folder / given for given in names]
     for path in paths:
         if not path.is_file():
             raise wrong(name, f"lacks {path.name}, which its {STATE} names")

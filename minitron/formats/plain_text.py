@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from minitron.formats.blocks import Block
-from minitron.formats.streams import CHUNK_BYTES, Given, Stream, not_text
+from minitron.formats.streams import CHUNK_BYTES, Given, Stream, not_text, wrong
 
+LONGEST_TEXT = 2**28  # bytes of a file that stays one document
 BLANK_LINES = re.compile(rb"\n\s*\n")
 LINE_END = re.compile(rb"\n")
 SPACE = re.compile(rb"\s")
@@ -20,7 +21,7 @@ def texts(given: Given, start: dict[str, Any] | None) -> Iterator[Block]:
     with Stream(given.path, given.name, place["byte"]) as stream:
         document, position = place["document"], stream.position
         before = stream.disk(place["byte"])
-        pieces = _pieces(stream, given.cut_kib * 2**10) if given.cut_kib else iter([_rest(stream)])
+        pieces = _pieces(stream, given.cut_kib * 2**10) if given.cut_kib else iter([_rest(stream, given.name)])
         block, size = [], 0
         for piece in pieces:
             block.append(_decoded(given.name, piece, position))
@@ -44,9 +45,11 @@ def _decoded(name: str, piece: bytes, position: int) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def _rest(stream: Stream) -> bytes:
+def _rest(stream: Stream, name: str) -> bytes:
     parts = []
     while not stream.ended:
+        if stream.position > LONGEST_TEXT:
+            raise wrong(name, f"is a document of more than {LONGEST_TEXT:,} bytes; data.cut_kib=64 makes several of it")
         parts.append(stream.read(CHUNK_BYTES))
     return b"".join(parts)
 

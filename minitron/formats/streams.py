@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 PACKED = (".gz", ".zst")
+MOST_UNPACKED, MOST_TIMES = 2**28, 500  # bytes from which on a packed file may not be so many times smaller than what it holds: one of nothing but "a" is 1,000
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 CHUNK_BYTES = 2**20
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -73,11 +74,12 @@ def check_beginning(path: Path, name: str) -> None:
 class Stream:
     """The text bytes of a file from `start` on, unpacked where its name says so, without a byte order mark.
 
-    `position` counts bytes of text, unpacked. A context manager. Raises ValueError for what begins like no UTF-8.
+    `position` counts bytes of text, unpacked. A context manager. Raises ValueError for what begins like no UTF-8, and, in `read`, for a file that is packed
+    to fill a memory.
     """
 
     def __init__(self, path: Path, name: str, start: int = 0) -> None:
-        self.position, self.ended = 0, False
+        self.position, self.ended, self._name = 0, False, name
         self._raw = path.open("rb")
         self._file = _unpacked(self._raw, path.suffix.lower())
         self._packed = self._file is not self._raw
@@ -112,6 +114,8 @@ class Stream:
             missing -= len(part)
         self.ended = self.ended or missing > 0
         self.position += num_bytes - missing
+        if self._packed and self.position > MOST_UNPACKED and self.position > MOST_TIMES * self._raw.tell():
+            raise wrong(self._name, f"unpacks to more than {MOST_TIMES} times its size, as no text does: {self.position:,} bytes so far")
         return b"".join(parts)
 
     def disk(self, position: int) -> int:

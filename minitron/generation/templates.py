@@ -20,8 +20,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # names that data sets give an assistant's reasoning beside its content
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # characters that no text means anything by
 # What a template does wrong with a message that it was not written for, beside raising an error of its own.
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
-TEMPLATE_SECONDS, TEMPLATE_BYTES = 10, 2**30
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError, SyntaxError)
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 5, 2**30
 TOO_LARGE, REFUSES = 3, 4  # exit codes
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # transformers' own block around what an assistant wrote
 Message = dict[str, Any]
@@ -32,6 +32,8 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
     Other fields (tool_calls, name, …) stay, but for those that are null. Raises ValueError for what is no message or holds anything but text.
     """
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise ValueError(f"the conversation is {_shown(messages)}; it must be a list of {{role, content}}")
     return [_plain(message, f"message {number}") for number, message in enumerate(messages, 1)]
 
 

@@ -20,16 +20,24 @@ def load_tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
             raise ValueError(f"tokenizer is {str(place)!r}, whose {path.name} has {path.stat().st_size:,} bytes; at most {LARGEST_FILE:,} are read")
     try:
         try:
-            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            return _tried(AutoTokenizer.from_pretrained(place, trust_remote_code=False))
         except ValueError as error:
             if "trust_remote_code" not in str(error):
                 raise
         if (Path(place) / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(place)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return _tried(PreTrainedTokenizerFast.from_pretrained(place))
+    except BaseException as error:  # the tokenizers library raises a bare Exception, and where it panics one that is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise ValueError(f"tokenizer is {str(place)!r}, which cannot be loaded: {said}") from None
     raise ValueError(f"the tokenizer of {place} is made by code of its own (auto_map in tokenizer_config.json), which is not run; a tokenizer.json is needed")
+
+
+def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, once it has written and read a text: some are loaded whose parts do not fit together. Raises what it does otherwise."""
+    tokenizer.decode(tokenizer("a text, or 2")["input_ids"])
+    return tokenizer
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from memory_budget.units import format_gib
 from minitron.checkpoints.local_paths import public, public_argument
@@ -61,9 +62,9 @@ def licence_note(licence: Licence, teacher: str) -> str:
     if not licence.metadata and not licence.files:
         return f"Unknown: the folder of the teacher ({escaped(teacher)}) has no LICENSE file, and its card names none. Find out before you pass this model on."
     named = licence.metadata.get("license_name") or licence.metadata.get("license")
-    link = licence.metadata.get("license_link")
+    link = escaped(licence.metadata.get("license_link", ""))
     parts = [f"A derivative of {escaped(teacher)}" + (f", whose card says **{escaped(named)}**" if named else "") + (f" ({link})" if link else "") + "."]
-    parts += [f"The teacher's {', '.join(f'[{path.name}]({path.name})' for path in licence.files)} is carried over."] if licence.files else []
+    parts += [f"The teacher's {', '.join(f'[{escaped(path.name)}]({quote(path.name)})' for path in licence.files)} is carried over."] if licence.files else []
     return " ".join([*parts, "What it asks of derivatives holds for this model."])
 
 

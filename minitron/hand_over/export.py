@@ -27,6 +27,7 @@ from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings, Stage
 from minitron.settings.teachers import is_tiny
 from minitron.walk.console import Console
+from minitron.walk.shown import all_without_secrets
 from minitron.walk.stage import Lap
 from minitron.walk.store import locked, write_json
 from minitron.walk.table import inputs_of, order_of, stage_folder
@@ -151,7 +152,7 @@ def _write(partial: Path, family: Family, student: Student, laps: Sequence[Lap],
                               max_shard_bytes=int(settings.prune.max_shard_gib * GIB), on_bytes=lambda num_bytes: advance(num_bytes / GIB))  # fmt: skip
     console.say(check)
     _copy_licence(licence, partial)
-    write_json(partial / MARK_FILE, _mark(settings, laps[-1], student, findings))
+    write_json(partial / MARK_FILE, all_without_secrets(_mark(settings, laps[-1], student, findings)))
     return findings
 
 

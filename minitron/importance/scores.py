@@ -13,7 +13,7 @@ from memory_budget.architecture import Architecture
 from minitron.families.base import ATTENTION_HEAD, EXPERT, EXPERT_FFN, FFN, HIDDEN, MAMBA_HEAD, SHARED_FFN
 from minitron.settings.run import Settings
 from minitron.settings.teachers import base_architecture
-from minitron.walk.integrity import synced
+from minitron.walk.integrity import synced, usual_mode
 from minitron.walk.store import Result
 
 SCORES_FILE = "scores.safetensors"  # in a score stage's folder
@@ -52,7 +52,8 @@ class WidthSums:
         tensors = {f"{axis}/{layer}": np.ascontiguousarray(value) for (axis, layer), value in self.sums.items()}
         counts = np.array([self.num_samples, self.num_tokens], dtype=np.int64)
         partial = path.with_name(path.name + ".partial")
-        save_file({**tensors, "block_influence": self.block_influence, "counts": counts}, partial)
+        with usual_mode(partial):
+            save_file({**tensors, "block_influence": self.block_influence, "counts": counts}, partial)
         synced(partial)
         partial.rename(path)
 

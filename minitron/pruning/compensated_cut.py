@@ -35,7 +35,7 @@ from minitron.pruning.directions import stream_basis
 from minitron.pruning.plan import PruningPlan, Recipe, recipe_of
 from minitron.settings.derived import calibration_samples, candidate_samples
 from minitron.text.samples import batches_of, screening_rows, spread_rows
-from minitron.walk.integrity import synced
+from minitron.walk.integrity import synced, usual_mode
 from minitron.walk.stage import StageContext
 
 BASIS_FILE = "basis.safetensors"
@@ -83,7 +83,8 @@ def write_compensated(context: StageContext, family: Family, plan: PruningPlan, 
 def write_basis(basis: Basis, path: Path) -> None:
     named = {"matrix": basis.matrix_DK, **dict(zip(("left", "right"), basis.factors or (), strict=False))}
     unfinished = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in named.items()}, unfinished)
+    with usual_mode(unfinished):
+        save_file({name: tensor.contiguous() for name, tensor in named.items()}, unfinished)
     synced(unfinished)
     os.replace(unfinished, path)
 

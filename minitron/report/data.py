@@ -1,11 +1,10 @@
 """The report's section on the data: its splits and sources, what was left out and why, how long documents are, and rows as text."""
 
-import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from minitron.report.text import Summary, quoted, seen, table
+from minitron.report.text import Summary, fenced, quoted, seen, table
 
 SPLITS = {"train": "train", "heldout": "held-out"}  # of the card, by how the page calls them
 ROWS = {
@@ -135,13 +134,6 @@ def _broken(text: str) -> Iterator[str]:
 def _shortened(lines: list[str]) -> list[str]:
     number = len(lines) - FIRST_LINES - LAST_LINES
     return lines if number < 2 else [*lines[:FIRST_LINES], f"… {number:,} lines", *lines[-LAST_LINES:]]
-
-
-def fenced(lines: Sequence[str], language: str) -> str:
-    """Lines as they are: the fence is longer than any run of backticks in them."""
-    longest = max((len(run) for line in lines for run in re.findall("`+", line)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return "\n".join([f"{fence}{language}", *lines, fence])
 
 
 def more_rows_blocks(rows: Sequence[Mapping[str, Any]]) -> list[str]:

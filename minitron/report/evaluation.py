@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from memory_budget.units import format_gib
-from minitron.report.text import Summary, escaped, nats, speed, table
+from minitron.report.text import Summary, nats, quoted, speed, table
 from minitron.report.verdict import evaluations
 
 
@@ -30,7 +30,7 @@ def source_table(summary: Summary) -> str:
         return ""
     first, last = (list(found.values())[place] for place in (0, -1))
     head = ("source", "held-out tokens", *(f"{name}: loss (nats/token)" for name in found), f"{list(found)[-1]}: KL (nats/token)")
-    return table(head, [(escaped(source), f"{part['tokens']:,}", *(nats(parts[source]["loss_nats_per_token"]) for parts in found.values()),
+    return table(head, [(quoted(source), f"{part['tokens']:,}", *(nats(parts[source]["loss_nats_per_token"]) for parts in found.values()),
                          nats(last[source]["kl_to_teacher_nats_per_token"])) for source, part in first.items()])  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def _beside(at: Mapping[str, Any]) -> str:
 
 def _machine(at: Mapping[str, Any]) -> str:
     threads = at.get("threads")
-    return escaped(at["device"]) + (f" ({threads} thread{'s' if threads > 1 else ''})" if threads else "")
+    return quoted(at["device"]) + (f" ({threads} thread{'s' if threads > 1 else ''})" if threads else "")
 
 
 def needle_table(summary: Summary) -> str:
@@ -109,7 +109,7 @@ def _continuation(one: Mapping[str, Any]) -> str:
 
 def _quoted(text: str) -> str:
     """Text as it is, in one line, whatever Markdown or HTML it would be."""
-    return "“" + escaped(text).replace("&", "\\&").replace("\r", "").replace("\n", " ⏎ ") + "”"
+    return f"“{quoted(text, 2000)}”"
 
 
 def tasks_table(summary: Summary) -> str:
@@ -122,13 +122,13 @@ def tasks_table(summary: Summary) -> str:
         for metric, value in one["metrics"].items():
             arrow = {True: " ↑", False: " ↓"}.get(value["higher_is_better"], "")
             cells = [_metric(tasks[task]["metrics"][metric]) for tasks in found.values()]
-            rows.append((escaped(task), f"{'–' if one['samples'] is None else format(one['samples'], ',')}", f"{escaped(metric)}{arrow}", *cells))
+            rows.append((quoted(task), f"{'–' if one['samples'] is None else format(one['samples'], ',')}", f"{quoted(metric)}{arrow}", *cells))
     return table(("task (lm-eval)", "documents", "metric", *found), rows)
 
 
 def _metric(value: Mapping[str, Any]) -> str:
     error = value["standard_error"]
-    shown = f"{value['value']:.4g}" if isinstance(value["value"], float | int) else escaped(str(value["value"]))
+    shown = f"{value['value']:.4g}" if isinstance(value["value"], float | int) else quoted(str(value["value"]))
     return shown if error is None else f"{shown} ± {error:.2g}"
 
 

@@ -14,6 +14,7 @@ from minitron.report.summary import METRICS_FILE, MODEL_STAGES, SEARCH_FILES, bu
 from minitron.report.sweep import sweep_yaml
 from minitron.settings.run import Settings, Stage
 from minitron.walk.console import Console
+from minitron.walk.shown import all_without_secrets
 from minitron.walk.stage import Lap
 from minitron.walk.store import Result, locked, unwritable, write_text
 
@@ -36,7 +37,7 @@ def write_report(settings: Settings, laps: Sequence[Lap], console: Console) -> N
     if not laps[0].results:
         raise ValueError(f"stage=report shows what is done, but nothing is under these settings in {settings.runs_folder}/store; run stage=all first")
     folder = Path(settings.runs_folder) / settings.run_name
-    summary = build_summary(laps) | {"plan": planned_and_taken(settings, laps)}
+    summary = all_without_secrets(build_summary(laps) | {"plan": planned_and_taken(settings, laps)})
     if reason := unwritable(folder):
         console.say(page_markdown(summary, []))
         console.headline("report", f"above and nowhere else: {folder} cannot be written to ({reason})")
@@ -46,7 +47,7 @@ def write_report(settings: Settings, laps: Sequence[Lap], console: Console) -> N
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         copy_tables(folder, laps[-1].results)
         # A first lap's depths are screened on the way, all of them.
-        write_sweep(folder, None if laps[-1].settings.search.later_widths.given() else sweep_yaml(summary, sys.argv[1:]))
+        write_sweep(folder, None if laps[-1].settings.search.later_widths.given() else sweep_yaml(summary, all_without_secrets(sys.argv[1:])))
         for reason in link_models(folder, summary["models"]):
             console.say(reason)
         write_page(folder, summary)

@@ -12,7 +12,7 @@ from minitron.report.evaluation import evaluation_blocks
 from minitron.report.plan import plan_blocks
 from minitron.report.search import architecture_table, candidates_table, choice_sentences, pattern_lines, screens_table, table_notes
 from minitron.report.summary import REASONERS, chosen_candidate, kinds_of
-from minitron.report.text import Summary, duration, escaped, image, nats, sentence, table
+from minitron.report.text import LONG, Summary, code, duration, fenced, image, nats, quoted, seen, sentence, table
 from minitron.report.verdict import evaluations, how_to_read, models_table, verdict
 
 BEFORE_THE_LAPS = ("data", "teacher")
@@ -53,13 +53,13 @@ class Part:
 
 def page_markdown(summary: Summary, plots: Sequence[str]) -> str:
     """report.md; `plots` names the PNG files beside it."""
-    blocks = [f"# Run {escaped(summary['run_name'])}", verdict(summary), models_table(summary), how_to_read(summary)]
+    blocks = [f"# Run {quoted(summary['run_name'])}", verdict(summary), models_table(summary), how_to_read(summary)]
     blocks += [image(plots, "memory.png", "Memory of teacher and student, by what it is for"), *_laps(summary, plots)]
-    versions = table(("package", "version"), summary["versions"].items())
-    folders = [f"{name} `{model['path']}`" for name, model in summary["models"].items() if model["path"]]
+    versions = table(("package", "version"), [(quoted(name), quoted(version)) for name, version in summary["versions"].items()])
+    folders = [f"{name} {code(model['path'])}" for name, model in summary["models"].items() if model["path"]]
     blocks += plan_blocks(summary)
     blocks += ["## Where and how", f"Checkpoints: {', '.join(folders)}." if folders else "", "Every figure of this page is in [summary.json](summary.json)."]
-    blocks += [f"Seed {summary['seed']}; the command:", f"```\n{summary['command']}\n```", versions]
+    blocks += [f"Seed {summary['seed']}; the command:", fenced(seen(summary["command"]).split("\n"), ""), versions]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -117,7 +117,8 @@ def _headline(part: Part, name: str) -> str:
 
 def _stage_facts(stage: Mapping[str, Any]) -> str:
     when = "already done by an earlier run, which took" if stage["cached"] else "done in this run, in"
-    return f"*{when[:1].upper()}{when[1:]} {duration(stage['seconds'])} · process memory up to {format_gib(stage['peak_rss_bytes'])} · key `{stage['key']}`*"
+    taken = f"{duration(stage['seconds'])} · process memory up to {format_gib(stage['peak_rss_bytes'])}"
+    return f"*{when[:1].upper()}{when[1:]} {taken} · key {code(stage['key'])}*"
 
 
 def _data_blocks(part: Part) -> list[str]:
@@ -175,7 +176,7 @@ def _distill_blocks(part: Part) -> list[str]:
     caption = "KL to the teacher while distilling, and held-out loss"
     load = part.lap["distillation"].get("expert_load")
     plot = [] if part.which is Which.depth else [part.plot("distillation.png", caption)]
-    return [*plot, *([load["sentence"]] if load else [])]
+    return [*plot, *([quoted(load["sentence"], LONG)] if load else [])]
 
 
 def _evaluate_blocks(part: Part) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from memory_budget.units import format_gib
-from minitron.report.text import Summary, duration, table
+from minitron.report.text import Summary, duration, quoted, table
 
 
 def plan_blocks(summary: Summary) -> Iterator[str]:
@@ -14,7 +14,7 @@ def plan_blocks(summary: Summary) -> Iterator[str]:
         return
     yield "## Planned and taken"
     planned, taken = plan["seconds"]["planned"], plan["seconds"]["taken"]
-    said = "Nobody knew how long it takes on this device" if planned is None else f"About {duration(planned)} were planned for {plan['device']}"
+    said = "Nobody knew how long it takes on this device" if planned is None else f"About {duration(planned)} were planned for {quoted(plan['device'])}"
     yield f"{said}; the stages that are done took {duration(taken)}. Memory is a process's, disk what stays."
     yield table(("stage", "time planned", "taken", "memory planned", "taken", "disk planned", "taken"), rows)
 
@@ -25,4 +25,4 @@ def _rows(plan: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             cells = []
             for kind, shown in (("seconds", duration), ("memory_bytes", format_gib), ("disk_bytes", format_gib)):
                 cells += ["–" if side is None or side[kind] is None else shown(side[kind]) for side in (both["planned"], both["taken"])]
-            yield (f"{lap}{name}", *cells)
+            yield (f"{lap}{quoted(name)}", *cells)

@@ -7,7 +7,7 @@ from memory_budget.architecture import BLOCK, MAMBA_BLOCK, MAMBA_MOE_BLOCK, MOE_
 from memory_budget.parameters import count_active_parameters
 from memory_budget.units import format_gib
 from minitron.report.summary import KIND_NAMES, best_first, chosen_candidate, cut_kinds, highest_rung, removed_layers
-from minitron.report.text import Summary, change, duration, escaped, nats, speed, table
+from minitron.report.text import LONG, Summary, change, code, duration, nats, quoted, speed, table
 
 Candidate = Mapping[str, Any]
 
@@ -48,14 +48,14 @@ def choice_sentences(lap: Summary) -> list[str]:
     chosen, candidates, search = chosen_candidate(lap), lap["candidates"], lap["search"]
     if chosen is None:
         return []
-    name = f"**{escaped(chosen['id'])}**"
+    name = f"**{quoted(chosen['id'])}**"
     if len(candidates) == 1:
-        return [f"{name} is {search['reason']}{'' if search['num_fitting'] else ', and does not fit'}."]
+        return [f"{name} is {quoted(search['reason'], LONG)}{'' if search['num_fitting'] else ', and does not fit'}."]
     briefly = sum(candidate["short_distill_loss"] is not None for candidate in candidates)
     fit = "leave room for widths that fit" if search["later_widths"] else "fit"
     steps = [f"{search['num_fitting']:,} {fit}", f"{len(candidates)} came on the shortlist", f"{briefly} of them were distilled briefly" if briefly else ""]
     what = "depths" if search["later_widths"] else "architectures"
-    opening = f"{name} was chosen of {search['num_candidates']:,} {what} ({', '.join(step for step in steps if step)}): {escaped(search['reason'])}."
+    opening = f"{name} was chosen of {search['num_candidates']:,} {what} ({', '.join(step for step in steps if step)}): {quoted(search['reason'], LONG)}."
     return [opening, *_rivals(chosen, candidates)]
 
 
@@ -66,11 +66,11 @@ def _rivals(chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
     if others:
         other, behind = others[0]["id"], others[0][rung] - chosen[rung]
         side = "higher" if behind >= 0 else "lower"
-        sentences.append(f"Of the others the best by loss {RUNG_NAMES[rung]}, {escaped(other)}, is {nats(abs(behind))} nats/token {side}.")
+        sentences.append(f"Of the others the best by loss {RUNG_NAMES[rung]}, {quoted(other)}, is {nats(abs(behind))} nats/token {side}.")
     measured = [candidate for candidate in candidates if candidate["zero_shot_loss"] is not None]
     if rung == "short_distill_loss" and measured:
         first = min(measured, key=lambda candidate: candidate["zero_shot_loss"])
-        sentences.append("It was first by zero-shot loss too." if first["chosen"] else f"By zero-shot loss alone {escaped(first['id'])} was first.")
+        sentences.append("It was first by zero-shot loss too." if first["chosen"] else f"By zero-shot loss alone {quoted(first['id'])} was first.")
     return sentences
 
 
@@ -80,7 +80,7 @@ def candidates_table(candidates: Sequence[Candidate]) -> str:
     has_experts, rows = any("active_parameters" in candidate for candidate in candidates), []
     for place, candidate in enumerate(best_first(candidates), start=1):
         cells = ["–" if candidate[name] is None else text(candidate[name]) for name, _, text in known]
-        name = f"{place}. **{escaped(candidate['id'])}**" if candidate["chosen"] else f"{place}. {escaped(candidate['id'])}"
+        name = f"{place}. **{quoted(candidate['id'])}**" if candidate["chosen"] else f"{place}. {quoted(candidate['id'])}"
         active = [f"{candidate['active_parameters']:,}"] if has_experts else []
         sizes = (f"{candidate['parameters']:,}", *active, format_gib(candidate["memory_bytes"]["total"]).removesuffix(" GiB"))
         rows.append((name, *cells, *sizes, _note(candidate)))
@@ -91,8 +91,9 @@ def _note(candidate: Candidate) -> str:
     """That a candidate is the chosen one, or on the Pareto front, or why it was not to be chosen; that its speed does not compare with the others';
     and that its rows are of odd lengths."""
     beside = "decoded beside other work" if candidate.get("speed_alone") is False else ""
-    odd = f"odd rows ({', '.join(candidate['row_notes'])})" if candidate.get("row_notes") else ""
-    remarks = ["**chosen**" if candidate["chosen"] else "", "front" if candidate["on_pareto_front"] else "", escaped(candidate.get("note", "")), beside, odd]
+    odd = f"odd rows ({quoted(', '.join(candidate['row_notes']))})" if candidate.get("row_notes") else ""
+    note = quoted(candidate.get("note", ""), LONG)
+    remarks = ["**chosen**" if candidate["chosen"] else "", "front" if candidate["on_pareto_front"] else "", note, beside, odd]
     return ", ".join(remark for remark in remarks if remark)
 
 
@@ -109,7 +110,7 @@ def table_notes(summary: Summary, lap: Summary) -> str:
     if measured("modelled_tokens_per_second"):
         load = summary["throughput"]
         batch = f"{load['batch']:,} at once" if load["batch"] else "as many at once as fit the budget"
-        notes.append(f"Modelled speed: the most that {escaped(load['device'] or summary['budget']['name'])} could reach (a roofline), "
+        notes.append(f"Modelled speed: the most that {quoted(load['device'] or summary['budget']['name'])} could reach (a roofline), "
                      f"{load['input_tokens']:,} tokens in and {load['output_tokens']:,} out, {batch}.")  # fmt: skip
     if any(candidate["on_pareto_front"] for candidate in candidates):
         notes.append("Front: on the Pareto front, so no other is as good in loss, memory and modelled speed and better in one of them.")
@@ -117,7 +118,7 @@ def table_notes(summary: Summary, lap: Summary) -> str:
         notes.append("Decoded beside other work: other processes kept this machine's cores busy meanwhile, so that speed is too low to compare.")
     if any(candidate.get("row_notes") for candidate in candidates):
         chosen = chosen_candidate(lap)
-        of_chosen = f" The chosen one's: {escaped('; '.join(chosen['row_notes'].values()))}." if chosen and chosen.get("row_notes") else ""
+        of_chosen = f" The chosen one's: {quoted('; '.join(chosen['row_notes'].values()), LONG)}." if chosen and chosen.get("row_notes") else ""
         notes.append(f"Odd rows: of a length that packing into 4 bits, or a fast kernel, does not take; the model runs all the same.{of_chosen}")
     if lap["search"].get("later_widths"):
         notes.append("Memory is at full width; the widths that are cut next bring it under the budget.")
@@ -133,7 +134,8 @@ def screens_table(lap: Summary) -> str:
             loss = "diverged" if candidate["short_distill_loss"] is None else nats(candidate["short_distill_loss"])
             tokens = candidate.get("short_distill_tokens")
             when = "earlier run" if stage["cached"] else "this run"
-            rows.append((escaped(candidate["id"]), loss, "–" if tokens is None else f"{tokens:,}", duration(stage["seconds"]), when, f"`{stage['key']}`"))
+            key = code(stage["key"]).replace("|", "¦")  # a | ends a cell, in code too
+            rows.append((quoted(candidate["id"]), loss, "–" if tokens is None else f"{tokens:,}", duration(stage["seconds"]), when, key))
     return table(("id", "held-out loss (nats/token)", "tokens", "time", "done in", "key"), rows)
 
 

@@ -5,9 +5,12 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from minitron.walk.shown import sign_of
+
 Summary = Mapping[str, Any]
 
 JOINERS = "\u200c\u200d"  # within words of some scripts, and within emoji
+LONG = 1000  # characters of a sentence from elsewhere
 UNSEEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # Unicode's categories of characters that show nothing, or change how others show
 
 
@@ -62,11 +65,7 @@ def seen(text: str) -> str:
 
 
 def _seen(character: str) -> str:
-    if character in "\n\t" or character in JOINERS or unicodedata.category(character) not in UNSEEN:
-        return character
-    if character < " ":
-        return chr(0x2400 + ord(character))
-    return "␡" if character == "\x7f" else f"<U+{ord(character):04X}>"
+    return character if character in "\n\t" or character in JOINERS or unicodedata.category(character) not in UNSEEN else sign_of(character)
 
 
 def quoted(text: str, most: int = 160) -> str:
@@ -78,4 +77,18 @@ def quoted(text: str, most: int = 160) -> str:
 
 def sentence(text: str) -> str:
     """Plain text as a sentence: a capital first, a full stop last."""
-    return escaped(text[:1].upper() + text[1:]) + "."
+    return quoted(text[:1].upper() + text[1:], LONG) + "."
+
+
+def code(text: str) -> str:
+    """Text from elsewhere as a code span."""
+    text = " ".join(seen(text).split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
+
+
+def fenced(lines: Sequence[str], language: str) -> str:
+    """Lines as they are: the fence is longer than any run of backticks in them."""
+    longest = max((len(run) for line in lines for run in re.findall("`+", line)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return "\n".join([f"{fence}{language}", *lines, fence])

@@ -6,7 +6,7 @@ from typing import Any
 from memory_budget.units import format_gib
 from minitron.report.search import choice_sentences
 from minitron.report.summary import chosen_candidate, sequences_text
-from minitron.report.text import Summary, change, escaped, nats, signed, speed, table
+from minitron.report.text import Summary, change, nats, quoted, signed, speed, table
 
 NEGLIGIBLE_NATS = 0.01  # per token: 1 % of perplexity; below it a share won back says nothing
 NOISY_SPEED_SHARE = 0.05
@@ -29,7 +29,7 @@ def _choices(summary: Summary) -> list[list[str]]:
 def _fit_sentences(summary: Summary) -> list[str]:
     budget, teacher = summary["budget"], summary["models"]["teacher"]
     served = f"To serve {sequences_text(budget['workload'])} the teacher needs {_gib(teacher)}"
-    named = "of the budget" if budget["name"].endswith(" GiB") else f"of {escaped(budget['name'])}"  # a name that says no more than the number
+    named = "of the budget" if budget["name"].endswith(" GiB") else f"of {quoted(budget['name'])}"  # a name that says no more than the number
     limit = f"the {format_gib(budget['bytes'])} {named}"
     sentences = [f"{served}; it **{'fits' if teacher['fits'] else 'does not fit'}** {limit}{_distance(teacher, budget['bytes'])}."]
     name, small = smallest_model(summary)
@@ -165,8 +165,8 @@ def how_to_read(summary: Summary) -> str:
 def how_to_read_memory(summary: Summary) -> str:
     """What the figures of memory are of; of an SSM state nothing is said where no layer has one."""
     workload = summary["budget"]["workload"]
-    state = f", SSM state {workload['ssm_dtype']}" if "M" in summary["models"]["teacher"]["architecture"]["pattern"] else ""
-    formats = f"weights {workload['weights_dtype']}, KV cache {workload['kv_dtype']}{state}"
+    state = f", SSM state {quoted(workload['ssm_dtype'])}" if "M" in summary["models"]["teacher"]["architecture"]["pattern"] else ""
+    formats = f"weights {quoted(workload['weights_dtype'])}, KV cache {quoted(workload['kv_dtype'])}{state}"
     chunk = workload["activation_tokens"]
     activations = f"activations of {chunk:,} tokens at once included" if chunk else "activations left out"
     return f"Memory: {formats}, {activations}; 1 GiB = 2³⁰ bytes."

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from memory_budget.architecture import Architecture
+from memory_budget.json_files import LARGEST_CONFIG, parse_json
 from minitron.walk.stage import StageContext
 from nas.depth import check_layer_order
 
@@ -30,18 +31,19 @@ def read_layer_order(path: str | Path) -> list[int]:
     Raises ValueError where the file holds none of these.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_CONFIG)
     except OSError as error:
         raise ValueError(f"search.layer_order is {str(path)!r}, which cannot be read: {error.strerror}") from None
     try:
-        value = json.loads(text)
+        value = parse_json(content)
     except ValueError:
-        value = text.replace(",", " ").split() or None
+        value = content.decode("utf-8", errors="replace").replace(",", " ").split() or None
     if isinstance(value, Mapping):
         value = value.get("removal_order", value.get("removed_layers"))
     try:
         order = [int(item) for item in (value if isinstance(value, list) else [value])]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(
             f"search.layer_order {str(path)!r} must hold layer numbers, least important first: a JSON list, an object with removal_order, or plain numbers"
         ) from None

@@ -4,21 +4,22 @@ Only the completions endpoint is used, text in and text out, which every such se
 model's own tokenizer. Needs the openai package (extra `serve`), no torch.
 """
 
-import json
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
 from transformers import PreTrainedTokenizerBase
 
+from memory_budget.json_files import read_json
 from minitron.generation.prompts import Prompt, Tags, make_prompt
 from minitron.generation.tokenizers import load_tokenizer
+from minitron.serving.bounds import bounding
 from minitron.serving.errors import in_one_line
 from minitron.serving.made import Ending, Made, read_pieces
+from minitron.walk.shown import without_secrets
 
-CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # a text ends in it where its last token is only part of a character
 Asked = str | Sequence[Mapping[str, Any]]
 
 
@@ -45,11 +46,13 @@ class ThinkingBudgetClient:
     """`ThinkingBudgetClient(url, model, tokenizer).ask("What is 3 plus 4?", thinking_budget=32).answer`."""
 
     def __init__(self, base_url: str, model: str, *, tokenizer: str | Path, tags: Tags = Tags(), context_tokens: int | None = None,  # noqa: B008
-                 api_key: str = "none", timeout_seconds: float = 60.0, max_retries: int = 2, extra_body: Mapping[str, Any] | None = None):  # fmt: skip
+                 api_key: str = "none", timeout_seconds: float = 60.0, longest_seconds: float = 3600.0, max_retries: int = 2,
+                 extra_body: Mapping[str, Any] | None = None):  # fmt: skip
         """`base_url` ends in /v1 · `model` as the server names it · `tokenizer`: the model's folder, or its Hub id.
 
         context_tokens: the longest text that the server takes; None reads max_position_embeddings beside the tokenizer, where that is a
-        folder · timeout_seconds: without a word from the server · max_retries: of a request that failed before it gave anything ·
+        folder · timeout_seconds: without a word from the server · longest_seconds: of one request, however much the server says ·
+        max_retries: of a request that failed before it gave anything, after the wait that a busy server asks for (at most a minute) ·
         extra_body: further fields of every request, e.g. {"skip_special_tokens": False} for vLLM.
         Raises ValueError for a tokenizer that is not there, or whose tags a client cannot see.
         """
@@ -58,7 +61,8 @@ class ThinkingBudgetClient:
         self._tokenizer = load_tokenizer(tokenizer)
         _check_tags(self._tokenizer, tags, hidden=self._extra_body.get("skip_special_tokens", True))
         self._context_tokens = _positions(Path(tokenizer)) if context_tokens is None else context_tokens
-        self._server = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout_seconds, max_retries=max_retries)
+        plain = openai.DefaultHttpxClient(event_hooks={"response": [bounding(longest_seconds)]}, headers={"Accept-Encoding": "identity"})
+        self._server = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout_seconds, max_retries=max_retries, http_client=plain)
 
     def ask(self, prompt: Asked, *, thinking_budget: int | None = None, thinking: bool | None = None, max_tokens: int = 512,
             temperature: float = 0.0, top_p: float = 1.0) -> Reply:  # fmt: skip
@@ -119,8 +123,7 @@ class ThinkingBudgetClient:
         """One request; yields what comes, piece by piece where it is streamed."""
         with in_one_line(self._base_url, self._timeout_seconds):
             got = self._ask({"prompt": self._sent(text), "max_tokens": max_tokens, **request})
-            made = yield from read_pieces(got if request["stream"] else [got], max_tokens, self._count)
-        return replace(made, text=made.text.rstrip(CUT_CHARACTER))
+            return (yield from read_pieces(got if request["stream"] else [got], max_tokens, self._count))
 
     def _ask(self, request: Mapping[str, Any]) -> Any:
         """What the server answers; a server that knows no `stream_options` is asked without, and gives no token counts then."""
@@ -137,8 +140,8 @@ class ThinkingBudgetClient:
         ours = len(self._tokenizer(self._sent(prompt))["input_ids"])
         if made.prompt_tokens is None or made.prompt_tokens <= ours + 1:  # one: a beginning of the text that the tokenizer here does not add
             return ""
-        return (f"the server at {self._base_url} counts {made.prompt_tokens:,} tokens in a prompt of {ours:,}: it seems to apply a chat template to what "
-                "has been through one; serve the completions endpoint without a template")  # fmt: skip
+        return (f"the server at {without_secrets(self._base_url)} counts {made.prompt_tokens:,} tokens in a prompt of {ours:,}: it seems to apply a chat "
+                "template to what has been through one; serve the completions endpoint without a template")  # fmt: skip
 
     def _sent(self, text: str) -> str:
         """Without a beginning-of-text token that the server's tokenizer will put in front by itself."""
@@ -181,6 +184,7 @@ def _check_tags(tokenizer: PreTrainedTokenizerBase, tags: Tags, *, hidden: bool)
 def _positions(folder: Path) -> int | None:
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings") if path.is_file() else None
-    except (ValueError, AttributeError):
+        found = read_json(path).get("max_position_embeddings") if path.is_file() else None
+    except (OSError, ValueError, AttributeError):
         raise ValueError(f"tokenizer is {str(folder)!r}, but its config.json is no JSON object") from None
+    return found if isinstance(found, int) and found > 0 else None

@@ -79,6 +79,8 @@ def _read(path: Path, size: int, _changed: int) -> GGUFHeader:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 metadata, tensors, end = _parse(_Cursor(data))
+            except RecursionError:
+                raise ValueError("which is no GGUF file: its metadata nests arrays without end") from None
             except (struct.error, IndexError):
                 raise ValueError(f"which is truncated: its {size:,} bytes do not hold its header") from None
             except UnicodeDecodeError:

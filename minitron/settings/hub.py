@@ -10,6 +10,7 @@ from pathlib import Path
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 SILENT_SECONDS = 2.0
+NOT_FETCHED = ["*.bin", "*.pth", "*.pt", "*.pkl", "*.pickle", "*.py", "*.gguf"]  # weights in other forms, pickles, and code, which nothing here reads
 
 
 def from_hub(path: str, file: str | None, *, revision: str | None) -> Path:
@@ -25,7 +26,7 @@ def from_hub(path: str, file: str | None, *, revision: str | None) -> Path:
         with said_while_waiting(path):
             if file is not None:
                 return Path(hf_hub_download(path, file, revision=revision))
-            return Path(snapshot_download(path, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
+            return Path(snapshot_download(path, revision=revision, ignore_patterns=NOT_FETCHED))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(f"teacher.path is {path!r}: no folder is there, {_reason(error, revision)}") from None
 

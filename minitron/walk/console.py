@@ -12,6 +12,8 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from minitron.walk.shown import shown
+
 LOG_EVERY_SECONDS = 15.0
 
 
@@ -36,10 +38,10 @@ class Console:
         self.rich = RichConsole(highlight=False, soft_wrap=True, quiet=quiet)
 
     def say(self, text: str) -> None:
-        self.rich.print(text, markup=False)
+        self.rich.print(shown(text), markup=False)
 
     def headline(self, stage: str, text: str) -> None:
-        self.rich.print(f"{stage:>9}  {text}", markup=False)
+        self.rich.print(shown(f"{stage:>9}  {text}"), markup=False)
 
     @contextmanager
     def track(self, description: str, total: float | None, unit: str, done: float = 0.0) -> Iterator[Advance]:

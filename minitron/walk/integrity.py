@@ -5,11 +5,15 @@ every byte; all are compared before a stage reads what another one has made, whe
 """
 
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import xxhash
+
+from memory_budget.json_files import is_inside
 
 PIECE_BYTES = 2**24
 SMALL_BYTES = 2**20  # of a result's files, compared by their bytes whenever it is found: a millisecond
@@ -47,6 +51,12 @@ def synced(path: Path) -> None:
         os.close(handle)
 
 
+def are_files(files: Any) -> bool:
+    """Whether it is what vouch_for gives: of names within the folder, size and digest."""
+    pairs = files.items() if isinstance(files, dict) else [(None, None)]
+    return all(is_inside(name) and isinstance(one, list) and len(one) == 2 and type(one[0]) is int and isinstance(one[1], str) for name, one in pairs)
+
+
 def damage(folder: Path, files: Mapping[str, list], most_bytes: float = SMALL_BYTES) -> str | None:
     """How a folder differs from what was vouched for, in a clause, the first file that does; None where it does not.
 
@@ -77,6 +87,15 @@ def named(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+@contextmanager
+def usual_mode(path: Path) -> Iterator[None]:
+    """A file that a library writes in its block gets the mode of any that is made here, by the user's umask: safetensors makes its own for the user alone."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    path.chmod(mode)
 
 
 def digest_of_text(text: str) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.walk.integrity import SMALL_BYTES, damage, digest_of_text, named, synced, vouch_for
+from minitron.walk.integrity import SMALL_BYTES, are_files, damage, digest_of_text, named, synced, vouch_for
 
 DONE = "done.json"
 FORMAT = 2  # rises when keys change for all stages: what they are made of, or how
@@ -111,9 +111,9 @@ def _earlier_results(store: Path) -> list[str]:
     for path in sorted(store.glob(f"*/*/{DONE}")):
         try:
             record = json.loads(path.read_text())
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and record.get("format", 1) < FORMAT:
+        if isinstance(record, dict) and isinstance(given := record.get("format", 1), int) and given < FORMAT:
             stage, key = path.parts[-3:-1]
             earlier += [f"{stage}/{key}", *([f"measurements/{stage}-{key}"] if (store / "measurements" / f"{stage}-{key}").is_dir() else [])]
     return earlier
@@ -151,9 +151,15 @@ def _record(folder: Path) -> dict[str, Any] | str | None:
         return None
     except (ValueError, RecursionError):
         return f"{DONE} cannot be read as what was written"
-    if not isinstance(record, dict) or not {"key", "facts"} <= record.keys() or ("digest" in record and record["digest"] != digest_of(record)):
-        return f"{DONE} is not what was written"
-    return record
+    return record if _is_record(record) else f"{DONE} is not what was written"
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it is what `finish` writes; earlier ones have no digest, nor names of files."""
+    if not isinstance(record, dict) or not isinstance(record.get("key"), str) or not isinstance(record.get("facts"), dict):
+        return False
+    whole = "digest" not in record or record["digest"] == digest_of(record)
+    return whole and isinstance(record["facts"].get("identity", ""), str) and are_files(record.get("files", {}))
 
 
 def measurement_damage(path: Path) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 from memory_budget.units import to_gib
 from minitron.settings.rules import key_settings
 from minitron.settings.run import Settings, Stage, Tracking
+from minitron.walk.shown import all_without_secrets, without_secrets
 
 
 class Tracker:
@@ -88,9 +89,9 @@ def _start(settings: Settings, name: str, config: Mapping[str, Any], *, trial: b
         ours["project"] = "minitron"
     ours = {name: value for name, value in ours.items() if f"WANDB_{name.upper()}" not in os.environ}
     try:
-        return wandb.init(group=settings.run_name, name=f"{settings.run_name}: {name}", config=dict(config), reinit="finish_previous", **ours)
+        return wandb.init(group=settings.run_name, name=f"{settings.run_name}: {name}", config=all_without_secrets(config), reinit="finish_previous", **ours)
     except wandb.Error as error:
-        reason = " ".join(str(error).split())
+        reason = without_secrets(" ".join(str(error).split()))
         raise ValueError(f"tracking is {settings.tracking.value}, which wandb refuses: {reason}; tracking=offline needs no account") from None
 
 

@@ -1,5 +1,7 @@
 """The report, made of a small run whose store is written here: stage folders as the stages leave them, no model run."""
 
+import copy
+import functools
 import json
 import math
 import re
@@ -372,6 +374,35 @@ def test_no_document_breaks_the_page(summary):
     assert tags.findall(page) == before
     assert "&lt;script&gt;" in page and "# A heading⏎" in page and "␛[31m&lt;U+202E&gt;&lt;U+D800&gt;␍⏎" in page and not set("\x1b\u202e\ud800") & set(page)
     assert {"h1", "img", "li"} <= set(tags.findall(page_html(f"```\n{HOSTILE}```\n", "")))
+
+
+def places_of_text(value, place=()):
+    """Where a summary has a text."""
+    if isinstance(value, str):
+        yield place
+    for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places_of_text(one, (*place, key))
+
+
+# What the page looks things up by, and what is drawn as code letter by letter: no text of others.
+LOOKED_UP = {"pattern", "model_type", "kinds", "rows", "kept_layers"}
+
+
+def test_no_text_at_all_breaks_the_page(summary):
+    """Every text of the summary in turn, a candidate's id wherever it stands, but for those that Python looks things up by, which are ours."""
+    tags, seen_as_text = re.compile(r"<(\w+)[^>]*>"), 0
+    before, places = tags.findall(html_of(summary)), [place for place in places_of_text(summary) if not LOOKED_UP & set(place)]
+    for place in places:
+        other = copy.deepcopy(summary)
+        holder = functools.reduce(lambda value, key: value[key], place[:-1], other)
+        if place[-1] == "id":
+            other = json.loads(json.dumps(summary).replace(holder["id"], json.dumps(HOSTILE + "````")[1:-1]))
+        else:
+            holder[place[-1]] = HOSTILE + "````"
+        page = html_of(other)
+        assert "<script" not in page and not set("\x1b\u202e\ud800") & set(page) and tags.findall(page) == before, place
+        seen_as_text += "&lt;script" in page
+    assert seen_as_text > 40 and len(places) > 60
 
 
 def test_what_counts_for_the_loss_is_marked_where_not_all_of_it_does(summary):

@@ -349,7 +349,7 @@ def test_a_conversation_that_is_null_or_empty_is_no_text(chat_tokenizer, tmp_pat
     ("{% set all = namespace(x='abcdefgh') %}{% for a in range(60) %}{% set all.x = all.x ~ all.x %}{% endfor %}", "more than 1024 MiB"),
 ])  # fmt: skip
 def test_a_template_that_takes_all_time_or_memory_is_refused_before_it_is_used(template, said, monkeypatch):
-    monkeypatch.setattr(templates, "TEMPLATE_SECONDS", 0.5 if "range(99999)" in template else 10)
+    monkeypatch.setattr(templates, "TEMPLATE_SECONDS", 0.5 if "range(99999)" in template else 60)
     with pytest.raises(ValueError, match=said):
         templates.check_template(template)
     templates.check_template("{{ messages[0].content }}")
