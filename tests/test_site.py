@@ -134,11 +134,12 @@ VLLM_SERVE = {"--served-model-name", "--mamba_ssm_cache_dtype", "--max-model-len
 
 
 def commands(page: Path) -> Iterator[str]:
-    """Lines of code blocks that are commands, those that end in a backslash with what follows; of a loop or a pipe only what begins a line."""
-    for block in re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
-        for line in block.replace("\\\n", " ").splitlines():
-            if COMMAND.fullmatch(line.strip()):
-                yield line.strip()
+    """Lines of code blocks, fenced or indented, that are commands; those that end in a backslash with what follows, those joined by & one by one."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    fenced = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    indented = re.findall(r"^ {4}(\S.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    for line in [*(line for block in fenced for line in block.splitlines()), *indented]:
+        yield from (one.strip() for one in re.split(r" & ", line) if COMMAND.fullmatch(one.strip()))
 
 
 COMMANDS = [(page.relative_to(REPOSITORY).as_posix(), command) for page in PAGES for command in commands(page)]
@@ -165,6 +166,10 @@ def _python(rest: list[str], composes: bool) -> None:
         from minitron.serving.__main__ import _parser
 
         _parser().parse_args(rest[2:])
+    elif rest[0] == "-c":
+        compile(rest[1], "-c", "exec")
+    elif rest[0] == "-":
+        pass  # the program follows, up to EOF
     elif rest[0] == "-m":
         raise ValueError(f"{rest[1]} is no command of the house")
     else:
@@ -231,7 +236,7 @@ def wrong_ones(page: str, *, composes: bool) -> dict[str, str]:
     for command in (command for of_page, command in COMMANDS if of_page == page):
         try:
             check(command, composes=composes)
-        except (ValueError, OSError, SystemExit) as error:
+        except (ValueError, SyntaxError, OSError, SystemExit) as error:
             wrong[command] = str(error)
     return wrong
 
