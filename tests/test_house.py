@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import subprocess
 import sys
+import tomllib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +139,12 @@ def test_the_page_draws_the_rooms_and_arrows_that_the_code_has():
 def test_a_new_arrow_between_rooms_changes_the_page():
     graph = house.rooms(house.imports(REPOSITORY))
     assert house.picture({**graph, "report": graph["report"] | {"machine"}}) != house.picture(graph)
+
+
+def test_what_is_installed_has_every_folder_of_the_code():
+    listed = set(tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"])
+    there = {".".join(path.parent.relative_to(REPOSITORY).parts) for path in modules(REPOSITORY) if path.name == "__init__.py"}
+    assert there - listed == set() and listed - there == {"minitron.conf", "minitron.tiny_teacher"}  # which hold no code
 
 
 def full_folders(root: Path) -> list[str]:

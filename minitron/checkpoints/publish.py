@@ -15,6 +15,7 @@ from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_active_parameters, count_total_parameters
 from memory_budget.units import format_gib
 from minitron.checkpoints.files import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, copy_companions, same_bits
+from minitron.checkpoints.local_paths import is_local
 from minitron.checkpoints.placement import StreamedModel
 from minitron.checkpoints.shards import save_model_weights, write_weights
 from minitron.families.base import Family
@@ -22,6 +23,7 @@ from minitron.families.state import model_tensors
 from minitron.families.table import expert_of
 from minitron.machine.memory import available_memory_bytes
 from minitron.mamba import dispatch
+from minitron.settings.hub import HUB_ID
 from minitron.walk.shown import without_secrets
 from minitron.walk.store import write_json
 
@@ -156,8 +158,9 @@ def model_card(title: str, *, lines: list[str], architecture: Architecture, base
                metadata: Mapping[str, str] = MappingProxyType({})) -> str:  # fmt: skip
     """README.md of a model folder: what it is, what it came from, its sizes; `metadata` is more of what the Hub reads at its top."""
     title = " ".join(title.split())
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [minitron, pruning, distillation]"]
-    head += [f"base_model: {base}"] if base and "/" in base and not base.startswith("/") else []
+    tags = ["minitron", "pruning", "distillation", architecture.model_type]
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", f"tags: [{', '.join(tags)}]"]
+    head += [f"base_model: {base}"] if base and HUB_ID.match(base) and not is_local(base) else []
     head += [f"{name}: {json.dumps(value)}" for name, value in metadata.items()]  # a JSON string is a YAML one
     parameters, of_blocks = count_total_parameters(architecture), architecture.sublayers_per_layer > 1
     sizes = [

@@ -51,17 +51,17 @@ def unknown_names(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from unknown_names(value, f"{name}.")
 
 
-def compose_settings(*words: str, config_dir: str | None = None) -> Settings:
+def compose_settings(*words: str, config_dir: str | None = None, processes: int = 1) -> Settings:
     """The settings of what would be said on the command line, e.g. compose_settings("teacher.path=MODEL", "budget=l4"). Raises ValueError or what Hydra does.
 
-    `config_dir` is --config-dir: a folder with an experiment/ of one's own.
+    `config_dir` is --config-dir: a folder with an experiment/ of one's own; `processes` as launched.
     """
     from hydra import compose, initialize_config_dir
 
     register_schema()
     search_path = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
     with initialize_config_dir(str(CONF_FOLDER), version_base="1.3"):
-        return settings_of(compose("run", overrides=[*search_path, *for_hydra(words)]))
+        return settings_of(compose("run", overrides=[*search_path, *for_hydra(words)]), processes=processes)
 
 
 def register_schema() -> None:

@@ -17,9 +17,10 @@ class ThinkingBudget(LogitsProcessor):
     to the bit.
     """
 
-    def __init__(self, budget: int, open_ids: Sequence[int], close_ids: Sequence[int], prompt_tokens: int, opened: Sequence[bool] | None = None):
-        """`prompt_tokens` is the width of the prompts, padding on their left included; `opened` says of each row whether its prompt leaves reasoning
-        open, None leaves that to the tags in it. Raises ValueError for a negative budget or an empty tag."""
+    def __init__(self, budget: int, open_ids: Sequence[int], close_ids: Sequence[int], prompt_tokens: int | None = None,
+                 opened: Sequence[bool] | None = None):  # fmt: skip
+        """`prompt_tokens` is the width of the prompts, padding on their left included, None that of the first call; `opened` says of each row whether its
+        prompt leaves reasoning open, None leaves that to the tags in it. Raises ValueError for a negative budget or an empty tag."""
         if budget < 0:
             raise ValueError(f"thinking_budget is {budget}; it must be at least 0")
         if not open_ids or not close_ids:
@@ -28,6 +29,8 @@ class ThinkingBudget(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores [B, V] of the next token, all but the closing tag's next one −∞ in rows whose budget is spent."""
+        if self.prompt_tokens is None:
+            self.prompt_tokens = input_ids.shape[1]
         if self.opened is None:
             self.opened = [self._reasoning(row) is not None for row in input_ids[:, : self.prompt_tokens].tolist()]
         for row, (is_open, generated) in enumerate(zip(self.opened, input_ids[:, self.prompt_tokens :].tolist(), strict=True)):

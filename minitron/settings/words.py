@@ -276,9 +276,12 @@ def _one(name: str, kind: Any, value: str) -> str:
 
 
 def _text(text: str, *, fills_in: bool) -> str:
-    """Text in Hydra's quotes, so that it is read back as it is."""
-    if text == "null" or QUOTED.fullmatch(text):
-        return text
+    """What was typed in Hydra's quotes, so that it is read back as it is; null and what has quotes already stay."""
+    return text if text == "null" or QUOTED.fullmatch(text) else quoted(text, fills_in=fills_in)
+
+
+def quoted(text: str, *, fills_in: bool = False) -> str:
+    """Any text in Hydra's quotes; `fills_in` leaves ${NAME} of a setting to be filled in."""
 
     def dollar(found: re.Match) -> str:
         if fills_in and not found[1] and _is_filled_in(found[2]):

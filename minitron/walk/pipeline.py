@@ -30,20 +30,20 @@ MOST_TURNS = 4
 MOST_CHECKED = {CheckInputs.auto: 2**30, CheckInputs.sizes: SMALL_BYTES, CheckInputs.full: float("inf")}  # bytes of an input's files
 
 
-def run_pipeline(settings: Settings, console: Console) -> None:
-    """Run what is asked for, then write the run's summary and report; a stage that uses what is done takes the report's place."""
+def run_pipeline(settings: Settings, console: Console) -> list[Lap]:
+    """Run what is asked for, then write the run's summary and report; a stage that uses what is done takes the report's place. Gives what was walked."""
     asked = stages().get(settings.stage.value)
     uses = isinstance(asked, UsingStage)
     check_before_work(settings)
     if uses and asked.looks_ahead:
         asked.run(settings, [], console)
-        return
+        return []
     if not uses:
         for stage in using_stages().values():
             stage.before(settings, console)
     if said := nothing_to_cut(settings):
         console.say(said)
-        return
+        return []
     make_runs_folder(settings.runs_folder)
     if processes.rank() == 0:
         check_format(settings.runs_folder, (lambda _text: None) if uses else console.say)
@@ -52,6 +52,7 @@ def run_pipeline(settings: Settings, console: Console) -> None:
     laps = _laps(settings, console, uses=uses)
     if processes.rank() == 0:
         (asked if uses else stages()["report"]).run(settings, laps, console)
+    return laps
 
 
 def _laps(settings: Settings, console: Console, *, uses: bool) -> list[Lap]:

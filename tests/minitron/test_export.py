@@ -237,7 +237,8 @@ def test_the_licence_stands_where_the_hub_reads_it(tmp_path, tiny):
     metadata = {"license": "other", "license_name": "open: yes"}
     card = model_card("Title", lines=[], architecture=tiny, base="owner/teacher", metadata=metadata)
     assert yaml.safe_load(card.split("---")[1]) == metadata | {
-        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["minitron", "pruning", "distillation"], "base_model": "owner/teacher",
+        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["minitron", "pruning", "distillation", "nemotron_h"],
+        "base_model": "owner/teacher",
     }  # fmt: skip
 
 

@@ -207,8 +207,10 @@ def test_the_model_card_names_base_title_and_sizes(written, tiny):
     assert f"{count_total_parameters(tiny):,}" in card and f"9 (`{tiny.pattern}`)" in card
 
 
-@pytest.mark.parametrize("base", [None, "/data/teacher", "tiny teacher"])
-def test_the_model_card_has_no_base_that_is_no_hub_id(base, tiny):
+@pytest.mark.parametrize("base", [None, "/data/teacher", "tiny teacher", "models/own", "../models/own"])
+def test_the_model_card_has_no_base_that_is_no_hub_id(base, tiny, tmp_path, monkeypatch):
+    (tmp_path / "models" / "own").mkdir(parents=True)  # a folder here, though it could be the name of a model on the Hub
+    monkeypatch.chdir(tmp_path)
     assert "base_model" not in model_card("Tiny", lines=[], architecture=tiny, base=base)
 
 
