@@ -164,7 +164,7 @@ OF_FAMILY = {
     "granitemoehybrid": ("GraniteMoeHybrid", {
         "layer_types": ["linear_attention", "full_attention"] * 2, "mamba_n_heads": 16, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1,
         "mamba_expand": 2, "mamba_chunk_size": 64, "shared_intermediate_size": 96, "num_local_experts": 8, "num_experts_per_tok": 2,
-        "embedding_multiplier": 12.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 0.3}),
+        "embedding_multiplier": 12.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 1.5}),
 }  # fmt: skip
 BLOCK_SIZES = {"intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096}
 CENTRES = {"A_log": 0.0, "dt_bias": -2.0, "bias": 0.0}  # of vectors; of norms' weights what multiplies by 1
