@@ -55,6 +55,13 @@ class Progress:
     total: float | None = None
     unit: str = ""
 
+    def __str__(self) -> str:
+        """As a line for people: `progress=print`."""
+        if self.done is None:
+            return f"{self.what:>9}  {self.text}" if self.what else self.text
+        how_far = f"{self.done:,.0f} {self.unit}" if not self.total else f"{100 * self.done / self.total:3.0f} %"
+        return f"{self.what:>20}  {how_far}  {self.text}".rstrip()
+
 
 class Asked(TypedDict, total=False):
     """What every call on a run takes, all of it by name and none of it needed.

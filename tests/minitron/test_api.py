@@ -61,6 +61,12 @@ def test_a_call_makes_what_the_command_made_to_the_bit_and_tells_of_it(walk, val
     assert "minitron.run" in json.loads((tmp_path / "tiny" / "summary.json").read_text())["command"]
 
 
+def test_progress_is_a_line_for_people():
+    heard = (("data", "3 rows"), ("", "said"), ("scoring", "layer 2", 3.0, 4, "layers"), ("reading", "", 7.0, None, "GiB"))
+    lines = [str(api.Progress(*one)) for one in heard]
+    assert [line.strip() for line in lines] == ["data  3 rows", "said", "scoring   75 %  layer 2", "reading  7 GiB"]
+
+
 def test_what_a_callback_raises_ends_the_call_and_the_call_goes_on(walk, values, tmp_path):
     shutil.copytree(walk.runs / "store", tmp_path / "store", ignore=shutil.ignore_patterns("search"))
 
