@@ -173,7 +173,8 @@ def _python(rest: list[str], composes: bool) -> None:
     elif rest[0] == "-m":
         raise ValueError(f"{rest[1]} is no command of the house")
     else:
-        text = (REPOSITORY / rest[0]).read_text(encoding="utf-8")
+        file = REPOSITORY / rest[0] / "__main__.py" if (REPOSITORY / rest[0]).is_dir() else REPOSITORY / rest[0]
+        text = file.read_text(encoding="utf-8")
         if unknown := [word for word in rest if word.startswith("--") and word.partition("=")[0] not in text]:
             raise ValueError(f"{rest[0]} has no {unknown}")
 
