@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from memory_budget.hf_config import architecture_from_config, read_config
@@ -30,7 +31,7 @@ def teachers(build_tiny, write_checkpoint, tmp_path_factory) -> Path:
     (folder / "texts").mkdir()
     for document in topic_documents():
         (folder / "texts" / f"{document.name.rpartition('/')[2]}.txt").write_text(document.text[:2000])
-    for name, place in (("nemotron_h experts", "hybrid"), ("qwen3_moe", "blocks")):
+    for name, place in (("nemotron_h experts", "hybrid"), ("qwen3_moe", "blocks"), ("granite experts", "stacked")):
         one = build_tiny(name, vocab_size=2048)
         write_checkpoint(folder / place, one.model, one.config)
         for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -75,6 +76,20 @@ def test_of_experts_those_of_the_highest_scores_stay_and_of_each_its_own_neurons
             assert torch.equal(down, before[:, neurons])
         router, whole = (of.read(f"model.layers.{layer}.mlp.gate.weight") for of in (checkpoint, teacher))
         assert torch.equal(router, whole[kept])
+
+
+def test_a_granites_sizes_follow_from_its_kv_heads_and_stacks_stay_stacks(teachers, door):
+    finished = door(teachers, *SETTINGS, "teacher.path=stacked", "runs_folder=granite", "scoring.placement=stream", "prune.method=compensated",
+                    "stage=prune", "search.fixed={layers: 3, key_value_heads: 2, experts: 3, expert_ffn: 8, shared_ffn: 12}")  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    (folder,) = (teachers / "granite" / "store").glob("prune/*/checkpoint")
+    config, student = read_config(folder), AutoModelForCausalLM.from_pretrained(folder)
+    architecture = architecture_from_config(config)
+    sizes = (architecture.hidden, architecture.num_attention_heads, architecture.mamba_num_heads, architecture.moe_num_experts, architecture.moe_shared_ffn)
+    assert sizes == (32, 4, 8, 3, 12) and set(config["layer_types"]) <= {"mamba", "attention"}
+    assert student.num_parameters() == count_total_parameters(architecture) == Checkpoint(folder).num_parameters
+    with safe_open(folder / "model.safetensors", "pt") as stored:
+        assert list(stored.get_slice("model.layers.0.block_sparse_moe.input_linear.weight").get_shape()) == [3, 16, 32]
 
 
 @pytest.mark.parametrize(("wrong", "said"), [
