@@ -58,7 +58,8 @@ def _is_too_large(error: Exception) -> bool:
 
 def _systems(error: OSError) -> tuple[str, int]:
     """What the system refused, of which file, and what to do."""
-    place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    name = error.filename2 if error.errno in NO_ROOM + NOT_WRITABLE and error.filename2 else error.filename  # of a copy, where it goes to
+    place = f"{os.fsdecode(name)}: " if isinstance(name, str | bytes) else ""
     if error.errno in NO_ROOM:
         return f"{place}no room is left on the disk; what is done is kept, and the same command goes on from there once there is some", 2
     if error.errno in NOT_WRITABLE:

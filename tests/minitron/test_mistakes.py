@@ -45,6 +45,14 @@ def test_what_the_system_refuses_is_one_line_that_names_the_file(number, code, w
     assert found == code and line.startswith("error: /runs/file: ") and line.count("\n") == 1 and words in line
 
 
+@pytest.mark.parametrize(("number", "named"), [(errno.ENOSPC, "/runs/to"), (errno.EIO, "/runs/from")], ids=["full", "control: unreadable"])
+def test_of_a_copy_that_finds_no_room_the_file_that_is_written_is_named(number, named, capsys):
+    def copied():
+        raise OSError(number, os.strerror(number), "/runs/from", None, "/runs/to")
+
+    assert said(capsys, copied)[1].startswith(f"error: {named}: ")
+
+
 @pytest.mark.parametrize(("processes", "ends"), [("2", SystemExit), ("1", RuntimeError)], ids=["of a launch", "control: alone"])
 def test_a_process_that_has_gone_is_one_line_in_those_that_are_left(processes, ends, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", processes)

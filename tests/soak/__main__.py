@@ -58,7 +58,7 @@ def environment_of(folder: Path, library: Path | None) -> dict[str, str]:
 
 
 def lives(soak: Soak, launch: Callable, alone: Callable, options: argparse.Namespace, *, mounts: bool) -> Iterator[tuple[int, Life]]:
-    """Every life by its number, the longest first where there are several kinds."""
+    """Every life by its number."""
     reference, number = soak.reference, 0
 
     def numbered(live: Callable) -> tuple[int, Callable]:
@@ -93,9 +93,11 @@ def lives(soak: Soak, launch: Callable, alone: Callable, options: argparse.Names
         yield numbered(one(soak_lives.one_run, first=late, faults=5, alone=lambda chance: chance.random() < 0.3))
 
 
-def live(number: int, life: Callable, folder: Path, seed: int) -> tuple[int, list[Told], float]:
-    """Lives one life in a folder of its own, which goes if all was well."""
+def live(number: int, life: Callable, folder: Path, seed: int, until: float) -> tuple[int, list[Told], float]:
+    """Lives one life in a folder of its own, which goes if all was well; none that would begin after `until` (time.monotonic())."""
     began, own = time.monotonic(), folder / f"life-{number}"
+    if began > until:
+        return number, [], 0.0
     own.mkdir()
     try:
         told = life(own, random.Random(f"{seed}/{number}"))
@@ -150,9 +152,12 @@ def main() -> int:
     soak = Soak(start, walk.SMALL, reference, library is not None)
     faults, wrong, done = Counter(), 0, 0
     chosen = [one for one in lives(soak, launch, alone, options, mounts=mounts) if options.only is None or one[0] == options.only]
+    random.Random(options.seed).shuffle(chosen)  # some of every kind, however soon the time is up
     with ThreadPoolExecutor(options.workers) as workers:
-        for future in as_completed([workers.submit(live, number, life, folder, options.seed) for number, life in chosen]):
+        for future in as_completed([workers.submit(live, number, life, folder, options.seed, began + 60 * options.minutes) for number, life in chosen]):
             number, told, seconds = future.result()
+            if not told:
+                continue
             done += 1
             for one in told:
                 faults += one.faults
@@ -161,6 +166,8 @@ def main() -> int:
             print(f"life {number}: {seconds:.0f} s, {sum(faults.values())} faults so far, {done} of {len(chosen)} lives, {wrong} wrong", flush=True)
     server.close()
     left = sorted(str(path.relative_to(folder)) for own in ("cache", "temporary") for path in (folder / own).rglob("*") if path.is_file())
+    if done < len(chosen):
+        print(f"{len(chosen) - done} of {len(chosen)} lives were not begun: the time was up")
     return say(faults, wrong, time.monotonic() - began, folder, left)
 
 
@@ -194,6 +201,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--flips", type=int, default=100, help="bits flipped in a finished store")
     parser.add_argument("--states", type=int, default=6, help="bits flipped in what an interrupted training has saved")
     parser.add_argument("--disks", type=int, default=6, help="walks on a disk that is too small; half as many on one that is read-only")
+    parser.add_argument("--minutes", type=float, default=50, help="after which no further life begins")
     parser.add_argument("--workers", type=int, default=2, help="lives at a time")
     parser.add_argument("--only", type=int, help="the number of the one life to live")
     parser.add_argument("--reference", type=Path, help="a folder to keep the undisturbed walk in, and to take it from the next time")

@@ -144,7 +144,8 @@ static struct turn turn_of(char kind, int folder, const char *path) {
     int before = errno;
     if (!planned() || (plan.action == CLOCK && plan.log < 0) || !under(folder, path, found))
         goto out;
-    note(kind, found);
+    if (kind != 'n')
+        note(kind, found);
     if (!strchr(plan.calls, kind))
         goto out;
     long seen = __atomic_add_fetch(&plan.seen, 1, __ATOMIC_RELAXED);
@@ -329,13 +330,29 @@ int fdatasync(int handle) {
     AROUND('s', handle, NULL, -1, (int)syscall(SYS_fdatasync, handle));
 }
 
-/* Of a rename the place that it goes to says where it is. */
+/* Of a rename the place that it goes to says where it is. It is logged once it is done: one that a signal comes before is none. */
+static int renamed(int old, const char *from, int new, const char *to) {
+    struct turn turn = turn_of('n', new, to);
+    if (turn.error) {
+        errno = turn.error;
+        return -1;
+    }
+    int result = (int)syscall(SYS_renameat, old, from, new, to);
+    char found[PATH_MAX];
+    int after = errno;
+    if (!result && planned() && under(new, to, found))
+        note('n', found);
+    errno = after;
+    end(turn);
+    return result;
+}
+
 int rename(const char *from, const char *to) {
-    AROUND('n', AT_FDCWD, to, -1, (int)syscall(SYS_renameat, AT_FDCWD, from, AT_FDCWD, to));
+    return renamed(AT_FDCWD, from, AT_FDCWD, to);
 }
 
 int renameat(int old, const char *from, int new, const char *to) {
-    AROUND('n', new, to, -1, (int)syscall(SYS_renameat, old, from, new, to));
+    return renamed(old, from, new, to);
 }
 
 int unlink(const char *path) {
