@@ -1,5 +1,5 @@
 # make demo | real | test | docs | docs-check | tiny-teacher | tiny-moe | install | install-cuda | house | gpu-check | gpu-stand-in | vllm-check |
-# llamacpp-check | reap-check | soak.
+# llamacpp-check | reap-check | fuzz | soak | long.
 # Each target sets up .venv first if pyproject.toml or constraints.txt changed.
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install install-cuda demo real tiny-teacher tiny-moe house docs docs-check test test-slow gpu-check gpu-stand-in gpu-stand-in-kernels gpu-stand-in-walks vllm-check llamacpp-check reap-check fuzz fuzz-memory soak clean
+.PHONY: install install-cuda demo real tiny-teacher tiny-moe house docs docs-check test test-slow gpu-check gpu-stand-in gpu-stand-in-kernels gpu-stand-in-walks vllm-check llamacpp-check reap-check fuzz fuzz-memory soak long clean
 .PHONY: gpu-carry gpu-carried-site gpu-carried-tests gpu-carried-rows gpu-check-carried
 .DELETE_ON_ERROR:
 
@@ -184,6 +184,10 @@ fuzz-memory:
 SOAK_SEED ?= 0
 soak: $(VENV)/installed-test
 	$(BIN)/python tests/soak --seed $(SOAK_SEED) $(SOAK_ARGS)
+
+# Tiny trainings of 20,000 steps under every engine: memory, open files, threads and disk must stay level. Hours. docs/distillation.md
+long: $(VENV)/installed-test
+	$(BIN)/python tests/long $(LONG_ARGS)
 
 # llama.cpp for CPUs in an environment of its own: its package compiles it, which takes a quarter of an hour on two cores (C++ compiler needed, once).
 $(LLAMACPP_VENV)/installed: constraints.txt

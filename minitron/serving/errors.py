@@ -68,9 +68,9 @@ def said(body: object) -> str:
         for name in ("error", "message", "detail", "msg", "title", "errors", "reason"):
             if sentence := said(body.get(name)):
                 return sentence
-        return json.dumps(body, default=str)[:MOST_CHARACTERS] if body else ""
+        return without_secrets(json.dumps(body, default=str)[:MOST_CHARACTERS]) if body else ""
     if isinstance(body, list | tuple):
         return "; ".join(filter(None, map(said, body)))[:MOST_CHARACTERS]
     lines = [] if body is None else str(body).strip().splitlines()
-    first = lines[0].strip()[:MOST_CHARACTERS] if lines else ""
+    first = without_secrets(lines[0].strip()[:MOST_CHARACTERS]) if lines else ""  # a server may repeat the key that it refuses
     return first or (type(body).__name__ if isinstance(body, BaseException) else "")

@@ -205,6 +205,11 @@ def test_a_busy_server_that_asks_for_an_hour_is_not_waited_for(client, server):
     assert said.endswith("takes no request now (429): busy; it asks to come again in 3600 s") and len(server.asked) == 1
 
 
+def test_a_key_that_a_server_repeats_is_not_said(client):
+    said = refused(client(lambda: iter([b'{"error": {"message": "Incorrect API key provided: sk-proj-aaaabbbbccccddddeeee"}}']), status=401), ValueError)
+    assert said.endswith("Incorrect API key provided: (hidden)")
+
+
 def test_the_command_says_no_password(tokenizer, capsys):
     """And exits with 1: it is the server's fault."""
     assert main(["Hello", "--url", "http://user:password-1@127.0.0.1:9/v1", "--model", "student", "--tokenizer", str(tokenizer)]) == 1
