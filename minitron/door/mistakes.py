@@ -16,6 +16,7 @@ from minitron.settings.names import did_you_mean, nearest, no_setting
 from minitron.walk.shown import shown
 from minitron.walk.store import NOT_WRITABLE
 
+MOST_LETTERS = 2000  # of a line: what is shown of a value may be anything
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NUMPYS = re.compile(r"Not enough free space to write|\d+ requested and \d+ written")  # of a disk that is full, without an errno
 OS_ERROR = re.compile(r"(.*?)\s*\(os error (\d+)\)")  # as safetensors words it
@@ -33,7 +34,8 @@ def users_mistakes() -> Iterator[None]:
         said = _said(error)
         if said is None or os.environ.get("MINITRON_FULL_ERROR"):
             raise
-        print(f"error: {shown(said[0])}", file=sys.stderr)
+        line = shown(said[0])
+        print(f"error: {line if len(line) <= MOST_LETTERS else line[:MOST_LETTERS] + '…'}", file=sys.stderr)
         sys.exit(said[1])
 
 

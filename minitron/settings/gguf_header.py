@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,8 @@ def gguf_config(header: GGUFHeader) -> dict[str, Any]:
         found = metadata.get(f"{architecture}.{name}", default)
         if found is None:
             raise ValueError(f"whose metadata lacks {architecture}.{name}")
+        if isinstance(found, float) and not isfinite(found):
+            raise ValueError(f"whose {architecture}.{name} is {found}; it must be a finite number")
         return _decimal(found) if isinstance(found, float) else found
 
     def size(name: str, default: Any = None) -> int:

@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def train(folder: Path, steps: int) -> None:
-    """One process's part, as the pipeline trains: its own record of steps, states every 500 steps, a held-out measure every 200."""
+    """One process's part, as the pipeline trains: its own record of steps, 40 states, 100 held-out measures."""
     import torch
 
     spec = importlib.util.spec_from_file_location("worker", TESTS / "distill" / "worker.py")
@@ -65,10 +65,10 @@ def train(folder: Path, steps: int) -> None:
 
     torch.set_num_threads(1)
     launch, rows = read_launch(), worker.padded_rows()
-    plan = TrainPlan(**worker.PLAN | {"tokens": steps * TOKENS_PER_STEP, "learning_rate": 1e-3, "save_every_steps": 500, "keep_states": 2})
+    plan = TrainPlan(**worker.PLAN | {"tokens": steps * TOKENS_PER_STEP, "learning_rate": 1e-3, "save_every_steps": max(steps // 40, 1), "keep_states": 2})
     phases = [Phase(RowBatches(rows, 4, seed=1), plan)]
     context = StageContext(Settings(), folder, {}, Console(quiet=True))
-    held_out = HeldOut(batches=[torch.from_numpy(rows[:4].astype("int64"))], every_steps=200)
+    held_out = HeldOut(batches=[torch.from_numpy(rows[:4].astype("int64"))], every_steps=max(steps // 100, 1))
     with tracked_steps(context, "long", plan.tokens, loss_name="KL") as on_step:
         train_phases(worker.build_model(2), phases, distillation_loss(worker.build_teacher(), launch=launch), folder=folder, on_step=on_step, launch=launch,
                      held_out=held_out)  # fmt: skip

@@ -13,7 +13,7 @@ from memory_budget.hf_config import architecture_from_config
 from minitron.door.composed import compose_settings
 from minitron.door.mistakes import users_mistakes
 from minitron.generation.templates import check_template, plain_messages, render
-from minitron.settings.gguf_header import read_gguf_header
+from minitron.settings.gguf_header import GGUFHeader, gguf_config, read_gguf_header
 from minitron.walk.store import check_format
 
 
@@ -70,6 +70,20 @@ def test_a_gguf_of_arrays_within_arrays(tmp_path, line):
     path = tmp_path / "a.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000)
     assert "its metadata nests arrays without end" in line(lambda: read_gguf_header(path))
+
+
+def test_a_gguf_whose_numbers_are_none(tmp_path, line):
+    def metadata(rope: float) -> GGUFHeader:
+        sizes = dict.fromkeys(("embedding_length", "feed_forward_length", "block_count", "context_length", "vocab_size", "attention.head_count"), 4)
+        named = {f"llama.{name}": value for name, value in {**sizes, "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": rope}.items()}
+        return GGUFHeader(tmp_path, {"general.architecture": "llama", **named}, (), 0)
+
+    assert gguf_config(metadata(10000.0))["rope_parameters"]["rope_theta"] == 10000.0
+    assert "llama.rope.freq_base is nan; it must be a finite number" in line(lambda: gguf_config(metadata(float("nan"))))
+
+
+def test_a_value_without_end_is_shown_in_part(line):
+    assert len(line(lambda: compose_settings("stage=" + "x" * 10**5))) < 2100
 
 
 @pytest.mark.parametrize("found", ['{"format": {}}', '{"format": "2"}', "[" * 10**5])
