@@ -18,14 +18,18 @@ from minitron.walk.table import stages
 def with_the_runs_own(config: DictConfig, given: Collection[str]) -> DictConfig:
     """Of a stage that uses what is done, asked for with a run's name and without a model or an experiment, that run's settings under those that are given.
 
-    `given` are the names on the command line. Any other config is returned as it is. Raises ValueError where the kept settings cannot be read.
+    `given` are the names on the command line. Any other config is returned as it is. Raises ValueError where the kept settings cannot be read, and for a
+    stage that works under the name of a run of another teacher: it would be the demo's.
     """
     names = {name.lstrip("+~").partition("@")[0] for name in given}
     uses = config.stage is Stage.merge or isinstance(stages().get(config.stage.value), UsingStage)
-    if not uses or "run_name" not in names or any(name == "experiment" or name.startswith("teacher.") for name in names):
+    if "run_name" not in names or any(name == "experiment" or name.startswith("teacher.") for name in names):
         return config
     file = Path(config.runs_folder) / config.run_name / SETTINGS_FILE
     if not file.exists():
+        return config
+    if not uses:
+        _check_whose(file, config)
         return config
     try:
         saved = _saved(file)
@@ -34,6 +38,18 @@ def with_the_runs_own(config: DictConfig, given: Collection[str]) -> DictConfig:
     for name in names | {"runs_folder"}:  # which may have been moved
         OmegaConf.update(saved, name, OmegaConf.select(config, name))
     return saved
+
+
+def _check_whose(file: Path, config: DictConfig) -> None:
+    try:
+        saved = _saved(file).teacher
+    except ValueError:
+        return  # whoever they were of, they are written anew
+    for name in ("path", "gguf", "package"):
+        if saved[name] is not None and saved[name] != config.teacher[name]:
+            whose = f"teacher.{name}={saved[name]}"
+            raise ValueError(f"run_name={config.run_name} is the run of {whose}, and stage={config.stage.value} wants its settings again: {whose} and what "
+                             f"else was given; or experiment=tiny, for the demo by that name")  # fmt: skip
 
 
 def places_used(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, set[str]], bool]:

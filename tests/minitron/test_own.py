@@ -182,8 +182,10 @@ def test_a_runs_name_is_enough_to_use_what_it_made(own, tmp_path):
     tmp_path.rename(tmp_path.with_name("moved"))
     place = f"runs_folder={tmp_path.with_name('moved')}"
     assert said("run_name=smol", "stage=export", place).runs_folder == place.partition("=")[2]
-    for other in (("stage=export", place), ("run_name=smol", "stage=all", place), ("run_name=smol", "stage=export", place, "experiment=tiny")):
+    for other in (("stage=export", place), ("run_name=other", "stage=all", place), ("run_name=smol", "stage=all", place, "experiment=tiny")):
         assert said(*other).distill.train.batch == 4  # the tiny experiment's
+    with pytest.raises(ValueError, match=r"run_name=smol is the run of teacher.path=.*smol, and stage=all wants its settings again"):
+        said("run_name=smol", "stage=all", place)  # it would be the demo's walk under that name
 
 
 def test_what_follows_counts_in_keys_like_what_is_given(own):
