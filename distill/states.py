@@ -1,8 +1,8 @@
 """Saved states: a folder `step-<steps done>` each, written beside its place and renamed into it, so never half made.
 
 A state holds whole tensors by name (tensors.safetensors) and what it is (state.json), whatever engine and number of processes
-made it; the latter vouches for the former's bytes. Tensors are written one at a time. The safetensors format (header length, JSON header, raw bytes) is
-written directly because the library's writer needs all of them in memory at once.
+made it; the latter vouches for the former's bytes and, by a digest of its own, for itself. Tensors are written one at a time. The safetensors format (header
+length, JSON header, raw bytes) is written directly because the library's writer needs all of them in memory at once.
 """
 
 import json
@@ -76,9 +76,12 @@ def drop_damaged(folder: Path) -> list[str]:
 def _damage(state: Path) -> str | None:
     """How a state differs from what was written, in a clause; None where it does not, as far as is known: earlier versions kept no digest."""
     try:
-        written = json.loads((state / FACTS_FILE).read_text(encoding="utf-8")).get("tensors")
+        facts = json.loads((state / FACTS_FILE).read_text(encoding="utf-8"))
+        written = facts.get("tensors")
     except (FileNotFoundError, ValueError, AttributeError, RecursionError):
         return f"{FACTS_FILE} cannot be read as what was written"
+    if facts.get("digest", _digest_of(facts)) != _digest_of(facts):
+        return f"{FACTS_FILE} is not what was written"
     path, digest = state / TENSORS_FILE, xxhash.xxh3_64()
     if not path.exists():
         return f"{TENSORS_FILE} is missing"
@@ -178,9 +181,15 @@ def _header(entries: Sequence[Entry]) -> bytes:
 
 
 def _write_facts(path: Path, facts: Mapping[str, Any]) -> None:
+    facts = json.loads(json.dumps(facts))  # as they will be read
     file = path.open("wb")
-    file.write(json.dumps(facts, indent=2).encode())
+    file.write(json.dumps({**facts, "digest": _digest_of(facts)}, indent=2).encode())
     _close(file)
+
+
+def _digest_of(facts: Mapping[str, Any]) -> str:
+    """Of plain values, but for their own "digest"."""
+    return xxhash.xxh3_64_hexdigest(json.dumps({name: value for name, value in facts.items() if name != "digest"}, sort_keys=True).encode())
 
 
 def _remove_old(states: Path, keep: int | None) -> None:

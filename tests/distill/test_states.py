@@ -110,10 +110,17 @@ def flipped(path):
     path.write_bytes(bytes([*path.read_bytes()[:-1], path.read_bytes()[-1] ^ 1]))
 
 
+def changed(path, before, after):
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
+
+
 DAMAGES = {  # of a state's folder, and what is said of it
     "holds other bytes": lambda state: flipped(state / TENSORS_FILE),
     "is missing": lambda state: (state / TENSORS_FILE).unlink(),
     "cannot be read as what was written": lambda state: (state / FACTS_FILE).write_text(""),
+    f"{FACTS_FILE} is not what was written": lambda state: changed(state / FACTS_FILE, '"num_skipped": 0', '"num_skipped": 1'),
     f"{FACTS_FILE} cannot be read": lambda state: (state / FACTS_FILE).unlink(),
 }
 
@@ -141,5 +148,5 @@ def test_without_its_best_weights_a_run_begins_anew(worker, tmp_path):
 def test_a_state_of_before_digests_is_gone_on_from(worker, tmp_path):
     worker.run(tmp_path, {})
     path = newest_state(tmp_path).folder / FACTS_FILE
-    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "tensors"}))
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name not in ("tensors", "digest")}))
     assert drop_damaged(tmp_path) == [] and newest_state(tmp_path)
