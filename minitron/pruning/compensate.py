@@ -40,6 +40,7 @@ from minitron.pruning.directions import stream_basis
 from minitron.pruning.plan import PruningPlan, Recipe
 from minitron.pruning.refits.experts import ExpertsFit, Trained, is_trained
 from minitron.pruning.refits.least_squares import NormalEquations, fit_behind_norm
+from minitron.pruning.refits.local_training import train_locally, trainable
 from minitron.pruning.refits.tied_head import TiedHead
 from minitron.pruning.rotation import BEHIND, NORM, WRITE, check_rms, check_turns, factors, in_basis, normalised, real_tokens, stream_role
 
@@ -189,7 +190,11 @@ class CompensatedCut:
 
     def _fitted_last(self, names: Iterable[str]) -> list[str]:
         """A layer's writers, one but for its experts', the norm behind it where there is one, and what local training changes beside them."""
-        return [name for name in names if self.roles[name] in (WRITE, BEHIND) or (self.recipe.local_steps and is_trained(name))]
+        return [name for name in names if self.roles[name] in (WRITE, BEHIND) or (self.recipe.local_steps and self._is_trained(name))]
+
+    def _is_trained(self, name: str) -> bool:
+        layer, _, part = name.removeprefix("layers.").partition(".")
+        return is_trained(name) or (self.plan.teacher.mixers[int(layer)] == "-" and part.startswith("mixer."))
 
     def _finish(self, begun: _Begun) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
         """Refits the layer's writers, moves the student's residuals behind the layer and gives the layer's tensors."""
@@ -213,6 +218,21 @@ class CompensatedCut:
             fitted = self._behind_norm(block, writer, name, place) if self.plan.student.post_norms else {name: self._writing(block, writer, place)}
             for name, tensor in fitted.items():
                 begun.keep(name, tensor)
+            if self.recipe.local_steps and self.plan.teacher.mixers[begun.layer] == "-":
+                self._train(begun)
+
+    def _train(self, begun: _Begun) -> None:
+        """Trains a feed-forward layer, all of its matrices, a batch of rows a step."""
+        own = trainable(begun.block)
+
+        def off(numbers: torch.Tensor) -> torch.Tensor:
+            (number,) = numbers.tolist()
+            base_BTD, student_BTK, mask = self.base_residuals[number], self.student_residuals[number], self.masks[number]
+            return real_tokens(own(student_BTK) - self.basis.project(base_BTD), mask)
+
+        if train_locally(own.mixer.parameters(), off, len(self.masks), steps=self.recipe.local_steps, batch=1, at_once=1):
+            for name, tensor in own.mixer.named_parameters(prefix="mixer"):
+                begun.keep(name, tensor.detach())
 
     def _writing(self, block: nn.Module, writer: nn.Linear, place: str) -> torch.Tensor:
         """The writer's matrix [K, I] by least squares."""

@@ -185,6 +185,17 @@ def test_each_part_lowers_the_error_of_a_hard_cut(teacher, hard_plan, compensate
     assert both < read < rotated < sliced
 
 
+def test_local_training_brings_feed_forward_layers_closer_than_their_fit(teacher, hard_plan, rows, tiny, config_of):
+    base = WholeModel(FAMILY, teacher, tiny)
+    basis = stream_basis(base, hard_plan, rows, directions="variance", config=config_of(tiny))
+    walks = [CompensatedCut(base, hard_plan, rows, basis, replace(EVERY_PART, local_steps=steps), config=config_of(tiny)) for steps in (0, 60)]
+    before, after = ({name: torch.cat(list(pieces)) for name, pieces in walk.tensors()} for walk in walks)
+    fitted, trained = (sum(walk._missing(*pair).square().sum() for pair in zip(walk.base_residuals, walk.student_residuals, strict=True)) for walk in walks)
+    assert trained < 0.97 * fitted
+    changed = {name for name in before if name.startswith(("layers.0.", "layers.1.mixer.")) and not torch.equal(before[name], after[name])}
+    assert changed == {"layers.1.mixer.up_proj.weight", "layers.1.mixer.down_proj.weight"}  # what comes later is refitted to what these leave
+
+
 def test_a_large_ridge_is_the_cut_without_refits(teacher, hard_plan, compensate, difference):
     plain = compensate(teacher, hard_plan, Recipe(refit_reading=False, refit_writing=False))
     assert difference(compensate(teacher, hard_plan, Recipe(ridge=1e9)), plain) < 1e-4

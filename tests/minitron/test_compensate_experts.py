@@ -114,15 +114,15 @@ def test_experts_trained_on_the_layers_output_come_closer_than_fitted_ones(one):
     assert left.item() == pytest.approx(done.after, rel=1e-4)  # what the fit keeps count of is what the layer is off by
 
 
-@pytest.mark.parametrize("asked", ["as it is", "not finite", "at its best already", "fewer tokens than outputs"])
+@pytest.mark.parametrize("asked", ["as it is", "not finite", "at its best already"])
 def test_local_training_that_does_not_help_is_undone(asked):
     generator = torch.Generator().manual_seed(5)
-    linear, given_NI = torch.nn.Linear(8, 8, bias=False), torch.randn(7 if asked.startswith("fewer") else 256, 8, generator=generator)
+    linear, given_NI = torch.nn.Linear(8, 8, bias=False), torch.randn(256, 8, generator=generator)
     wanted_NO = linear(given_NI).detach() if asked == "at its best already" else given_NI @ torch.randn(8, 8, generator=generator)
     before = linear.weight.detach().clone()
     if asked == "not finite":
         wanted_NO[3] = torch.inf
-    kept = train_locally(linear, lambda some: linear(given_NI[some]), wanted_NO, steps=20, batch=32)
+    kept = train_locally(linear.parameters(), lambda some: linear(given_NI[some]) - wanted_NO[some], 256, steps=20, batch=32)
     assert kept == (asked == "as it is") == (not torch.equal(linear.weight, before))
 
 

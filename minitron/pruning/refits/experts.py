@@ -122,7 +122,7 @@ class ExpertsFit:
         shared = self.block.get_submodule(self._shared)
         own, given_NK = trainable(shared), torch.cat([given_nK for _, given_nK in self._walk(shared)])
         self._give(shared, given_NK, 1.0)  # what is missing is now what it should give: no second copy of all tokens
-        kept = train_locally(own, lambda tokens_n: own(given_NK[tokens_n]), self.error_NK, steps=steps, batch=SHARED_BATCH)
+        kept = train_locally(own.parameters(), lambda some: own(given_NK[some]) - self.error_NK[some], len(given_NK), steps=steps, batch=SHARED_BATCH)
         if kept:
             for name, tensor in own.named_parameters():
                 self.keep(f"{self._shared}.{name}", tensor.detach())
@@ -139,7 +139,11 @@ class ExpertsFit:
         behind = (lambda made: made) if self.behind is None else partial(F.linear, weight=self.behind.weight.float())
         before_nL = _in_parts(own, given_nL) * weights_n1
         targets_nK = self.error_NK[tokens_n] + behind(before_nL)
-        if not train_locally(own, lambda some: behind(own(given_nL[some]) * weights_n1[some]), targets_nK, steps=steps, batch=LOCAL_BATCH):
+
+        def off(some: torch.Tensor) -> torch.Tensor:
+            return behind(own(given_nL[some]) * weights_n1[some]) - targets_nK[some]
+
+        if len(tokens_n) < targets_nK.shape[1] or not train_locally(own.parameters(), off, len(tokens_n), steps=steps, batch=LOCAL_BATCH):
             return False
         for name, tensor in own.named_parameters():
             self.keep(f"mixer.experts.{number}.{name}", tensor.detach())
