@@ -190,11 +190,12 @@ class CompensatedCut:
 
     def _fitted_last(self, names: Iterable[str]) -> list[str]:
         """A layer's writers, one but for its experts', the norm behind it where there is one, and what local training changes beside them."""
-        return [name for name in names if self.roles[name] in (WRITE, BEHIND) or (self.recipe.local_steps and self._is_trained(name))]
+        return [name for name in names if self.roles[name] in (WRITE, BEHIND) or self._is_trained(name)]
 
     def _is_trained(self, name: str) -> bool:
         layer, _, part = name.removeprefix("layers.").partition(".")
-        return is_trained(name) or (self.plan.teacher.mixers[int(layer)] == "-" and part.startswith("mixer."))
+        of_feed_forward = self.plan.teacher.mixers[int(layer)] == "-" and part.startswith("mixer.")
+        return bool(self.recipe.local_steps and is_trained(name)) or bool(self.recipe.feed_forward_steps and of_feed_forward)
 
     def _finish(self, begun: _Begun) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
         """Refits the layer's writers, moves the student's residuals behind the layer and gives the layer's tensors."""
@@ -218,7 +219,7 @@ class CompensatedCut:
             fitted = self._behind_norm(block, writer, name, place) if self.plan.student.post_norms else {name: self._writing(block, writer, place)}
             for name, tensor in fitted.items():
                 begun.keep(name, tensor)
-            if self.recipe.local_steps and self.plan.teacher.mixers[begun.layer] == "-":
+            if self.recipe.feed_forward_steps and self.plan.teacher.mixers[begun.layer] == "-":
                 self._train(begun)
 
     def _train(self, begun: _Begun) -> None:
@@ -230,7 +231,7 @@ class CompensatedCut:
             base_BTD, student_BTK, mask = self.base_residuals[number], self.student_residuals[number], self.masks[number]
             return real_tokens(own(student_BTK) - self.basis.project(base_BTD), mask)
 
-        if train_locally(own.mixer.parameters(), off, len(self.masks), steps=self.recipe.local_steps, batch=1, at_once=1):
+        if train_locally(own.mixer.parameters(), off, len(self.masks), steps=self.recipe.feed_forward_steps, batch=1, at_once=1):
             for name, tensor in own.mixer.named_parameters(prefix="mixer"):
                 begun.keep(name, tensor.detach())
 

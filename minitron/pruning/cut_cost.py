@@ -12,6 +12,7 @@ from minitron.machine.rate import duration
 from minitron.pruning.plan import ENOUGH_FOR_EXPERT, LOCAL_BATCH, SHARED_BATCH, SWEEPS, Recipe, num_sites, ridge_for
 
 STEP_SECONDS = 1e-3  # of a step of local training beside its products
+FORWARD_ROWS = 8  # of a batch: prune.batch's default
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,8 @@ class CutCost:
         base = 2 * max(self._without_experts(kind) for kind in set(self.base.mixers)) + 3 * _expert(self.base)
         of_student = max(layer_parameters(self.student, kind).total for kind in set(self.student.mixers))
         fit = max((8 * (2 * fit.inputs**2 + 2 * fit.inputs * fit.outputs) for fit in self._fits), default=0)
-        fit = max(fit, 5 * 4 * _expert(self.student) * (self.recipe.local_steps > 0))  # trained: itself, as it was, its gradient and Adam's two
+        trained = max(_expert(self.student) * (self.recipe.local_steps > 0), _feed_forward(self.student) * (self.recipe.feed_forward_steps > 0))
+        fit = max(fit, 5 * 4 * trained)  # itself, as it was, its gradient and Adam's two
         return self._residual_bytes + self.number_bytes * (base + of_student) + max(fit, self._sums_for_directions)
 
     def _without_experts(self, kind: str) -> int:
@@ -104,15 +106,17 @@ class CutCost:
 
     @property
     def _local_training(self) -> Work:
-        """Forward and backward of every step, of the experts and of the shared one, which has three matrices at most."""
+        """Forward and backward of every step, of feed-forward layers, of experts and of the shared one, which has three matrices at most."""
         student, layers = self.student, self.student.num_layers_of("E")
+        tokens = self.recipe.feed_forward_steps * self.tokens * min(FORWARD_ROWS / self.rows, 1)
+        rows = Work(singles=6 * tokens * student.num_layers_of("-") * _feed_forward(student))
         if not layers:
-            return Work()
+            return rows
         experts, steps = student.moe_num_experts * self.recipe.refit_experts, self.recipe.local_steps * layers
         sent = min(LOCAL_BATCH, self.tokens * student.moe_experts_per_token / student.moe_num_experts)
         shared = self.recipe.refit_shared and student.moe_shared_ffn > 0
         numbers = experts * sent * _expert(student) + shared * SHARED_BATCH * 3 * student.moe_shared_ffn * student.hidden
-        return Work(singles=6 * steps * numbers, serial=STEP_SECONDS * steps * (experts + shared))
+        return rows + Work(singles=6 * steps * numbers, serial=STEP_SECONDS * steps * (experts + shared))
 
     @property
     def _directions_work(self) -> Work:
@@ -130,7 +134,7 @@ class CutCost:
     def _walk(self, model: Architecture) -> Work:
         """A forward pass over all tokens, in float32 whatever the model is stored in."""
         length = self.tokens // self.rows
-        walk = forward_work(model, self.tokens, length, batches=-(-self.rows // 8))
+        walk = forward_work(model, self.tokens, length, batches=-(-self.rows // FORWARD_ROWS))
         return Work(singles=walk.products, numbers=walk.numbers, calls=walk.calls)
 
     @property
@@ -171,3 +175,8 @@ def _expert(model: Architecture) -> int:
         return 0
     matrices = layer_parameters(model, "E").matrices[:2]
     return sum(copies * outputs * inputs for copies, outputs, inputs in matrices) // model.moe_num_experts
+
+
+def _feed_forward(model: Architecture) -> int:
+    """Parameters of a feed-forward layer."""
+    return layer_parameters(model, "-").total if "-" in model.mixers else 0

@@ -121,6 +121,7 @@ class Recipe:
     refit_experts: bool = True
     refit_shared: bool = True
     local_steps: int = 0
+    feed_forward_steps: int = 0
 
 
 def _directions(settings: PruneSettings, student: Architecture) -> str:
@@ -134,7 +135,7 @@ def recipe_of(settings: PruneSettings, student: Architecture) -> Recipe:
     """The parts that settings ask for, of a cut down to `student`."""
     directions = _directions(settings, student) if settings.rotate is not False and not student.post_norms else None
     return Recipe(directions, settings.refit_reading, settings.refit_writing, settings.ridge, settings.direction_samples, refit_experts=settings.refit_experts,
-                  refit_shared=settings.refit_shared, local_steps=_local_steps(settings, student))  # fmt: skip
+                  refit_shared=settings.refit_shared, local_steps=_local_steps(settings, student), feed_forward_steps=settings.local_steps or 0)  # fmt: skip
 
 
 def _local_steps(settings: PruneSettings, student: Architecture) -> int:

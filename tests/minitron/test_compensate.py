@@ -188,7 +188,7 @@ def test_each_part_lowers_the_error_of_a_hard_cut(teacher, hard_plan, compensate
 def test_local_training_brings_feed_forward_layers_closer_than_their_fit(teacher, hard_plan, rows, tiny, config_of):
     base = WholeModel(FAMILY, teacher, tiny)
     basis = stream_basis(base, hard_plan, rows, directions="variance", config=config_of(tiny))
-    walks = [CompensatedCut(base, hard_plan, rows, basis, replace(EVERY_PART, local_steps=steps), config=config_of(tiny)) for steps in (0, 60)]
+    walks = [CompensatedCut(base, hard_plan, rows, basis, replace(EVERY_PART, feed_forward_steps=steps), config=config_of(tiny)) for steps in (0, 60)]
     before, after = ({name: torch.cat(list(pieces)) for name, pieces in walk.tensors()} for walk in walks)
     fitted, trained = (sum(walk._missing(*pair).square().sum() for pair in zip(walk.base_residuals, walk.student_residuals, strict=True)) for walk in walks)
     assert trained < 0.97 * fitted
