@@ -93,7 +93,7 @@ sys.argv = ["run", "--help"]
 def test_an_interrupt_after_the_end_changes_nothing(snippet, tmp_path):
     """Letting torch go takes a moment, in which a scheduler may ask as well; all is done by then."""
     finished = snippet(tmp_path, AT_EXIT.format("sys.exit(minitron.run.main())"))
-    assert (finished.returncode, finished.stderr) == (0, "") and "stage=" in finished.stdout and finished.seconds < 5
+    assert (finished.returncode, finished.stderr) == (0, "") and "stage=" in finished.stdout and finished.seconds < 60
 
 
 def test_elsewhere_one_does(snippet, tmp_path):
