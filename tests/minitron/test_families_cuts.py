@@ -150,7 +150,7 @@ def test_a_written_student_has_the_planned_parameters(one, hard_plan, written):
 
 
 def test_transformers_own_class_loads_it_and_gives_the_logits_of_the_cut_in_memory(one, sliced, written, logits_of):
-    """The same tensors, so the same logits but for the order of sums in a whole model: up to 1.3e-6 on an AMD EPYC, by where tensors lie; another model is far off."""
+    """The same tensors, so the same logits but for the order of sums in a whole model: up to 1.3e-6 on an AMD EPYC; another model is far off."""
     loaded, wanted = AutoModelForCausalLM.from_pretrained(written, local_files_only=True).eval(), logits_of(sliced)
     assert difference(logits_of(loaded), wanted) <= 1e-5 < 1e-3 < difference(logits_of(one.model), wanted)
     assert torch.equal(logits_of(one.family.load(written)), wanted)
