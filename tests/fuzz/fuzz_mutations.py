@@ -54,7 +54,7 @@ def _change(holder: Any, key: Any, chance: random.Random) -> None:
         case 2 if isinstance(holder, list):
             holder.insert(key, copy.deepcopy(chance.choice(holder)))
         case 3 if isinstance(one, int) and not isinstance(one, bool):
-            holder[key] = chance.choice([one + 1, one - 1, one * 2, one // 2, -one, one * 10**12, float(min(one, 10**300)), [one]])
+            holder[key] = chance.choice([one + 1, one - 1, one * 2, one // 2, -one, one * 10**12, float(max(-(10**300), min(one, 10**300))), [one]])
         case 4 if isinstance(one, str):
             holder[key] = chance.choice([one[1:], one * 2, one + "x", [one], one.upper(), one[::-1]])
         case _:
