@@ -154,7 +154,7 @@ def _known(words: list[Word], _sweeping: bool) -> list[Word]:
 
 def _budget(words: list[Word], sweeping: bool) -> list[Word]:
     """budget=NAME or GIB; and budget.name or budget.device_gib alone, which mean the same. Raises ValueError for what is neither."""
-    given = {word.name: word.value for word in words}
+    given = {word.name: word.value for word in words if word.value is not None}
     own_device = given.get("budget.device_gib", "null") != "null"
     rewritten = []
     for word in words:
@@ -165,10 +165,10 @@ def _budget(words: list[Word], sweeping: bool) -> list[Word]:
                 rewritten.append(replace(word, value=",".join("{" + ", ".join(f"{name}: {value}" for name, value in one.items()) + "}" for one in budgets)))
             else:
                 rewritten += [Word("", f"budget.{name}", value) for name, value in budgets[0].items()]
-        elif word.name == "budget.name" and not own_device and "budget" not in given:
+        elif word.name == "budget.name" and word.value is not None and not own_device and "budget" not in given:
             names = [_preset(piece) for piece in (_split(word.value) if sweeping else [word.value])]
             rewritten += [replace(word, value=",".join(names)), *_unless(given, device_gib="null", cushion_fraction="null", set_aside_gib="null")]
-        elif word.name == "budget.device_gib" and own_device and "budget" not in given:
+        elif word.name == "budget.device_gib" and word.value is not None and own_device and "budget" not in given:
             name = "'${budget.device_gib} GiB'" if sweeping and len(_split(word.value)) > 1 else f"'{word.value} GiB'"
             rewritten += [word, *(_unless(given, name=name, cushion_fraction="0", set_aside_gib="0") if "budget.name" not in given else [])]
         else:

@@ -155,6 +155,11 @@ def test_a_budget_is_what_it_is_called(arguments, name, gib):
     assert (budget.name, budget.bytes / GIB) == (name, pytest.approx(gib, abs=1e-6))
 
 
+@pytest.mark.parametrize("name", ["budget", "budget.name", "budget.device_gib"])
+def test_a_budget_that_is_taken_away_is_left_to_hydra(name):
+    assert for_hydra([f"~{name}"]) == [f"~{name}"] and len(for_hydra([f"{name}=24" if name != "budget.name" else "budget.name=l4"])) > 1
+
+
 def test_hydra_alone_leaves_a_preset_beside_the_experiments_own_numbers():
     """The control."""
     with pytest.raises(ValueError, match="'rtx4090', a card of 23.64 GiB, but budget.device_gib is 0.0052; give one of them"):
