@@ -180,7 +180,7 @@ fuzz-memory:
 	PYTHONPATH=$(CURDIR) $(PYTHON) tests/memory_budget/fuzz.py $(FUZZ_COUNT) $(FUZZ_SEED)
 
 # The small walk under faults drawn from a seed: killed anywhere, disks full, read-only, failing or gone, several runs on one store, bits flipped. Every student
-# must equal the undisturbed one bit for bit. About half an hour on two quiet cores. docs/soak.md
+# must equal the undisturbed one bit for bit. A quarter of an hour on two cores. docs/soak.md
 SOAK_SEED ?= 0
 soak: $(VENV)/installed-test
 	$(BIN)/python tests/soak --seed $(SOAK_SEED) $(SOAK_ARGS)
