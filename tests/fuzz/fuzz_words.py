@@ -87,7 +87,7 @@ def replies(folder: Path) -> Case:
             """Nothing on the console."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.daemon_threads = True
+    server.daemon_threads, server.handle_error = True, lambda *_: None  # a client that goes is no news of the client's
     threading.Thread(target=server.serve_forever, daemon=True).start()
     _tokenizer(folder)
     client = ThinkingBudgetClient(f"http://127.0.0.1:{server.server_address[1]}/v1", "x", tokenizer=folder, max_retries=0, timeout_seconds=5)
