@@ -123,4 +123,4 @@ def _number(usage: Any, name: str) -> int | None:
 
 
 def _fields(part: Any) -> Any:
-    return {name: value for name, value in part.model_dump().items() if value is not None} if hasattr(part, "model_dump") else part
+    return {name: value for name, value in part.model_dump(warnings=False).items() if value is not None} if hasattr(part, "model_dump") else part

@@ -131,7 +131,9 @@ def test_a_connection_that_drops_is_one_line(client):
 @pytest.mark.parametrize("body", [
     b"[" * 100_000, b'{"choices": ' + b"[" * 100_000, b'{"usage": {"prompt_tokens": 1' + b"0" * 9000 + b"}}", b'{"choices": 5}', b'{"choices": "abc"}',
     b"[1, 2]", b'{"choices": [1, null, "ab"]}', b'{"choices": {"text": "ab"}}', b'{"choices": [{"text": "\xe2\x82"}]}', b"\xff\xfe", b'{"choices"', b"NaN",
+    b'{"id": [[1, 2]], "object": "text_completion"}',
 ])  # fmt: skip
+@pytest.mark.filterwarnings("error")  # which would stand on stderr before the line
 def test_a_body_that_is_no_completion_is_one_line(body, client):
     said = [refused(client(lambda: iter([body])), streaming=False), refused(client(lambda: iter([b"data: " + body + b"\n\ndata: [DONE]\n\n"])))]
     assert all(one.startswith("the server at http://(hidden)@127.0.0.1") for one in said), said
