@@ -145,7 +145,7 @@ def test_a_walk_that_was_interrupted_within_a_layers_experts_goes_on_to_the_same
     written.mkdir()
 
     def write() -> MadeWeights:
-        made = MadeWeights(base, plan, rows, Basis(torch.eye(32)), Recipe(None, local_steps=10), written)
+        made = MadeWeights(base, plan, rows, Basis(torch.eye(32)), Recipe(None, local_steps=1), written)  # a step a round
         made.write(planned_tensors(one.family, plan, Checkpoint(folder)), max_shard_bytes=4_000)
         return made
 

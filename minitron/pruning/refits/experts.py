@@ -102,10 +102,10 @@ class ExpertsFit:
                 self._refit_outside(name, recipe.ridge, place)
             for number in self.sent.reached if recipe.refit_experts else ():
                 self._refit_expert(number, recipe.ridge, f"expert {number} of {place}")
-        fitted, tried, kept = self._error, 0, 0
-        for _ in range(SWEEPS if recipe.local_steps else 0):
-            parts = [partial(self._train_shared, recipe.local_steps // SWEEPS)] * (recipe.refit_shared and self._shared is not None)
-            parts += [partial(self._train_expert, number, recipe.local_steps // SWEEPS) for number in self.sent.reached if recipe.refit_experts]
+        fitted, tried, kept, steps = self._error, 0, 0, -(-recipe.local_steps // SWEEPS)
+        for _ in range(SWEEPS if steps else 0):
+            parts = [partial(self._train_shared, steps)] * (recipe.refit_shared and self._shared is not None)
+            parts += [partial(self._train_expert, number, steps) for number in self.sent.reached if recipe.refit_experts]
             tried, kept = tried + len(parts), kept + sum(train() for train in parts)
         return Trained(tried, kept, fitted, self._error)
 
