@@ -122,6 +122,8 @@ def _watched(base: Base, model: nn.Module) -> Iterator[Outputs]:
         if path.split(".")[-1] in WATCHED:
             name = base.family.canonical_name(f"{path}.weight")
             handles.append(module.register_forward_hook(lambda _module, _inputs, output, name=name: found.__setitem__(name, output)))
-    yield found
-    for handle in handles:
-        handle.remove()
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -127,12 +127,12 @@ def test_a_clone_is_products_of_projections_and_learns(base, rows, ffn_kept, tie
         return kept["clone"]
 
     monkeypatch.setattr("benchmarks.rivals.low_rank_clone.begun", remember)
-    for passes in (1, 6):
+    for passes in (1, 4):
         heard: list[float] = []
         student, stored = low_rank_clone(base, 36, rows, ffn_kept=ffn_kept, tied=tied, passes=passes, rows_a_step=2, rate=3e-3, on_step=heard.append)
         losses[passes] = sum(heard[-4:]) / 4
         assert len(heard) == 4 * passes
-    assert losses[6] < 0.9 * losses[1]
+    assert losses[4] < 0.9 * losses[1]
     tensors, clone = model_tensors(base.family, student), kept["clone"]
     assert all(torch.equal(tensors[name], (left.t() @ clone.matrices[name]) if writes(name) else clone.matrices[name] @ left)
                for name, left in clone.projections.items())  # fmt: skip
