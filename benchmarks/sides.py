@@ -47,14 +47,14 @@ class Measured:
         self.path = path
 
     def get(self, name: str, measure: Callable[[], object]) -> object:
-        known = self._known()
+        known = self.all()
         if name not in known:
             known[name] = measure()
             with self.path.open("a") as file:
                 file.write(json.dumps([name, known[name]]) + "\n")
         return known[name]
 
-    def _known(self) -> dict[str, object]:
+    def all(self) -> dict[str, object]:
         return dict(json.loads(line) for line in self.path.read_text().splitlines()) if self.path.exists() else {}
 
 

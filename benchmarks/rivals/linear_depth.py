@@ -26,7 +26,7 @@ from torch import nn
 from benchmarks.rivals.walks import check_calibration, check_llama, residuals, shallower, stored_parameters
 
 if TYPE_CHECKING:
-    from benchmarks.real_model import Base
+    from benchmarks.real_sides import Base
 
 EPSILON, METHODS = 1e-6, "a linear map in place of blocks"
 

@@ -34,7 +34,7 @@ from distill.losses import next_token_labels
 from minitron.families.state import load_tensors
 
 if TYPE_CHECKING:
-    from benchmarks.real_model import Base
+    from benchmarks.real_sides import Base
 
 NARROWED = ("gate_proj", "up_proj")
 WATCHED = ("q_proj", "k_proj", "v_proj", *NARROWED, "o_proj", "down_proj")

@@ -17,7 +17,7 @@ from benchmarks.rivals.walks import residuals, turned_readers
 from minitron.families.state import model_tensors
 
 if TYPE_CHECKING:
-    from benchmarks.real_model import Base
+    from benchmarks.real_sides import Base
 
 HEAD, EMBEDDINGS, LAST_NORM = "lm_head.weight", "embeddings.weight", "norm_f.weight"
 

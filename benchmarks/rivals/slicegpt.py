@@ -26,7 +26,7 @@ from benchmarks.rivals.walks import check_calibration, check_hidden, check_llama
 from minitron.families.state import load_tensors, model_tensors
 
 if TYPE_CHECKING:
-    from benchmarks.real_model import Base
+    from benchmarks.real_sides import Base
 
 ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 TIED = "tied is true; SliceGPT turns embeddings by the first basis and the head by the last norm's weights and basis, so one table cannot be both: tied=False"

@@ -18,7 +18,7 @@ from minitron.pruning.plan import PruningPlan
 from nas.depth import spelled
 
 if TYPE_CHECKING:
-    from benchmarks.real_model import Base
+    from benchmarks.real_sides import Base
 
 
 def check_llama(base: Base, method: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.real_model import Base
+from benchmarks.real_sides import Base
 from benchmarks.rivals.linear_depth import chosen_run, ghosted, replaceme
 from benchmarks.rivals.low_rank_clone import low_rank_clone
 from benchmarks.rivals.projections import begun, writes
