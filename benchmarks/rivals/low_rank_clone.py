@@ -9,8 +9,9 @@ The paper leaves the FFN's width as it is. Where it is to be cut here, neurons a
 that stay, that of down at the whole teacher's.
 
 Not the paper's, whose students see 20 billion tokens: the start. Projections drawn at random (`start="random"`) are no model yet after thousands of tokens,
-so by default they begin as one rotation to the principal directions of the normalised stream, norms' weights folded in. Temperature and rate are
-arguments for the same reason; the authors' commands have 40, 1e-4 and a clone weight of 0.2. Surmised: mean squares are added up over matrices and layers.
+so by default they begin as one rotation to the principal directions of the normalised stream, norms' weights folded in (a tied head's stay in the norm: of the
+bases of those directions the one is taken in which they are diagonal). Temperature and rate are arguments for the same reason; the authors' commands have
+40, 1e-4 and a clone weight of 0.2. Surmised: mean squares are added up over matrices and layers.
 
 B batch, T tokens, D hidden of the teacher, K of the student, V vocabulary.
 """

@@ -54,6 +54,8 @@ def begun(base: Base, narrow: Base, hidden: int, calibration: Sequence[torch.Ten
         started = {name: torch.full((hidden,), turned_readers(weight_D, torch.eye(size))[1]) for name, weight_D in norms.items()}
     else:
         basis_DK, factor = _principal(base, hidden, calibration)
+        if tied:  # nothing takes the last norm's weights in, so the basis is turned until they are a norm's weights there, too
+            basis_DK = basis_DK @ torch.linalg.eigh(basis_DK.t() @ (norms[LAST_NORM][:, None] * basis_DK)).eigenvectors
         projections, started = dict.fromkeys(matrices, basis_DK), {}
         for norm, weight_D in norms.items():
             turned_DK, number = turned_readers(weight_D, basis_DK)
@@ -61,7 +63,7 @@ def begun(base: Base, narrow: Base, hidden: int, calibration: Sequence[torch.Ten
             readers = [HEAD] if norm == LAST_NORM else [name for name in matrices if name.startswith(layer) and not writes(name)]
             projections |= {name: turned_DK * factor for name in readers if name in matrices}
             started[norm] = torch.full((hidden,), number)
-        if tied:  # a head that is no reader of its own: what of w is diagonal in the new basis stays in the norm
+        if tied:
             started[LAST_NORM] = (basis_DK * norms[LAST_NORM][:, None] * basis_DK).sum(0) * factor
     return Clone(matrices, *({name: nn.Parameter(tensor.clone()) for name, tensor in found.items()} for found in (projections, started)))
 
