@@ -21,7 +21,7 @@ from minitron.importance.activations import measure_width
 from minitron.importance.scores import aggregate
 from minitron.pruning.compensate import Recipe, build_compensated
 from minitron.pruning.cut import build_pruned
-from minitron.pruning.plan import PruningPlan, make_plan
+from minitron.pruning.plan import FEED_FORWARD_STEPS, PruningPlan, make_plan
 from minitron.text.samples import batches_of, spread_rows
 from nas.depth import spelled
 
@@ -105,7 +105,7 @@ def _plain(calibration: Calibration, cut: Cut, *, untied: bool = False) -> nn.Mo
 def _ours(calibration: Calibration, cut: Cut, *, untied: bool = False, **changes: object) -> nn.Module:
     base = calibration.base.untied if untied else calibration.base
     plan = calibration.plan(cut, base)
-    recipe = Recipe(directions="loss" if untied else "variance", **changes)
+    recipe = replace(Recipe(directions="loss" if untied else "variance", feed_forward_steps=FEED_FORWARD_STEPS), **changes)
     return build_compensated(base.placed, plan, calibration.rows, recipe, config=base.config)
 
 
@@ -158,6 +158,9 @@ SIDES: dict[str, Side] = {
     "plain slice": _plain,
     "plain slice, own head": lambda calibration, cut: _plain(calibration, cut, untied=True),
     "ours": _ours,
+    "ours, closed form": lambda calibration, cut: _ours(calibration, cut, feed_forward_steps=0),
+    "ours, neurons by scores": lambda calibration, cut: _ours(calibration, cut, feed_forward_steps=0, choose_neurons=False),
+    "ours, ridge 0.001": lambda calibration, cut: _ours(calibration, cut, feed_forward_steps=0, choose_neurons=False, ridge=1e-3),
     "ours, own head": lambda calibration, cut: _ours(calibration, cut, untied=True),
     "ours, ReplaceMe's blocks": _run_removed,
     "SliceGPT": _slicegpt,

@@ -30,17 +30,18 @@ from torch import nn
 
 from minitron.checkpoints.placement import PlacedModel, ids_and_mask, look_up, run_layer
 from minitron.checkpoints.stored_linear import load_to_compute
-from minitron.families.base import HIDDEN, POST_NORM
+from minitron.families.base import FFN, HIDDEN, POST_NORM
 from minitron.families.experts import experts_of
 from minitron.families.state import load_tensors
 from minitron.families.table import expected_shape, expert_of, required_names, row_of
 from minitron.pruning.basis import Basis
-from minitron.pruning.cut import plan_cuts
+from minitron.pruning.cut import TensorCut, plan_cuts
 from minitron.pruning.directions import stream_basis
-from minitron.pruning.plan import PruningPlan, Recipe
+from minitron.pruning.plan import TRAINED_ROWS, PruningPlan, Recipe, set_ridge
 from minitron.pruning.refits.experts import ExpertsFit, Trained, is_trained
-from minitron.pruning.refits.least_squares import NormalEquations, fit_behind_norm
+from minitron.pruning.refits.least_squares import NormalEquations, Refit, fit_behind_norm
 from minitron.pruning.refits.local_training import train_locally, trainable
+from minitron.pruning.refits.neurons import least_missed
 from minitron.pruning.refits.tied_head import TiedHead
 from minitron.pruning.rotation import BEHIND, NORM, WRITE, check_rms, check_turns, factors, in_basis, normalised, real_tokens, stream_role
 
@@ -102,18 +103,22 @@ class CompensatedCut:
             check_turns(plan.teacher)
         self.on_layer = on_layer
         self.trained: list[Trained] = []  # what the local training of each layer with experts came to, of those made now
-        self.student_config = self.family.hf_config(config, plan.student)
+        self.config, self.student_config = config, self.family.hf_config(config, plan.student)
         self.scales = self.family.embed_scale(plan.teacher), self.family.embed_scale(plan.student)
         self.multiplier, self.added = self.family.embed_multiplier(config), self.family.added_multiplier(config)
-        inner = replace(plan, units={axis: kept for axis, kept in plan.units.items() if axis != HIDDEN})
         rows = {name: row_of(self.family, plan.teacher, name) for name in required_names(self.family, plan.teacher)}
-        shapes = {name: expected_shape(self.family, plan.teacher, row) for name, row in rows.items()}
-        self.cuts = {cut.source: cut for cut in plan_cuts(self.family, inner, shapes)}
+        self.shapes = {name: expected_shape(self.family, plan.teacher, row) for name, row in rows.items()}
+        self.cuts = self._cuts_of(plan)
         self.roles = {name: stream_role(self.family, row) for name, row in rows.items()}
         pairs = [ids_and_mask(batch) for batch in batches]
         self.ids, self.masks = [ids for ids, _ in pairs], [mask for _, mask in pairs]
         self.base_residuals: list[torch.Tensor] = []  # [B, T, D] and [B, T, K] of every batch, where the walk stands
         self.student_residuals: list[torch.Tensor] = []
+
+    def _cuts_of(self, plan: PruningPlan) -> dict[str, TensorCut]:
+        """Of every axis but hidden, by name in the base."""
+        inner = replace(plan, units={axis: kept for axis, kept in plan.units.items() if axis != HIDDEN})
+        return {cut.source: cut for cut in plan_cuts(self.family, inner, self.shapes)}
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
@@ -156,7 +161,8 @@ class CompensatedCut:
         for first, rows_VD in self.base.stored_rows(table):
             fit.add_rows(rows_VD.float(), sum(torch.bincount(ids[(ids >= first) & (ids < first + len(rows_VD))] - first, minlength=len(rows_VD))
                                               for ids in self._real_ids()))  # fmt: skip
-        return _Reading(fit.solve(self.recipe.ridge) * (self.scales[1] / self.scales[0]), lambda rows_VD: rows_VD)  # the student's table is larger by as much
+        scale = self.scales[1] / self.scales[0]  # the student's table is larger by as much
+        return _Reading(fit.solve(set_ridge(self.recipe)) * scale, lambda rows_VD: rows_VD)
 
     def _real_ids(self) -> Iterator[torch.Tensor]:
         return (ids if mask is None else ids[mask] for ids, mask in zip(self.ids, self.masks, strict=True))
@@ -182,11 +188,34 @@ class CompensatedCut:
         if len(made) < len(targets):
             (norm,) = [name for name in targets if self.roles[name] == NORM]
             reading = self._reading(base_block.norm.weight, self.dtypes.get(norm, torch.float32), f"layer {layer}")
+            if self.recipe.chooses_neurons and layer in self.plan.units.get(FFN, {}) and not self.plan.student.post_norms:
+                self._choose_neurons(base_block, layer, position, reading)
             made |= {targets[name]: self._made(name, tensor, reading) for name, tensor in _tensors(base_block, layer, targets.keys() - known)}
         tensors = {name.removeprefix(f"layers.{position}."): tensor for name, tensor in made.items()}
         with torch.device("meta"):
             block = self.family.build_layer(self.student_config, position)
         return _Begun(load_to_compute(block, tensors, torch.float32), layer, position, tensors, bool(unfinished))
+
+    def _choose_neurons(self, base_block: nn.Module, layer: int, position: int, reading: _Reading) -> None:
+        """Puts in the plan's place the neurons that the student's layer, with all of them, would miss most (refits/neurons.py)."""
+        names, number = [name for name in self.shapes if name.startswith(f"layers.{layer}.")], self.plan.student.ffn
+        units = {axis: kept for axis, kept in self.plan.units.items() if axis != FFN}
+        wide = replace(self.plan, student=replace(self.plan.student, ffn=self.plan.teacher.ffn), units=units)
+        cuts = self._cuts_of(wide)
+        tensors = {cuts[name].target.removeprefix(f"layers.{position}."): self._made(name, tensor, reading, cuts[name])
+                   for name, tensor in _tensors(base_block, layer, names)}  # fmt: skip
+        with torch.device("meta"):
+            block = self.family.build_layer(self.family.hf_config(self.config, wide.student), position)
+        block = load_to_compute(block, tensors, torch.float32)
+        (name,) = [name for name in names if self.roles[name] == WRITE]
+        writer = block.get_submodule(name.removeprefix(f"layers.{layer}.").removesuffix(".weight"))
+        sums = NormalEquations(writer.in_features, 0, self.base.device)
+        for (inner_NI, *_), weight_N1 in zip(self._given_and_missing(block, writer), self._token_weights(), strict=True):
+            sums.add(inner_NI * weight_N1, inner_NI[:, :0])
+        sums.mirror()
+        kept = least_missed(sums.gram_II, writer.weight, number)
+        self.plan = replace(self.plan, units={**units, FFN: {**self.plan.units[FFN], layer: kept}})
+        self.cuts = self._cuts_of(self.plan)
 
     def _fitted_last(self, names: Iterable[str]) -> list[str]:
         """A layer's writers, one but for its experts', the norm behind it where there is one, and what local training changes beside them."""
@@ -223,24 +252,38 @@ class CompensatedCut:
                 self._train(begun)
 
     def _train(self, begun: _Begun) -> None:
-        """Trains a feed-forward layer, all of its matrices, a batch of rows a step."""
-        own = trainable(begun.block)
+        """Trains a feed-forward layer, all of its matrices, some rows a step."""
+        own, places = trainable(begun.block), [(batch, row) for batch, ids_BT in enumerate(self.ids) for row in range(len(ids_BT))]
+        masks = [torch.ones_like(ids_BT, dtype=torch.bool) if mask is None else mask for ids_BT, mask in zip(self.ids, self.masks, strict=True)]
+
+        def of_rows(values: Sequence[torch.Tensor], numbers: torch.Tensor) -> torch.Tensor:
+            return torch.stack([values[batch][row] for batch, row in (places[number] for number in numbers.tolist())])
 
         def off(numbers: torch.Tensor) -> torch.Tensor:
-            (number,) = numbers.tolist()
-            base_BTD, student_BTK, mask = self.base_residuals[number], self.student_residuals[number], self.masks[number]
-            return real_tokens(own(student_BTK) - self.basis.project(base_BTD), mask)
+            base_RTD, mask_RT = of_rows(self.base_residuals, numbers), of_rows(masks, numbers)
+            off_RTK = own(of_rows(self.student_residuals, numbers)) - self.basis.project(base_RTD)
+            return real_tokens(off_RTK * self._token_weight(base_RTD), mask_RT)
 
-        if train_locally(own.mixer.parameters(), off, len(self.masks), steps=self.recipe.feed_forward_steps, batch=1, at_once=1):
+        if train_locally(own.mixer.parameters(), off, len(places), steps=self.recipe.feed_forward_steps, batch=TRAINED_ROWS, at_once=TRAINED_ROWS, apart=True):
             for name, tensor in own.mixer.named_parameters(prefix="mixer"):
                 begun.keep(name, tensor.detach())
 
     def _writing(self, block: nn.Module, writer: nn.Linear, place: str) -> torch.Tensor:
         """The writer's matrix [K, I] by least squares."""
-        equations = NormalEquations(writer.in_features, writer.out_features, self.base.device)
-        for inner_NI, missing_NK in self._given_and_missing(block, writer):
-            equations.add(inner_NI, missing_NK if writer.bias is None else missing_NK - writer.bias)
-        return equations.solve(writer.weight, self.recipe.ridge, place=place)
+        refit = Refit(writer.in_features, writer.out_features, self.base.device, self.recipe.ridge)
+        for (inner_NI, missing_NK, second_N), weight_N1 in zip(self._given_and_missing(block, writer), self._token_weights(), strict=True):
+            refit.add(inner_NI * weight_N1, (missing_NK if writer.bias is None else missing_NK - writer.bias) * weight_N1, second_N)
+        return refit.solve(writer.weight, place=place)
+
+    def _token_weights(self) -> Iterator[torch.Tensor]:
+        """Of every batch 1 over the root mean square of the base's stream behind the layer, [N, 1]: what comes next reads the stream normalised, so an error
+        counts for less in the few tokens where a model keeps values thousands of times as large as elsewhere (massive activations, arXiv 2402.17762)."""
+        for base_BTD, mask in zip(self.base_residuals, self.masks, strict=True):
+            yield self._token_weight(real_tokens(base_BTD, mask))
+
+    def _token_weight(self, base: torch.Tensor) -> torch.Tensor:
+        """Of streams [..., D], [..., 1]."""
+        return torch.rsqrt(base.float().square().mean(-1, keepdim=True) + self.epsilon)
 
     def _behind_norm(self, block: nn.Module, writer: nn.Linear, name: str, place: str) -> dict[str, torch.Tensor]:
         """The writer's matrix [K, I] and the weight [K] of the norm behind it, by name."""
@@ -253,14 +296,23 @@ class CompensatedCut:
         missing_BTK = self.basis.project(base_BTD) - student_BTK
         return missing_BTK if self.added == 1 else missing_BTK / self.added
 
-    def _given_and_missing(self, block: nn.Module, writer: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Of every batch what the writer is given, [N, I], and what is missing, [N, K]."""
+    def _second_half(self) -> Iterator[torch.Tensor]:
+        """Of every batch which real tokens, [N], are of rows with an odd number: however many rows a batch has, the same ones."""
+        first = 0
+        for ids_BT, mask in zip(self.ids, self.masks, strict=True):
+            odd_B1 = torch.arange(first, first + len(ids_BT), device=ids_BT.device)[:, None] % 2 == 1
+            yield real_tokens(odd_B1.expand_as(ids_BT), mask)
+            first += len(ids_BT)
+
+    def _given_and_missing(self, block: nn.Module, writer: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Of every batch what the writer is given, [N, I], what is missing, [N, K], and _second_half's."""
         inner: list[torch.Tensor] = []
-        for base_BTD, student_BTK, mask in zip(self.base_residuals, self.student_residuals, self.masks, strict=True):
+        batches = zip(self.base_residuals, self.student_residuals, self.masks, self._second_half(), strict=True)
+        for base_BTD, student_BTK, mask, second_N in batches:
             handle = writer.register_forward_pre_hook(lambda _module, args: inner.append(args[0]))
             block(student_BTK)
             handle.remove()
-            yield real_tokens(inner.pop(), mask), real_tokens(self._missing(base_BTD, student_BTK), mask)
+            yield real_tokens(inner.pop(), mask), real_tokens(self._missing(base_BTD, student_BTK), mask), second_N
 
     def _reading(self, weight_D: torch.Tensor, stored: torch.dtype, place: str) -> _Reading:
         """At a norm of this weight, to be stored so: the student's, then the matrix by least squares from n(y) to n(x)."""
@@ -274,10 +326,10 @@ class CompensatedCut:
         share = fitted / scale
         if not self.recipe.refit_reading:
             return _Reading(scale, lambda rows_VD: self.basis.project(rows_VD, weight_D).mul_(share))
-        equations = NormalEquations(basis_DK.shape[1], basis_DK.shape[0], basis_DK.device)
-        for wanted_ND, own_NK in self._normalised():
-            equations.add(scale * own_NK, wanted_ND)
-        folded_DK = weight_D[:, None] * equations.solve(share * basis_DK, self.recipe.ridge, place=f"the stream before {place}")
+        refit = Refit(basis_DK.shape[1], basis_DK.shape[0], basis_DK.device, self.recipe.ridge)
+        for (wanted_ND, own_NK), second_N in zip(self._normalised(), self._second_half(), strict=True):
+            refit.add(scale * own_NK, wanted_ND, second_N)
+        folded_DK = weight_D[:, None] * refit.solve(share * basis_DK, place=f"the stream before {place}")
         return _Reading(scale, lambda rows_VD: rows_VD @ folded_DK)
 
     def _normalised(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -285,9 +337,9 @@ class CompensatedCut:
         for base_BTD, student_BTK, mask in zip(self.base_residuals, self.student_residuals, self.masks, strict=True):
             yield real_tokens(normalised(base_BTD, self.epsilon), mask), real_tokens(normalised(student_BTK, self.epsilon), mask)
 
-    def _made(self, name: str, tensor: torch.Tensor, reading: _Reading | None) -> torch.Tensor:
+    def _made(self, name: str, tensor: torch.Tensor, reading: _Reading | None, cut: TensorCut | None = None) -> torch.Tensor:
         """A tensor of the base, or rows of it, as the student has it: cut, folded, in its basis and in the dtype it is stored in."""
-        cut, role, dtype = self.cuts[name], self.roles[name], self.dtypes.get(name, torch.float32)
+        cut, role, dtype = cut or self.cuts[name], self.roles[name], self.dtypes.get(name, torch.float32)
         if role == NORM:
             stored = reading.scale - self.family.norm_offset
             return torch.as_tensor(stored, dtype=dtype, device=tensor.device).expand(self.plan.student.hidden).contiguous()

@@ -9,9 +9,10 @@ from memory_budget.units import format_gib
 from minitron.checkpoints.forward_work import forward_work
 from minitron.machine.pace import Pace, Work
 from minitron.machine.rate import duration
-from minitron.pruning.plan import ENOUGH_FOR_EXPERT, LOCAL_BATCH, SHARED_BATCH, SWEEPS, Recipe, num_sites, ridge_for
+from minitron.pruning.plan import ENOUGH_FOR_EXPERT, LOCAL_BATCH, SHARED_BATCH, SWEEPS, Recipe, num_sites, ridge_for, set_ridge
 
 STEP_SECONDS = 1e-3  # of a step of local training beside its products
+TRIED_RIDGES = 5  # of refits.least_squares.RIDGES, about
 FORWARD_ROWS = 8  # of a batch: prune.batch's default
 
 
@@ -47,10 +48,12 @@ class CutCost:
         if scarcest is None or scarcest.tokens >= scarcest.inputs:
             return None
         enough = ENOUGH_FOR_EXPERT if scarcest.whose else 1.0
-        ridge, needed = ridge_for(self.recipe.ridge, scarcest.inputs, scarcest.tokens, enough=enough), ceil(self.rows * scarcest.inputs / scarcest.tokens)
+        needed, fixed = ceil(self.rows * scarcest.inputs / scarcest.tokens), set_ridge(self.recipe)
         few = f", about {scarcest.tokens:,.0f} for each of {scarcest.whose}," if scarcest.whose else ""
-        return (f"{self.tokens:,} calibration tokens{few} are fewer than the {scarcest.inputs:,} inputs solved for: prune.ridge goes from "
-                f"{self.recipe.ridge:g} up to {ridge:.2g}; prune.samples={needed} would do")  # fmt: skip
+        held = f"prune.ridge goes from {fixed:g} up to {ridge_for(fixed, scarcest.inputs, scarcest.tokens, enough=enough):.2g}"
+        if self.recipe.ridge is None and not scarcest.whose:
+            held = "the refit stays near the cut without one"
+        return f"{self.tokens:,} calibration tokens{few} are fewer than the {scarcest.inputs:,} inputs solved for: {held}; prune.samples={needed} would do"
 
     def check_memory(self, available: int, where: str) -> None:
         """Refuse to begin what `available` bytes cannot hold. Raises ValueError."""
@@ -78,10 +81,24 @@ class CutCost:
         experts are there one by one, the student's of a layer together."""
         base = 2 * max(self._without_experts(kind) for kind in set(self.base.mixers)) + 3 * _expert(self.base)
         of_student = max(layer_parameters(self.student, kind).total for kind in set(self.student.mixers))
-        fit = max((8 * (2 * fit.inputs**2 + 2 * fit.inputs * fit.outputs) for fit in self._fits), default=0)
+        fit = max((8 * self._squares(fit) * (fit.inputs**2 + fit.inputs * fit.outputs) for fit in self._fits), default=0)
         trained = max(_expert(self.student) * (self.recipe.local_steps > 0), _feed_forward(self.student) * (self.recipe.feed_forward_steps > 0))
+        fit = max(fit, 8 * 3 * self._chosen_from**2)  # the Gram matrix of all neurons, its factor and its inverse
         fit = max(fit, 5 * 4 * trained)  # itself, as it was, its gradient and Adam's two
         return self._residual_bytes + self.number_bytes * (base + of_student) + max(fit, self._sums_for_directions)
+
+    @property
+    def _chosen_from(self) -> int:
+        """Neurons of a feed-forward layer, of which some are chosen to stay; 0 where none go."""
+        chooses = self.recipe.chooses_neurons and "-" in self.student.mixers and self.student.ffn < self.base.ffn and not self.student.post_norms
+        return self.base.ffn if chooses else 0
+
+    def _squares(self, fit: Fit) -> int:
+        """The Gram matrix and its factor; where the ridge is chosen, that of each half, a copy of one and its factor."""
+        return 2 if self.recipe.ridge is not None or fit.whose else 4
+
+    def _solutions(self, fit: Fit) -> int:
+        return 1 if self.recipe.ridge is not None or fit.whose else 1 + 2 * TRIED_RIDGES
 
     def _without_experts(self, kind: str) -> int:
         return layer_parameters(self.base, kind).total - (kind == "E") * self.base.moe_num_experts * _expert(self.base)
@@ -92,10 +109,12 @@ class CutCost:
         matrices of the fits."""
         walks = self._walk(self.base) + self._walk(self.student) * (1 + self.recipe.refit_writing) + self._rounds_of_experts
         sums = sum(fit.number * 2 * fit.tokens * fit.inputs * (fit.inputs / 2 + fit.outputs) for fit in self._fits)
-        solved = sum(fit.number * (fit.inputs**3 / 3 + 4 * fit.inputs**2 * fit.outputs) for fit in self._fits)
+        solved = sum(fit.number * self._solutions(fit) * (fit.inputs**3 / 3 + 4 * fit.inputs**2 * fit.outputs) for fit in self._fits)
         fits = Work(doubles=sums + solved, numbers=sum(2 * fit.number * fit.tokens * (fit.inputs + fit.outputs) for fit in self._fits))
+        neurons, layers = self._chosen_from, self.student.num_layers_of("-")
+        chosen = Work(doubles=layers * (self.tokens * neurons**2 + 2 * neurons**3), singles=2 * self.tokens * layers * _feed_forward(self.base) * (neurons > 0))
         moved = Work(read=self.number_bytes * count_total_parameters(self.base), written=self.number_bytes * count_total_parameters(self.student))
-        return walks + fits + moved + self._directions_work + self._local_training
+        return walks + fits + chosen + moved + self._directions_work + self._local_training
 
     @property
     def _rounds_of_experts(self) -> Work:

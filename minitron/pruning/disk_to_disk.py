@@ -52,6 +52,7 @@ def prune_teacher(context: StageContext) -> dict:
     folder = context.folder / "checkpoint"
     sliced, made = write_cut(context, family, plan, folder, card=card)
     if made:
+        write_json(context.folder / "plan.json", made.cut.plan.to_json())  # with the neurons chosen on the way
         check = made.check(family.hf_config(config, student))
         losses = damage(context, family, plan, sliced, folder)
         trained = {"local_training": made.local_training} if made.local_training else {}

@@ -16,8 +16,11 @@ from minitron.settings.run import PruneSettings
 from nas.depth import check_is_cut
 
 Indices = tuple[int, ...]
+RIDGE = 1e-3  # where none is set, of a fit whose ridge is not chosen
 SWEEPS = 2  # over the matrices of a layer with experts (docs/notes/moe.md)
 LOCAL_STEPS = 200  # of training for each expert, where the setting says none (docs/notes/moe.md)
+FEED_FORWARD_STEPS = 48  # and of a feed-forward layer (docs/notes/real_model.md)
+TRAINED_ROWS = 4  # of such a step of a feed-forward layer
 LOCAL_BATCH, SHARED_BATCH = 512, 2048  # tokens of such a step: of an expert, of the shared one, which sees all
 ENOUGH_FOR_EXPERT = 300.0  # tokens an input of an expert's matrix below which its ridge is raised (docs/notes/moe.md)
 SUMS_BYTES = 2**32  # of all sums of second moments: where they are more, neighbouring norms share one
@@ -108,20 +111,32 @@ def top_per_group(scores: np.ndarray, groups: int, number: int, kept: Indices | 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Which parts are on, and the weight of the cut without refits in those that are; see compensate.py. Without directions nothing is rotated. Not
-    balanced, a norm has the fitted number s itself, and readers may be many times smaller than the base's: the control of what balancing is good for.
+    """Which parts are on, and the weight of the cut without refits in those that are, chosen matrix by matrix where it is None; see compensate.py. Without
+    directions nothing is rotated. Not balanced, a norm has the fitted number s itself, and readers may be many times smaller than the base's: the control of
+    what balancing is good for.
     """
 
     directions: str | None = "loss"
     refit_reading: bool = True
     refit_writing: bool = True
-    ridge: float = 1e-3
+    ridge: float | None = None
     direction_samples: int = 8
     balanced: bool = True
     refit_experts: bool = True
     refit_shared: bool = True
     local_steps: int = 0
     feed_forward_steps: int = 0
+    choose_neurons: bool = True
+
+    @property
+    def chooses_neurons(self) -> bool:
+        """By what refitted writers would miss, so where they are."""
+        return self.choose_neurons and self.refit_writing
+
+
+def set_ridge(asked: Recipe | PruneSettings) -> float:
+    """Of fits whose ridge is not chosen: of experts, of the last norm before a tied head, and of ranking."""
+    return RIDGE if asked.ridge is None else asked.ridge
 
 
 def _directions(settings: PruneSettings, student: Architecture) -> str:
@@ -135,7 +150,9 @@ def recipe_of(settings: PruneSettings, student: Architecture) -> Recipe:
     """The parts that settings ask for, of a cut down to `student`."""
     directions = _directions(settings, student) if settings.rotate is not False and not student.post_norms else None
     return Recipe(directions, settings.refit_reading, settings.refit_writing, settings.ridge, settings.direction_samples, refit_experts=settings.refit_experts,
-                  refit_shared=settings.refit_shared, local_steps=_local_steps(settings, student), feed_forward_steps=settings.local_steps or 0)  # fmt: skip
+                  refit_shared=settings.refit_shared, local_steps=_local_steps(settings, student),
+                  feed_forward_steps=FEED_FORWARD_STEPS if settings.local_steps is None else settings.local_steps,
+                  choose_neurons=settings.choose_neurons)  # fmt: skip
 
 
 def _local_steps(settings: PruneSettings, student: Architecture) -> int:

@@ -17,6 +17,7 @@ from minitron.families.known import family_of
 from minitron.importance.scores import scores_of
 from minitron.machine.device import check_on_gpu, pick_device
 from minitron.pruning.compensated_cut import calibration_rows
+from minitron.pruning.plan import set_ridge
 from minitron.pruning.rotated import rotate_model, with_own_head
 from minitron.pruning.views import SortedTeacher, View
 from minitron.pruning.width_refits import refit_widths
@@ -130,7 +131,7 @@ def _sorted_base(context: StageContext, head_dim: int, students: Iterable[Archit
     sorted_base = SortedTeacher(family, model, config, architecture, scores, head_dim, norm_scales=norm_scales, sort_key_values=fewer_keys)
     if refits:
         others = {width: getattr(architecture, width) for width in WIDTHS if width not in (*refits, "hidden")}
-        refit_widths(sorted_base, [replace(student, **others) for student in students], calibration, settings.prune.ridge)
+        refit_widths(sorted_base, [replace(student, **others) for student in students], calibration, set_ridge(settings.prune))
     return sorted_base
 
 

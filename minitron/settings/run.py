@@ -197,7 +197,8 @@ class PruneSettings:
     refit_experts: bool = added(True)
     refit_shared: bool = added(True)
     local_steps: int | None = added(None)
-    ridge: float = 1e-3
+    choose_neurons: bool = added(True)
+    ridge: float | None = None
     batch: int = how(8)
     max_shard_gib: float = how(4.5)
     against_slice: bool = how(False)  # adds stages of its own and changes no other

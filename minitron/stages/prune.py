@@ -13,7 +13,7 @@ from minitron.walk.stage import StageContext, StoredStage
 from minitron.walk.store import Result
 from nas.axes import WIDTHS
 
-BALANCED = {"balanced": 1}  # of a compensated cut: its readers are as large as the base's, its norms likewise; a slice is what it was
+MADE = {"balanced": 2}  # how a compensated cut is made, counted up where that changes; a slice is what it was
 
 
 def needs(settings: Settings) -> tuple[str, ...]:
@@ -28,7 +28,7 @@ def what(settings: Settings) -> Any:
 
 def compensated(settings: Settings) -> dict[str, Any]:
     """What a compensated cut follows from beside its inputs."""
-    return {**key_settings(settings.prune), "rotate": settings.prune.rotate is not False, **BALANCED}
+    return {**key_settings(settings.prune), "rotate": settings.prune.rotate is not False, **MADE}
 
 
 def cut_from(settings: Settings, inputs: Mapping[str, Result], candidate: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from memory_budget.architecture import Architecture, as_dict
+from minitron.pruning.plan import set_ridge
 from minitron.search.layer_order import given_layer_order
 from minitron.search.space import check_search, serving_of
 from minitron.settings.derived import (
@@ -48,7 +49,7 @@ def what(settings: Settings) -> Any:
 def _refits(settings: Settings, base: Architecture) -> dict[str, Any]:
     """What follows from the settings of the refits; widths are said of a model with experts, for which some are asked for and others not."""
     widths = {"widths": refitted_widths(settings, base)} if "E" in base.pattern else {}
-    return {"samples": asked_candidate_samples(settings), "ridge": settings.prune.ridge, **widths}
+    return {"samples": asked_candidate_samples(settings), "ridge": set_ridge(settings.prune), **widths}
 
 
 def _numbers(serving: Serving | None, batch: int | None) -> Any:

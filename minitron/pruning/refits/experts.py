@@ -29,7 +29,7 @@ from torch import nn
 
 from minitron.families.experts import Sent, experts_of
 from minitron.families.table import expert_of
-from minitron.pruning.plan import ENOUGH_FOR_EXPERT, LOCAL_BATCH, SHARED_BATCH, SWEEPS, Recipe
+from minitron.pruning.plan import ENOUGH_FOR_EXPERT, LOCAL_BATCH, SHARED_BATCH, SWEEPS, Recipe, set_ridge
 from minitron.pruning.refits.least_squares import NormalEquations
 from minitron.pruning.refits.local_training import train_locally, trainable
 
@@ -99,9 +99,9 @@ class ExpertsFit:
         """
         for _ in range(SWEEPS):
             for name in outside if recipe.refit_shared else ():
-                self._refit_outside(name, recipe.ridge, place)
+                self._refit_outside(name, set_ridge(recipe), place)
             for number in self.sent.reached if recipe.refit_experts else ():
-                self._refit_expert(number, recipe.ridge, f"expert {number} of {place}")
+                self._refit_expert(number, set_ridge(recipe), f"expert {number} of {place}")
         fitted, tried, kept, steps = self._error, 0, 0, -(-recipe.local_steps // SWEEPS)
         for _ in range(SWEEPS if steps else 0):
             parts = [partial(self._train_shared, steps)] * (recipe.refit_shared and self._shared is not None)

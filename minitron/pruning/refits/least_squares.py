@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from minitron.pruning.plan import ridge_for
+from minitron.pruning.plan import RIDGE, ridge_for
 
 LEAST_STRIP = 128
+RIDGE_OF_ONE = 0.03
+RIDGES = (3.0, 1.0, 0.5, 0.25, 0.12, 0.06, 0.03, 0.01, 3e-3, 1e-3, 1e-4)  # of which one is chosen
 ROUNDS = 3  # of a fit behind a norm
 LEAST_FACTOR = 0.1  # of the factors' root mean square: by no less is a row divided
 
@@ -34,9 +36,18 @@ class NormalEquations:
         self.cross_OI.addmm_(targets_NO.T, inputs_NI)
         self.num_tokens += len(inputs_NI)
 
+    def copied(self) -> "NormalEquations":
+        return self.of_inputs(torch.arange(len(self.gram_II), device=self.gram_II.device))
+
+    def error(self, matrix_OI: torch.Tensor) -> float:
+        """Σ|M a − t|² of a matrix M [O, I], less Σ|t|²."""
+        self.mirror()
+        matrix_OI = matrix_OI.double()
+        return float((matrix_OI * (matrix_OI @ self.gram_II - 2 * self.cross_OI)).sum())
+
     def of_inputs(self, indices: torch.Tensor) -> "NormalEquations":
         """The sums of some of the inputs alone."""
-        self._mirror()
+        self.mirror()
         some = NormalEquations(0, len(self.cross_OI), self.gram_II.device, enough=self.enough)
         some.gram_II, some.cross_OI, some.num_tokens = self.gram_II[indices][:, indices], self.cross_OI[:, indices], self.num_tokens
         return some
@@ -56,7 +67,7 @@ class NormalEquations:
         """
         if not (torch.isfinite(self.gram_II).all() and torch.isfinite(self.cross_OI).all()):
             raise ValueError(f"prune: the activations of {place} are not finite")
-        self._mirror()
+        self.mirror()
         start_OI, num_inputs, diagonal_I = start_OI.double(), len(self.gram_II), self.gram_II.diagonal()
         added = ridge_for(ridge, num_inputs, self.num_tokens, enough=self.enough) * diagonal_I.mean()
         diagonal_I += added  # in place: at 15,680 inputs a copy takes 1.8 GiB
@@ -71,9 +82,52 @@ class NormalEquations:
 
         return {width: first(width) for width in widths}
 
-    def _mirror(self) -> None:
+    def mirror(self) -> None:
         for first, end in _strips(len(self.gram_II)):
             self.gram_II[end:, first:end] = self.gram_II[first:end, end:].T
+
+
+class Refit:
+    """Normal equations of a fit whose ridge is set or, where it is None, chosen: the one of RIDGES with which a fit to either half of the tokens errs least on
+    the other half.
+
+    Calibration text is little and its tokens are alike, so that a ridge that serves the tokens it was fitted to may be a hundred times too small for others.
+    From the largest ridge downwards the first minimum is taken. All tokens have half the ridge of half of them, since it is a share of the inputs' mean square,
+    and what it should be does not grow with tokens. Where there is but one half it is RIDGE_OF_ONE.
+    """
+
+    def __init__(self, num_inputs: int, num_outputs: int, device: torch.device, ridge: float | None):
+        self.ridge = ridge
+        self.halves = [NormalEquations(num_inputs, num_outputs, device, enough=0.0 if ridge is None else 1.0) for _ in range(1 + (ridge is None))]
+
+    def add(self, inputs_NI: torch.Tensor, targets_NO: torch.Tensor, second_N: torch.Tensor) -> None:
+        """Of some tokens inputs, what is to be made of them, and whether they are of the second half: all of a row or none."""
+        if len(self.halves) == 1:
+            self.halves[0].add(inputs_NI, targets_NO)
+            return
+        for half, own_N in zip(self.halves, (~second_N, second_N), strict=True):
+            if own_N.any():
+                half.add(inputs_NI[own_N], targets_NO[own_N])
+
+    def solve(self, start_OI: torch.Tensor, *, place: str) -> torch.Tensor:
+        """The matrix [O, I], float32, drawn to `start`; see NormalEquations.solve. Uses the sums up."""
+        ridge, whole = self.ridge, self.halves[0]
+        if ridge is None:
+            ridge = self._chosen(start_OI, place) / 2 if all(half.num_tokens for half in self.halves) else RIDGE_OF_ONE
+            whole.gram_II += self.halves[1].gram_II
+            whole.cross_OI += self.halves[1].cross_OI
+            whole.num_tokens += self.halves.pop().num_tokens
+        return whole.solve(start_OI, ridge, place=place)
+
+    def _chosen(self, start_OI: torch.Tensor, place: str) -> float:
+        one, other = self.halves
+        best, least = RIDGES[0], float("inf")
+        for ridge in RIDGES:
+            error = sum(judge.error(fitted.copied().solve(start_OI, ridge, place=place)) for fitted, judge in ((one, other), (other, one)))
+            if not error < least:
+                break
+            best, least = ridge, error
+        return best
 
 
 def _strips(size: int) -> list[tuple[int, int]]:
@@ -82,32 +136,33 @@ def _strips(size: int) -> list[tuple[int, int]]:
     return [(first, min(first + width, size)) for first in range(0, size, width)]
 
 
-def fit_behind_norm(writer: nn.Linear, factor_O: torch.Tensor, tokens: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]], epsilon: float,
-                    ridge: float, *, place: str) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def fit_behind_norm(writer: nn.Linear, factor_O: torch.Tensor, tokens: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]],
+                    epsilon: float, ridge: float | None, *, place: str) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """A matrix M [O, I] and what the RMSNorm behind it multiplies by, g [O], so that g·n(M a + b) comes close to targets t; both float32.
 
-    `tokens` gives inputs a [N, I] and targets t [N, O], anew each time that it is asked. With r, a token's root mean square before the norm, held fast, g·M
-    is the least squares fit from a/r to t, and M that divided by g; then r is measured again, and so on for some rounds. Given M, the best g follows channel
-    by channel. Of all rounds, the start among them, the one with the least error is taken. Raises ValueError as NormalEquations.solve does.
+    `tokens` gives inputs a [N, I], targets t [N, O] and what Refit.add asks for, anew each time that it is asked. With r, a token's root mean square before
+    the norm, held fast, g·M is the least squares fit from a/r to t, and M that divided by g; then r is measured again, and so on for some rounds. Given M, the
+    best g follows channel by channel. Of all rounds, the start among them, the one with the least error is taken. Raises ValueError as NormalEquations.solve
+    does.
     """
-    weight_OI, best = writer.weight.float(), None
+    weight_OI, best, pull = writer.weight.float(), None, RIDGE if ridge is None else ridge
     bias_O = writer.bias if writer.bias is not None else torch.zeros_like(factor_O)
     for last in (False,) * (ROUNDS - 1) + (True,):
-        equations, alike_O, square_O, error = NormalEquations(weight_OI.shape[1], len(weight_OI), weight_OI.device), 0.0, 0.0, 0.0
-        for inputs_NI, targets_NO in tokens():
+        refit, alike_O, square_O, error = Refit(weight_OI.shape[1], len(weight_OI), weight_OI.device, ridge), 0.0, 0.0, 0.0
+        for inputs_NI, targets_NO, second_N in tokens():
             made_NO = inputs_NI @ weight_OI.T + bias_O
             root_N1 = (made_NO.square().mean(-1, keepdim=True) + epsilon).sqrt()
             normed_NO = made_NO / root_N1
             alike_O, square_O = alike_O + (targets_NO * normed_NO).double().sum(0), square_O + normed_NO.double().square().sum(0)
             error += float(targets_NO.square().sum(dtype=torch.float64))
             if not last:
-                equations.add(inputs_NI / root_N1, targets_NO - factor_O * bias_O / root_N1)
-        fitted_O = ((alike_O + ridge * square_O * factor_O) / ((1 + ridge) * square_O).clamp_min(torch.finfo(torch.float64).tiny)).float()
+                refit.add(inputs_NI / root_N1, targets_NO - factor_O * bias_O / root_N1, second_N)
+        fitted_O = ((alike_O + pull * square_O * factor_O) / ((1 + pull) * square_O).clamp_min(torch.finfo(torch.float64).tiny)).float()
         error += float((fitted_O * (fitted_O * square_O - 2 * alike_O)).sum())
         if best is None or error < best[0]:
             best = error, weight_OI, fitted_O
         if not last:
             least = LEAST_FACTOR * fitted_O.square().mean().sqrt()
             factor_O = torch.where(fitted_O.abs() < least, least.copysign(fitted_O), fitted_O)
-            weight_OI = equations.solve(fitted_O[:, None] * weight_OI, ridge, place=place) / factor_O[:, None]
+            weight_OI = refit.solve(fitted_O[:, None] * weight_OI, place=place) / factor_O[:, None]
     return best[1], best[2]

@@ -20,6 +20,7 @@ STEP = 0.02  # of a matrix's root mean square, at the peak
 LAST_STEP = 0.05  # of the peak, at the end of the cosine
 WARMUP_STEPS = 10
 BETAS = (0.9, 0.98)
+JUDGE, SHARES = 8, (1.0, 0.5, 0.25)
 AT_ONCE = 4096  # tokens whose outputs exist at a time
 
 
@@ -33,30 +34,41 @@ def trainable(module: nn.Module) -> nn.Module:
 
 
 def train_locally(parameters: Iterable[nn.Parameter], off: Callable[[torch.Tensor], torch.Tensor], items: int, *, steps: int, batch: int,
-                  at_once: int = AT_ONCE) -> bool:  # fmt: skip
+                  at_once: int = AT_ONCE, apart: bool = False) -> bool:  # fmt: skip
     """Trains parameters so that a part of a layer comes closer to what it should give; `off` says what it is off by, [..., O], at some of the `items`, tokens
     or rows, by their numbers [n].
 
-    Gives whether the error became less; the parameters are what they were where it did not, also where it is not finite.
+    Gives whether the error became less; the parameters are what they were where it did not, also where it is not finite. `apart`: every JUDGE-th item is not
+    trained on but judges, how much of what was learned is kept too, as far as there are so many.
     """
-    parameters = [parameter.requires_grad_() for parameter in parameters]
-    start, before = [parameter.detach().clone() for parameter in parameters], _error(off, items, at_once)
+    parameters, numbers = [parameter.requires_grad_() for parameter in parameters], torch.arange(items)
+    judges = numbers[JUDGE - 1 :: JUDGE] if apart and items >= JUDGE else numbers
+    trained = numbers[numbers % JUDGE != JUDGE - 1] if len(judges) < items else numbers
+    start, least = [parameter.detach().clone() for parameter in parameters], _error(off, judges, at_once)
     groups = [{"params": [parameter], "lr": STEP * float(parameter.detach().square().mean().sqrt())} for parameter in parameters]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, steps))
     with torch.enable_grad():
-        for numbers_n in _drawn(items, min(batch, items), steps):
+        for numbers_n in _drawn(len(trained), min(batch, len(trained)), steps):
             optimizer.zero_grad()
-            off(numbers_n).square().mean().backward()
+            off(trained[numbers_n]).square().mean().backward()
             optimizer.step()
             schedule.step()
     for parameter in parameters:
         parameter.requires_grad_(False)
-    if _error(off, items, at_once) < before:  # no number is below one that is not finite
-        return True
-    for parameter, was in zip(parameters, start, strict=True):
-        parameter.copy_(was)
-    return False
+    kept, end = 0.0, [parameter.detach().clone() for parameter in parameters]
+    for share in SHARES if apart else SHARES[:1]:
+        _set(parameters, start, end, share)
+        if (error := _error(off, judges, at_once)) < least:  # no number is below one that is not finite
+            kept, least = share, error
+    _set(parameters, start, end, kept)
+    return kept > 0
+
+
+def _set(parameters: Iterable[nn.Parameter], start: Iterable[torch.Tensor], end: Iterable[torch.Tensor], share: float) -> None:
+    """So much of the way from start to end."""
+    for parameter, was, became in zip(parameters, start, end, strict=True):
+        parameter.copy_(became if share == 1 else was if share == 0 else torch.lerp(was, became, share))
 
 
 def _pace(step: int, steps: int) -> float:
@@ -76,6 +88,6 @@ def _drawn(items: int, batch: int, steps: int) -> Iterator[torch.Tensor]:
 
 
 @torch.no_grad()
-def _error(off: Callable[[torch.Tensor], torch.Tensor], items: int, at_once: int) -> float:
-    """The sum of squares of all."""
-    return sum(float(off(numbers_n).square().sum(dtype=torch.float64)) for numbers_n in torch.arange(items).split(at_once))
+def _error(off: Callable[[torch.Tensor], torch.Tensor], numbers: torch.Tensor, at_once: int) -> float:
+    """The sum of squares."""
+    return sum(float(off(numbers_n).square().sum(dtype=torch.float64)) for numbers_n in numbers.split(at_once))

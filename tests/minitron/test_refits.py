@@ -1,0 +1,56 @@
+"""Fits whose ridge is chosen, and neurons that are: on random numbers of known structure."""
+
+import pytest
+import torch
+
+from minitron.pruning.refits.least_squares import RIDGES, NormalEquations, Refit
+from minitron.pruning.refits.neurons import least_missed
+
+CPU = torch.device("cpu")
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fitted(ridge: float | None, batches, start_OI: torch.Tensor) -> torch.Tensor:
+    refit = Refit(start_OI.shape[1], len(start_OI), CPU, ridge)
+    for number, (inputs_NI, targets_NO) in enumerate(batches):
+        refit.add(inputs_NI, targets_NO, torch.full((len(inputs_NI),), number % 2 == 1))
+    return refit.solve(start_OI, place="here")
+
+
+@pytest.mark.parametrize("noise", [0.05, 2.0])
+def test_a_chosen_ridge_serves_tokens_that_were_not_seen_nearly_as_well_as_the_best_of_all(noise):
+    true_OI = random(4, 32, seed=1)
+    start_OI = true_OI + 0.3 * random(4, 32, seed=2)
+    batches = [(inputs_NI, inputs_NI @ true_OI.T + noise * random(20, 4, seed=9 + seed)) for seed in range(4) for inputs_NI in [random(20, 32, seed=3 + seed)]]
+    new_NI = random(4000, 32, seed=20)
+
+    def unseen(matrix_OI: torch.Tensor) -> float:
+        return float((new_NI @ (matrix_OI - true_OI).T).square().mean())
+
+    of_each = [unseen(fitted(ridge, batches, start_OI)) for ridge in RIDGES]
+    assert unseen(fitted(None, batches, start_OI)) < 1.25 * min(of_each)
+    assert max(of_each) > 1.6 * min(of_each)  # so that there is something to choose
+
+
+def test_a_single_row_has_a_ridge_too():
+    inputs_NI = random(50, 8, seed=1)
+    found_OI = fitted(None, [(inputs_NI, inputs_NI @ random(3, 8, seed=2).T)], torch.zeros(3, 8))
+    assert torch.isfinite(found_OI).all() and found_OI.abs().max() > 0.1
+
+
+def test_of_neurons_that_are_alike_one_stays():
+    halves_N6 = random(500, 6, seed=1)
+    writer_OI = random(5, 12, seed=2)
+    writer_OI[:, :3] *= 1.5  # of these, scores by size would keep both
+    writer_OI[:, 6:9] *= 1.5
+    sums = NormalEquations(12, 0, CPU)
+    activations_NI = torch.cat([halves_N6, halves_N6], dim=1)
+    sums.add(activations_NI, activations_NI[:, :0])
+    sums.mirror()
+    kept = least_missed(sums.gram_II.clone(), writer_OI, 6)
+    assert sorted(place % 6 for place in kept) == list(range(6))
+    by_size = (writer_OI.norm(dim=0) * activations_NI.norm(dim=0)).topk(6).indices.tolist()
+    assert sorted(place % 6 for place in by_size) != list(range(6))
