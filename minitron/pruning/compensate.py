@@ -16,6 +16,9 @@ y of the student, which should be Q_Kᵀx. Three parts, each of which can be lef
   the layers before left wrong. In a layer with experts every one of them answers for its tokens (refits/experts.py). Where a norm stands behind
   the writer nothing is rotated, and the two are fitted together (refits/least_squares.py).
 
+- Feed-forward layers: before all this the neurons are chosen that the student's layer would miss most (refits/neurons.py), and after it all matrices of the
+  layer are trained on its own output (refits/local_training.py).
+
 Both refits are drawn by the ridge towards the cut without one. Matrices are rounded to the dtype they are stored in before
 the walk goes on, so that rounding is corrected too.
 Letters: B batch, T tokens of a row, N tokens of a batch, D hidden of the base, K hidden of the student, I inputs of a writing matrix.
@@ -103,6 +106,7 @@ class CompensatedCut:
             check_turns(plan.teacher)
         self.on_layer = on_layer
         self.trained: list[Trained] = []  # what the local training of each layer with experts came to, of those made now
+        self.feed_forward_kept: list[bool] = []  # of each feed-forward layer trained now, whether that served rows held back
         self.config, self.student_config = config, self.family.hf_config(config, plan.student)
         self.scales = self.family.embed_scale(plan.teacher), self.family.embed_scale(plan.student)
         self.multiplier, self.added = self.family.embed_multiplier(config), self.family.added_multiplier(config)
@@ -264,7 +268,10 @@ class CompensatedCut:
             off_RTK = own(of_rows(self.student_residuals, numbers)) - self.basis.project(base_RTD)
             return real_tokens(off_RTK * self._token_weight(base_RTD), mask_RT)
 
-        if train_locally(own.mixer.parameters(), off, len(places), steps=self.recipe.feed_forward_steps, batch=TRAINED_ROWS, at_once=TRAINED_ROWS, apart=True):
+        steps = self.recipe.feed_forward_steps
+        kept = train_locally(own.mixer.parameters(), off, len(places), steps=steps, batch=TRAINED_ROWS, at_once=TRAINED_ROWS, apart=True)
+        self.feed_forward_kept.append(kept)
+        if kept:
             for name, tensor in own.mixer.named_parameters(prefix="mixer"):
                 begun.keep(name, tensor.detach())
 
