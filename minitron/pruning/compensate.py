@@ -40,7 +40,7 @@ from minitron.families.table import expected_shape, expert_of, required_names, r
 from minitron.pruning.basis import Basis
 from minitron.pruning.cut import TensorCut, plan_cuts
 from minitron.pruning.directions import stream_basis
-from minitron.pruning.plan import TRAINED_ROWS, PruningPlan, Recipe, set_ridge
+from minitron.pruning.plan import TRAINED_TOKENS, PruningPlan, Recipe, set_ridge
 from minitron.pruning.refits.experts import ExpertsFit, Trained, is_trained
 from minitron.pruning.refits.least_squares import NormalEquations, Refit, fit_behind_norm
 from minitron.pruning.refits.local_training import train_locally, trainable
@@ -268,8 +268,8 @@ class CompensatedCut:
             off_RTK = own(of_rows(self.student_residuals, numbers)) - self.basis.project(base_RTD)
             return real_tokens(off_RTK * self._token_weight(base_RTD), mask_RT)
 
-        steps = self.recipe.feed_forward_steps
-        kept = train_locally(own.mixer.parameters(), off, len(places), steps=steps, batch=TRAINED_ROWS, at_once=TRAINED_ROWS, apart=True)
+        steps, rows = self.recipe.feed_forward_steps, max(1, TRAINED_TOKENS // self.ids[0].shape[1])
+        kept = train_locally(own.mixer.parameters(), off, len(places), steps=steps, batch=rows, at_once=rows, apart=True)
         self.feed_forward_kept.append(kept)
         if kept:
             for name, tensor in own.mixer.named_parameters(prefix="mixer"):

@@ -9,7 +9,7 @@ from memory_budget.units import format_gib
 from minitron.checkpoints.forward_work import forward_work
 from minitron.machine.pace import Pace, Work
 from minitron.machine.rate import duration
-from minitron.pruning.plan import ENOUGH_FOR_EXPERT, LOCAL_BATCH, SHARED_BATCH, SWEEPS, Recipe, num_sites, ridge_for, set_ridge
+from minitron.pruning.plan import ENOUGH_FOR_EXPERT, JUDGE, LOCAL_BATCH, SHARED_BATCH, SWEEPS, TRAINED_TOKENS, Recipe, num_sites, ridge_for, set_ridge
 
 STEP_SECONDS = 1e-3  # of a step of local training beside its products
 TRIED_RIDGES = 5  # of refits.least_squares.RIDGES, about
@@ -82,7 +82,9 @@ class CutCost:
         base = 2 * max(self._without_experts(kind) for kind in set(self.base.mixers)) + 3 * _expert(self.base)
         of_student = max(layer_parameters(self.student, kind).total for kind in set(self.student.mixers))
         fit = max((8 * self._squares(fit) * (fit.inputs**2 + fit.inputs * fit.outputs) for fit in self._fits), default=0)
-        trained = max(_expert(self.student) * (self.recipe.local_steps > 0), _feed_forward(self.student) * (self.recipe.feed_forward_steps > 0))
+        trained = _expert(self.student) * (self.recipe.local_steps > 0)
+        if self.recipe.feed_forward_steps and "-" in self.student.mixers:  # beside itself four numbers a token and neuron
+            trained = max(trained, _feed_forward(self.student) + 4 * self._trained_tokens * self.student.ffn // 5)
         fit = max(fit, 8 * 3 * self._chosen_from**2)  # the Gram matrix of all neurons, its factor and its inverse
         fit = max(fit, 5 * 4 * trained)  # itself, as it was, its gradient and Adam's two
         return self._residual_bytes + self.number_bytes * (base + of_student) + max(fit, self._sums_for_directions)
@@ -127,8 +129,8 @@ class CutCost:
     def _local_training(self) -> Work:
         """Forward and backward of every step, of feed-forward layers, of experts and of the shared one, which has three matrices at most."""
         student, layers = self.student, self.student.num_layers_of("E")
-        tokens = self.recipe.feed_forward_steps * self.tokens * min(FORWARD_ROWS / self.rows, 1)
-        rows = Work(singles=6 * tokens * student.num_layers_of("-") * _feed_forward(student))
+        trained, judged = self.recipe.feed_forward_steps * self._trained_tokens, (self.recipe.feed_forward_steps > 0) * 4 * self.tokens / JUDGE
+        rows = Work(singles=(6 * trained + 2 * judged) * student.num_layers_of("-") * _feed_forward(student))
         if not layers:
             return rows
         experts, steps = student.moe_num_experts * self.recipe.refit_experts, self.recipe.local_steps * layers
@@ -136,6 +138,11 @@ class CutCost:
         shared = self.recipe.refit_shared and student.moe_shared_ffn > 0
         numbers = experts * sent * _expert(student) + shared * SHARED_BATCH * 3 * student.moe_shared_ffn * student.hidden
         return rows + Work(singles=6 * steps * numbers, serial=STEP_SECONDS * steps * (experts + shared))
+
+    @property
+    def _trained_tokens(self) -> int:
+        """Of a step of a feed-forward layer."""
+        return min(self.tokens, max(TRAINED_TOKENS, self.tokens // self.rows))
 
     @property
     def _directions_work(self) -> Work:

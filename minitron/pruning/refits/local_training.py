@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from minitron.checkpoints.stored_linear import StoredLinear
+from minitron.pruning.plan import JUDGE
 
 STEP = 0.02  # of a matrix's root mean square, at the peak
 LAST_STEP = 0.05  # of the peak, at the end of the cosine
 WARMUP_STEPS = 10
 BETAS = (0.9, 0.98)
-JUDGE, SHARES = 8, (1.0, 0.5, 0.25)
+SHARES = (1.0, 0.5, 0.25)  # of what was learned, of which the best is kept
 AT_ONCE = 4096  # tokens whose outputs exist at a time
 
 
