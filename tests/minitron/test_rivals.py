@@ -176,7 +176,7 @@ def test_every_student_can_be_distilled(base, rows, ffn_kept, method):
     (lambda base, rows: replaceme(base, 1, [rows[0][:1]]), "calibration has 40 tokens; a linear map of every channel needs at least 48"),
     (lambda base, rows: low_rank_clone(base, 36, rows, passes=0), "passes is 0; it must be 1 or more"),
     (lambda base, rows: low_rank_clone(base, 36, rows, start="zero"), "start is zero; it must be one of principal, random"),
-], ids=str, ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(base, rows, call, said):
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         call(base, rows)
