@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from minitron.pruning.refits.least_squares import RIDGES, NormalEquations, Refit
+from minitron.pruning.refits.local_training import train_locally
 from minitron.pruning.refits.neurons import least_missed
 
 CPU = torch.device("cpu")
@@ -54,3 +55,19 @@ def test_of_neurons_that_are_alike_one_stays():
     assert sorted(place % 6 for place in kept) == list(range(6))
     by_size = (writer_OI.norm(dim=0) * activations_NI.norm(dim=0)).topk(6).indices.tolist()
     assert sorted(place % 6 for place in by_size) != list(range(6))
+
+
+def test_training_that_serves_its_own_rows_alone_is_undone():
+    linear = torch.nn.Linear(64, 4, bias=False)
+    torch.nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(1))
+    given_RTI, noise_RTO = random(16, 3, 64, seed=2), random(16, 3, 4, seed=3)  # more numbers to learn than rows to learn them from
+    before_OI, wanted_RTO = linear.weight.detach().clone(), linear(given_RTI).detach() + noise_RTO
+
+    def train(*, apart: bool) -> bool:
+        return train_locally(linear.parameters(), lambda rows: linear(given_RTI[rows]) - wanted_RTO[rows], 16, steps=40, batch=4, apart=apart)
+
+    with torch.no_grad():
+        assert not train(apart=True)
+        assert torch.equal(linear.weight, before_OI)
+        assert train(apart=False)  # its own rows are served
+    assert not torch.equal(linear.weight, before_OI)
