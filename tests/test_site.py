@@ -190,6 +190,7 @@ def _run(rest: list[str], composes: bool) -> None:
             raise ValueError(f"{word} is none of {there}")
     if composes and not {"-m", "--config-dir"} & set(rest):
         model = dict.fromkeys([*(f"teacher.path={name}" for name in PLACEHOLDERS), "teacher.gguf=model.gguf"], f"teacher.path={STORED_FOLDER}")
+        model |= dict.fromkeys((f"base.path={name}" for name in PLACEHOLDERS), f"base.path={STORED_FOLDER}")
         asked = [model.get(word, word).replace("=benchmarks/", f"={REPOSITORY}/benchmarks/") for word in rest]
         settings_from([word for word in asked if word not in ("--cfg", "job", "--help", "key=value")])
 
