@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,17 +164,34 @@ def _child(name: str, folder: Path, count: int, seed: int, shared: mmap.mmap, pa
 
 
 def _one(case: Callable, chance: random.Random) -> str:
-    """How a case ends, "answered" or "refused". Raises whatever is neither, and AssertionError for a refusal of several lines."""
-    said = io.StringIO()
+    """How a case ends, "answered" or "refused". Raises whatever is neither, and AssertionError for a refusal of several lines and for a library's panic."""
+    said, end = io.StringIO(), None
+    with open(os.memfd_create("past"), "rb") as file, _outputs_to(file.fileno()):
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                with users_mistakes():
+                    case(chance)
+            except SystemExit as error:
+                end = error
+        past = os.pread(file.fileno(), 1000, 0).decode(errors="replace")  # written by other languages' code
+    line = said.getvalue()
+    if end is not None and (end.code not in (1, 2) or not line.startswith("error: ") or line.count("\n") != 1 or len(line) > 3000 or past):
+        raise AssertionError(f"exit code {end.code}: {past}{line[:500]}") from end
+    assert "panicked at" not in past, past
+    return "answered" if end is None else "refused"
+
+
+@contextlib.contextmanager
+def _outputs_to(file: int) -> Iterator[None]:
+    before = os.dup(1), os.dup(2)
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), users_mistakes():
-            case(chance)
-    except SystemExit as end:
-        line = said.getvalue()
-        if end.code not in (1, 2) or not line.startswith("error: ") or line.count("\n") != 1 or len(line) > 3000:
-            raise AssertionError(f"exit code {end.code}: {line[:500]}") from end
-        return "refused"
-    return "answered"
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        yield
+    finally:
+        for number, one in enumerate(before, 1):
+            os.dup2(one, number)
+            os.close(one)
 
 
 def _folder() -> tempfile.TemporaryDirectory:
