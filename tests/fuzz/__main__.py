@@ -1,6 +1,6 @@
 """`make fuzz`: mutated files, words and replies, each through the code that a user's would go through; a table of counts, and the first case of every finding.
 
-A case ends in an answer or in one line, within SECONDS of computing (MOST_TIMES as many by the clock, since other work may keep the cores) and a GiB.
+A case ends in an answer or in one line, within SECONDS of computing (MOST_TIMES as many where it waits, as it does for a disk that others use) and a GiB.
 Cases follow from the seed, the surface and a number alone: `--only SURFACE-NUMBER` does one again, with its trace. Exit code 1 where anything was found.
 docs/security.md
 """
@@ -114,13 +114,16 @@ def surface(name: str, count: int, seed: int) -> Counts:
 
 
 def _watched(child: int, shared: mmap.mmap) -> int:
-    """Its exit code; a child whose case waits, or is deaf to the alarm, is killed."""
-    at, since = -1, time.monotonic()
+    """Its exit code; a child whose case waits, or is deaf to the alarm, is killed. One that would compute and is not let does not wait."""
+    at, looked, waited, begun = -1, time.monotonic(), 0.0, 0.0
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-        now = Counts.read(shared).at
+        fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+        now, last, spent = Counts.read(shared).at, looked, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        looked = time.monotonic()
         if now != at:
-            at, since = now, time.monotonic()
-        if time.monotonic() - since > MOST_TIMES * (1 if at else 3) * SECONDS:  # the first waits for what is loaded
+            at, waited, begun = now, 0.0, spent
+        waited += (looked - last) * (fields[0] != "R")
+        if max(waited, spent - begun) > MOST_TIMES * (1 if at else 3) * SECONDS:  # the first waits for what is loaded
             os.kill(child, signal.SIGKILL)
         time.sleep(0.05)
     return os.waitstatus_to_exitcode(ended[1])
