@@ -22,6 +22,7 @@ from memory_budget.parameters import count_total_parameters
 from minitron.checkpoints.files import Checkpoint
 from minitron.checkpoints.publish import CHECK_TOKENS, model_card
 from minitron.checkpoints.shards import save_model_weights
+from minitron.machine.panics import panics_caught
 from minitron.settings.gguf_header import GGUFHeader
 from minitron.walk.console import Console
 from minitron.walk.store import write_json
@@ -80,7 +81,7 @@ def _read(header: GGUFHeader) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     logging.disable_progress_bar()
     where = {"pretrained_model_name_or_path": header.path.parent, "gguf_file": header.path.name, "local_files_only": True, "trust_remote_code": False}
     try:
-        with redirect_stderr(io.StringIO()):  # a bar that has no switch
+        with panics_caught(), redirect_stderr(io.StringIO()):  # a bar that has no switch
             model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
             tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError, RuntimeError, OSError) as error:

@@ -19,8 +19,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # names that data sets give an assistant's reasoning beside its content
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # characters that no text means anything by
-# What a template does wrong with a message that it was not written for, beside raising an error of its own.
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError, SyntaxError)
+# What a template does wrong with a message that it was not written for, beside raising an error of its own. NameError: jinja2 makes 1e999 a variable, inf.
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError, SyntaxError, NameError)
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 5, 2**30
 TOO_LARGE, REFUSES = 3, 4  # exit codes
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # transformers' own block around what an assistant wrote

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from minitron.machine.panics import panics_caught
+
 LARGEST_FILE = 2**28  # bytes; of 256,000 tokens and their merges it is 35 MB
 
 
@@ -19,16 +21,15 @@ def load_tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
         if path.stat().st_size > LARGEST_FILE:
             raise ValueError(f"tokenizer is {str(place)!r}, whose {path.name} has {path.stat().st_size:,} bytes; at most {LARGEST_FILE:,} are read")
     try:
-        try:
-            return _tried(AutoTokenizer.from_pretrained(place, trust_remote_code=False))
-        except ValueError as error:
-            if "trust_remote_code" not in str(error):
-                raise
-        if (Path(place) / "tokenizer.json").is_file():
-            return _tried(PreTrainedTokenizerFast.from_pretrained(place))
-    except BaseException as error:  # the tokenizers library raises a bare Exception, and where it panics one that is none
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+        with panics_caught():
+            try:
+                return _tried(AutoTokenizer.from_pretrained(place, trust_remote_code=False))
+            except ValueError as error:
+                if "trust_remote_code" not in str(error):
+                    raise
+            if (Path(place) / "tokenizer.json").is_file():
+                return _tried(PreTrainedTokenizerFast.from_pretrained(place))
+    except Exception as error:  # the tokenizers library raises a bare one
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise ValueError(f"tokenizer is {str(place)!r}, which cannot be loaded: {said}") from None
     raise ValueError(f"the tokenizer of {place} is made by code of its own (auto_map in tokenizer_config.json), which is not run; a tokenizer.json is needed")

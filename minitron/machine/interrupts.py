@@ -22,6 +22,7 @@ IMPORT_SECONDS = 2.0  # an import that takes longer is not waited for
 IMPORTING = "<frozen importlib._bootstrap>"
 
 _heard_at: float | None = None  # when the first was heard, of time.monotonic()
+_stderr = 2  # where the line goes
 
 
 def hear() -> None:
@@ -52,7 +53,13 @@ def nothing_left(code: int) -> None:
 def say() -> None:
     """The line, on whatever stderr is."""
     with suppress(OSError):
-        os.write(2, LINE.encode())
+        os.write(_stderr, LINE.encode())
+
+
+def say_on(file: int) -> None:
+    """From here on the line goes to this file: while 2 is another one than the command's stderr."""
+    global _stderr
+    _stderr = file
 
 
 def _on_signal(_number: int, frame: FrameType | None) -> None:

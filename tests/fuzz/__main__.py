@@ -1,6 +1,6 @@
 """`make fuzz`: mutated files, words and replies, each through the code that a user's would go through; a table of counts, and the first case of every finding.
 
-A case ends in an answer or in one line, within SECONDS of computing (MOST_TIMES as many by the clock, since other work may keep the cores) and a GiB.
+A case ends in an answer or in one line, within SECONDS of computing (MOST_TIMES as many where it waits, as it does for a disk that others use) and a GiB.
 Cases follow from the seed, the surface and a number alone: `--only SURFACE-NUMBER` does one again, with its trace. Exit code 1 where anything was found.
 docs/security.md
 """
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,13 +114,16 @@ def surface(name: str, count: int, seed: int) -> Counts:
 
 
 def _watched(child: int, shared: mmap.mmap) -> int:
-    """Its exit code; a child whose case waits, or is deaf to the alarm, is killed."""
-    at, since = -1, time.monotonic()
+    """Its exit code; a child whose case waits, or is deaf to the alarm, is killed. One that would compute and is not let does not wait."""
+    at, looked, waited, begun = -1, time.monotonic(), 0.0, 0.0
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-        now = Counts.read(shared).at
+        fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+        now, last, spent = Counts.read(shared).at, looked, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        looked = time.monotonic()
         if now != at:
-            at, since = now, time.monotonic()
-        if time.monotonic() - since > MOST_TIMES * (1 if at else 3) * SECONDS:  # the first waits for what is loaded
+            at, waited, begun = now, 0.0, spent
+        waited += (looked - last) * (fields[0] != "R")
+        if max(waited, spent - begun) > MOST_TIMES * (1 if at else 3) * SECONDS:  # the first waits for what is loaded
             os.kill(child, signal.SIGKILL)
         time.sleep(0.05)
     return os.waitstatus_to_exitcode(ended[1])
@@ -164,17 +167,34 @@ def _child(name: str, folder: Path, count: int, seed: int, shared: mmap.mmap, pa
 
 
 def _one(case: Callable, chance: random.Random) -> str:
-    """How a case ends, "answered" or "refused". Raises whatever is neither, and AssertionError for a refusal of several lines."""
-    said = io.StringIO()
+    """How a case ends, "answered" or "refused". Raises whatever is neither, and AssertionError for a refusal of several lines and for a library's panic."""
+    said, end = io.StringIO(), None
+    with open(os.memfd_create("past"), "rb") as file, _outputs_to(file.fileno()):
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                with users_mistakes():
+                    case(chance)
+            except SystemExit as error:
+                end = error
+        past = os.pread(file.fileno(), 1000, 0).decode(errors="replace")  # written by other languages' code
+    line = said.getvalue()
+    if end is not None and (end.code not in (1, 2) or not line.startswith("error: ") or line.count("\n") != 1 or len(line) > 3000 or past):
+        raise AssertionError(f"exit code {end.code}: {past}{line[:500]}") from end
+    assert "panicked at" not in past, past
+    return "answered" if end is None else "refused"
+
+
+@contextlib.contextmanager
+def _outputs_to(file: int) -> Iterator[None]:
+    before = os.dup(1), os.dup(2)
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), users_mistakes():
-            case(chance)
-    except SystemExit as end:
-        line = said.getvalue()
-        if end.code not in (1, 2) or not line.startswith("error: ") or line.count("\n") != 1 or len(line) > 3000:
-            raise AssertionError(f"exit code {end.code}: {line[:500]}") from end
-        return "refused"
-    return "answered"
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        yield
+    finally:
+        for number, one in enumerate(before, 1):
+            os.dup2(one, number)
+            os.close(one)
 
 
 def _folder() -> tempfile.TemporaryDirectory:

@@ -7,6 +7,7 @@ above the second tenth. metrics.jsonl grows by a line a step; how much is said. 
 import argparse
 import importlib.util
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def main() -> int:
     if options.rank:
         train(Path(options.rank[0]), int(options.rank[1]))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the processes too
     grown = []
     print("| engine | processes | steps | seconds | what | in the second tenth | in the last tenth |\n|---|---:|---:|---:|---|---:|---:|", flush=True)
     for engine in options.engine or ENGINES:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import resource
 import shutil
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from memory_budget.hf_config import read_config
 from memory_budget.json_files import is_inside, parse_json
@@ -20,12 +22,14 @@ from memory_budget.sources.safetensors import tensors_of_folder
 from minitron.checkpoints.files import Checkpoint
 from minitron.checkpoints.folder import fingerprint
 from minitron.checkpoints.given import given_checkpoint
+from minitron.door.mistakes import users_mistakes
 from minitron.families.config_json import load
 from minitron.formats import streams
 from minitron.formats.blocks import records
 from minitron.formats.files import blocks_of
 from minitron.formats.folders import saved_files
 from minitron.generation.tokenizers import load_tokenizer
+from minitron.machine.panics import panics_caught
 from minitron.settings.teachers import STORED_FOLDER
 from minitron.walk.store import DONE, damaged, find_result, finish
 
@@ -191,6 +195,36 @@ def test_a_tokenizer_whose_parts_do_not_fit_is_refused_in_a_line(config, tmp_pat
     with pytest.raises(ValueError, match="which cannot be loaded") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+LONG = "longer than any token"  # of which the library takes the length off a token's
+
+
+def tokenizer_file(folder: Path, **model: str) -> Path:
+    given = json.loads((STORED_FOLDER / "tokenizer.json").read_text())
+    given["model"] |= model
+    (folder / "tokenizer.json").write_text(json.dumps(given))
+    return folder / "tokenizer.json"
+
+
+def test_a_tokenizer_that_has_its_library_panic_is_one_line(tmp_path, capfd):
+    tokenizer_file(tmp_path, continuing_subword_prefix=LONG)
+    with pytest.raises(SystemExit), users_mistakes():
+        load_tokenizer(tmp_path)
+    assert re.fullmatch(r"error: tokenizer is .* cannot be loaded: range end index .*\n", capfd.readouterr().err)
+
+
+def test_what_is_written_past_python_comes_where_all_goes_well(tmp_path, capfd):
+    """The control: a panic is no Exception, and many lines."""
+    with pytest.raises(BaseException, match="out of range") as caught:
+        Tokenizer.from_file(str(tokenizer_file(tmp_path, continuing_subword_prefix=LONG)))
+    assert not isinstance(caught.value, Exception) and "panicked at" in capfd.readouterr().err
+    with pytest.raises(OSError, match="no panic"), panics_caught():
+        os.write(1, b"gone"), os.write(2, b"gone")
+        raise OSError("no panic")
+    with panics_caught():
+        os.write(1, b"kept"), os.write(2, b"kept")
+    assert capfd.readouterr() == ("kept", "kept")
 
 
 # Code, and modes of files.

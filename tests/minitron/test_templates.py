@@ -272,6 +272,7 @@ WRONG = {
     "no such filter": ("{{ messages | nothing }}", r"the chat template cannot write it \(TemplateRuntimeError|the chat template cannot write it \(Template"),
     "what a sandbox forbids": ("{{ messages.__class__.__mro__ }}", r"the chat template cannot write it \(SecurityError: .*\)$"),
     "a place that is not there": ("{{ messages[0].content.index('x') }}", r"the chat template cannot write it \(ValueError: .*\)$"),
+    "a number too large": ("{{ messages[1e999] }}", r"the chat template cannot write it \(NameError: name 'inf' is not defined\)$"),
     "a division by nothing": ("{{ 1 / 0 }}", r"the chat template cannot write it \(ZeroDivisionError: .*\)$"),
 }
 
