@@ -8,7 +8,9 @@ Run: .venv/bin/python benchmarks/real_model.py [--cuts NAME â€¦] [--sides NAME â
 """
 
 import argparse
+import copy
 import json
+import re
 import sys
 import tempfile
 import time
@@ -20,10 +22,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import real_sides  # noqa: E402
 from benchmarks.real_sides import BATCH, CPU, CUTS, SIDES, Base, Calibration  # noqa: E402
 from benchmarks.sides import Measured, RememberingTeacher, walk_pipeline  # noqa: E402
 from distill.batches import RowBatches  # noqa: E402
@@ -55,6 +57,7 @@ class Arena:
     train_rows: np.ndarray
     held_out: list[torch.Tensor]
     known: Measured
+    students: Path
 
     @classmethod
     def opened(cls, runs: Path, kept: Path) -> "Arena":
@@ -63,7 +66,7 @@ class Arena:
         family, architecture = family_of(config), architecture_from_config(config)
         base = Base(family, family.load(folder, dtype=torch.float32), config, architecture)
         train_rows, held_out = (np.load(data / f"{name}.npy") for name in ("train", "heldout"))
-        return cls(base, train_rows, batches_of(spread_rows(evaluation_rows(held_out), HELD_OUT_ROWS), BATCH, CPU), Measured(kept))
+        return cls(base, train_rows, batches_of(spread_rows(evaluation_rows(held_out), HELD_OUT_ROWS), BATCH, CPU), Measured(kept), runs / "students")
 
     @cached_property
     def own_loss(self) -> float:
@@ -85,9 +88,16 @@ class Arena:
         place, calibration = f"{cut} | {side} | {samples * self.train_rows.shape[1]:,}", self.calibration(samples)
 
         def student() -> nn.Module:
-            if not made:
+            """Ordinary Llamas are kept in the runs folder: distilling one later does not begin with cutting it again."""
+            folder = self.students / re.sub(r"[^A-Za-z0-9]+", "-", place)
+            if not made and folder.exists():
+                made.append(LlamaForCausalLM.from_pretrained(folder))
+            elif not made:
                 made.append(SIDES[side](calibration, CUTS[cut]))
-            return real_sides.copied(made[0])
+                if is_ordinary(made[0]):
+                    made[0].save_pretrained(folder.with_suffix(".partial"))
+                    folder.with_suffix(".partial").rename(folder)
+            return copy.deepcopy(made[0])
 
         def as_cut() -> dict:
             started = time.perf_counter()
@@ -119,6 +129,14 @@ class Arena:
     def _say(place: str, what: str, found: dict) -> None:
         size = f"{found['bf16_bytes'] / 1e6:8.1f} MB  cut in {found['seconds']} s" if "seconds" in found else ""
         print(f"{place:<60} {what:<18} added {found['added']:.4f} {size}", flush=True)
+
+
+def is_ordinary(model: nn.Module) -> bool:
+    """Whether the class of Llama can hold it."""
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(model.config)
+    shapes = [{name: tensor.shape for name, tensor in one.state_dict().items()} for one in (model, empty)]
+    return shapes[0] == shapes[1]
 
 
 def table(known: dict) -> list[str]:

@@ -1,6 +1,5 @@
 """The arena's cuts and sides (real_model.py): what is cut, and who cuts it from the same calibration rows."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -91,10 +90,6 @@ CUTS = {
     "2 of 3 KV groups": Cut({"num_key_value_heads": 2, "num_attention_heads": 6}),
 }
 Side = Callable[[Calibration, Cut], nn.Module]
-
-
-def copied(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model)
 
 
 def _plain(calibration: Calibration, cut: Cut, *, untied: bool = False) -> nn.Module:
