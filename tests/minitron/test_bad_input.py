@@ -42,7 +42,8 @@ def test_processes_for_gpus_are_refused_where_there_are_none(door_of_two, done_f
     finished = door_of_two("fsdp2", tmp_path, "runs_folder=runs", *small_settings, "device=cuda")
     assert finished.returncode == 2 and "Traceback" not in finished.stderr + finished.stdout
     said = "error: device is cuda, but torch sees no GPU here, and num_processes puts 2 processes on this machine, each of which needs one for NCCL; it must be"
-    assert len(finished.error_lines) == 2 and all(line.startswith(said) for line in finished.error_lines)  # one of each process
+    lines = finished.error_lines  # one of each process, but for one that the launcher has ended before it could say it
+    assert 1 <= len(lines) <= 2 and all(line.startswith(said) for line in lines)
     assert done_folders(tmp_path / "runs") == set()
 
 
