@@ -20,8 +20,9 @@ def parquet_rows(given: Given, start: dict[str, Any] | None) -> Iterator[Block]:
     place = start or {"document": 0, "group": 0, "row": 0}
     with pyarrow.parquet.ParquetFile(given.path, buffer_size=READ_AHEAD_BYTES) as file:
         wanted = _wanted(given, file.schema_arrow.names)
-        sizes = [_group_bytes(file.metadata.row_group(group), wanted) for group in range(file.num_row_groups)]
-        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+        # Unpacked bytes of all columns, wanted or not: what a column alone takes cannot be asked for, as pyarrow ends the process where a damaged file has it wrong.
+        sizes, rows = [group.total_byte_size for group in groups], [group.num_rows for group in groups]
         disk, total = given.path.stat().st_size, sum(rows)
         document, first, skip = place["document"], place["group"], place["row"]
         while first < len(sizes):
@@ -141,12 +142,6 @@ def _tokens(given: Given, document: int, column: Any) -> tuple[Any, Any]:
         return ids.cast(pyarrow.int32()).to_numpy(), lengths
     except pyarrow.ArrowInvalid as error:
         raise wrong(document_name(given.name, document + 1), f"or one soon after has a token id that is none ({error})") from None
-
-
-def _group_bytes(group: Any, wanted: list[str]) -> int:
-    """Bytes of a Parquet row group's wanted columns, unpacked."""
-    columns = (group.column(index) for index in range(group.num_columns))
-    return sum(column.total_uncompressed_size for column in columns if any(f"{column.path_in_schema}.".startswith(f"{name}.") for name in wanted))
 
 
 def _run(sizes: list[int], first: int, block_bytes: int) -> int:

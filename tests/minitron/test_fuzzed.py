@@ -106,6 +106,31 @@ def test_a_state_that_is_none(facts, header, said, tmp_path, line):
     assert said in line(lambda: load_weights(newest_state(tmp_path), torch.nn.Linear(3, 2)))
 
 
+EVERY_BYTE = """
+import io, sys, pathlib, pyarrow, pyarrow.parquet
+from minitron.formats.files import blocks_of
+path, sink = pathlib.Path(sys.argv[1]), io.BytesIO()
+pyarrow.parquet.write_table(pyarrow.table({"text": [None, "a"]}), sink)
+def read():
+    return sum(block.count for block in blocks_of(path))
+def ask():
+    return pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size
+for place, byte in enumerate(sink.getvalue()):
+    path.write_bytes(sink.getvalue()[:place] + bytes([byte ^ 64]) + sink.getvalue()[place + 1 :])
+    try:
+        {"read": read, "ask": ask}[sys.argv[2]]()
+    except Exception as error:
+        assert sys.argv[2] == "ask" or str(error).startswith("data.files: a.parquet"), error
+"""
+
+
+@pytest.mark.parametrize(("way", "ends"), [("read", 0), ("ask", -6)])  # the control asks for what a column alone takes
+def test_no_bit_of_a_parquet_file_ends_the_process(way, ends, environment, tmp_path):
+    done = subprocess.run([sys.executable, "-c", EVERY_BYTE, tmp_path / "a.parquet", way], env=environment, capture_output=True, text=True)
+    assert done.returncode == ends, done.stderr[-2000:]
+
+
+
 def test_the_fuzzing_counts_its_cases_and_finds_none(environment, repository):
     """A few of the surfaces, for seconds."""
     command = [sys.executable, "tests/fuzz", "--count", "60", "--surface", "export_config", "--surface", "index", "--surface", "settings, as typed"]
