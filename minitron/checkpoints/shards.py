@@ -24,6 +24,8 @@ from minitron.checkpoints.stacked import stack_of
 from minitron.walk.integrity import written_as
 from minitron.walk.store import write_json
 
+AT_ONCE = 2**18  # bytes that are written and then summed up while they are still in the processor's cache
+
 
 def write_weights(folder: Path, tensors: Iterable[PlannedTensor], *, max_shard_bytes: int, on_bytes: Callable[[int], None] = lambda _: None,
                   direct: bool | None = None) -> None:  # fmt: skip
@@ -114,9 +116,10 @@ def _write_shard(file: io.RawIOBase, shard: list[PlannedTensor], writer: ThreadP
     state = xxhash.xxh3_64()
 
     def write(view: memoryview) -> None:
-        state.update(view)
         while len(view):
-            view = view[file.write(view) :]  # one call takes at most 2 GiB
+            taken = file.write(view[:AT_ONCE])
+            state.update(view[:taken])
+            view = view[taken:]
 
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for tensor in shard:

@@ -21,7 +21,7 @@ def parquet_rows(given: Given, start: dict[str, Any] | None) -> Iterator[Block]:
     with pyarrow.parquet.ParquetFile(given.path, buffer_size=READ_AHEAD_BYTES) as file:
         wanted = _wanted(given, file.schema_arrow.names)
         groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
-        # Unpacked bytes of all columns, wanted or not: what a column alone takes cannot be asked for, as pyarrow ends the process where a damaged file has it wrong.
+        # Bytes of all columns, unpacked, wanted or not: asked for those of one column, pyarrow ends the process where a damaged file has them wrong.
         sizes, rows = [group.total_byte_size for group in groups], [group.num_rows for group in groups]
         disk, total = given.path.stat().st_size, sum(rows)
         document, first, skip = place["document"], place["group"], place["row"]

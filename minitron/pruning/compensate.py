@@ -94,17 +94,18 @@ class CompensatedCut:
     `base` computes in float32; `config` is its config.json; `batches` are calibration rows [B, T], padding included; `dtypes` gives the dtype
     each tensor is stored in by the canonical name of its source (else float32); `stored` gives what is stored already, of an interrupted walk, by
     the student's canonical names: it is taken as it is, and solved for no more. In memory are both models' residuals of all tokens, one layer of
-    each and the Gram matrix of one layer. The units kept of every axis but hidden are the plan's.
+    each and the Gram matrix of one layer. The units kept of every axis but hidden are the plan's, but for neurons that are chosen on the way, where
+    the plan has none chosen so: `plan` is then another one, of which `on_plan` hears before the layer's tensors are there.
     """
 
     def __init__(self, base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.Tensor], basis: Basis, recipe: Recipe, *, config: dict,
                  dtypes: Mapping[str, torch.dtype] = MappingProxyType({}), stored: Mapping[str, Callable[[], torch.Tensor]] = MappingProxyType({}),
-                 on_layer: Callable[[], None] = lambda: None):  # fmt: skip
+                 on_layer: Callable[[], None] = lambda: None, on_plan: Callable[[PruningPlan], None] = lambda _: None):  # fmt: skip
         self.base, self.family, self.plan, self.basis, self.recipe, self.dtypes, self.stored = base, base.family, plan, basis, recipe, dtypes, stored
         self.epsilon = check_rms(self.family, config)
         if not basis.is_of_channels:
             check_turns(plan.teacher)
-        self.on_layer = on_layer
+        self.on_layer, self.on_plan = on_layer, on_plan
         self.trained: list[Trained] = []  # what the local training of each layer with experts came to, of those made now
         self.feed_forward_kept: list[bool] = []  # of each feed-forward layer trained now, whether that served rows held back
         self.config, self.student_config = config, self.family.hf_config(config, plan.student)
@@ -192,13 +193,17 @@ class CompensatedCut:
         if len(made) < len(targets):
             (norm,) = [name for name in targets if self.roles[name] == NORM]
             reading = self._reading(base_block.norm.weight, self.dtypes.get(norm, torch.float32), f"layer {layer}")
-            if self.recipe.chooses_neurons and layer in self.plan.units.get(FFN, {}) and not self.plan.student.post_norms:
+            if self._chooses(layer):
                 self._choose_neurons(base_block, layer, position, reading)
             made |= {targets[name]: self._made(name, tensor, reading) for name, tensor in _tensors(base_block, layer, targets.keys() - known)}
         tensors = {name.removeprefix(f"layers.{position}."): tensor for name, tensor in made.items()}
         with torch.device("meta"):
             block = self.family.build_layer(self.student_config, position)
         return _Begun(load_to_compute(block, tensors, torch.float32), layer, position, tensors, bool(unfinished))
+
+    def _chooses(self, layer: int) -> bool:
+        cut = layer in self.plan.units.get(FFN, {}) and layer not in self.plan.chosen_by_refit
+        return cut and self.recipe.chooses_neurons and not self.plan.student.post_norms
 
     def _choose_neurons(self, base_block: nn.Module, layer: int, position: int, reading: _Reading) -> None:
         """Puts in the plan's place the neurons that the student's layer, with all of them, would miss most (refits/neurons.py)."""
@@ -217,9 +222,9 @@ class CompensatedCut:
         for (inner_NI, *_), weight_N1 in zip(self._given_and_missing(block, writer), self._token_weights(), strict=True):
             sums.add(inner_NI * weight_N1, inner_NI[:, :0])
         sums.mirror()
-        kept = least_missed(sums.gram_II, writer.weight, number)
-        self.plan = replace(self.plan, units={**units, FFN: {**self.plan.units[FFN], layer: kept}})
+        self.plan = self.plan.with_neurons({layer: least_missed(sums.gram_II, writer.weight, number)})
         self.cuts = self._cuts_of(self.plan)
+        self.on_plan(self.plan)
 
     def _fitted_last(self, names: Iterable[str]) -> list[str]:
         """A layer's writers, one but for its experts', the norm behind it where there is one, and what local training changes beside them."""

@@ -44,7 +44,8 @@ SHARD_BYTES = 2**30  # at most: what an interrupted run loses
 SAME_RESIDUALS = 1e-4  # of the largest, after all layers, the same sums in another order
 
 
-def write_compensated(context: StageContext, family: Family, plan: PruningPlan, sliced: list[PlannedTensor], folder: Path) -> "MadeWeights":
+def write_compensated(context: StageContext, family: Family, plan: PruningPlan, sliced: list[PlannedTensor], folder: Path, *,
+                      on_plan: Callable[[PruningPlan], None]) -> "MadeWeights":  # fmt: skip
     """Writes the weights of the compensated cut to `folder`: the plain slice's tensors by name, shape and dtype.
 
     Raises ValueError as CompensatedCut does, and before anything is loaded where the device's memory is too small for it.
@@ -69,7 +70,7 @@ def write_compensated(context: StageContext, family: Family, plan: PruningPlan, 
                                  scratch=scratch, on_layer=lambda: advance(1))  # fmt: skip
             shutil.rmtree(scratch, ignore_errors=True)
             write_basis(basis, kept_basis)
-        made = MadeWeights(base, plan, batches, read_basis(kept_basis, device), recipe, folder, on_layer=lambda: advance(1))
+        made = MadeWeights(base, plan, batches, read_basis(kept_basis, device), recipe, folder, on_layer=lambda: advance(1), on_plan=on_plan)
         if made.stored:
             context.console.say(f"    prune  {len(made.stored)} tensors are written already; going on behind them")
         made.write(sliced, max_shard_bytes=min(SHARD_BYTES, int(settings.max_shard_gib * GIB)))
@@ -101,13 +102,14 @@ class MadeWeights:
     """The tensors of a compensated cut, each written once it is made, and what is known of them afterwards."""
 
     def __init__(self, base: StreamedModel, plan: PruningPlan, batches: Sequence[torch.Tensor], basis: Basis, recipe: Recipe, folder: Path, *,
-                 on_layer: Callable[[], None] = lambda: None):  # fmt: skip
+                 on_layer: Callable[[], None] = lambda: None, on_plan: Callable[[PruningPlan], None] = lambda _: None):  # fmt: skip
         self.family, self.plan, self.batches, self.folder = base.family, plan, batches, folder
         self.stored = {
             self.family.canonical_name(entry.name): partial(Checkpoint(folder, file=path.name).read, entry.name)
             for path in sorted(folder.glob("*.safetensors")) for entry in Checkpoint(folder, file=path.name).entries.values()
         }  # fmt: skip
-        self.cut = CompensatedCut(base, plan, batches, basis, recipe, config=base.config, dtypes=_stored_dtypes(base), stored=self.stored, on_layer=on_layer)
+        self.cut = CompensatedCut(base, plan, batches, basis, recipe, config=base.config, dtypes=_stored_dtypes(base), stored=self.stored, on_layer=on_layer,
+                                  on_plan=on_plan)  # fmt: skip
         self.tensors = self.cut.tensors()
         self.waiting: dict[str, list[torch.Tensor]] = {}  # made, and not yet asked for: of one layer at most
         self.checksums: dict[str, int] = {}

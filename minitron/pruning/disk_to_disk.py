@@ -1,6 +1,7 @@
 """Cut the chosen architecture out of the teacher, tensor by tensor from disk to disk; as it is, or compensated for what is lost."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from memory_budget.units import GIB, format_gib
 from minitron.checkpoints.files import Checkpoint, PlannedTensor
 from minitron.checkpoints.publish import check_layer_by_layer, check_reload, formats_of, model_card, write_companions
 from minitron.checkpoints.shards import write_weights
-from minitron.families.base import Family
+from minitron.families.base import FFN, Family
 from minitron.families.known import family_of
 from minitron.families.state import load_tensors
 from minitron.families.table import left_out, names_by_canonical
@@ -20,7 +21,7 @@ from minitron.importance.scores import scores_of
 from minitron.machine.memory import available_memory_bytes
 from minitron.pruning.compensated_cut import BASIS_FILE, MadeWeights, damage, write_compensated
 from minitron.pruning.cut import TensorCut, cut_state, plan_cuts
-from minitron.pruning.plan import PruningPlan, make_plan
+from minitron.pruning.plan import Indices, PruningPlan, make_plan
 from minitron.settings.derived import base_stage
 from minitron.settings.run import PruneMethod
 from minitron.settings.teachers import base_architecture
@@ -28,6 +29,7 @@ from minitron.walk.stage import StageContext
 from minitron.walk.store import write_json
 from nas.axes import LAYERS, WIDTH_AXES
 
+PLAN_FILE = "plan.json"
 SHORT_TITLES = {"hidden": "hidden", "ffn": "FFN", "mamba_heads": "Mamba heads"}  # of axes, in a sentence; others by their own
 
 
@@ -40,8 +42,13 @@ def prune_teacher(context: StageContext) -> dict:
     chosen = context.inputs["search"].facts["chosen"]
     student = Architecture(**chosen["architecture"])
     scores = scores_of(context.inputs["score"], settings)
-    plan = make_plan(architecture, student, tuple(chosen["kept_layers"]), scores)
-    write_json(context.folder / "plan.json", plan.to_json())
+    path = context.folder / PLAN_FILE
+    plan = make_plan(architecture, student, tuple(chosen["kept_layers"]), scores).with_neurons(chosen_before(path))
+
+    def on_plan(plan: PruningPlan) -> None:
+        write_json(path, plan.to_json())
+
+    on_plan(plan)
 
     source, compensated = Checkpoint(source_folder), settings.prune.method is PruneMethod.compensated
     for note in left_out(family, architecture, source.entries):
@@ -50,9 +57,8 @@ def prune_teacher(context: StageContext) -> dict:
     described = describe_cut(plan) + (" What is kept was refitted to the base's own activations." if compensated else "")
     card = model_card(f"{name}, pruned to {chosen['id']}", lines=[f"Cut from {name}: {described}", "Not distilled yet."], architecture=student, base=name)
     folder = context.folder / "checkpoint"
-    sliced, made = write_cut(context, family, plan, folder, card=card)
+    sliced, made = write_cut(context, family, plan, folder, card=card, on_plan=on_plan)
     if made:
-        write_json(context.folder / "plan.json", made.cut.plan.to_json())  # with the neurons chosen on the way
         check = made.check(family.hf_config(config, student))
         losses = damage(context, family, plan, sliced, folder)
         trained = {"local_training": made.local_training} if made.local_training else {}
@@ -67,13 +73,23 @@ def prune_teacher(context: StageContext) -> dict:
     return {"headline": headline, "path": "checkpoint", **facts}
 
 
-def write_cut(context: StageContext, family: Family, plan: PruningPlan, folder: Path, *, card: str) -> tuple[list[PlannedTensor], MadeWeights | None]:
-    """Writes a plan's checkpoint as prune.method says, config.json after the weights. Gives the plain slice's tensors, and what a compensated cut made."""
+def chosen_before(path: Path) -> dict[int, Indices]:
+    """The neurons that a compensated cut, interrupted, has put in the scores' place, by sublayer: some of their layers may be written already."""
+    plan = json.loads(path.read_text()) if path.exists() else {}
+    return {layer: tuple(plan["units"][FFN][str(layer)]) for layer in plan.get("chosen_by_refit", ())}
+
+
+def write_cut(context: StageContext, family: Family, plan: PruningPlan, folder: Path, *, card: str,
+              on_plan: Callable[[PruningPlan], None] = lambda _: None) -> tuple[list[PlannedTensor], MadeWeights | None]:  # fmt: skip
+    """Writes a plan's checkpoint as prune.method says, config.json after the weights. Gives the plain slice's tensors, and what a compensated cut made.
+
+    `on_plan` hears of a plan that a compensated cut has changed, before anything that follows from it is written.
+    """
     source, config = Checkpoint(context.base_folder), read_config(context.base_folder)
     folder.mkdir(exist_ok=True)
     sliced, made = planned_tensors(family, plan, source), None
     if context.settings.prune.method is PruneMethod.compensated:
-        made = write_compensated(context, family, plan, sliced, folder)
+        made = write_compensated(context, family, plan, sliced, folder, on_plan=on_plan)
     else:
         _write(context, folder, sliced)
     write_companions(folder, config=family.hf_config(config, plan.student), companions=context.base_folder, card=card)

@@ -5,7 +5,7 @@ Indices are kept in ascending order, so that a plan that keeps everything is the
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -31,12 +31,14 @@ AXIS_OF_KIND = {"M": (MAMBA_HEAD, MAMBA_CHANNEL), "-": (FFN,), "*": (KEY_VALUE_H
 @dataclass(frozen=True, slots=True)
 class PruningPlan:
     """`kept_layers` are layers as config.json counts them. `units` maps an axis to the kept indices per sublayer of the teacher; hidden has one entry,
-    under -1, for all of them, and the neurons of experts one for every expert, under `expert_place`."""
+    under -1, for all of them, and the neurons of experts one for every expert, under `expert_place`. `chosen_by_refit` are the feed-forward sublayers whose
+    neurons a compensated cut has chosen in place of the scores (refits/neurons.py)."""
 
     teacher: Architecture
     student: Architecture
     kept_layers: Indices
     units: Mapping[str, Mapping[int, Indices]]
+    chosen_by_refit: frozenset[int] = frozenset()
 
     def kept(self, axis: str, layer: int | None, expert: int | None = None) -> Indices | None:
         """Kept indices of an axis in a sublayer of the teacher, or in an expert of it; None where all stay."""
@@ -50,7 +52,15 @@ class PruningPlan:
 
     def to_json(self) -> dict:
         """Without a copy of the units, which in a mixture of experts are millions."""
-        return {"teacher": asdict(self.teacher), "student": asdict(self.student), "kept_layers": self.kept_layers, "units": self.units}
+        chosen = {"chosen_by_refit": sorted(self.chosen_by_refit)} if self.chosen_by_refit else {}
+        return {"teacher": asdict(self.teacher), "student": asdict(self.student), "kept_layers": self.kept_layers, "units": self.units, **chosen}
+
+    def with_neurons(self, neurons: Mapping[int, Indices]) -> "PruningPlan":
+        """With these neurons of feed-forward sublayers, which a compensated cut has chosen."""
+        if not neurons:
+            return self
+        units = {**self.units, FFN: {**self.units[FFN], **neurons}}
+        return replace(self, units=units, chosen_by_refit=self.chosen_by_refit | set(neurons))
 
 
 def expert_place(teacher: Architecture, layer: int, expert: int) -> int:

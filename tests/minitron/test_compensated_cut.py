@@ -15,12 +15,13 @@ from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
 from minitron.checkpoints.files import Checkpoint
 from minitron.checkpoints.placement import StreamedModel
+from minitron.families.base import FFN
 from minitron.families.nemotron_h import FAMILY
 from minitron.pruning.basis import Basis
 from minitron.pruning.compensate import Recipe
 from minitron.pruning.compensated_cut import BASIS_FILE, MadeWeights
 from minitron.pruning.cut_cost import CutCost
-from minitron.pruning.disk_to_disk import planned_tensors
+from minitron.pruning.disk_to_disk import PLAN_FILE, chosen_before, planned_tensors
 from minitron.pruning.plan import PruningPlan
 from minitron.settings.run import Directions, PruneMethod, PruneSettings, ScreenSettings, Settings
 from minitron.settings.teachers import CONF_FOLDER
@@ -79,7 +80,7 @@ def test_an_interrupted_run_goes_on_behind_its_whole_shards(walk, runs, stage, d
     shutil.rmtree(checkpoint)
     (stage / "done.json").unlink()
     assert door(tmp_path, f"runs_folder={own}", *walk.settings[1:], *small).returncode == 0
-    shards = {path: path.read_bytes() for path in sorted(checkpoint.glob("model-*.safetensors"))}
+    shards, plan = {path: path.read_bytes() for path in sorted(checkpoint.glob("model-*.safetensors"))}, (stage / "plan.json").read_text()
     first, *_, last = shards
     tensors = load_file(first)
     save_file({name: tensor + 1e-4 for name, tensor in tensors.items()}, first, metadata={"format": "pt"})  # tells that it is kept
@@ -91,6 +92,28 @@ def test_an_interrupted_run_goes_on_behind_its_whole_shards(walk, runs, stage, d
     assert len(shards) > 3 and first.read_bytes() == kept and last.exists()
     assert all(path.read_bytes() == shards[path] for path in list(shards)[1:-1])
     assert not (stage / BASIS_FILE).exists()
+    assert (stage / "plan.json").read_text() == plan
+
+
+def test_neurons_chosen_before_an_interruption_stay_in_the_plan(tmp_path, teacher, tiny, config_of, keep_all, token_ids, write_checkpoint):
+    folder, ids = write_checkpoint(tmp_path / "base", teacher, config_of(tiny)), token_ids(rows=4, tokens=60, seed=3)
+    by_scores = replace(keep_all(**{FFN: {layer: tuple(range(24)) for layer, kind in enumerate(tiny.pattern) if kind == "-"}}), student=replace(tiny, ffn=24))
+    base, out, path = StreamedModel(FAMILY, folder, read_config(folder), tiny, torch.device("cpu")), tmp_path / "out", tmp_path / PLAN_FILE
+    out.mkdir()
+
+    def cut(plan: PruningPlan) -> PruningPlan:
+        weights = MadeWeights(base, plan, [ids], Basis(torch.eye(32)), Recipe(), out, on_plan=lambda plan: write_json(path, plan.to_json()))
+        weights.write(planned_tensors(FAMILY, plan, Checkpoint(folder)), max_shard_bytes=20_000)
+        return weights.cut.plan
+
+    whole = cut(by_scores)
+    shards = {path: path.read_bytes() for path in sorted(out.glob("*.safetensors"))}
+    last = list(shards)[-1]
+    assert len(shards) > 3 and chosen_before(path) == whole.units[FFN] != by_scores.units[FFN]
+    for plan, same in ((by_scores.with_neurons(chosen_before(path)), True), (by_scores, False)):  # the control: as if nothing were known
+        last.unlink()
+        assert (cut(plan).units == whole.units) is same
+        assert all(path.read_bytes() == written for path, written in shards.items())
 
 
 def test_weights_that_are_not_what_was_made_are_found(tmp_path, teacher, tiny, config_of, keep_all, token_ids, write_checkpoint):

@@ -180,6 +180,7 @@ def test_devices_that_are_none_are_refused(given, said):
 def test_the_rate_is_measured_once_and_kept_whatever_lies_there(machine, tmp_path, monkeypatch):
     machine(1.0)
     monkeypatch.setattr(rate, "MEASURED_SECONDS", 0.02)
+    monkeypatch.setattr("os.getloadavg", lambda: (9.0, 9.0, 9.0))  # as while other work goes on
     path = tmp_path / "cache" / "minitron" / rate.KEPT_FILE
     for damaged in ("", "[]", "{}", '{"x": 1}', path.read_text()[:-5]):
         path.write_text(damaged)
@@ -189,6 +190,8 @@ def test_the_rate_is_measured_once_and_kept_whatever_lies_there(machine, tmp_pat
     (name,) = kept
     path.write_text(json.dumps({name: {"flops_per_second": 1e30, "tries": 1}}))
     assert rate.product_rate() == 1e30  # measured again, and other work can only have slowed that down
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    assert rate.product_rate() < 1e30
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert rate.product_rate() > 1e8
 
