@@ -60,6 +60,26 @@ def look_up(ids_BT: torch.Tensor, first: int, rows_VD: torch.Tensor, into_BTD: t
     into_BTD[here_BT] = looked_up if scale == 1 else looked_up * torch.tensor(scale, dtype=into_BTD.dtype, device=into_BTD.device)
 
 
+class _Given(Exception):  # noqa: N818
+    """What a part of a layer is given, on its way out of the layer."""
+
+
+def given_to(part: nn.Module, block: nn.Module, residual: torch.Tensor) -> torch.Tensor:
+    """What a part of a layer is given where the layer is given `residual`; nothing from there on is computed."""
+
+    def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        raise _Given(args[0])
+
+    handle = part.register_forward_pre_hook(stop)
+    try:
+        block(residual)
+    except _Given as found:
+        return found.args[0]
+    finally:
+        handle.remove()
+    raise AssertionError(f"{type(block).__name__} does not use {type(part).__name__}")
+
+
 def run_layer(block: nn.Module, residuals: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """What a layer makes of every batch [B, T, D]. One with experts takes all rows at once, so that each of them is read once and asked once."""
     if experts_of(block) is None:

@@ -31,7 +31,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from minitron.checkpoints.placement import PlacedModel, ids_and_mask, look_up, run_layer
+from minitron.checkpoints.placement import PlacedModel, given_to, ids_and_mask, look_up, run_layer
 from minitron.checkpoints.stored_linear import load_to_compute
 from minitron.families.base import FFN, HIDDEN, POST_NORM
 from minitron.families.experts import experts_of
@@ -42,8 +42,8 @@ from minitron.pruning.cut import TensorCut, plan_cuts
 from minitron.pruning.directions import stream_basis
 from minitron.pruning.plan import TRAINED_TOKENS, PruningPlan, Recipe, set_ridge
 from minitron.pruning.refits.experts import ExpertsFit, Trained, is_trained
-from minitron.pruning.refits.least_squares import NormalEquations, Refit, fit_behind_norm
-from minitron.pruning.refits.local_training import train_locally, trainable
+from minitron.pruning.refits.least_squares import Refit, fit_behind_norm
+from minitron.pruning.refits.local_training import Rows, train_locally, trainable
 from minitron.pruning.refits.neurons import least_missed
 from minitron.pruning.refits.tied_head import TiedHead
 from minitron.pruning.rotation import BEHIND, NORM, WRITE, check_rms, check_turns, factors, in_basis, normalised, real_tokens, stream_role
@@ -197,32 +197,29 @@ class CompensatedCut:
                 self._choose_neurons(base_block, layer, position, reading)
             made |= {targets[name]: self._made(name, tensor, reading) for name, tensor in _tensors(base_block, layer, targets.keys() - known)}
         tensors = {name.removeprefix(f"layers.{position}."): tensor for name, tensor in made.items()}
+        return _Begun(self._block(position, tensors, self.student_config), layer, position, tensors, bool(unfinished))
+
+    def _block(self, position: int, tensors: Mapping[str, torch.Tensor], config: dict) -> nn.Module:
         with torch.device("meta"):
-            block = self.family.build_layer(self.student_config, position)
-        return _Begun(load_to_compute(block, tensors, torch.float32), layer, position, tensors, bool(unfinished))
+            block = self.family.build_layer(config, position)
+        return load_to_compute(block, tensors, torch.float32)
 
     def _chooses(self, layer: int) -> bool:
         cut = layer in self.plan.units.get(FFN, {}) and layer not in self.plan.chosen_by_refit
         return cut and self.recipe.chooses_neurons and not self.plan.student.post_norms
 
     def _choose_neurons(self, base_block: nn.Module, layer: int, position: int, reading: _Reading) -> None:
-        """Puts in the plan's place the neurons that the student's layer, with all of them, would miss most (refits/neurons.py)."""
+        """Puts in the plan's place the neurons that the student's layer, with all of them, would miss most."""
         names, number = [name for name in self.shapes if name.startswith(f"layers.{layer}.")], self.plan.student.ffn
-        units = {axis: kept for axis, kept in self.plan.units.items() if axis != FFN}
-        wide = replace(self.plan, student=replace(self.plan.student, ffn=self.plan.teacher.ffn), units=units)
+        wide = replace(self.plan, student=replace(self.plan.student, ffn=self.plan.teacher.ffn), units={**self.plan.units, FFN: {}})
         cuts = self._cuts_of(wide)
         tensors = {cuts[name].target.removeprefix(f"layers.{position}."): self._made(name, tensor, reading, cuts[name])
                    for name, tensor in _tensors(base_block, layer, names)}  # fmt: skip
-        with torch.device("meta"):
-            block = self.family.build_layer(self.family.hf_config(self.config, wide.student), position)
-        block = load_to_compute(block, tensors, torch.float32)
+        block = self._block(position, tensors, self.family.hf_config(self.config, wide.student))
         (name,) = [name for name in names if self.roles[name] == WRITE]
         writer = block.get_submodule(name.removeprefix(f"layers.{layer}.").removesuffix(".weight"))
-        sums = NormalEquations(writer.in_features, 0, self.base.device)
-        for (inner_NI, *_), weight_N1 in zip(self._given_and_missing(block, writer), self._token_weights(), strict=True):
-            sums.add(inner_NI * weight_N1, inner_NI[:, :0])
-        sums.mirror()
-        self.plan = self.plan.with_neurons({layer: least_missed(sums.gram_II, writer.weight, number)})
+        inputs = (inner_NI * weight_N1 for inner_NI, weight_N1 in zip(self._inputs(block, writer), self._token_weights(), strict=True))
+        self.plan = self.plan.with_neurons({layer: least_missed(inputs, writer.weight, number)})
         self.cuts = self._cuts_of(self.plan)
         self.on_plan(self.plan)
 
@@ -262,19 +259,14 @@ class CompensatedCut:
 
     def _train(self, begun: _Begun) -> None:
         """Trains a feed-forward layer, all of its matrices, some rows a step."""
-        own, places = trainable(begun.block), [(batch, row) for batch, ids_BT in enumerate(self.ids) for row in range(len(ids_BT))]
-        masks = [torch.ones_like(ids_BT, dtype=torch.bool) if mask is None else mask for ids_BT, mask in zip(self.ids, self.masks, strict=True)]
-
-        def of_rows(values: Sequence[torch.Tensor], numbers: torch.Tensor) -> torch.Tensor:
-            return torch.stack([values[batch][row] for batch, row in (places[number] for number in numbers.tolist())])
+        own, rows = trainable(begun.block), Rows(self.base_residuals, self.student_residuals, self.masks)
 
         def off(numbers: torch.Tensor) -> torch.Tensor:
-            base_RTD, mask_RT = of_rows(self.base_residuals, numbers), of_rows(masks, numbers)
-            off_RTK = own(of_rows(self.student_residuals, numbers)) - self.basis.project(base_RTD)
-            return real_tokens(off_RTK * self._token_weight(base_RTD), mask_RT)
+            base_RTD, student_RTK, mask_RT = rows.some(numbers)
+            return real_tokens((own(student_RTK) - self.basis.project(base_RTD)) * self._token_weight(base_RTD), mask_RT)
 
-        steps, rows = self.recipe.feed_forward_steps, max(1, TRAINED_TOKENS // self.ids[0].shape[1])
-        kept = train_locally(own.mixer.parameters(), off, len(places), steps=steps, batch=rows, at_once=rows, apart=True)
+        steps, at_once = self.recipe.feed_forward_steps, max(1, TRAINED_TOKENS // self.ids[0].shape[1])
+        kept = train_locally(own.mixer.parameters(), off, len(rows), steps=steps, batch=at_once, at_once=at_once, apart=True)
         self.feed_forward_kept.append(kept)
         if kept:
             for name, tensor in own.mixer.named_parameters(prefix="mixer"):
@@ -316,32 +308,27 @@ class CompensatedCut:
             yield real_tokens(odd_B1.expand_as(ids_BT), mask)
             first += len(ids_BT)
 
+    def _inputs(self, block: nn.Module, writer: nn.Module) -> Iterator[torch.Tensor]:
+        """Of every batch what the writer is given, [N, I]. What it would make of it is not computed."""
+        return (real_tokens(given_to(writer, block, student_BTK), mask) for student_BTK, mask in zip(self.student_residuals, self.masks, strict=True))
+
     def _given_and_missing(self, block: nn.Module, writer: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Of every batch what the writer is given, [N, I], what is missing, [N, K], and _second_half's."""
-        inner: list[torch.Tensor] = []
-        batches = zip(self.base_residuals, self.student_residuals, self.masks, self._second_half(), strict=True)
-        for base_BTD, student_BTK, mask, second_N in batches:
-            handle = writer.register_forward_pre_hook(lambda _module, args: inner.append(args[0]))
-            block(student_BTK)
-            handle.remove()
-            yield real_tokens(inner.pop(), mask), real_tokens(self._missing(base_BTD, student_BTK), mask), second_N
+        residuals = zip(self.base_residuals, self.student_residuals, self.masks, strict=True)
+        missing = (real_tokens(self._missing(base_BTD, student_BTK), mask) for base_BTD, student_BTK, mask in residuals)
+        return zip(self._inputs(block, writer), missing, self._second_half(), strict=True)
 
     def _reading(self, weight_D: torch.Tensor, stored: torch.dtype, place: str) -> _Reading:
         """At a norm of this weight, to be stored so: the student's, then the matrix by least squares from n(y) to n(x)."""
         weight_D, basis_DK, offset = factors(self.family, weight_D), self.basis.matrix_DK, self.family.norm_offset
-        alike = square = 0.0
-        for wanted_ND, own_NK in self._normalised():
-            alike += (self.basis.project(wanted_ND) * own_NK).sum(dtype=torch.float64)
-            square += own_NK.square().sum(dtype=torch.float64)
-        fitted = float(alike / square)
-        scale = offset + float((torch.as_tensor(weight_D.square().mean().sqrt() if self.recipe.balanced else fitted) - offset).to(stored))
-        share = fitted / scale
-        if not self.recipe.refit_reading:
-            return _Reading(scale, lambda rows_VD: self.basis.project(rows_VD, weight_D).mul_(share))
         refit = Refit(basis_DK.shape[1], basis_DK.shape[0], basis_DK.device, self.recipe.ridge)
         for (wanted_ND, own_NK), second_N in zip(self._normalised(), self._second_half(), strict=True):
-            refit.add(scale * own_NK, wanted_ND, second_N)
-        folded_DK = weight_D[:, None] * refit.solve(share * basis_DK, place=f"the stream before {place}")
+            refit.add(own_NK, wanted_ND, second_N)
+        fitted = refit.factor(basis_DK)
+        scale = offset + float((torch.as_tensor(weight_D.square().mean().sqrt() if self.recipe.balanced else fitted) - offset).to(stored))
+        if not self.recipe.refit_reading:
+            return _Reading(scale, lambda rows_VD: self.basis.project(rows_VD, weight_D).mul_(fitted / scale))
+        folded_DK = weight_D[:, None] * (refit.solve(fitted * basis_DK, place=f"the stream before {place}") / scale)
         return _Reading(scale, lambda rows_VD: rows_VD @ folded_DK)
 
     def _normalised(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -9,7 +9,21 @@ from memory_budget.units import format_gib
 from minitron.checkpoints.forward_work import forward_work
 from minitron.machine.pace import Pace, Work
 from minitron.machine.rate import duration
-from minitron.pruning.plan import ENOUGH_FOR_EXPERT, JUDGE, LOCAL_BATCH, SHARED_BATCH, SWEEPS, TRAINED_TOKENS, Recipe, num_sites, ridge_for, set_ridge
+from minitron.pruning.plan import (
+    ENOUGH_FOR_EXPERT,
+    JUDGE,
+    LEAST_IN_FLOAT32,
+    LOCAL_BATCH,
+    MIXTURES,
+    SHARED_BATCH,
+    SWEEPS,
+    TOKENS_OF_CHANNEL,
+    TRAINED_TOKENS,
+    Recipe,
+    num_sites,
+    ridge_for,
+    set_ridge,
+)
 
 STEP_SECONDS = 1e-3  # of a step of local training beside its products
 TRIED_RIDGES = 5  # of refits.least_squares.RIDGES, about
@@ -99,8 +113,10 @@ class CutCost:
         """The Gram matrix and its factor; where the ridge is chosen, that of each half, a copy of one and its factor."""
         return 2 if self.recipe.ridge is not None or fit.whose else 4
 
-    def _solutions(self, fit: Fit) -> int:
-        return 1 if self.recipe.ridge is not None or fit.whose else 1 + 2 * TRIED_RIDGES
+    def _solved(self, fit: Fit) -> float:
+        """Float64 FLOP of a factor and the solution by it; where the ridge is chosen, also of those that it is chosen by."""
+        chosen = 0 if self.recipe.ridge is not None or fit.whose else 2 * TRIED_RIDGES
+        return (1 + chosen) * fit.inputs**3 / 3 + 4 * fit.inputs**2 * (fit.outputs + chosen * min(fit.outputs, MIXTURES))
 
     def _without_experts(self, kind: str) -> int:
         return layer_parameters(self.base, kind).total - (kind == "E") * self.base.moe_num_experts * _expert(self.base)
@@ -110,11 +126,15 @@ class CutCost:
         """Both models' walks, the student's twice where writers are refitted and its experts' twice in every round of theirs, and in float64 the Gram and cross
         matrices of the fits."""
         walks = self._walk(self.base) + self._walk(self.student) * (1 + self.recipe.refit_writing) + self._rounds_of_experts
-        sums = sum(fit.number * 2 * fit.tokens * fit.inputs * (fit.inputs / 2 + fit.outputs) for fit in self._fits)
-        solved = sum(fit.number * self._solutions(fit) * (fit.inputs**3 / 3 + 4 * fit.inputs**2 * fit.outputs) for fit in self._fits)
-        fits = Work(doubles=sums + solved, numbers=sum(2 * fit.number * fit.tokens * (fit.inputs + fit.outputs) for fit in self._fits))
+        sums = [fit.number * 2 * fit.tokens * fit.inputs * (fit.inputs / 2 + fit.outputs) for fit in self._fits]
+        in_singles = [not fit.whose and (self.recipe.ridge is None or self.recipe.ridge >= LEAST_IN_FLOAT32) for fit in self._fits]
+        singles = sum(found for found, single in zip(sums, in_singles, strict=True) if single)
+        solved = sum(fit.number * self._solved(fit) for fit in self._fits)
+        numbers = sum(2 * fit.number * fit.tokens * (fit.inputs + fit.outputs) for fit in self._fits)
+        fits = Work(singles=singles, doubles=sum(sums) - singles + solved, numbers=numbers)
         neurons, layers = self._chosen_from, self.student.num_layers_of("-")
-        chosen = Work(doubles=layers * (self.tokens * neurons**2 + 2 * neurons**3), singles=2 * self.tokens * layers * _feed_forward(self.base) * (neurons > 0))
+        first = 2 * self.tokens * layers * _feed_forward(self.base) * (neurons > 0)
+        chosen = Work(doubles=layers * 2 * neurons**3, singles=layers * self.tokens * neurons**2 + first)
         moved = Work(read=self.number_bytes * count_total_parameters(self.base), written=self.number_bytes * count_total_parameters(self.student))
         return walks + fits + chosen + moved + self._directions_work + self._local_training
 
@@ -149,10 +169,11 @@ class CutCost:
         """One walk of the base and a sum over all norms for the directions of most variance; one forward and backward and two sums at each for the loss's."""
         if not self._turns:
             return Work()
-        sums = 2 * self.tokens * self.base.hidden**2 * (self.base.num_sublayers + 1)
+        sums, tokens = 2 * self.tokens * self.base.hidden**2 * (self.base.num_sublayers + 1), self.recipe.direction_samples * self.tokens / self.rows
         if self.recipe.directions == "variance":
-            return self._walk(self.base) + Work(doubles=sums)
-        share = min(1.0, self.recipe.direction_samples / self.rows)
+            share = min(1.0, max(tokens, TOKENS_OF_CHANNEL * self.base.hidden) / self.tokens)
+            return self._walk(self.base) * share + Work(doubles=share * sums)
+        share = min(1.0, tokens / self.tokens)
         sites = num_sites(self.base.hidden, self.base.num_sublayers)
         chosen = 30 * 1.25 * sites * 8 * self.base.hidden**2 * (self.base.hidden - self.student.hidden)  # directions.ITERATIONS of L-BFGS, forward and backward
         return self._walk(self.base) * (4 * share) + Work(doubles=2 * share * sums + chosen + sites * self.base.hidden**3)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minitron.pruning.refits.least_squares import RIDGES, NormalEquations, Refit
+from minitron.pruning.refits.least_squares import RIDGES, Refit
 from minitron.pruning.refits.local_training import train_locally
 from minitron.pruning.refits.neurons import least_missed
 
@@ -47,11 +47,8 @@ def test_of_neurons_that_are_alike_one_stays():
     writer_OI = random(5, 12, seed=2)
     writer_OI[:, :3] *= 1.5  # of these, scores by size would keep both
     writer_OI[:, 6:9] *= 1.5
-    sums = NormalEquations(12, 0, CPU)
     activations_NI = torch.cat([halves_N6, halves_N6], dim=1)
-    sums.add(activations_NI, activations_NI[:, :0])
-    sums.mirror()
-    kept = least_missed(sums.gram_II.clone(), writer_OI, 6)
+    kept = least_missed(activations_NI.split(100), writer_OI, 6)
     assert sorted(place % 6 for place in kept) == list(range(6))
     by_size = (writer_OI.norm(dim=0) * activations_NI.norm(dim=0)).topk(6).indices.tolist()
     assert sorted(place % 6 for place in by_size) != list(range(6))
@@ -63,11 +60,21 @@ def test_training_that_serves_its_own_rows_alone_is_undone():
     given_RTI, noise_RTO = random(16, 3, 64, seed=2), random(16, 3, 4, seed=3)  # more numbers to learn than rows to learn them from
     before_OI, wanted_RTO = linear.weight.detach().clone(), linear(given_RTI).detach() + noise_RTO
 
+    steps = []
+
+    def off(rows: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            steps.append(rows)
+        return linear(given_RTI[rows]) - wanted_RTO[rows]
+
     def train(*, apart: bool) -> bool:
-        return train_locally(linear.parameters(), lambda rows: linear(given_RTI[rows]) - wanted_RTO[rows], 16, steps=40, batch=4, apart=apart)
+        steps.clear()
+        return train_locally(linear.parameters(), off, 16, steps=120, batch=4, apart=apart)
 
     with torch.no_grad():
         assert not train(apart=True)
         assert torch.equal(linear.weight, before_OI)
+        assert len(steps) == 40  # it is not gone on with
         assert train(apart=False)  # its own rows are served
+    assert len(steps) == 120
     assert not torch.equal(linear.weight, before_OI)

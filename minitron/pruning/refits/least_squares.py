@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from minitron.pruning.plan import RIDGE, ridge_for
+from minitron.pruning.plan import LEAST_IN_FLOAT32, MIXTURES, RIDGE, ridge_for
 
 LEAST_STRIP = 128
+ADDED_AT_ONCE = 4096  # tokens whose products are added up before float64 has them
 RIDGE_OF_ONE = 0.03
 RIDGES = (3.0, 1.0, 0.5, 0.25, 0.12, 0.06, 0.03, 0.01, 3e-3, 1e-3, 1e-4)  # of which one is chosen
 ROUNDS = 3  # of a fit behind a norm
@@ -21,36 +22,44 @@ class NormalEquations:
     """Σ a aᵀ and Σ t aᵀ over tokens, for inputs a and targets t, in float64: all that a least squares fit needs, added up in one pass.
 
     Of the first, which is symmetric, the upper part is added up, and mirrored before it is used. `enough` tokens an input are those with which the ridge is
-    as set (ridge_for).
+    as set (ridge_for). `products` is what some tokens' products are computed in before they are added up.
     """
 
-    def __init__(self, num_inputs: int, num_outputs: int, device: torch.device, *, enough: float = 1.0):
+    def __init__(self, num_inputs: int, num_outputs: int, device: torch.device, *, enough: float = 1.0, products: torch.dtype = torch.float64):
         self.gram_II = torch.zeros(num_inputs, num_inputs, dtype=torch.float64, device=device)
         self.cross_OI = torch.zeros(num_outputs, num_inputs, dtype=torch.float64, device=device)
-        self.num_tokens, self.enough = 0, enough
+        self.num_tokens, self.enough, self.products = 0, enough, products
 
     def add(self, inputs_NI: torch.Tensor, targets_NO: torch.Tensor) -> None:
-        inputs_NI, targets_NO = inputs_NI.double(), targets_NO.double()
-        for first, end in _strips(len(self.gram_II)):
-            self.gram_II[first:end, first:].addmm_(inputs_NI[:, first:end].T, inputs_NI[:, first:])
-        self.cross_OI.addmm_(targets_NO.T, inputs_NI)
         self.num_tokens += len(inputs_NI)
+        for inputs_nI, targets_nO in zip(inputs_NI.split(ADDED_AT_ONCE), targets_NO.split(ADDED_AT_ONCE), strict=True):
+            inputs_nI, targets_nO = inputs_nI.to(self.products), targets_nO.to(self.products)
+            for first, end in _strips(len(self.gram_II)):
+                _add_product(self.gram_II[first:end, first:], inputs_nI[:, first:end], inputs_nI[:, first:])
+            _add_product(self.cross_OI, targets_nO, inputs_nI)
 
     def copied(self) -> "NormalEquations":
-        return self.of_inputs(torch.arange(len(self.gram_II), device=self.gram_II.device))
+        """With a Gram matrix of its own, of one that is mirrored."""
+        return self._with(self.gram_II.clone(), self.cross_OI)
+
+    def of_outputs(self, mixing_PO: torch.Tensor) -> "NormalEquations":
+        """The sums, with mixtures of the outputs in their place, over the same Gram matrix."""
+        return self._with(self.gram_II, mixing_PO @ self.cross_OI)
+
+    def _with(self, gram_II: torch.Tensor, cross_OI: torch.Tensor) -> "NormalEquations":
+        some = NormalEquations(0, 0, gram_II.device, enough=self.enough, products=self.products)
+        some.gram_II, some.cross_OI, some.num_tokens = gram_II, cross_OI, self.num_tokens
+        return some
 
     def error(self, matrix_OI: torch.Tensor) -> float:
-        """Σ|M a − t|² of a matrix M [O, I], less Σ|t|²."""
-        self.mirror()
+        """Σ|M a − t|² of a matrix M [O, I], less Σ|t|², by a Gram matrix that is mirrored."""
         matrix_OI = matrix_OI.double()
         return float((matrix_OI * (matrix_OI @ self.gram_II - 2 * self.cross_OI)).sum())
 
     def of_inputs(self, indices: torch.Tensor) -> "NormalEquations":
         """The sums of some of the inputs alone."""
         self.mirror()
-        some = NormalEquations(0, len(self.cross_OI), self.gram_II.device, enough=self.enough)
-        some.gram_II, some.cross_OI, some.num_tokens = self.gram_II[indices][:, indices], self.cross_OI[:, indices], self.num_tokens
-        return some
+        return self._with(self.gram_II[indices][:, indices], self.cross_OI[:, indices])
 
     def solve(self, start_OI: torch.Tensor, ridge: float, *, place: str) -> torch.Tensor:
         """The matrix M [O, I], float32, of the least Σ|M a − t|² + λ|M − start|², with λ = ridge_for(…) · mean over inputs of Σ a².
@@ -91,14 +100,17 @@ class Refit:
     """Normal equations of a fit whose ridge is set or, where it is None, chosen: the one of RIDGES with which a fit to either half of the tokens errs least on
     the other half.
 
+    The other half's error is that of MIXTURES random sums of the outputs, drawn once: alike for all ridges, so that they can be compared.
+
     Calibration text is little and its tokens are alike, so that a ridge that serves the tokens it was fitted to may be a hundred times too small for others.
     From the largest ridge downwards the first minimum is taken. All tokens have half the ridge of half of them, since it is a share of the inputs' mean square,
     and what it should be does not grow with tokens. Where there is but one half it is RIDGE_OF_ONE.
     """
 
     def __init__(self, num_inputs: int, num_outputs: int, device: torch.device, ridge: float | None):
-        self.ridge = ridge
-        self.halves = [NormalEquations(num_inputs, num_outputs, device, enough=0.0 if ridge is None else 1.0) for _ in range(1 + (ridge is None))]
+        self.ridge, products = ridge, products_for(ridge)
+        self.halves = [NormalEquations(num_inputs, num_outputs, device, enough=0.0 if ridge is None else 1.0, products=products)
+                       for _ in range(1 + (ridge is None))]  # fmt: skip
 
     def add(self, inputs_NI: torch.Tensor, targets_NO: torch.Tensor, second_N: torch.Tensor) -> None:
         """Of some tokens inputs, what is to be made of them, and whether they are of the second half: all of a row or none."""
@@ -108,6 +120,12 @@ class Refit:
         for half, own_N in zip(self.halves, (~second_N, second_N), strict=True):
             if own_N.any():
                 half.add(inputs_NI[own_N], targets_NO[own_N])
+
+    def factor(self, matrix_OI: torch.Tensor) -> float:
+        """The number s of the least Σ|s·a − Mᵀt|², of a matrix M whose columns are orthonormal."""
+        alike, square = (sum(float(found) for found in each) for each in zip(*(((matrix_OI * half.cross_OI).sum(), half.gram_II.trace())
+                                                                               for half in self.halves), strict=True))  # fmt: skip
+        return alike / square
 
     def solve(self, start_OI: torch.Tensor, *, place: str) -> torch.Tensor:
         """The matrix [O, I], float32, drawn to `start`; see NormalEquations.solve. Uses the sums up."""
@@ -120,7 +138,13 @@ class Refit:
         return whole.solve(start_OI, ridge, place=place)
 
     def _chosen(self, start_OI: torch.Tensor, place: str) -> float:
-        one, other = self.halves
+        outputs, device = start_OI.shape[0], start_OI.device
+        for half in self.halves:
+            half.mirror()
+        one, other, start_OI = *self.halves, start_OI.double()
+        if outputs > MIXTURES:
+            mixing_PO = torch.randn(MIXTURES, outputs, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
+            one, other, start_OI = one.of_outputs(mixing_PO), other.of_outputs(mixing_PO), mixing_PO @ start_OI
         best, least = RIDGES[0], float("inf")
         for ridge in RIDGES:
             error = sum(judge.error(fitted.copied().solve(start_OI, ridge, place=place)) for fitted, judge in ((one, other), (other, one)))
@@ -128,6 +152,17 @@ class Refit:
                 break
             best, least = ridge, error
         return best
+
+
+def products_for(ridge: float | None) -> torch.dtype:
+    return torch.float32 if ridge is None or ridge >= LEAST_IN_FLOAT32 else torch.float64
+
+
+def _add_product(total_AB: torch.Tensor, one_NA: torch.Tensor, other_NB: torch.Tensor) -> None:
+    if one_NA.dtype == total_AB.dtype:
+        total_AB.addmm_(one_NA.T, other_NB)
+    else:
+        total_AB += one_NA.T @ other_NB
 
 
 def _strips(size: int) -> list[tuple[int, int]]:

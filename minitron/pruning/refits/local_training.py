@@ -8,13 +8,14 @@ otherwise as if it had not been.
 Letters: O outputs.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 
 import torch
 from torch import nn
 
 from minitron.checkpoints.stored_linear import StoredLinear
+from minitron.machine.device import multiplies_bf16
 from minitron.pruning.plan import JUDGE
 
 STEP = 0.02  # of a matrix's root mean square, at the peak
@@ -22,6 +23,7 @@ LAST_STEP = 0.05  # of the peak, at the end of the cosine
 WARMUP_STEPS = 10
 BETAS = (0.9, 0.98)
 SHARES = (1.0, 0.5, 0.25)  # of what was learned, of which the best is kept
+LOOK = 3  # judges are asked after a share of one in so many of the steps, and at the end
 AT_ONCE = 4096  # tokens whose outputs exist at a time
 
 
@@ -34,38 +36,73 @@ def trainable(module: nn.Module) -> nn.Module:
     return copied.float()
 
 
+class Rows:
+    """Rows of both models' streams, [B, T, D] and [B, T, K] of every batch, and of what is no padding (None where all is), counted through all batches."""
+
+    def __init__(self, base: Sequence[torch.Tensor], student: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]):
+        whole = (torch.ones_like(batch[..., 0], dtype=torch.bool) if mask is None else mask for batch, mask in zip(student, masks, strict=True))
+        self._parts = base, student, list(whole)
+        self._places = [(batch, row) for batch, rows in enumerate(student) for row in range(len(rows))]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def some(self, numbers: torch.Tensor) -> list[torch.Tensor]:
+        """Of these rows, [R, T, D], [R, T, K] and [R, T]."""
+        places = [self._places[number] for number in numbers.tolist()]
+        return [torch.stack([batches[batch][row] for batch, row in places]) for batches in self._parts]
+
+
 def train_locally(parameters: Iterable[nn.Parameter], off: Callable[[torch.Tensor], torch.Tensor], items: int, *, steps: int, batch: int,
                   at_once: int = AT_ONCE, apart: bool = False) -> bool:  # fmt: skip
     """Trains parameters so that a part of a layer comes closer to what it should give; `off` says what it is off by, [..., O], at some of the `items`, tokens
     or rows, by their numbers [n].
 
     Gives whether the error became less; the parameters are what they were where it did not, also where it is not finite. `apart`: every JUDGE-th item is not
-    trained on but judges, how much of what was learned is kept too, as far as there are so many.
+    trained on but judges, how much of what was learned is kept too, as far as there are so many; where a third of the steps have not served the judges the
+    rest is left out. Steps have bf16 products then, where the device is quick with them; judging has not.
     """
     parameters, numbers = [parameter.requires_grad_() for parameter in parameters], torch.arange(items)
     judges = numbers[JUDGE - 1 :: JUDGE] if apart and items >= JUDGE else numbers
     trained = numbers[numbers % JUDGE != JUDGE - 1] if len(judges) < items else numbers
-    start, least = [parameter.detach().clone() for parameter in parameters], _error(off, judges, at_once)
+    start, device = [parameter.detach().clone() for parameter in parameters], parameters[0].device
+    least, shares, looks = _error(off, judges, at_once), SHARES if apart else SHARES[:1], (steps // LOOK, steps) if apart else (steps,)
     groups = [{"params": [parameter], "lr": STEP * float(parameter.detach().square().mean().sqrt())} for parameter in parameters]
-    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    optimizer, kept = torch.optim.Adam(groups, betas=BETAS), 0.0
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, steps))
-    with torch.enable_grad():
-        for numbers_n in _drawn(len(trained), min(batch, len(trained)), steps):
-            optimizer.zero_grad()
-            off(trained[numbers_n]).square().mean().backward()
-            optimizer.step()
-            schedule.step()
+    for step, numbers_n in enumerate(_drawn(len(trained), min(batch, len(trained)), steps), 1):
+        optimizer.zero_grad()
+        with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=apart and multiplies_bf16(device)):
+            loss = off(trained[numbers_n]).square().mean()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step in looks:
+            end = [parameter.detach().clone() for parameter in parameters]
+            kept = _best_share(parameters, start, end, shares, lambda: _error(off, judges, at_once), least)
+            if kept == 0:
+                break
+            _set(parameters, start, end, 1.0 if step < steps else kept)
     for parameter in parameters:
         parameter.requires_grad_(False)
-    kept, end = 0.0, [parameter.detach().clone() for parameter in parameters]
-    for share in SHARES if apart else SHARES[:1]:
-        _set(parameters, start, end, share)
-        if (error := _error(off, judges, at_once)) < least:  # no number is below one that is not finite
-            kept, least = share, error
-    _set(parameters, start, end, kept)
     return kept > 0
 
 
+@torch.no_grad()
+def _best_share(parameters: Sequence[nn.Parameter], start: Sequence[torch.Tensor], end: Sequence[torch.Tensor], shares: Iterable[float],
+                error: Callable[[], float], least: float) -> float:  # fmt: skip
+    """Of the way from start to end, the share with the least error, 0 where none is below `least`: no number is below one that is not finite. Parameters are
+    the start's afterwards."""
+    best = 0.0
+    for share in shares:
+        _set(parameters, start, end, share)
+        if (found := error()) < least:
+            best, least = share, found
+    _set(parameters, start, end, 0.0)
+    return best
+
+
+@torch.no_grad()
 def _set(parameters: Iterable[nn.Parameter], start: Iterable[torch.Tensor], end: Iterable[torch.Tensor], share: float) -> None:
     """So much of the way from start to end."""
     for parameter, was, became in zip(parameters, start, end, strict=True):

@@ -10,15 +10,24 @@ next ones chosen.
 Letters: I inputs of a matrix, O outputs, g those that go.
 """
 
+from collections.abc import Iterable
+
 import torch
+
+from minitron.pruning.refits.least_squares import NormalEquations, products_for
 
 SHARE = 1 / 24  # of all that go, at a time
 AMONG = 4  # times as many are looked at for it, one by one
 RIDGE = 0.1  # of the inputs' mean square: the cost is to hold for tokens that were not seen
 
 
-def least_missed(gram_II: torch.Tensor, writer_OI: torch.Tensor, number: int) -> tuple[int, ...]:
-    """The `number` inputs to keep, ascending, of a matrix with the inputs' Σ a aᵀ, float64, which is used up."""
+def least_missed(inputs: Iterable[torch.Tensor], writer_OI: torch.Tensor, number: int) -> tuple[int, ...]:
+    """The `number` inputs to keep, ascending, of a matrix that is given these inputs, [N, I] of every batch. In memory are three matrices [I, I], float64."""
+    sums = NormalEquations(writer_OI.shape[1], 0, writer_OI.device, products=products_for(RIDGE))
+    for inputs_NI in inputs:
+        sums.add(inputs_NI, inputs_NI[:, :0])
+    sums.mirror()
+    gram_II = sums.gram_II
     ridge = RIDGE * gram_II.diagonal().mean()
     gram_II.diagonal().add_(ridge)
     inverse_II, weight_OI = torch.cholesky_inverse(torch.linalg.cholesky(gram_II)), writer_OI.double()
