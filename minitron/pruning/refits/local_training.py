@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from minitron.checkpoints.stored_linear import StoredLinear
-from minitron.machine.device import multiplies_bf16
+from minitron.machine.device import bf16_pays
 from minitron.pruning.plan import JUDGE
 
 STEP = 0.02  # of a matrix's root mean square, at the peak
@@ -72,7 +72,7 @@ def train_locally(parameters: Iterable[nn.Parameter], off: Callable[[torch.Tenso
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, steps))
     for step, numbers_n in enumerate(_drawn(len(trained), min(batch, len(trained)), steps), 1):
         optimizer.zero_grad()
-        with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=apart and multiplies_bf16(device)):
+        with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=apart and bf16_pays(device)):
             loss = off(trained[numbers_n]).square().mean()
         loss.backward()
         optimizer.step()
