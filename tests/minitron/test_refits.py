@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from minitron.pruning.refits import least_squares
 from minitron.pruning.refits.least_squares import RIDGES, Refit
 from minitron.pruning.refits.local_training import train_locally
 from minitron.pruning.refits.neurons import least_missed
@@ -34,6 +35,31 @@ def test_a_chosen_ridge_serves_tokens_that_were_not_seen_nearly_as_well_as_the_b
     of_each = [unseen(fitted(ridge, batches, start_OI)) for ridge in RIDGES]
     assert unseen(fitted(None, batches, start_OI)) < 1.25 * min(of_each)
     assert max(of_each) > 1.6 * min(of_each)  # so that there is something to choose
+
+
+@pytest.mark.parametrize("noise", [0.05, 2.0])
+def test_ridges_are_compared_by_mixtures_as_by_all_outputs(noise, monkeypatch):
+    true_OI, start_OI = random(300, 32, seed=1), torch.zeros(300, 32)
+    given = [random(40, 32, seed=3 + seed) for seed in range(4)]
+    batches = [(inputs_NI, inputs_NI @ true_OI.T + noise * random(40, 300, seed=9 + seed)) for seed, inputs_NI in enumerate(given)]
+    by_mixtures = fitted(None, batches, start_OI)
+    monkeypatch.setattr(least_squares, "MIXTURES", 300)
+    assert torch.equal(fitted(None, batches, start_OI), by_mixtures)
+    assert not torch.equal(fitted(RIDGES[0], batches, start_OI), by_mixtures)
+
+
+def test_products_are_of_float64_where_the_ridge_asks_for_it(monkeypatch):
+    true_OI = random(4, 16, seed=1)
+    batches = [(inputs_NI, inputs_NI @ true_OI.double().T) for seed in range(2)
+               for inputs_NI in [(random(500, 1, seed=2 + seed) + 1e-4 * random(500, 16, seed=5 + seed)).double()]]  # inputs that are nearly alike
+
+    def off() -> float:
+        return float((fitted(1e-12, batches, torch.zeros(4, 16)) - true_OI).abs().max())
+
+    assert off() < 1e-2
+    monkeypatch.setattr(least_squares, "LEAST_IN_FLOAT32", 0.0)
+    with pytest.raises(ValueError, match="singular"):
+        off()
 
 
 def test_a_single_row_has_a_ridge_too():
