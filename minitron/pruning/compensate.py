@@ -263,7 +263,9 @@ class CompensatedCut:
 
         def off(numbers: torch.Tensor) -> torch.Tensor:
             base_RTD, student_RTK, mask_RT = rows.some(numbers)
-            return real_tokens((own(student_RTK) - self.basis.project(base_RTD)) * self._token_weight(base_RTD), mask_RT)
+            with torch.autocast(self.base.device.type, enabled=False):  # the stream in bf16 is off by as much as the layer is
+                wanted_RTK = self.basis.project(base_RTD)
+            return real_tokens((own(student_RTK) - wanted_RTK) * self._token_weight(base_RTD), mask_RT)
 
         steps, at_once = self.recipe.feed_forward_steps, max(1, TRAINED_TOKENS // self.ids[0].shape[1])
         kept = train_locally(own.mixer.parameters(), off, len(rows), steps=steps, batch=at_once, at_once=at_once, apart=True)

@@ -17,7 +17,6 @@ from minitron.pruning.plan import (
     MIXTURES,
     SHARED_BATCH,
     SWEEPS,
-    TOKENS_OF_CHANNEL,
     TRAINED_TOKENS,
     Recipe,
     num_sites,
@@ -169,11 +168,10 @@ class CutCost:
         """One walk of the base and a sum over all norms for the directions of most variance; one forward and backward and two sums at each for the loss's."""
         if not self._turns:
             return Work()
-        sums, tokens = 2 * self.tokens * self.base.hidden**2 * (self.base.num_sublayers + 1), self.recipe.direction_samples * self.tokens / self.rows
+        sums = 2 * self.tokens * self.base.hidden**2 * (self.base.num_sublayers + 1)
         if self.recipe.directions == "variance":
-            share = min(1.0, max(tokens, TOKENS_OF_CHANNEL * self.base.hidden) / self.tokens)
-            return self._walk(self.base) * share + Work(doubles=share * sums)
-        share = min(1.0, tokens / self.tokens)
+            return self._walk(self.base) + Work(doubles=sums)
+        share = min(1.0, self.recipe.direction_samples / self.rows)
         sites = num_sites(self.base.hidden, self.base.num_sublayers)
         chosen = 30 * 1.25 * sites * 8 * self.base.hidden**2 * (self.base.hidden - self.student.hidden)  # directions.ITERATIONS of L-BFGS, forward and backward
         return self._walk(self.base) * (4 * share) + Work(doubles=2 * share * sums + chosen + sites * self.base.hidden**3)

@@ -25,7 +25,7 @@ import torch
 from minitron.checkpoints.placement import PlacedModel
 from minitron.families.base import HIDDEN
 from minitron.pruning.basis import Basis, basis_without
-from minitron.pruning.plan import TOKENS_OF_CHANNEL, Indices, PruningPlan
+from minitron.pruning.plan import Indices, PruningPlan
 from minitron.pruning.refits.tied_head import aligned
 from minitron.pruning.rotation import check_rms, check_turns, factors, norm_inputs, normalised
 from minitron.pruning.stream_moments import Moments, stream_moments
@@ -39,8 +39,7 @@ def stream_basis(base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.T
                  samples: int = 8, scratch: Path | None = None, on_layer: Callable[[], None] = lambda: None) -> Basis:  # fmt: skip
     """Q_K of a plan, by `directions` "loss" or "variance"; with None, and where hidden is not cut and there is nothing to choose, the kept channels.
 
-    `batches` are calibration rows [B, T], padding included; `loss` takes `samples` of them, spread over all, `variance` as
-    many or TOKENS_OF_CHANNEL tokens for each channel, of every layer. `scratch` is a folder for the base's residuals
+    `batches` are calibration rows [B, T], padding included; `loss` takes `samples` of them, spread over all. `scratch` is a folder for the base's residuals
     (see stream_moments); `on_layer` hears of layers walked: once of each for `variance`, twice for `loss`.
     """
     hidden, kept = plan.teacher.hidden, plan.student.hidden
@@ -48,13 +47,10 @@ def stream_basis(base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.T
         return Basis(channel_basis(plan.kept(HIDDEN, -1), hidden, base.device))
     check_turns(plan.teacher)
     epsilon = check_rms(base.family, config)
-    rows = torch.cat(list(batches)).cpu().numpy()
     if directions == "variance":
-        samples = max(samples, -(-TOKENS_OF_CHANNEL * hidden // rows.shape[1]))
-    some = batches_of(spread_rows(rows, min(samples, len(rows))), len(batches[0]), base.device)
-    if directions == "variance":
-        left_out_Dr = principal_basis(stream_covariance(base, some, epsilon, on_layer))[:, kept:]
+        left_out_Dr = principal_basis(stream_covariance(base, batches, epsilon, on_layer))[:, kept:]
     else:
+        some = batches_of(spread_rows(torch.cat(list(batches)).cpu().numpy(), samples), len(batches[0]), base.device)
         left_out_Dr = least_needed(stream_moments(base, some, epsilon, scratch=scratch, on_layer=on_layer), hidden - kept,
                                    tied=plan.student.tied_embeddings)  # fmt: skip
     if not plan.student.tied_embeddings:

@@ -19,7 +19,6 @@ Indices = tuple[int, ...]
 RIDGE = 1e-3  # where none is set, of a fit whose ridge is not chosen
 LEAST_IN_FLOAT32 = 1e-4  # the ridge beside which the rounding of products in float32 is small
 MIXTURES = 128  # of a matrix's outputs, by which ridges are compared
-TOKENS_OF_CHANNEL = 16  # calibration tokens for each channel, of every layer, that directions of most variance are measured on
 SWEEPS = 2  # over the matrices of a layer with experts (docs/notes/moe.md)
 LOCAL_STEPS = 200  # of training for each expert, where the setting says none (docs/notes/moe.md)
 FEED_FORWARD_STEPS = 48  # and of a feed-forward layer (docs/notes/real_model.md)

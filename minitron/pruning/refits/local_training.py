@@ -23,7 +23,6 @@ LAST_STEP = 0.05  # of the peak, at the end of the cosine
 WARMUP_STEPS = 10
 BETAS = (0.9, 0.98)
 SHARES = (1.0, 0.5, 0.25)  # of what was learned, of which the best is kept
-LOOK = 3  # judges are asked after a share of one in so many of the steps, and at the end
 AT_ONCE = 4096  # tokens whose outputs exist at a time
 
 
@@ -59,47 +58,33 @@ def train_locally(parameters: Iterable[nn.Parameter], off: Callable[[torch.Tenso
     or rows, by their numbers [n].
 
     Gives whether the error became less; the parameters are what they were where it did not, also where it is not finite. `apart`: every JUDGE-th item is not
-    trained on but judges, how much of what was learned is kept too, as far as there are so many; where a third of the steps have not served the judges the
-    rest is left out. Steps have bf16 products then, where the device is quick with them; judging has not.
+    trained on but judges, how much of what was learned is kept too, as far as there are so many. Steps have bf16 products then, where the
+    device is quick with them; judging has not.
     """
     parameters, numbers = [parameter.requires_grad_() for parameter in parameters], torch.arange(items)
     judges = numbers[JUDGE - 1 :: JUDGE] if apart and items >= JUDGE else numbers
     trained = numbers[numbers % JUDGE != JUDGE - 1] if len(judges) < items else numbers
     start, device = [parameter.detach().clone() for parameter in parameters], parameters[0].device
-    least, shares, looks = _error(off, judges, at_once), SHARES if apart else SHARES[:1], (steps // LOOK, steps) if apart else (steps,)
+    least, shares = _error(off, judges, at_once), SHARES if apart else SHARES[:1]
     groups = [{"params": [parameter], "lr": STEP * float(parameter.detach().square().mean().sqrt())} for parameter in parameters]
-    optimizer, kept = torch.optim.Adam(groups, betas=BETAS), 0.0
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, steps))
-    for step, numbers_n in enumerate(_drawn(len(trained), min(batch, len(trained)), steps), 1):
+    for numbers_n in _drawn(len(trained), min(batch, len(trained)), steps):
         optimizer.zero_grad()
         with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=apart and bf16_pays(device)):
             loss = off(trained[numbers_n]).square().mean()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step in looks:
-            end = [parameter.detach().clone() for parameter in parameters]
-            kept = _best_share(parameters, start, end, shares, lambda: _error(off, judges, at_once), least)
-            if kept == 0:
-                break
-            _set(parameters, start, end, 1.0 if step < steps else kept)
     for parameter in parameters:
         parameter.requires_grad_(False)
-    return kept > 0
-
-
-@torch.no_grad()
-def _best_share(parameters: Sequence[nn.Parameter], start: Sequence[torch.Tensor], end: Sequence[torch.Tensor], shares: Iterable[float],
-                error: Callable[[], float], least: float) -> float:  # fmt: skip
-    """Of the way from start to end, the share with the least error, 0 where none is below `least`: no number is below one that is not finite. Parameters are
-    the start's afterwards."""
-    best = 0.0
+    kept, end = 0.0, [parameter.detach().clone() for parameter in parameters]
     for share in shares:
         _set(parameters, start, end, share)
-        if (found := error()) < least:
-            best, least = share, found
-    _set(parameters, start, end, 0.0)
-    return best
+        if (error := _error(off, judges, at_once)) < least:  # no number is below one that is not finite
+            kept, least = share, error
+    _set(parameters, start, end, kept)
+    return kept > 0
 
 
 @torch.no_grad()
