@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from minitron.measures.continuations import check_prompts, continuations
 from minitron.report.evaluation import continuations_text
-from minitron.report.page import page_html
+from minitron.report.html import page_html
 from minitron.settings.evaluate import EvaluateSettings
 from minitron.settings.run import Settings
 from minitron.text.own_tokenizer import train_tokenizer
@@ -82,7 +82,7 @@ def test_the_page_shows_any_text_as_it_is():
     html = page_html(markdown, "page").partition("<body>")[2]
     assert not re.search(r"<(script|b|em|code|h1|a|table)\b", html) and html.count("<li>") == 2
     shown = TEXT.replace("\n", " ⏎ ").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    assert f"teacher: “{shown}”" in html and "“&lt;b&gt;&amp;”" in html and "student: cannot decode" in html
+    assert f"<strong>teacher</strong>: “{shown}”" in html and "“&lt;b&gt;&amp;”" in html and "<strong>student</strong>: cannot decode" in html
     assert re.search(r"<(em|code|h1|a)\b", page_html(TEXT, "page").partition("<body>")[2])
 
 
