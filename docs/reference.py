@@ -32,7 +32,7 @@ TASKS = (
     ("Distilling", "[distillation.md](distillation.md)", ("distill",)),
     ("Measuring", "[evaluation.md](evaluation.md), [reasoning.md](reasoning.md)", ("evaluate", "reasoning")),
     ("Generating text", "[serving.md](serving.md)", ("prompt", "checkpoint", "thinking", "thinking_budget", "generate")),
-    ("Handing out, tidying up", "[serving.md](serving.md)", ("export", "merge", "tidy")),
+    ("Handing out, tidying up", "[serving.md](serving.md)", ("export", "card", "merge", "tidy")),
 )
 MADE = "<!-- made by `make house` -->\n"
 
