@@ -59,8 +59,9 @@ house: $(VENV)/installed
 	$(BIN)/python docs/reference.py
 
 # The site of docs/ in build/site, in an environment of its own; a dead link or a page that no other leads to fails. Built and read without a network.
+# Never with --quiet: mkdocs then does not hear the warnings that --strict is about. `make test` builds it too (tests/test_site.py).
 docs: $(DOCS_VENV)/installed
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 	@echo build/site/index.html
 
 $(DOCS_VENV)/installed: constraints.txt

@@ -4,6 +4,8 @@ import importlib.util
 import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +25,17 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]
 EXPERIMENTS = [path.stem for path in (REPOSITORY / "conf" / "experiment").glob("*.yaml")]
-_SPEC = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
-reference = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(reference)
+
+
+def script(path: Path):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+reference, pictures = script(DOCS / "reference.py"), script(DOCS / "pictures" / "draw.py")
 
 
 # ------------------------------------------------------------------------------------------------------ reference pages
@@ -120,10 +130,45 @@ def test_dead_links_and_a_page_that_nothing_leads_to_are_caught(tmp_path, naviga
     assert orphans([DOCS / "own_model.md", DOCS / "notes" / "planted.md"], navigation) == ["notes/planted.md"]
 
 
-def test_nothing_of_the_site_is_fetched_at_reading(navigation):
+def built(root: Path, site: Path) -> subprocess.CompletedProcess:
+    """`make docs` of the documents in a folder, with the Makefile's options, by the mkdocs of this environment."""
+    (options,) = re.findall(r"bin/mkdocs build (.*)", (REPOSITORY / "Makefile").read_text(encoding="utf-8"))
+    command = [sys.executable, "-m", "mkdocs", "build", *options.split(), "--config-file", str(root / "mkdocs.yml"), "--site-dir", str(site)]
+    return subprocess.run(command, cwd=root, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+
+
+def asked_of_others(page: str) -> list[str]:
+    """What a browser would fetch from elsewhere when it shows a page."""
+    return re.findall(r"""<(?:script|img|link|iframe|source)\b[^>]*(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""", page)
+
+
+def test_the_site_is_built_and_asks_nothing_of_others_at_reading(tmp_path):
+    finished = built(REPOSITORY, tmp_path / "site")
+    assert finished.returncode == 0, finished.stderr
+    pages = [*(tmp_path / "site").rglob("*.html")]
+    assert len(pages) > len(PAGES) and "Concepts with pictures" in (tmp_path / "site" / "index.html").read_text()
+    assert {place for page in pages for place in asked_of_others(page.read_text())} == set()
+    assert asked_of_others('<script src="https://example.org/a.js"></script><img src="//example.org/b.png"><img src="c.png">') != []
+
+
+@pytest.mark.parametrize("planted", ["[a](nowhere.md)", "[a](index.md#nowhere)", "![a](nowhere.svg)"])
+def test_a_dead_link_ends_the_build_by_the_sites_own_rules(planted, tmp_path):
+    """Of one page, under the theme's absence: rules are what is tried."""
     config = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))
-    assert config["theme"]["font"] is False and config["strict"] is True
-    assert not {"extra_javascript", "extra_css", "extra", "repo_url"} & set(config) and "mermaid" not in (REPOSITORY / "mkdocs.yml").read_text()
+    rules = {name: config[name] for name in ("site_name", "docs_dir", "strict", "validation", "markdown_extensions")}
+    (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(rules | {"plugins": []}))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(f"# Page\n\n{planted}\n")
+    finished = built(tmp_path, tmp_path / "site")
+    assert finished.returncode == 1 and finished.stderr.count("WARNING") == 1 and "nowhere" in finished.stderr
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_a_picture_is_what_its_script_draws_and_stands_by_itself(name):
+    drawn = (DOCS / "pictures" / f"{name}.svg").read_text(encoding="utf-8")
+    assert drawn == pictures.drawn(name), "docs/pictures/draw.py draws it anew"
+    assert re.findall(r"https?://[^\"]*", drawn) == ["http://www.w3.org/2000/svg"] and "href" not in drawn and "@import" not in drawn
+    assert f"](pictures/{name}.svg)" in (DOCS / "concepts.md").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
