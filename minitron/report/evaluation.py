@@ -8,6 +8,8 @@ from minitron.report.text import Summary, nats, quoted, speed, table
 from minitron.report.verdict import evaluations
 
 WRITTEN = "What they write"
+UNASKED = ("Nobody asked. `evaluate.prompts='[\"It was a dark night\"]'`, or texts of your own, beside the same command has teacher, pruned and student go on from "
+           "them, and measures nothing else anew.")  # fmt: skip
 
 
 def evaluation_blocks(summary: Summary, image: Callable[[str, str], str]) -> list[str]:
@@ -91,10 +93,12 @@ def needle_note(summary: Summary) -> str:
 
 
 def continuations_text(summary: Summary) -> str:
-    """A section: what every model writes after each of evaluate.prompts. Nothing without prompts."""
+    """A section: what every model writes after each of evaluate.prompts; without prompts, how to have some. Nothing before they are evaluated."""
     found = {name: result["continuations"] for name, result in _with(summary, "continuations").items()}
-    if not found:
+    if not evaluations(summary):
         return ""
+    if not found:
+        return f"## {WRITTEN}\n\n{UNASKED}"
     blocks = [f"## {WRITTEN}", "Greedily, the likeliest token each time; ⏎ is the end of a line."]
     for number, one in enumerate(next(iter(found.values()))):
         lines = [f"- **{name}**: {_continuation(written[number])}" for name, written in found.items()]

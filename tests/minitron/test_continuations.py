@@ -86,5 +86,6 @@ def test_the_page_shows_any_text_as_it_is():
     assert re.search(r"<(em|code|h1|a)\b", page_html(TEXT, "page").partition("<body>")[2])
 
 
-def test_without_prompts_the_page_has_nothing_of_them():
-    assert continuations_text({"models": {"teacher": {"evaluation": {"loss_nats_per_token": 1.0}}}}) == ""
+def test_without_prompts_the_page_says_how_to_have_some_once_there_is_an_evaluation():
+    assert "evaluate.prompts=" in continuations_text({"models": {"teacher": {"evaluation": {"loss_nats_per_token": 1.0}}}})
+    assert continuations_text({"models": {"teacher": {"evaluation": None}}}) == ""

@@ -505,7 +505,7 @@ def test_before_the_search_the_table_has_what_is_measured_and_nobody_is_chosen(s
 
 def test_two_laps_have_a_section_each_and_shared_stages_one(two_laps):
     page = page_markdown(two_laps, list(PLOTS))
-    assert re.findall("\n## (.+)\n", page) == ["data", "teacher", "First lap: depth", "Second lap: widths", "Where and how"]
+    assert re.findall("\n## (.+)\n", page) == ["What they write", "data", "teacher", "First lap: depth", "Second lap: widths", "Where and how"]
     laps = page[page.index("## First lap") :].split("## Second lap")
     after_score = ["shortlist", "teacher_cache", "screen", "search", "prune", "distill"]
     assert re.findall("\n### (\\w+)\n", laps[0]) == ["score", *after_score]
