@@ -184,7 +184,8 @@ def commands(page: Path) -> Iterator[str]:
     fenced = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     indented = re.findall(r"^ {4}(\S.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
     for line in [*(line for block in fenced for line in block.splitlines()), *indented]:
-        yield from (one.strip() for one in re.split(r" & ", line) if COMMAND.fullmatch(one.strip()))
+        typed = (one.strip().removeprefix("$ ") for one in re.split(r" & ", line))
+        yield from (one for one in typed if COMMAND.fullmatch(one))
 
 
 COMMANDS = [(page.relative_to(REPOSITORY).as_posix(), command) for page in PAGES for command in commands(page)]
@@ -308,6 +309,20 @@ def test_settings_that_do_not_go_together_are_caught(words):
     check(f"python -m minitron.run {words}")
     with pytest.raises(ValueError):
         check(f"python -m minitron.run {words}", composes=True)
+
+
+def without_example(pages: list[Path]) -> list[str]:
+    """Pages of the site, but for lab notes, without a command or a piece of Python to try."""
+    return [page.name for page in pages if page.parent.name != "notes" and not list(commands(page)) and "```python" not in page.read_text(encoding="utf-8")]
+
+
+def test_every_page_has_an_example():
+    assert without_example(PAGES) == []
+
+
+def test_a_page_without_an_example_is_caught(tmp_path):
+    (tmp_path / "a.md").write_text("# A\nTo install, say make install.\n```json\n{}\n```\n")
+    assert without_example([tmp_path / "a.md"]) == ["a.md"]
 
 
 def test_there_are_commands_and_prose_is_none():
