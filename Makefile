@@ -62,7 +62,7 @@ house: $(VENV)/installed
 # Never with --quiet: mkdocs then does not hear the warnings that --strict is about. `make test` builds it too (tests/test_site.py).
 docs: $(DOCS_VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
-	@echo build/site/index.html
+	@echo "build/site/index.html; with a search box: python3 -m http.server --directory build/site"
 
 $(DOCS_VENV)/installed: constraints.txt
 	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
