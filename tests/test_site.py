@@ -151,16 +151,24 @@ def test_the_site_is_built_and_asks_nothing_of_others_at_reading(tmp_path):
     assert asked_of_others('<script src="https://example.org/a.js"></script><img src="//example.org/b.png"><img src="c.png">') != []
 
 
-@pytest.mark.parametrize("planted", ["[a](nowhere.md)", "[a](index.md#nowhere)", "![a](nowhere.svg)"])
-def test_a_dead_link_ends_the_build_by_the_sites_own_rules(planted, tmp_path):
-    """Of one page, under the theme's absence: rules are what is tried."""
+DEAD = ("[a](nowhere.md)", "[a](index.md#nothing)", "![a](never.svg)")
+
+
+def test_dead_links_end_the_build_by_the_sites_own_rules(tmp_path):
+    """Of one page without the theme: the rules are what is tried. A page without them, the control, is built."""
     config = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))
     rules = {name: config[name] for name in ("site_name", "docs_dir", "strict", "validation", "markdown_extensions")}
-    (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(rules | {"plugins": []}))
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "index.md").write_text(f"# Page\n\n{planted}\n")
-    finished = built(tmp_path, tmp_path / "site")
-    assert finished.returncode == 1 and finished.stderr.count("WARNING") == 1 and "nowhere" in finished.stderr
+    for name, links in (("dead", DEAD), ("alive", ("[a](index.md)",))):
+        (tmp_path / name / "docs").mkdir(parents=True)
+        (tmp_path / name / "mkdocs.yml").write_text(yaml.safe_dump(rules | {"plugins": []}))
+        (tmp_path / name / "docs" / "index.md").write_text("\n\n".join(["# Page", *links]))
+    dead, alive = (built(tmp_path / name, tmp_path / "site") for name in ("dead", "alive"))
+    assert dead.returncode == 1 and len(_warnings(dead)) == 3 and all(link in dead.stderr for link in ("nowhere.md", "index.md#nothing", "never.svg"))
+    assert alive.returncode == 0 and _warnings(alive) == []
+
+
+def _warnings(finished: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in finished.stderr.splitlines() if line.startswith("WARNING")]
 
 
 @pytest.mark.parametrize("name", pictures.PICTURES)
