@@ -174,8 +174,10 @@ def _speed_sentences(summary: Summary) -> list[str]:
         return []
     student, teacher = speeds["student"], speeds["teacher"]
     noise = abs(speeds["pruned"] / student - 1) if "pruned" in speeds else 0.0
-    times = f"{student / teacher:.2f} ×" if abs(student / teacher - 1) > noise else "about"
-    sentence = f"The student decodes {times} as fast as the teacher ({student:.1f} against {teacher:.1f} tokens/s)"
+    if noise > abs(student / teacher - 1):
+        return [f"Decoding speeds are too rough to tell student and teacher apart: {teacher:.1f} tokens/s of the teacher, {student:.1f} of the student, and "
+                f"{speeds['pruned']:.1f} of the pruned model, whose architecture is the student's."]  # fmt: skip
+    sentence = f"The student decodes {student / teacher:.2f} × as fast as the teacher ({student:.1f} against {teacher:.1f} tokens/s)"
     if noise <= NOISY_SPEED_SHARE:
         return [sentence + "."]
     return [f"{sentence}. The pruned model, same architecture, gave {speeds['pruned']:.1f} tokens/s: these speeds are good to {100 * noise:.0f} % only."]

@@ -610,8 +610,9 @@ def test_the_verdict_says_what_fits(summary):
 
 def test_speeds_that_differ_between_equal_architectures_are_called_rough(summary):
     assert "good to" not in verdict(summary)
-    summary["models"]["pruned"]["evaluation"]["decode_tokens_per_second"] = 60.0
-    assert "good to 20 % only" in verdict(summary)
+    for name, speed in (("pruned", 60.0), ("teacher", 40.0)):
+        summary["models"][name]["evaluation"]["decode_tokens_per_second"] = speed
+    assert "decodes 1.25 × as fast" in verdict(summary) and "good to 20 % only" in verdict(summary)
 
 
 def test_removed_layers_are_marked_under_their_letters(summary):
@@ -722,7 +723,7 @@ def test_a_plain_slice_within_noise_is_called_as_good(summary):
 def test_speeds_no_further_apart_than_noise_are_called_equal(summary):
     for name, speed in (("teacher", 50.0), ("pruned", 60.0), ("student", 52.0)):
         summary["models"][name]["evaluation"]["decode_tokens_per_second"] = speed
-    assert "decodes about as fast as the teacher" in verdict(summary) and "1.04 ×" not in verdict(summary)
+    assert "too rough to tell student and teacher apart" in verdict(summary) and "1.04 ×" not in verdict(summary)
     summary["models"]["student"]["evaluation"]["decode_tokens_per_second"] = 62.0
     assert "decodes 1.24 × as fast as the teacher" in verdict(summary)
 
