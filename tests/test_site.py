@@ -182,7 +182,7 @@ def test_a_picture_is_what_its_script_draws_and_stands_by_itself(name):
 # ------------------------------------------------------------------------------------------------------------ commands
 
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(python|make|accelerate|vllm|pip)\b.*")
-PLACEHOLDERS = ("MODEL", "model", "DIR", "DIR_OR_HUB_ID")  # for a model's folder; ID, NAME, OWNER/NAME and … stand for others
+PLACEHOLDERS = ("MODEL", "model", "DIR", "DIR_OR_HUB_ID", "downloaded")  # for a model's folder; ID, NAME, OWNER/NAME and … stand for others
 VLLM_SERVE = {"--served-model-name", "--mamba_ssm_cache_dtype", "--max-model-len", "--host", "--port"}  # vllm is not in this environment
 
 

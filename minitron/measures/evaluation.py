@@ -5,7 +5,7 @@ not measured again; a model is loaded only where something of it is missing.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from minitron.families.known import can_decode, family_of
 from minitron.generation.tokenizers import load_tokenizer
 from minitron.machine.alone import measured_alone
 from minitron.machine.device import check_on_gpu, let_go, pick_device
-from minitron.measures.continuations import check_prompts, continuations
+from minitron.measures.continuations import check_prompts, continuations, row_beginnings
 from minitron.measures.held_out import CHUNK_TOKENS, by_position, by_row, by_source, token_sums
 from minitron.measures.kept import kept, measurements_folder
 from minitron.measures.needle import check_vocabulary, measure_needle
@@ -164,10 +164,11 @@ def _measures(context: StageContext, models: Models) -> Iterator[Measure]:
         check_vocabulary(vocabulary, wanted.needle)
         make = partial(_needle, models, rows, vocabulary, wanted)
         yield Measure("needle", {**of_rows, **key_settings(wanted.needle)}, make)
-    if wanted.prompts:
+    if wanted.prompts or wanted.held_out_prompts:
         check_prompts(tokenizer, wanted, max_positions(context.settings))
-        of_prompts = {"prompts": list(wanted.prompts), "new_tokens": wanted.new_tokens, "teacher": context.inputs["teacher"].identity}
-        yield Measure("prompts", of_prompts, partial(_prompts, models, tokenizer, wanted))
+        prompts = list(dict.fromkeys([*wanted.prompts, *row_beginnings(tokenizer, rows, wanted.held_out_prompts)]))
+        of_prompts = {"prompts": prompts, "new_tokens": wanted.new_tokens, "teacher": context.inputs["teacher"].identity}
+        yield Measure("prompts", of_prompts, partial(_prompts, models, tokenizer, prompts, wanted.new_tokens))
     for task in wanted.tasks:
         yield Measure(_task_name(task), task_identity(load_task(task, wanted), wanted), partial(_task, models, tokenizer, task, wanted))
 
@@ -201,10 +202,11 @@ def _can_decode(models: Models, name: str) -> bool:
     return can_decode(architecture_from_config(read_config(models.folders[name])))
 
 
-def _prompts(models: Models, tokenizer: PreTrainedTokenizerBase, wanted: EvaluateSettings, name: str, _on_share: Share) -> list[dict[str, Any]]:
+def _prompts(models: Models, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int, name: str,
+             _on_share: Share) -> list[dict[str, Any]]:  # fmt: skip
     if not _can_decode(models, name):
-        return [{"prompt": prompt, "text": None} for prompt in wanted.prompts]
-    return continuations(models.alone(name), tokenizer, wanted.prompts, new_tokens=wanted.new_tokens)
+        return [{"prompt": prompt, "text": None} for prompt in prompts]
+    return continuations(models.alone(name), tokenizer, prompts, new_tokens=new_tokens)
 
 
 def _needle(models: Models, rows_RT: np.ndarray, vocabulary: Vocabulary, wanted: EvaluateSettings, name: str, on_share: Share) -> dict[str, Any]:
@@ -232,4 +234,4 @@ def _facts(wanted: EvaluateSettings, found: Mapping[str, Any]) -> dict[str, Any]
     tasks = {task: found[_task_name(task)] for task in wanted.tasks}
     held_out = {name: value for name, value in found["held_out"].items() if name != "rows"}
     facts = {**held_out, "decode_tokens_per_second": decode, "speed": speed, "needle": found.get("needle"), "tasks": tasks}
-    return facts | ({"continuations": found["prompts"]} if wanted.prompts else {})
+    return facts | ({"continuations": found["prompts"]} if "prompts" in found else {})

@@ -8,8 +8,8 @@ from minitron.report.text import Summary, nats, quoted, speed, table
 from minitron.report.verdict import evaluations
 
 WRITTEN = "What they write"
-UNASKED = ("Nobody asked. `evaluate.prompts='[\"It was a dark night\"]'`, or texts of your own, beside the same command has teacher, pruned and student go on "
-           "from them, and measures nothing else anew.")  # fmt: skip
+UNASKED = ("Nobody asked. `evaluate.held_out_prompts=2` beside the same command has teacher, pruned and student go on from two held-out texts, "
+           "`evaluate.prompts='[\"It was a dark night\"]'` from texts of your own; nothing else is measured anew.")  # fmt: skip
 
 
 def evaluation_blocks(summary: Summary, image: Callable[[str, str], str]) -> list[str]:
