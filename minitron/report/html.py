@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 UNFOLDED = (WRITTEN,)  # sections of the second level that a reader of five minutes sees whole
 FOLDED = ("h2", "h3")
-UNIT = re.compile(r"(?<=\d) (?=%|(?:GiB|nats|tokens|s|min|h)\b)")  # a number and its unit stay on one line
+UNIT = re.compile(r"(?<=\d) (?=[%±]|(?:GiB|nats|tokens|s|min|h)\b)|(?<=±) (?=\d)")  # a number, its error and its unit stay on one line
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 70rem; margin: 2rem auto; padding: 0 1.2rem; }
 h1, h2, h3 { line-height: 1.25; margin-bottom: .6rem; } h2 { margin-top: 2rem; }
