@@ -32,7 +32,7 @@ TASKS = (
     ("Distilling", "[distillation.md](distillation.md)", ("distill",)),
     ("Measuring", "[evaluation.md](evaluation.md), [reasoning.md](reasoning.md)", ("evaluate", "reasoning")),
     ("Generating text", "[serving.md](serving.md)", ("prompt", "checkpoint", "thinking", "thinking_budget", "generate")),
-    ("Handing out, tidying up", "[serving.md](serving.md)", ("export", "merge", "tidy")),
+    ("Handing out, tidying up", "[serving.md](serving.md)", ("export", "card", "merge", "tidy")),
 )
 MADE = "<!-- made by `make house` -->\n"
 
@@ -99,9 +99,20 @@ def settings_page() -> str:
     return "\n".join(parts)
 
 
+REFERENCE_INTRODUCTION = """\
+Settings have a page of their own: [settings.md](settings.md). Whole commands by task: [recipes.md](recipes.md).
+
+```
+python -m minitron.run --help
+```
+"""
 SETTINGS_INTRODUCTION = """\
 Every setting, by what one wants to do. Give one as `name=value` behind `python -m minitron.run`, keep several in a file
-([own_model.md](own_model.md#keeping-your-settings)), or give them [from Python](python.md). `--cfg job` prints all with their values.
+([own_model.md](own_model.md#keeping-your-settings)), or give them [from Python](python.md).
+
+```
+python -m minitron.run teacher.path=MODEL budget=l4 --cfg job     # every setting with the value that it would have
+```
 
 **Default** is what holds with no experiment; behind *own*, what it is with `teacher.path=…` ([own_model.md](own_model.md)), where *follows* means
 that it is worked out from the model and the budget.
@@ -152,7 +163,7 @@ def reference_page() -> str:
         ("make", "Each target first sets up an environment of its own where it needs one.", "target", targets),
         ("python -m memory_budget", "What a model takes, without loading it: [memory.md](memory.md).", "option", options),
     )  # fmt: skip
-    parts = [MADE, "# Commands and functions\n", "Settings have a page of their own: [settings.md](settings.md).\n"]
+    parts = [MADE, "# Commands and functions\n", REFERENCE_INTRODUCTION]
     for title, above, what, rows in tables:
         parts.append(f"## {title}\n\n{above}\n\n| {what} | what it does |\n|---|---|\n" + "\n".join(rows) + "\n")
     parts.append("## minitron.api\n\nShown at work in [python.md](python.md). `**asked` is an `Asked`, by name.\n\n" + "\n".join(api_entries()))

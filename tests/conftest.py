@@ -48,7 +48,7 @@ SMALL = (
     "search.finalists=2", "screen.train.tokens=2000", "screen.train.learning_rate=0.005", "screen.new_tokens=4", "depth_lap.enabled=false",
     "prune.method=slice", "prune.against_slice=false", "distill.train.tokens=10000", "distill.train.learning_rate=0.005",
     "screen.prompt_tokens=8", "evaluate.samples=8", "evaluate.speed=[{input_tokens: 8, output_tokens: 4, batch: 1}]",
-    "evaluate.needle={lengths: [64], depths: 2, samples: 2, alternatives: 4}",
+    "evaluate.needle={lengths: [64], depths: 2, samples: 2, alternatives: 4}", "evaluate.held_out_prompts=0",
 )  # fmt: skip
 
 # A walk of a teacher of blocks of write_teacher: 0.00238 GiB as a tied Llama, and of the students only the smaller ones fit.

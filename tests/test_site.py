@@ -4,6 +4,8 @@ import importlib.util
 import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +25,17 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]
 EXPERIMENTS = [path.stem for path in (REPOSITORY / "conf" / "experiment").glob("*.yaml")]
-_SPEC = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
-reference = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(reference)
+
+
+def script(path: Path):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+reference, pictures = script(DOCS / "reference.py"), script(DOCS / "pictures" / "draw.py")
 
 
 # ------------------------------------------------------------------------------------------------------ reference pages
@@ -120,16 +130,59 @@ def test_dead_links_and_a_page_that_nothing_leads_to_are_caught(tmp_path, naviga
     assert orphans([DOCS / "own_model.md", DOCS / "notes" / "planted.md"], navigation) == ["notes/planted.md"]
 
 
-def test_nothing_of_the_site_is_fetched_at_reading(navigation):
+def built(root: Path, site: Path) -> subprocess.CompletedProcess:
+    """`make docs` of the documents in a folder, with the Makefile's options, by the mkdocs of this environment."""
+    (options,) = re.findall(r"bin/mkdocs build (.*)", (REPOSITORY / "Makefile").read_text(encoding="utf-8"))
+    command = [sys.executable, "-m", "mkdocs", "build", *options.split(), "--config-file", str(root / "mkdocs.yml"), "--site-dir", str(site)]
+    return subprocess.run(command, cwd=root, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+
+
+def asked_of_others(page: str) -> list[str]:
+    """What a browser would fetch from elsewhere when it shows a page."""
+    return re.findall(r"""<(?:script|img|link|iframe|source)\b[^>]*(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""", page)
+
+
+def test_the_site_is_built_and_asks_nothing_of_others_at_reading(tmp_path):
+    finished = built(REPOSITORY, tmp_path / "site")
+    assert finished.returncode == 0, finished.stderr
+    pages = [*(tmp_path / "site").rglob("*.html")]
+    assert len(pages) > len(PAGES) and "Concepts with pictures" in (tmp_path / "site" / "index.html").read_text()
+    assert {place for page in pages for place in asked_of_others(page.read_text())} == set()
+    assert asked_of_others('<script src="https://example.org/a.js"></script><img src="//example.org/b.png"><img src="c.png">') != []
+
+
+DEAD = ("[a](nowhere.md)", "[a](index.md#nothing)", "![a](never.svg)")
+
+
+def test_dead_links_end_the_build_by_the_sites_own_rules(tmp_path):
+    """Of one page without the theme: the rules are what is tried. A page without them, the control, is built."""
     config = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))
-    assert config["theme"]["font"] is False and config["strict"] is True
-    assert not {"extra_javascript", "extra_css", "extra", "repo_url"} & set(config) and "mermaid" not in (REPOSITORY / "mkdocs.yml").read_text()
+    rules = {name: config[name] for name in ("site_name", "docs_dir", "strict", "validation", "markdown_extensions")}
+    for name, links in (("dead", DEAD), ("alive", ("[a](index.md)",))):
+        (tmp_path / name / "docs").mkdir(parents=True)
+        (tmp_path / name / "mkdocs.yml").write_text(yaml.safe_dump(rules | {"plugins": []}))
+        (tmp_path / name / "docs" / "index.md").write_text("\n\n".join(["# Page", *links]))
+    dead, alive = (built(tmp_path / name, tmp_path / "site") for name in ("dead", "alive"))
+    assert dead.returncode == 1 and len(_warnings(dead)) == 3 and all(link in dead.stderr for link in ("nowhere.md", "index.md#nothing", "never.svg"))
+    assert alive.returncode == 0 and _warnings(alive) == []
+
+
+def _warnings(finished: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in finished.stderr.splitlines() if line.startswith("WARNING")]
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_a_picture_is_what_its_script_draws_and_stands_by_itself(name):
+    drawn = (DOCS / "pictures" / f"{name}.svg").read_text(encoding="utf-8")
+    assert drawn == pictures.drawn(name), "docs/pictures/draw.py draws it anew"
+    assert re.findall(r"https?://[^\"]*", drawn) == ["http://www.w3.org/2000/svg"] and "href" not in drawn and "@import" not in drawn
+    assert f"](pictures/{name}.svg)" in (DOCS / "concepts.md").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
 
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(python|make|accelerate|vllm|pip)\b.*")
-PLACEHOLDERS = ("MODEL", "model", "DIR", "DIR_OR_HUB_ID")  # for a model's folder; ID, NAME, OWNER/NAME and … stand for others
+PLACEHOLDERS = ("MODEL", "model", "DIR", "DIR_OR_HUB_ID", "downloaded")  # for a model's folder; ID, NAME, OWNER/NAME and … stand for others
 VLLM_SERVE = {"--served-model-name", "--mamba_ssm_cache_dtype", "--max-model-len", "--host", "--port"}  # vllm is not in this environment
 
 
@@ -139,7 +192,8 @@ def commands(page: Path) -> Iterator[str]:
     fenced = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     indented = re.findall(r"^ {4}(\S.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
     for line in [*(line for block in fenced for line in block.splitlines()), *indented]:
-        yield from (one.strip() for one in re.split(r" & ", line) if COMMAND.fullmatch(one.strip()))
+        typed = (one.strip().removeprefix("$ ") for one in re.split(r" & ", line))
+        yield from (one for one in typed if COMMAND.fullmatch(one))
 
 
 COMMANDS = [(page.relative_to(REPOSITORY).as_posix(), command) for page in PAGES for command in commands(page)]
@@ -263,6 +317,20 @@ def test_settings_that_do_not_go_together_are_caught(words):
     check(f"python -m minitron.run {words}")
     with pytest.raises(ValueError):
         check(f"python -m minitron.run {words}", composes=True)
+
+
+def without_example(pages: list[Path]) -> list[str]:
+    """Pages of the site, but for lab notes, without a command or a piece of Python to try."""
+    return [page.name for page in pages if page.parent.name != "notes" and not list(commands(page)) and "```python" not in page.read_text(encoding="utf-8")]
+
+
+def test_every_page_has_an_example():
+    assert without_example(PAGES) == []
+
+
+def test_a_page_without_an_example_is_caught(tmp_path):
+    (tmp_path / "a.md").write_text("# A\nTo install, say make install.\n```json\n{}\n```\n")
+    assert without_example([tmp_path / "a.md"]) == ["a.md"]
 
 
 def test_there_are_commands_and_prose_is_none():

@@ -3,8 +3,10 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from urllib.parse import quote
 
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.parameters import count_active_parameters, count_total_parameters
 from memory_budget.units import format_gib
 from minitron.checkpoints.files import DTYPES, Checkpoint, PlannedTensor, PlannedWeights, copy_companions, same_bits
-from minitron.checkpoints.local_paths import is_local
+from minitron.checkpoints.local_paths import is_local, public
 from minitron.checkpoints.placement import StreamedModel
 from minitron.checkpoints.shards import save_model_weights, write_weights
 from minitron.families.base import Family
@@ -24,10 +26,13 @@ from minitron.families.table import expert_of
 from minitron.machine.memory import available_memory_bytes
 from minitron.mamba import dispatch
 from minitron.settings.hub import HUB_ID
-from minitron.walk.shown import without_secrets
-from minitron.walk.store import write_json
+from minitron.walk.shown import escaped, without_secrets
+from minitron.walk.stage import StageContext
+from minitron.walk.store import Result, write_json
 
 CHECK_TOKENS = 48
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
+LICENCE_KEYS = ("license", "license_name", "license_link")
 LAYER_CHECK_TOKENS = 8
 
 
@@ -152,6 +157,57 @@ def check_layer_by_layer(folder: Path, family: Family, planned: Sequence[Planned
     with found.open_head() as head:
         if not torch.isfinite(head.logits(hidden_BTD)).all():
             raise RuntimeError(f"{folder}, read back, gives logits that are not finite")
+
+
+@dataclass(frozen=True, slots=True)
+class Licence:
+    """What a model's folder says of its licence: the card's metadata, and files of that name."""
+
+    metadata: Mapping[str, str]
+    files: tuple[Path, ...] = ()
+
+
+def licence_of(folder: Path, given: str | None = None) -> Licence:
+    """The licence of a model folder, or the one that is given in its place. Raises ValueError where its card's metadata cannot be read."""
+    from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError
+
+    card, metadata = folder / "README.md", {"license": given} if given else {}
+    if card.exists() and not given:
+        try:
+            metadata = metadata_load(card) or {}
+        except (ValueError, YAMLError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{card}, the teacher's card, must have metadata in YAML, where its licence is looked for, or card.licence=ID says it: "
+                             f"{reason}") from None  # fmt: skip
+    files = sorted({path for pattern in LICENCE_FILES for path in folder.glob(pattern) if path.is_file()})
+    return Licence({key: public(str(metadata[key])) for key in LICENCE_KEYS if metadata.get(key)}, tuple(files))
+
+
+def licence_note(licence: Licence, teacher: str, *, carried: bool) -> str:
+    """What a person who passes the student on has to know; `carried`, whether the teacher's files are in its folder too."""
+    if not licence.metadata and not licence.files:
+        return (f"Unknown: the folder of the teacher ({escaped(teacher)}) has no LICENSE file, and its card names none. Find out before you pass this model "
+                "on; stage=export with card.licence=ID writes it into the card.")  # fmt: skip
+    named = licence.metadata.get("license_name") or licence.metadata.get("license")
+    link = escaped(licence.metadata.get("license_link", ""))
+    parts = [f"A derivative of {escaped(teacher)}" + (f", whose licence is **{escaped(named)}**" if named else "") + (f" ({link})" if link else "") + "."]
+    if licence.files:
+        names = ", ".join(f"[{escaped(path.name)}]({quote(path.name)})" if carried else f"`{path.name}`" for path in licence.files)
+        parts.append(f"The teacher's {names} {'is carried over' if carried else 'comes along with stage=export'}.")
+    return " ".join([*parts, "What it asks of derivatives holds for this model."])
+
+
+def student_card(context: StageContext, title: str, *, lines: list[str], architecture: Architecture, source: Result) -> str:
+    """The card of a checkpoint made of `source`, another one's stage: with its Hub id as base, and its licence. An unreadable card there is said and left."""
+    card, name = context.settings.card, source.facts["name"]
+    try:
+        licence = licence_of(source.model_folder, card.licence)
+    except ValueError as error:
+        context.console.say(str(error))
+        licence = Licence({})
+    head = model_card(title, lines=lines, architecture=architecture, base=card.base_model or name, metadata=licence.metadata)
+    return f"{head}\n## Licence\n\n{licence_note(licence, name, carried=False)}\n"
 
 
 def model_card(title: str, *, lines: list[str], architecture: Architecture, base: str | None,

@@ -3,33 +3,22 @@
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from memory_budget.units import format_gib
 from minitron.checkpoints.local_paths import public, public_argument
-from minitron.checkpoints.publish import model_card
+from minitron.checkpoints.publish import Licence, licence_note, model_card
 from minitron.hand_over.compatibility import Finding, programs_of, verdicts
 from minitron.report.evaluation import tasks_table
 from minitron.report.summary import sequences_text
-from minitron.report.text import Summary, escaped, nats, table
+from minitron.report.text import Summary, nats, table
 from minitron.report.verdict import evaluations, how_to_read, how_to_read_memory, models_table
+from minitron.walk.shown import escaped
 from minitron.walk.stage import Lap
 
-LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
-LICENCE_KEYS = ("license", "license_name", "license_link")
 PARTS = {"weights": "weights", "kv_cache": "KV cache", "ssm_state": "SSM state", "conv_state": "convolution state", "activations": "activations"}
 # Settings that say where a run is and not what it makes; the rest repeats it.
 NOT_REPEATED = ("stage=", "export.", "merge.", "runs_folder=", "run_name=", "tracking=", "device=")
-
-
-@dataclass(frozen=True, slots=True)
-class Licence:
-    """What a teacher's folder says of its licence: the card's metadata, and files of that name."""
-
-    metadata: Mapping[str, str]
-    files: tuple[Path, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,43 +30,17 @@ class Exported:
     is_final: bool
 
 
-def licence_of(folder: Path) -> Licence:
-    """The licence of a model folder. Raises ValueError where its card's metadata cannot be read."""
-    from huggingface_hub.repocard import metadata_load
-    from yaml import YAMLError
-
-    card, metadata = folder / "README.md", {}
-    if card.exists():
-        try:
-            metadata = metadata_load(card) or {}
-        except (ValueError, YAMLError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{card}, the teacher's card, must have metadata in YAML, where its licence is looked for: {reason}") from None
-    files = sorted({path for pattern in LICENCE_FILES for path in folder.glob(pattern) if path.is_file()})
-    return Licence({key: public(str(metadata[key])) for key in LICENCE_KEYS if metadata.get(key)}, tuple(files))
-
-
-def licence_note(licence: Licence, teacher: str) -> str:
-    """What a person who passes the student on has to know."""
-    if not licence.metadata and not licence.files:
-        return f"Unknown: the folder of the teacher ({escaped(teacher)}) has no LICENSE file, and its card names none. Find out before you pass this model on."
-    named = licence.metadata.get("license_name") or licence.metadata.get("license")
-    link = escaped(licence.metadata.get("license_link", ""))
-    parts = [f"A derivative of {escaped(teacher)}" + (f", whose card says **{escaped(named)}**" if named else "") + (f" ({link})" if link else "") + "."]
-    parts += [f"The teacher's {', '.join(f'[{escaped(path.name)}]({quote(path.name)})' for path in licence.files)} is carried over."] if licence.files else []
-    return " ".join([*parts, "What it asks of derivatives holds for this model."])
-
-
 def export_card(summary: Summary, laps: Sequence[Lap], exported: Exported, *, licence: Licence, findings: Sequence[Finding], arguments: Sequence[str]) -> str:
     """README.md of an export. `arguments` are those of the command, from which the one that repeats the run is made."""
     from memory_budget.architecture import Architecture
 
     teacher = public(laps[-1].results["teacher"].facts["name"])
     student = summary["models"]["pruned"]  # of the same architecture, and there before the distillation is done
-    head = model_card(exported.name, lines=[exported.trained], architecture=Architecture(**student["architecture"]), base=teacher, metadata=licence.metadata)
+    base = laps[-1].settings.card.base_model or teacher
+    head = model_card(exported.name, lines=[exported.trained], architecture=Architecture(**student["architecture"]), base=base, metadata=licence.metadata)
     sections = {
         "Lineage": "\n".join(f"{number}. {step}" for number, step in enumerate(_lineage(summary, laps, exported), 1)),
-        "Licence": licence_note(licence, teacher),
+        "Licence": licence_note(licence, teacher, carried=True),
         "Memory": _memory(summary, student),
         "Evaluation": _evaluation(summary, exported),
         "Use": USE + (SERVE_WITH_STATE if "M" in student["architecture"]["pattern"] else SERVE),

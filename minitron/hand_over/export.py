@@ -13,10 +13,10 @@ from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB, format_gib
 from minitron.checkpoints.files import Checkpoint, PlannedTensor
 from minitron.checkpoints.local_paths import is_local, public, without_paths
-from minitron.checkpoints.publish import formats_of, state_tensors, write_planned
+from minitron.checkpoints.publish import Licence, formats_of, licence_of, state_tensors, write_planned
 from minitron.families.base import Family
 from minitron.families.known import family_of
-from minitron.hand_over.card import Exported, Licence, distilled, export_card, licence_of
+from minitron.hand_over.card import Exported, distilled, export_card
 from minitron.hand_over.compatibility import Finding, Folder, check_folder, remarks, verdicts
 from minitron.hand_over.rules import RULES
 from minitron.report.summary import build_summary
@@ -140,7 +140,7 @@ def _write(partial: Path, family: Family, student: Student, laps: Sequence[Lap],
     """The whole export in a folder of its own; gives what other programs would say to it."""
     settings, results, given = laps[-1].settings, laps[-1].results, read_config(student.companions)
     config = family.handed_over(family.hf_config(given, architecture_from_config(given)))  # of a student that an earlier version made too
-    licence = licence_of(results["teacher"].model_folder)
+    licence = licence_of(results["teacher"].model_folder, settings.card.licence)
     files = [path.name for path in student.companions.iterdir()]
     folder = Folder(config, [tensor.name for tensor in student.planned], files, own_tokenizer=is_tiny(settings))
     findings = check_folder(folder, RULES[family.model_type])

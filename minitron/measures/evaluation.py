@@ -5,7 +5,7 @@ not measured again; a model is loaded only where something of it is missing.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,11 @@ from minitron.families.known import can_decode, family_of
 from minitron.generation.tokenizers import load_tokenizer
 from minitron.machine.alone import measured_alone
 from minitron.machine.device import check_on_gpu, let_go, pick_device
-from minitron.measures.continuations import check_prompts, continuations
-from minitron.measures.held_out import CHUNK_TOKENS, by_position, by_source, token_sums
+from minitron.measures.continuations import check_prompts, continuations, row_beginnings
+from minitron.measures.held_out import CHUNK_TOKENS, by_position, by_row, by_source, token_sums
 from minitron.measures.kept import kept, measurements_folder
 from minitron.measures.needle import check_vocabulary, measure_needle
+from minitron.measures.paired import Rows, paired_difference
 from minitron.measures.speed import machine_of, make_prompts, measure_speed
 from minitron.measures.tasks import load_task, run_task, task_identity
 from minitron.settings.evaluate import EvaluateSettings, SpeedSettings
@@ -42,6 +43,7 @@ from minitron.walk.store import write_json
 
 SMALLEST_LOSS_NATS = 0.01
 MODELS = {"teacher": "teacher", "pruned": "prune", "student": "distill"}
+DIFFERENCES = {"cut": ("pruned", "teacher"), "won": ("pruned", "student"), "left": ("student", "teacher")}  # whose loss less whose
 Share = Callable[[float], None]  # hears which share of a measurement is done
 
 
@@ -83,15 +85,15 @@ def evaluate_models(context: StageContext) -> dict:
     models = Models({name: context.inputs[stage].model_folder for name, stage in MODELS.items()}, device)
     measures = list(_measures(context, models))
     store = context.folder.parent.parent
-    measured = {}
+    measured, rows = {}, {}
     if there := [name for name in MODELS if (context.folder / f"{name}.json").exists()]:
         context.goes_on(f"the measurements of {', '.join(there)}, which are there")
     with context.console.track("evaluating", len(MODELS) * len(measures), "measurements") as advance:
         for name, stage in MODELS.items():
             folder = measurements_folder(store, context.inputs[stage])
             found = {measure.name: _one(measure, name, folder, context.console.say, advance) for measure in measures}
-            measured[name] = _facts(context.settings.evaluate, found)
-            write_json(context.folder / f"{name}.json", measured[name])
+            measured[name], rows[name] = _facts(context.settings.evaluate, found), found["held_out"].get("rows")
+            write_json(context.folder / f"{name}.json", measured[name] | {"rows": rows[name]})
     loss = {name: facts["loss_nats_per_token"] for name, facts in measured.items()}
     lost = loss["pruned"] - loss["teacher"]
     # Of a loss within the noise of these rows, a share would say nothing.
@@ -100,7 +102,13 @@ def evaluate_models(context: StageContext) -> dict:
     if loss["student"] > loss["pruned"] + SMALLEST_LOSS_NATS:
         share = ": distillation made it worse; keep the pruned one, or distill again at a lower distill.train.learning_rate or on more tokens"
     headline = f"held-out nats/token: teacher {loss['teacher']:.3f}, pruned {loss['pruned']:.3f}, student {loss['student']:.3f}{share}"
-    return {"headline": headline, "models": measured, "lost_nats_per_token": lost, "recovered_share": recovered}
+    apart = {of: _apart(rows[one], rows[other]) for of, (one, other) in DIFFERENCES.items()}
+    return {"headline": headline, "models": measured, "lost_nats_per_token": lost, "recovered_share": recovered, "differences": apart}
+
+
+def _apart(one: Rows | None, other: Rows | None) -> dict[str, Any] | None:
+    """One model's loss less another's; None where an earlier version measured one of them, without its rows."""
+    return asdict(paired_difference(one, other)) if one and other else None
 
 
 def evaluate_slice(context: StageContext) -> dict:
@@ -109,15 +117,18 @@ def evaluate_slice(context: StageContext) -> dict:
     stages = {"teacher": "teacher", "pruned": "prune_slice", "student": "distill_slice"}
     models = Models({name: context.inputs[stage].model_folder for name, stage in stages.items()}, device)
     rows = spread_rows(evaluation_rows(np.load(context.inputs["data"].folder / "heldout.npy", mmap_mode="r")), wanted.samples)
-    found = {}
+    sums = {}
     with context.console.track("evaluating the slice", 2 * count_tokens(rows), "tokens") as advance:
         for name in ("pruned", "student"):
-            found[name] = asdict(token_sums(models[name], models["teacher"], batches_of(rows, wanted.batch, device), advance).means())
+            sums[name] = token_sums(models[name], models["teacher"], batches_of(rows, wanted.batch, device), advance)
+    found = {name: asdict(one.means()) for name, one in sums.items()}
+    students = json.loads((context.inputs["evaluate"].folder / "student.json").read_text()).get("rows")
     own, distilled = context.inputs["evaluate"].facts["models"], context.inputs["distill_slice"]
     ours, slices = own["student"]["loss_nats_per_token"], found["student"]["loss_nats_per_token"]
     headline = f"plain slice {found['pruned']['loss_nats_per_token']:.3f}, after the same {distilled.facts['tokens']:,} tokens {slices:.3f} nats/token"
     return {"headline": f"{headline}; the student is {abs(slices - ours):.3f} {'lower' if ours <= slices else 'higher'}", "models": found,
-            "tokens": distilled.facts["tokens"], "learning_rate": distilled.record["settings"]["phases"][0]["learning_rate"]}  # fmt: skip
+            "difference": _apart(by_row(sums["student"]), students), "tokens": distilled.facts["tokens"],
+            "learning_rate": distilled.record["settings"]["phases"][0]["learning_rate"]}  # fmt: skip
 
 
 def _one(measure: Measure, name: str, folder: Path, say: Callable[[str], None], advance: Advance) -> Any:
@@ -153,10 +164,11 @@ def _measures(context: StageContext, models: Models) -> Iterator[Measure]:
         check_vocabulary(vocabulary, wanted.needle)
         make = partial(_needle, models, rows, vocabulary, wanted)
         yield Measure("needle", {**of_rows, **key_settings(wanted.needle)}, make)
-    if wanted.prompts:
+    if wanted.prompts or wanted.held_out_prompts:
         check_prompts(tokenizer, wanted, max_positions(context.settings))
-        of_prompts = {"prompts": list(wanted.prompts), "new_tokens": wanted.new_tokens, "teacher": context.inputs["teacher"].identity}
-        yield Measure("prompts", of_prompts, partial(_prompts, models, tokenizer, wanted))
+        prompts = list(dict.fromkeys([*wanted.prompts, *row_beginnings(tokenizer, rows, wanted.held_out_prompts)]))
+        of_prompts = {"prompts": prompts, "new_tokens": wanted.new_tokens, "teacher": context.inputs["teacher"].identity}
+        yield Measure("prompts", of_prompts, partial(_prompts, models, tokenizer, prompts, wanted.new_tokens))
     for task in wanted.tasks:
         yield Measure(_task_name(task), task_identity(load_task(task, wanted), wanted), partial(_task, models, tokenizer, task, wanted))
 
@@ -176,7 +188,7 @@ def _check_memory(context: StageContext, device: torch.device) -> None:
 def _held_out(models: Models, rows_RT: np.ndarray, sources_R: np.ndarray, batch: int, name: str, on_share: Share) -> dict[str, Any]:
     tokens = count_tokens(rows_RT)
     sums = token_sums(models[name], models["teacher"], batches_of(rows_RT, batch, models.device), lambda some: on_share(some / tokens))
-    return {**asdict(sums.means()), "by_position": by_position(sums), "by_source": by_source(sums, sources_R.tolist())}
+    return {**asdict(sums.means()), "by_position": by_position(sums), "by_source": by_source(sums, sources_R.tolist()), "rows": by_row(sums)}
 
 
 def _speed(models: Models, rows_RT: np.ndarray, lengths: SpeedSettings, name: str, _on_share: Share) -> dict[str, Any]:
@@ -190,10 +202,11 @@ def _can_decode(models: Models, name: str) -> bool:
     return can_decode(architecture_from_config(read_config(models.folders[name])))
 
 
-def _prompts(models: Models, tokenizer: PreTrainedTokenizerBase, wanted: EvaluateSettings, name: str, _on_share: Share) -> list[dict[str, Any]]:
+def _prompts(models: Models, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int, name: str,
+             _on_share: Share) -> list[dict[str, Any]]:  # fmt: skip
     if not _can_decode(models, name):
-        return [{"prompt": prompt, "text": None} for prompt in wanted.prompts]
-    return continuations(models.alone(name), tokenizer, wanted.prompts, new_tokens=wanted.new_tokens)
+        return [{"prompt": prompt, "text": None} for prompt in prompts]
+    return continuations(models.alone(name), tokenizer, prompts, new_tokens=new_tokens)
 
 
 def _needle(models: Models, rows_RT: np.ndarray, vocabulary: Vocabulary, wanted: EvaluateSettings, name: str, on_share: Share) -> dict[str, Any]:
@@ -219,5 +232,6 @@ def _facts(wanted: EvaluateSettings, found: Mapping[str, Any]) -> dict[str, Any]
     speed = [found[_speed_name(lengths)] for lengths in wanted.speed]
     decode = speed[0]["decode_tokens_per_second"] if speed else None
     tasks = {task: found[_task_name(task)] for task in wanted.tasks}
-    facts = {**found["held_out"], "decode_tokens_per_second": decode, "speed": speed, "needle": found.get("needle"), "tasks": tasks}
-    return facts | ({"continuations": found["prompts"]} if wanted.prompts else {})
+    held_out = {name: value for name, value in found["held_out"].items() if name != "rows"}
+    facts = {**held_out, "decode_tokens_per_second": decode, "speed": speed, "needle": found.get("needle"), "tasks": tasks}
+    return facts | ({"continuations": found["prompts"]} if "prompts" in found else {})

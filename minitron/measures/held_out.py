@@ -116,6 +116,12 @@ def by_source(sums: TokenSums, sources: Sequence[str]) -> list[dict[str, Any]]:
     return [{"source": source, **asdict(_means(total[source]))} for source in largest]
 
 
+def by_row(sums: TokenSums) -> dict[str, list[float]]:
+    """Of each row the loss summed over its tokens that count, in nats, and their number: what two models are held against each other by."""
+    loss_R, _, _, tokens_R = sums.by_row
+    return {"loss": loss_R.tolist(), "tokens": tokens_R.astype(int).tolist()}
+
+
 def _means(sums_4: np.ndarray) -> Evaluation:
     loss, kl, agree, tokens = sums_4.tolist()
     return Evaluation(loss / tokens, kl / tokens, agree / tokens, int(tokens))

@@ -247,7 +247,7 @@ def _evaluate(view: LapView) -> Cost:
         for length in wanted.needle.lengths:
             tokens = length * wanted.needle.depths * wanted.needle.samples
             work += forward_work(model, tokens, length, batches=tokens / (wanted.batch * view.length))
-        work += decode_work(model, len(wanted.prompts) * wanted.new_tokens, view.width)
+        work += decode_work(model, (len(wanted.prompts) + wanted.held_out_prompts) * wanted.new_tokens, view.width)
     longest = max([wanted.batch * view.length, *(speed.batch * speed.input_tokens for speed in wanted.speed), *wanted.needle.lengths])
     models = [(view.teacher, view.width), (view.student, view.width)]
     return Cost(work=work, held=view.forward_bytes(models, longest, wanted.batch * view.length), kept=2**20)

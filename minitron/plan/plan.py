@@ -43,7 +43,7 @@ DECIDED_BY = {
     "distill": ("distill.train.tokens", "distill.train.batch", "distill.phases"),
     "distill_slice": ("prune.against_slice", "distill.train.tokens"),
     "distill_whole": ("reasoning.enabled", "distill.train.tokens"),
-    "evaluate": ("evaluate.samples", "evaluate.speed", "evaluate.needle.lengths", "evaluate.prompts"),
+    "evaluate": ("evaluate.samples", "evaluate.speed", "evaluate.needle.lengths", "evaluate.prompts", "evaluate.held_out_prompts"),
     "against_slice": ("prune.against_slice", "evaluate.samples"),
     "reasoning": ("reasoning.problems", "reasoning.budgets"),
 }

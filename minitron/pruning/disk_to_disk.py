@@ -11,7 +11,7 @@ from memory_budget.hf_config import read_config
 from memory_budget.parameters import count_total_parameters
 from memory_budget.units import GIB, format_gib
 from minitron.checkpoints.files import Checkpoint, PlannedTensor
-from minitron.checkpoints.publish import check_layer_by_layer, check_reload, formats_of, model_card, write_companions
+from minitron.checkpoints.publish import check_layer_by_layer, check_reload, formats_of, student_card, write_companions
 from minitron.checkpoints.shards import write_weights
 from minitron.families.base import FFN, Family
 from minitron.families.known import family_of
@@ -53,9 +53,11 @@ def prune_teacher(context: StageContext) -> dict:
     source, compensated = Checkpoint(source_folder), settings.prune.method is PruneMethod.compensated
     for note in left_out(family, architecture, source.entries):
         context.console.say(f"    prune  {note}")
-    name, removed = context.inputs[base_stage(settings)].facts["name"], removed_layers(plan)
+    base, removed = context.inputs[base_stage(settings)], removed_layers(plan)
+    name = base.facts["name"]
     described = describe_cut(plan) + (" What is kept was refitted to the base's own activations." if compensated else "")
-    card = model_card(f"{name}, pruned to {chosen['id']}", lines=[f"Cut from {name}: {described}", "Not distilled yet."], architecture=student, base=name)
+    title, lines = f"{name}, pruned to {chosen['id']}", [f"Cut from {name}: {described}", "Not distilled yet."]
+    card = student_card(context, title, lines=lines, architecture=student, source=base)
     folder = context.folder / "checkpoint"
     sliced, made = write_cut(context, family, plan, folder, card=card, on_plan=on_plan)
     if made:

@@ -7,6 +7,10 @@ from memory_budget.units import format_gib
 from minitron.report.text import Summary, nats, quoted, speed, table
 from minitron.report.verdict import evaluations
 
+WRITTEN = "What they write"
+UNASKED = ("Nobody asked. `evaluate.held_out_prompts=2` beside the same command has teacher, pruned and student go on from two held-out texts, "
+           "`evaluate.prompts='[\"It was a dark night\"]'` from texts of your own; nothing else is measured anew.")  # fmt: skip
+
 
 def evaluation_blocks(summary: Summary, image: Callable[[str, str], str]) -> list[str]:
     """What the section shows under its headline; `image(name, caption)` shows a plot."""
@@ -18,7 +22,6 @@ def evaluation_blocks(summary: Summary, image: Callable[[str, str], str]) -> lis
         needle_note(summary),
         needle_table(summary),
         image("needle.png", "how often the fact was found, by the context's length and by where in it the fact stands"),
-        continuations_text(summary),
         tasks_table(summary),
     ]
 
@@ -90,14 +93,16 @@ def needle_note(summary: Summary) -> str:
 
 
 def continuations_text(summary: Summary) -> str:
-    """What every model writes after each of evaluate.prompts."""
+    """A section: what every model writes after each of evaluate.prompts; without prompts, how to have some. Nothing before they are evaluated."""
     found = {name: result["continuations"] for name, result in _with(summary, "continuations").items()}
-    if not found:
+    if not evaluations(summary):
         return ""
-    blocks = ["What they write after a prompt, the likeliest token each time:"]
+    if not found:
+        return f"## {WRITTEN}\n\n{UNASKED}"
+    blocks = [f"## {WRITTEN}", "Greedily, the likeliest token each time; ⏎ is the end of a line."]
     for number, one in enumerate(next(iter(found.values()))):
-        lines = [f"- {name}: {_continuation(written[number])}" for name, written in found.items()]
-        blocks.append("\n".join([f"{_quoted(one['prompt'])}", "", *lines]))
+        lines = [f"- **{name}**: {_continuation(written[number])}" for name, written in found.items()]
+        blocks.append("\n".join([f"After {_quoted(one['prompt'])}", "", *lines]))
     return "\n\n".join(blocks)
 
 

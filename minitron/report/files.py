@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from minitron.plan.taken import planned_and_taken
-from minitron.report.page import page_html, page_markdown
+from minitron.report.html import page_html
+from minitron.report.page import page_markdown
 from minitron.report.plots import draw_plots
 from minitron.report.summary import METRICS_FILE, MODEL_STAGES, SEARCH_FILES, build_summary
 from minitron.report.sweep import sweep_yaml

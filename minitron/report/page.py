@@ -1,4 +1,4 @@
-"""The report as a page, from summary.json alone: what came of the run first, then every stage, then how to repeat it."""
+"""The report as a page of Markdown, from summary.json alone: what came of the run first, then every stage, then how to repeat it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 from memory_budget.architecture import BLOCKS
 from memory_budget.units import format_gib
 from minitron.report.data import data_blocks, more_rows_blocks
-from minitron.report.evaluation import evaluation_blocks
+from minitron.report.evaluation import continuations_text, evaluation_blocks
 from minitron.report.plan import plan_blocks
 from minitron.report.search import architecture_table, candidates_table, choice_sentences, pattern_lines, screens_table, table_notes
 from minitron.report.summary import REASONERS, chosen_candidate, kinds_of
@@ -16,16 +16,6 @@ from minitron.report.text import LONG, Summary, code, duration, fenced, image, n
 from minitron.report.verdict import evaluations, how_to_read, models_table, verdict
 
 BEFORE_THE_LAPS = ("data", "teacher")
-STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 64rem; margin: 2rem auto; padding: 0 1.2rem; }
-h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 2.4rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; font-size: .88rem; }
-th, td { border: 1px solid #d5d5d5; padding: .35rem .45rem; } td { white-space: nowrap; } td:last-child { white-space: normal; }
-td code { white-space: nowrap; } th { background: #f4f4f4; text-align: left; vertical-align: bottom; }
-img { max-width: 100%; display: block; } p > em { color: #555; font-size: .92rem; }
-code, pre { font: .88em/1.45 ui-monospace, Menlo, Consolas, monospace; background: #f6f6f6; }
-code { padding: .1em .25em; overflow-wrap: anywhere; } pre { padding: .8rem; overflow-x: auto; } pre code { padding: 0; font-size: 1em; overflow-wrap: normal; }
-"""
 
 
 class Which(Enum):
@@ -54,22 +44,14 @@ class Part:
 def page_markdown(summary: Summary, plots: Sequence[str]) -> str:
     """report.md; `plots` names the PNG files beside it."""
     blocks = [f"# Run {quoted(summary['run_name'])}", verdict(summary), models_table(summary), how_to_read(summary)]
-    blocks += [image(plots, "memory.png", "Memory of teacher and student, by what it is for"), *_laps(summary, plots)]
+    blocks += [image(plots, "memory.png", "Memory of teacher and student, by what it is for"), continuations_text(summary), *_laps(summary, plots)]
     versions = table(("package", "version"), [(quoted(name), quoted(version)) for name, version in summary["versions"].items()])
     folders = [f"{name} {code(model['path'])}" for name, model in summary["models"].items() if model["path"]]
     blocks += plan_blocks(summary)
-    blocks += ["## Where and how", f"Checkpoints: {', '.join(folders)}." if folders else "", "Every figure of this page is in [summary.json](summary.json)."]
+    blocks += ["## Where and how", "Folders, the command, versions; every figure of this page is in [summary.json](summary.json)."]
+    blocks += [f"Checkpoints: {', '.join(folders)}."] if folders else []
     blocks += [f"Seed {summary['seed']}; the command:", fenced(seen(summary["command"]).split("\n"), ""), versions]
     return "\n\n".join(block for block in blocks if block) + "\n"
-
-
-def page_html(markdown: str, title: str) -> str:
-    """report.html: the same page, with images by their relative paths."""
-    from markdown_it import MarkdownIt
-
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_html_text(title)}</title><style>{STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n'
 
 
 def _laps(summary: Summary, plots: Sequence[str]) -> Iterator[str]:
@@ -86,7 +68,8 @@ def _laps(summary: Summary, plots: Sequence[str]) -> Iterator[str]:
     yield from _stage_sections(depth, [name for name in first["stages"] if name not in BEFORE_THE_LAPS])
     yield "## Second lap: widths"
     shared = [name for name in second if name in first["stages"] and first["stages"][name]["key"] == second[name]["key"]]
-    yield "" if len(second) > len(shared) else "Nothing of it is done yet."
+    begun = "Widths are cut from the first lap's student: channels, neurons, heads. What comes of it is distilled and measured."
+    yield begun if len(second) > len(shared) else "Nothing of it is done yet."
     yield from _stage_sections(Part(summary, summary, plots, Which.widths, "###"), [name for name in second if name not in shared])
 
 
@@ -202,7 +185,3 @@ STAGE_BLOCKS: Mapping[str, Callable[[Part], list[str]]] = {
     "evaluate": _evaluate_blocks,
     "reasoning": _reasoning_blocks,
 }
-
-
-def _html_text(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -50,4 +50,17 @@ def draw_curve(axes, curve: Mapping[str, list], value: str, *, log: bool) -> Non
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if log:
         axes.set_yscale("log", nonpositive="mask")
+        _plain_numbers(axes.yaxis)
     axes.grid(alpha=0.3)
+
+
+def _plain_numbers(axis) -> None:
+    """0.06 and not 6 × 10⁻² along a logarithmic axis, at those of its ticks that matplotlib labels."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x, pos=None):
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain())

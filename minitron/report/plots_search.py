@@ -1,5 +1,6 @@
 """The plots of the search: candidates by memory, by speed, and the depths of a first lap."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ Summary = Mapping[str, Any]
 Candidate = Mapping[str, Any]
 
 MEASURED = {"short_distill_loss": "after a short distillation", "zero_shot_loss": "zero-shot, as cut"}
+CORNERS = ((-14, -10), (14, -10), (14, 10), (-14, 10))  # where the number of a candidate may stand, in points from its marker
 RING = {"s": 300, "facecolor": "none", "edgecolor": "black", "linewidth": 1.6}
 
 
@@ -24,10 +26,11 @@ def candidates(summary: Summary):
     axes = new_axes(figure, title=_of_lap(summary, f"shortlisted architectures, {done}"), x="memory (GiB)", y="held-out loss (nats/token)")
     for label, colour, group in _coloured(shown):
         axes.scatter([], [], s=60, color=colour, label=label)
-        for number, candidate in group:
-            _draw_rungs(axes, to_gib(candidate["memory_bytes"]["total"]), candidate, colour, number)
+        for _, candidate in group:
+            _draw_rungs(axes, to_gib(candidate["memory_bytes"]["total"]), candidate, colour)
     _label_rungs(axes, [candidate for _, candidate in shown])
     axes.axvline(to_gib(budget["bytes"]), color=RED, linestyle="--", linewidth=2, label=f"budget,\n{format_gib(budget['bytes'])}")
+    _number_all(axes, [(number, to_gib(one["memory_bytes"]["total"]), _measured_losses(one)) for number, one in shown])
     _finish(figure, axes)
     return figure
 
@@ -44,7 +47,7 @@ def depths(summary: Summary):
     place = (1, 2, 1) if curve else (1, 1, 1)
     axes = new_axes(figure, *place, title="First lap: which depth", x="layers", y="held-out loss (nats/token)")
     for _, candidate in shown:
-        _draw_rungs(axes, len(candidate["kept_layers"]), candidate, viridis(0.4), None)
+        _draw_rungs(axes, len(candidate["kept_layers"]), candidate, viridis(0.4))
     _label_rungs(axes, [candidate for _, candidate in shown])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     _finish(figure, axes, place="outside lower center")
@@ -67,12 +70,12 @@ def pareto(summary: Summary):
     axes = new_axes(figure, title=_of_lap(summary, "loss against speed; better is lower and further right"), x=x, y=f"loss {MEASURED[rung]}\n(nats/token)")
     memory = [to_gib(candidate["memory_bytes"]["total"]) for _, candidate in shown]
     scale = matplotlib.colors.Normalize(min(memory), max(memory))
-    for (number, candidate), gib in zip(shown, memory, strict=True):
+    for (_, candidate), gib in zip(shown, memory, strict=True):
         front, colour = candidate["on_pareto_front"], viridis(scale(gib))
         point = (candidate["modelled_tokens_per_second"], candidate[rung])
         axes.scatter(*point, s=90, marker="D" if front else "o", color=colour, edgecolor="black" if front else "none", linewidth=1.2, zorder=3)
         _ring(axes, *point, candidate)
-        _number(axes, *point, number, right=True)
+    _number_all(axes, [(number, one["modelled_tokens_per_second"], [one[rung]]) for number, one in shown])
     steps = non_dominated([(candidate["modelled_tokens_per_second"], candidate[rung]) for _, candidate in shown])
     axes.plot(*zip(*steps, strict=True), color=GREY, linewidth=1, linestyle=":", zorder=2)
     figure.colorbar(matplotlib.cm.ScalarMappable(scale, viridis_map()), ax=axes, label="memory (GiB)")
@@ -119,17 +122,20 @@ def _coloured(shown: Sequence[tuple[int, Candidate]]) -> list[tuple[str, Any, li
     return [(name.format(f"{one:,}"), viridis(share), [pair for pair in shown if value(pair[1]) == one]) for one, share in zip(values, shares, strict=True)]
 
 
-def _draw_rungs(axes, x: float, candidate: Candidate, colour: Any, number: int | None) -> None:
+def _measured_losses(candidate: Candidate) -> list[float]:
+    """A candidate's losses, the one that decided first."""
+    return [candidate[rung] for rung in MEASURED if candidate[rung] is not None]
+
+
+def _draw_rungs(axes, x: float, candidate: Candidate, colour: Any) -> None:
     """A candidate's losses: hollow as cut, filled after the short distillation, a thin line between them; the chosen one ringed."""
-    losses = [candidate[rung] for rung in MEASURED if candidate[rung] is not None]
+    losses = _measured_losses(candidate)
     axes.plot([x] * len(losses), losses, color=colour, linewidth=1.2, zorder=2)
     if candidate["zero_shot_loss"] is not None:
         axes.scatter(x, candidate["zero_shot_loss"], s=60, facecolor="white", edgecolor=colour, linewidth=1.6, zorder=3)
     if candidate["short_distill_loss"] is not None:
         axes.scatter(x, candidate["short_distill_loss"], s=60, color=colour, zorder=3)
     _ring(axes, x, losses[0], candidate)
-    if number is not None:
-        _number(axes, x, losses[0], number, right=False)
 
 
 def _ring(axes, x: float, y: float, candidate: Candidate) -> None:
@@ -137,10 +143,22 @@ def _ring(axes, x: float, y: float, candidate: Candidate) -> None:
         axes.scatter(x, y, zorder=4, **RING)
 
 
-def _number(axes, x: float, y: float, number: int, *, right: bool) -> None:
-    """The number of a candidate, below its marker on the side where better ones would lie: there is most room."""
-    side = {"xytext": (10, -14), "ha": "left"} if right else {"xytext": (-10, -14), "ha": "right"}
-    axes.annotate(str(number), (x, y), textcoords="offset points", fontsize=9, color=GREY, zorder=5, **side)
+def _number_all(axes, numbered: Sequence[tuple[int, float, Sequence[float]]]) -> None:
+    """The number of each candidate (number, x, its losses) beside its first marker, in the corner that is farthest from all markers and earlier numbers."""
+    axes.margins(0.1)  # as _finish has it: places are compared as they will be drawn
+    axes.get_xlim(), axes.get_ylim()  # which has matplotlib work them out
+    taken = [tuple(axes.transData.transform((x, y))) for _, x, losses in numbered for y in losses]
+    reach = axes.figure.dpi / 72  # pixels of a point
+    for number, x, losses in numbered:
+        across, up = axes.transData.transform((x, losses[0]))
+
+        def place(corner: tuple[int, int], across=across, up=up) -> tuple[float, float]:
+            return across + reach * corner[0], up + reach * corner[1]
+
+        best = max(CORNERS, key=lambda corner, place=place: min(math.dist(place(corner), other) for other in taken))
+        taken.append(place(best))
+        looks = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 9, "color": GREY, "zorder": 5}
+        axes.annotate(str(number), (x, losses[0]), xytext=best, **looks)
 
 
 def _label_rungs(axes, shown: Sequence[Candidate]) -> None:

@@ -29,7 +29,8 @@ MOST_CURVE_POINTS = 200
 DATA_FACTS = ("source", "vocab", *(f"{split}_{what}" for split in ("train", "heldout") for what in ("documents", "tokens", "rows")))
 MORE_ROWS = ("phase_rows", "whole_rows")  # stages that make rows beside the data stage's
 DISTILL_FACTS = ("tokens", "steps", "seconds", "final_kl_nats_per_token", "expert_load")  # the last of a mixture of experts
-SLICE_FACTS = ("models", "tokens", "learning_rate")  # of summary["against_slice"]: the plain slice as cut and as distilled
+# Of summary["recovery"] and ["against_slice"] (the plain slice as cut and as distilled); those of earlier versions do not have differences.
+RECOVERY_FACTS, SLICE_FACTS = ("lost_nats_per_token", "recovered_share", "differences"), ("models", "difference", "tokens", "learning_rate")
 REASONERS = {"teacher": "teacher", "student": "student", "student_whole": "student of whole traces alone"}  # of summary["reasoning"]
 OF_WIDTHS = ("width_curves", "experts")  # of summary["importance"], what the last of two laps says
 RUNGS = ("short_distill_loss", "zero_shot_loss")  # the highest first
@@ -63,9 +64,9 @@ def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:
         "base": _given_base(laps[0].settings),
         "data": _data(laps),
         "models": _models(settings, results, budget.bytes),
-        "recovery": {name: results["evaluate"].facts[name] for name in ("lost_nats_per_token", "recovered_share")} if "evaluate" in results else {},
+        "recovery": {name: results["evaluate"].facts[name] for name in RECOVERY_FACTS if name in results["evaluate"].facts} if "evaluate" in results else {},
         "reasoning": {name: results["reasoning"].facts[name] for name in ("problems", "curves")} if "reasoning" in results else {},
-        "against_slice": {name: results["against_slice"].facts[name] for name in SLICE_FACTS} if "against_slice" in results else {},
+        "against_slice": _slice(results["against_slice"]) if "against_slice" in results else {},
         **_lap(laps[-1]),
         "depth_lap": _lap(laps[0]) if len(laps) > 1 else {},
     }
@@ -74,6 +75,10 @@ def build_summary(laps: Sequence[Lap]) -> dict[str, Any]:
         summary["removed_layers"] = first["removed_layers"]
         summary["importance"] = first["importance"] | {name: value for name, value in summary["importance"].items() if name in OF_WIDTHS}
     return summary
+
+
+def _slice(result: Result) -> dict[str, Any]:
+    return {name: result.facts[name] for name in SLICE_FACTS if name in result.facts}
 
 
 def _lap(lap: Lap) -> dict[str, Any]:

@@ -1,15 +1,17 @@
 """How the report writes numbers, names, tables and images, in Markdown."""
 
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from minitron.walk.shown import sign_of
+from minitron.walk.shown import escaped, sign_of
 
 Summary = Mapping[str, Any]
 
 JOINERS = "\u200c\u200d"  # within words of some scripts, and within emoji
+TWO_SIDED = 1.96  # standard errors to either side that hold 95 % of a normal distribution
 LONG = 1000  # characters of a sentence from elsewhere
 UNSEEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # Unicode's categories of characters that show nothing, or change how others show
 
@@ -36,6 +38,24 @@ def signed(value: float) -> str:
     return ("+" if value >= 0 else "−") + nats(abs(value))
 
 
+def error_text(difference: Mapping[str, Any] | None) -> str:
+    """ ± 0.012 behind a difference in loss, 95 % of it to either side; nothing where no error is known."""
+    error = (difference or {}).get("standard_error")
+    return "" if error is None else f" ± {nats(TWO_SIDED * error)}"
+
+
+def is_noise(nats_per_token: float, difference: Mapping[str, Any] | None) -> bool:
+    """Whether rows drawn anew could as well show no difference, or the opposite one; where no error is known only what is exactly nothing."""
+    error = (difference or {}).get("standard_error")
+    return nats_per_token == 0 if error is None else abs(nats_per_token) <= TWO_SIDED * error
+
+
+def change_of_perplexity(nats_per_token: float) -> str:
+    """What a difference in loss makes of perplexity, exp(loss), in per cent."""
+    share = 100 * math.expm1(nats_per_token)
+    return f"{'+' if share >= 0 else '−'}{abs(share):,.3g} %"
+
+
 def change(before: int, after: int) -> str:
     """The change in per cent of what was before, or "same"."""
     return "same" if before == after else f"{'+' if after > before else '−'}{100 * abs(after - before) / before:.1f} %"
@@ -52,11 +72,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def escaped(text: str) -> str:
-    """Text whose characters are no Markdown."""
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", text)
 
 
 def seen(text: str) -> str:

@@ -1,29 +1,56 @@
 """What came of a run, in words and in one table: what fits, what was chosen, what it cost and how fast it is."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from memory_budget.units import format_gib
 from minitron.report.search import choice_sentences
 from minitron.report.summary import chosen_candidate, sequences_text
-from minitron.report.text import Summary, change, nats, quoted, signed, speed, table
+from minitron.report.text import TWO_SIDED, Summary, change, change_of_perplexity, duration, error_text, is_noise, nats, quoted, signed, speed, table
 
 NEGLIGIBLE_NATS = 0.01  # per token: 1 % of perplexity; below it a share won back says nothing
 NOISY_SPEED_SHARE = 0.05
+MOST_NAMED = 3  # stages
 
 
 def verdict(summary: Summary) -> str:
-    """What came of the run: a point each on memory, the choice (of either lap), quality and speed."""
-    points = (_fit_sentences(summary), *_choices(summary), _quality_sentences(summary), _speed_sentences(summary))
-    return "\n".join("- " + " ".join(sentences) for sentences in points if sentences)
+    """What came of the run: the answer in two or three sentences, then a point each on memory, quality, the plain slice, speed, what it took and the choice."""
+    points = {"Memory": _fit_sentences(summary), "Quality": _quality_sentences(summary), "Against the plain slice": _against_slice(summary),
+              "Long context": _long_context_sentences(summary), "Speed": _speed_sentences(summary), "What it took": taken_sentences(summary),
+              "Choice": _choices(summary)}  # fmt: skip
+    listed = "\n".join(f"- **{name}.** {' '.join(sentences)}" for name, sentences in points.items() if sentences)
+    return "\n\n".join(filter(None, [" ".join(_answer(summary)), listed]))
 
 
-def _choices(summary: Summary) -> list[list[str]]:
+def _answer(summary: Summary) -> list[str]:
+    """The run in a breath: does it fit, how much worse is it, was the care worth it. Nothing before there is a student's architecture."""
+    name, small = smallest_model(summary)
+    if small is None or widths_come_later(summary):
+        return []
+    budget, needed = summary["budget"]["bytes"], small["memory_bytes"]["total"]
+    said = [f"**{name} {'fits' if needed <= budget else 'does not fit'}**: {format_gib(needed)} of {format_gib(budget)}."]
+    results, apart = evaluations(summary), summary["recovery"].get("differences", {})
+    if {"teacher", "student"} <= set(results):
+        left = results["student"]["loss_nats_per_token"] - results["teacher"]["loss_nats_per_token"]
+        than = "as good as the teacher, as far as these rows can tell" if is_noise(left, apart.get("left")) else f"{_side(left)} than the teacher"
+        said.append(f"On held-out text it is {than}: {signed(left)}{error_text(apart.get('left'))} nats per token, perplexity {change_of_perplexity(left)}.")
+    if sliced := summary.get("against_slice"):
+        higher = sliced["models"]["student"]["loss_nats_per_token"] - results["student"]["loss_nats_per_token"]
+        as_good = "as good, as far as these rows can tell" if is_noise(higher, sliced.get("difference")) else f"{nats(abs(higher))} nats {_side(higher)}"
+        said.append(f"A plain slice of the same sizes, trained on the same tokens, is {as_good}.")
+    return said
+
+
+def _side(nats_per_token: float) -> str:
+    return "worse" if nats_per_token > 0 else "better"
+
+
+def _choices(summary: Summary) -> list[str]:
     """What each lap chose of how many; the search's own section says more."""
     if not summary["depth_lap"]:
-        return [choice_sentences(summary)[:1]]
-    laps = (("First lap", summary["depth_lap"]), ("Second lap", summary))
-    return [[f"{name}: {sentences[0]}"] if (sentences := choice_sentences(lap)) else [] for name, lap in laps]
+        return choice_sentences(summary)[:1]
+    return [f"{name} lap: {sentence}" for name, lap in (("First", summary["depth_lap"]), ("Second", summary)) for sentence in choice_sentences(lap)[:1]]
 
 
 def _fit_sentences(summary: Summary) -> list[str]:
@@ -68,15 +95,15 @@ def _quality_sentences(summary: Summary) -> list[str]:
     if not {"teacher", "pruned", "student"} <= set(results):
         return ["Quality was not measured in this run (stage evaluate)."] if smallest_model(summary)[1] is not None else []
     teacher, pruned, student = (results[name]["loss_nats_per_token"] for name in ("teacher", "pruned", "student"))
-    lost, won = pruned - teacher, pruned - student
+    lost, won, apart = pruned - teacher, pruned - student, summary["recovery"].get("differences", {})
     what = "Pruning, with the first lap's distillation in between," if summary["depth_lap"] else "Pruning"
-    cost_much = f"{what} cost {nats(lost)} nats per token on held-out text"
-    moved = f"distillation {'lowered' if won > 0 else 'raised'} the held-out loss by {nats(abs(won))} nats per token"
+    cost_much = f"{what} cost {nats(lost)}{error_text(apart.get('cut'))} nats per token on held-out text"
+    moved = f"distillation {'lowered' if won > 0 else 'raised'} the held-out loss by {nats(abs(won))}{error_text(apart.get('won'))} nats per token"
     if lost <= NEGLIGIBLE_NATS:
         little, left = ("next to nothing", "hardly anything") if lost > 0 else ("nothing", "nothing")
         cost = f"{what} cost {little} on held-out text ({signed(lost)} nats per token), so there is {left} to win back"
         sentence = f"{cost}; {'distillation left it there' if abs(won) <= NEGLIGIBLE_NATS else moved}{_worse_than_no_distillation(won)}."
-    elif abs(won) <= NEGLIGIBLE_NATS:
+    elif abs(won) <= NEGLIGIBLE_NATS or is_noise(won, apart.get("won")):
         sentence = f"{cost_much}; distillation hardly changed that ({signed(-won)} nats per token)."
     elif won < 0:
         sentence = f"{cost_much}; {moved}, so none of it is won back{_worse_than_no_distillation(won)}."
@@ -86,23 +113,59 @@ def _quality_sentences(summary: Summary) -> list[str]:
         sentence = f"{cost_much}; distillation won {100 * won / lost:.0f} % of it back, {nats(lost - won)} are left."
     before, now = (results[name]["kl_to_teacher_nats_per_token"] for name in ("pruned", "student"))
     distance = f"KL to the teacher {'fell' if now < before else 'rose'} from {nats(before)} to {nats(now)} nats per token while distilling."
-    return [sentence, *_against_slice(summary, pruned, student), distance]
+    return [sentence, distance]
 
 
-def _against_slice(summary: Summary, pruned: float, student: float) -> list[str]:
+def _against_slice(summary: Summary) -> list[str]:
     """What the plain slice of the same architecture does, where it was distilled too."""
-    if not summary.get("against_slice"):
+    if not (against := summary.get("against_slice")):
         return []
-    found = {name: one["loss_nats_per_token"] for name, one in summary["against_slice"]["models"].items()}
-    below = "lower" if student <= found["student"] else "higher"
+    pruned, student = (evaluations(summary)[name]["loss_nats_per_token"] for name in ("pruned", "student"))
+    found = {name: one["loss_nats_per_token"] for name, one in against["models"].items()}
+    apart, below = found["student"] - student, "lower" if student <= found["student"] else "higher"
+    noise = " These rows cannot tell that from nothing." if is_noise(apart, against.get("difference")) else ""
     return [
         f"The plain slice of the same architecture starts at {nats(found['pruned'])}, this one at {nats(pruned)}; after the same "
-        f"{summary['against_slice']['tokens']:,} tokens it is at {nats(found['student'])}, the student {nats(abs(found['student'] - student))} {below}."
+        f"{against['tokens']:,} tokens it is at {nats(found['student'])}, the student {nats(abs(apart))}{error_text(against.get('difference'))} {below}.{noise}"
     ]
+
+
+def taken_sentences(summary: Summary) -> list[str]:
+    """Time of all stages that are done, and of what took most of it; memory and training tokens."""
+    stages = {(stage["key"], label): stage for lap in (summary["depth_lap"], summary) for label, stage in lap.get("stages", {}).items() if label != "base"}
+    if not stages:
+        return []
+    seconds: dict[str, float] = {}
+    for (_, label), stage in stages.items():
+        name = label.split(" ")[0]
+        seconds[name] = seconds.get(name, 0.0) + stage["seconds"]
+    most = sorted(seconds, key=lambda name: -seconds[name])[:MOST_NAMED]
+    named = ", ".join(f"{name} {duration(seconds[name])}" for name in most)
+    cached = sum(stage["cached"] for stage in stages.values())
+    earlier = "all of it in earlier runs" if cached == len(stages) else "part of it in earlier runs" if cached else ""
+    memory = max(stage["peak_rss_bytes"] for stage in stages.values())
+    said = [f"{duration(sum(seconds.values()))}{f', {earlier}' if earlier else ''}; most of it {named}. A process had at most {format_gib(memory)} of memory."]
+    tokens = [lap["distillation"]["tokens"] for lap in (summary["depth_lap"], summary) if lap and lap["distillation"]]
+    return [*said, *([f"Distillation learnt from {' and '.join(f'{one:,}' for one in tokens)} tokens."] if tokens else [])]
 
 
 def _worse_than_no_distillation(won: float) -> str:
     return " — the pruned model is the better one here" if won < -NEGLIGIBLE_NATS else ""
+
+
+def _long_context_sentences(summary: Summary) -> list[str]:
+    """How often teacher and student find a fact in the longest of the texts that were tried."""
+    found = {name: result["needle"] for name, result in evaluations(summary).items() if result.get("needle")}
+    if not {"teacher", "student"} <= set(found):
+        return []
+    teacher, student = (found[name]["by_length"][-1] for name in ("teacher", "student"))
+    shares = [f"{100 * at['accuracy']:.0f} ± {100 * at['standard_error']:.0f} %" for at in (teacher, student)]
+    apart = math.hypot(teacher["standard_error"], student["standard_error"])
+    noise = abs(teacher["accuracy"] - student["accuracy"]) <= TWO_SIDED * apart
+    tries, chance = found["teacher"]["samples"], 100 * found["teacher"]["chance"]
+    said = (f"A fact in a text of {teacher['length']:,} tokens is found by the teacher in {shares[0]} of {tries} tries, by the student in {shares[1]}; "
+            f"± is the standard error, chance {chance:.3g} %.")  # fmt: skip
+    return [said, "So few tries cannot tell the two apart."] if noise else [said]
 
 
 def _speed_sentences(summary: Summary) -> list[str]:
@@ -110,8 +173,11 @@ def _speed_sentences(summary: Summary) -> list[str]:
     if not {"teacher", "student"} <= set(speeds):
         return []
     student, teacher = speeds["student"], speeds["teacher"]
-    sentence = f"The student decodes {student / teacher:.2f} × as fast as the teacher ({student:.1f} against {teacher:.1f} tokens/s)"
     noise = abs(speeds["pruned"] / student - 1) if "pruned" in speeds else 0.0
+    if noise > abs(student / teacher - 1):
+        return [f"Decoding speeds are too rough to tell student and teacher apart: {teacher:.1f} tokens/s of the teacher, {student:.1f} of the student, and "
+                f"{speeds['pruned']:.1f} of the pruned model, whose architecture is the student's."]  # fmt: skip
+    sentence = f"The student decodes {student / teacher:.2f} × as fast as the teacher ({student:.1f} against {teacher:.1f} tokens/s)"
     if noise <= NOISY_SPEED_SHARE:
         return [sentence + "."]
     return [f"{sentence}. The pruned model, same architecture, gave {speeds['pruned']:.1f} tokens/s: these speeds are good to {100 * noise:.0f} % only."]
@@ -159,7 +225,8 @@ def how_to_read(summary: Summary) -> str:
     """What the figures of memory and quality are of."""
     tokens = [result["tokens"] for result in evaluations(summary).values()]
     text = how_to_read_memory(summary)
-    return f"{text} Loss, KL and agreement: means over {tokens[0]:,} held-out tokens; lower loss and KL are better." if tokens else text
+    errors = " ± holds 95 %, models paired on the same rows." if any(summary["recovery"].get("differences", {}).values()) else ""
+    return f"{text} Loss, KL and agreement: means over {tokens[0]:,} held-out tokens; lower loss and KL are better.{errors}" if tokens else text
 
 
 def how_to_read_memory(summary: Summary) -> str:

@@ -43,6 +43,7 @@ class EvaluateSettings:
     speed: list[SpeedSettings] = field(default_factory=list)
     needle: NeedleSettings = field(default_factory=NeedleSettings)
     prompts: list[str] = field(default_factory=list)
+    held_out_prompts: int = 0
     new_tokens: int = 48
     tasks: list[str] = field(default_factory=list)
     task_folders: list[str] = field(default_factory=list)
@@ -50,6 +51,7 @@ class EvaluateSettings:
 
     def __post_init__(self) -> None:
         at_least(self, "evaluate", 1, "samples", "batch", "new_tokens", "task_limit")
+        at_least(self, "evaluate", 0, "held_out_prompts")
         for number, lengths in enumerate(self.speed):
             at_least(lengths, f"evaluate.speed[{number}]", 1, "input_tokens", "output_tokens", "batch")
         if not all(prompt.strip() for prompt in self.prompts):

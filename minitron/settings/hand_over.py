@@ -1,9 +1,11 @@
-"""Settings of the two stages that make a model folder out of finished ones: merge and export."""
+"""Settings of the two stages that make a model folder out of finished ones, merge and export, and of the cards beside weights."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from minitron.settings.hub import HUB_ID
 from minitron.settings.rules import Choice, at_least, how
 
 MERGEABLE = ("teacher", "base", "prune", "distill")  # stages whose checkpoint merge.checkpoints may name
@@ -67,3 +69,15 @@ class ExportSettings:
     state: StudentState = StudentState.student
     overwrite: bool = how(False)
     push: str | None = how(None)
+
+
+@dataclass(kw_only=True, slots=True)
+class CardSettings:
+    base_model: str | None = how(None)
+    licence: str | None = how(None)
+
+    def __post_init__(self) -> None:
+        if self.base_model is not None and not HUB_ID.match(self.base_model):
+            raise ValueError(f"card.base_model is {self.base_model!r}; it must be a Hub id of the form owner/name")
+        if self.licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.licence):
+            raise ValueError(f"card.licence is {self.licence!r}; it must be an id as the Hub has them, in lower case: apache-2.0, mit, llama3.1, other")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minitron.settings.data import DataSettings
 from minitron.settings.evaluate import EvaluateSettings
-from minitron.settings.hand_over import ExportSettings, MergeSettings
+from minitron.settings.hand_over import CardSettings, ExportSettings, MergeSettings
 from minitron.settings.reasoning import ReasoningSettings
 from minitron.settings.rules import Choice, added, at_least, check_kinds, how
 from minitron.settings.search import SearchSettings, ThroughputSettings
@@ -283,6 +283,7 @@ class Settings:
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
+    card: CardSettings = field(default_factory=CardSettings)
     generate: GenerateSettings = field(default_factory=GenerateSettings)
     tidy: TidySettings = field(default_factory=TidySettings)
 

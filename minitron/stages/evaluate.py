@@ -14,7 +14,8 @@ from minitron.walk.store import make_runs_folder
 
 def what(settings: Settings) -> Any:
     measured = key_settings(settings.evaluate)
-    names = ("samples", "speed", "needle", *(("prompts", "new_tokens") if settings.evaluate.prompts else ()))  # those keys of earlier versions do not have
+    given = [name for name in ("prompts", "held_out_prompts") if measured[name]]
+    names = ("samples", "speed", "needle", *given, *(["new_tokens"] if given else []))  # the last ones keys of earlier versions do not have
     return {**{name: measured[name] for name in names}, "tasks": tasks_identity(settings.evaluate)}
 
 

@@ -22,7 +22,7 @@ from memory_budget.architecture import Architecture
 from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
 from minitron.checkpoints.files import DTYPES, Checkpoint, stored_bytes
-from minitron.checkpoints.publish import model_card, state_tensors, write_planned
+from minitron.checkpoints.publish import state_tensors, student_card, write_planned
 from minitron.families.base import HIDDEN, Family
 from minitron.families.known import family_of
 from minitron.families.state import in_dtype
@@ -219,13 +219,13 @@ def _write_student(context: StageContext, family: Family, config: dict, last: St
 
 
 def _card(context: StageContext, config: dict, last: StepRecord) -> str:
-    name = context.inputs["teacher"].facts["name"]
     student: Architecture = architecture_from_config(config)
     recipe = loss_recipe(context.settings.distill)
     term = " and a hidden-state term" if context.settings.distill.loss.hidden_weight else ""
     trained = f"Distilled from the same teacher by {_recipe_words(recipe)}{term} for {last.tokens:,} tokens; "
     trained += f"{_loss_name(context.settings.distill)} at the end {last.recent_loss:.3f} nats per token."
-    return model_card(_name(context), lines=[f"Cut: {context.inputs['prune'].facts['description']}", "", trained], architecture=student, base=name)
+    lines = [f"Cut: {context.inputs['prune'].facts['description']}", "", trained]
+    return student_card(context, _name(context), lines=lines, architecture=student, source=context.inputs["teacher"])
 
 
 def _recipe_words(recipe: LossRecipe) -> str:

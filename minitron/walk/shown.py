@@ -44,3 +44,8 @@ def all_without_secrets(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {all_without_secrets(key): all_without_secrets(one) for key, one in value.items()}
     return [all_without_secrets(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def escaped(text: str) -> str:
+    """Text whose characters are no Markdown."""
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", text)

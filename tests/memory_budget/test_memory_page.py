@@ -1,4 +1,4 @@
-"""docs/memory.md: its examples print what it shows."""
+"""docs/memory.md, and docs/serving.md where it has the same command: their examples print what they show."""
 
 import re
 import shlex
@@ -9,8 +9,8 @@ import pytest
 from memory_budget.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^```\n\$ python -m memory_budget (.*?)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+PAGES = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("memory.md", "serving.md")}
+EXAMPLES = [one for page in PAGES.values() for one in re.findall(r"^```\n\$ python -m memory_budget (.*?)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)]
 
 
 @pytest.mark.parametrize(("command", "shown"), EXAMPLES, ids=[command for command, _ in EXAMPLES])
@@ -22,4 +22,4 @@ def test_an_example_prints_what_the_page_shows(command, shown, capsys, monkeypat
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) >= 4
+    assert len(EXAMPLES) >= 5 and "$ python -m memory_budget" in PAGES["serving.md"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -147,6 +148,15 @@ def test_the_card_says_every_size_that_was_cut(block_walk):
     keys = 2 if block_walk.name == "llama tied" else 3
     cut = f"KV heads {keys} → {chosen['num_key_value_heads']}"
     assert (cut in card and f"query heads 6 → {chosen['num_attention_heads']}" in card) == (chosen["num_key_value_heads"] < keys)
+
+
+@pytest.mark.parametrize("model", ["pruned", "student"])
+def test_a_checkpoints_card_has_the_licence_of_the_teachers(model, block_walk):
+    """Without the place on this machine that the teacher's card gives, and without a base, as the teacher is no model of the Hub."""
+    card = (Path(block_walk.summary["models"][model]["path"]) / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["license"] == "other" and metadata["license_link"] == "LICENSE" and "base_model" not in metadata
+    assert "whose licence is **other**" in card and str(block_walk.folder) not in card
 
 
 def test_the_export_is_the_student_and_no_program_is_said_to_want_another_family(block_walk):

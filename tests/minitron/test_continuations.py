@@ -2,13 +2,15 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from minitron.measures.continuations import check_prompts, continuations
+from distill.batches import PADDING, mark_start, not_counted
+from minitron.measures.continuations import BEGINNING_TOKENS, check_prompts, continuations, row_beginnings
 from minitron.report.evaluation import continuations_text
-from minitron.report.page import page_html
+from minitron.report.html import page_html
 from minitron.settings.evaluate import EvaluateSettings
 from minitron.settings.run import Settings
 from minitron.text.own_tokenizer import train_tokenizer
@@ -48,6 +50,18 @@ def test_every_prompt_is_gone_on_with_by_the_likeliest_token(model, tokenizer):
     assert written[0]["text"] != written[1]["text"]
 
 
+def test_beginnings_of_rows_are_their_first_tokens_as_text_whatever_is_marked_in_them(tokenizer):
+    """Blanks alone, and what was there before, are no prompt; a row that is not asked for, the control, is in none."""
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("the year a number and " * 9, "a number", "   ", "and the year")]
+    rows = np.full((4, 100), PADDING, dtype=np.int32)
+    for row, own in zip(rows, ids, strict=True):
+        row[: len(own)] = own
+    rows[1, 0], rows[1, 1] = mark_start(rows[1, 0]), not_counted(rows[1, 1])
+    long, short = (tokenizer.decode(own[:BEGINNING_TOKENS]) for own in ids[:2])
+    assert len(ids[0]) > BEGINNING_TOKENS and row_beginnings(tokenizer, np.stack([rows[0], rows[1], rows[2], rows[0]]), 4) == [long, short]
+    assert row_beginnings(tokenizer, rows, 0) == [] and "and the year" not in row_beginnings(tokenizer, rows[:3], 3)
+
+
 def test_a_prompt_longer_than_the_positions_is_refused(tokenizer):
     wanted = EvaluateSettings(prompts=PROMPTS, new_tokens=12)
     length = len(tokenizer(PROMPTS[1])["input_ids"])
@@ -55,6 +69,8 @@ def test_a_prompt_longer_than_the_positions_is_refused(tokenizer):
     said = rf"evaluate.prompts\[1\] has {length} tokens and evaluate.new_tokens is 12; together they must be at most {length + 11}"
     with pytest.raises(ValueError, match=said):
         check_prompts(tokenizer, wanted, length + 11)
+    with pytest.raises(ValueError, match="evaluate.held_out_prompts they must be at most 35"):
+        check_prompts(tokenizer, EvaluateSettings(held_out_prompts=1, new_tokens=12), 35)
 
 
 @pytest.mark.parametrize(("given", "said"), [({"prompts": ["a", " "]}, "evaluate.prompts has one without text"), ({"prompts": ["a", "a"]}, "names 'a' twice"),
@@ -67,8 +83,9 @@ def test_prompts_that_cannot_be_are_refused(given, said):
 def test_without_prompts_the_key_is_what_it_was():
     what = stages()["evaluate"].what
     assert list(what(Settings())) == ["samples", "speed", "needle", "tasks"]
-    keys = [what(Settings(evaluate=EvaluateSettings(**given))) for given in ({}, {"new_tokens": 7}, {"prompts": ["a"]}, {"prompts": ["a"], "new_tokens": 7})]
-    assert keys[0] == keys[1] and keys[2] not in (keys[0], keys[3])
+    given = ({}, {"new_tokens": 7}, {"prompts": ["a"]}, {"prompts": ["a"], "new_tokens": 7}, {"held_out_prompts": 2})
+    keys = [what(Settings(evaluate=EvaluateSettings(**one))) for one in given]
+    assert keys[0] == keys[1] and keys[2] not in (keys[0], keys[3]) and keys[4] not in keys[:4]
 
 
 TEXT = "<script>alert(1)</script>\n# *no* heading | no cell `no code` &lt;b&gt; [no](link)\\"
@@ -82,9 +99,10 @@ def test_the_page_shows_any_text_as_it_is():
     html = page_html(markdown, "page").partition("<body>")[2]
     assert not re.search(r"<(script|b|em|code|h1|a|table)\b", html) and html.count("<li>") == 2
     shown = TEXT.replace("\n", " ⏎ ").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    assert f"teacher: “{shown}”" in html and "“&lt;b&gt;&amp;”" in html and "student: cannot decode" in html
+    assert f"<strong>teacher</strong>: “{shown}”" in html and "“&lt;b&gt;&amp;”" in html and "<strong>student</strong>: cannot decode" in html
     assert re.search(r"<(em|code|h1|a)\b", page_html(TEXT, "page").partition("<body>")[2])
 
 
-def test_without_prompts_the_page_has_nothing_of_them():
-    assert continuations_text({"models": {"teacher": {"evaluation": {"loss_nats_per_token": 1.0}}}}) == ""
+def test_without_prompts_the_page_says_how_to_have_some_once_there_is_an_evaluation():
+    assert "evaluate.prompts=" in continuations_text({"models": {"teacher": {"evaluation": {"loss_nats_per_token": 1.0}}}})
+    assert continuations_text({"models": {"teacher": {"evaluation": None}}}) == ""

@@ -17,9 +17,9 @@ from memory_budget.hf_config import architecture_from_config, read_config
 from memory_budget.units import GIB
 from memory_budget.workload import Workload
 from minitron.door.jobs import run_name_of_job
-from minitron.report.text import escaped
 from minitron.settings.run import Stage
 from minitron.settings.teachers import CONF_FOLDER
+from minitron.walk.shown import escaped
 
 
 @pytest.mark.parametrize("arguments", [("--cfg", "job"), ("--cfg", "job", "experiment=nano2", "stage=prune")])

@@ -219,10 +219,12 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch):
 
 def test_prompts_that_are_added_are_all_that_runs(evaluated):
     before, summary = evaluated("evaluate.tasks=[own_choice, own_text]")
-    after, written = evaluated("evaluate.tasks=[own_choice, own_text]", "evaluate.prompts=['import ', 'def main']", "evaluate.new_tokens=5", "run_name=prompts")
+    asked = ("evaluate.prompts=['import ', 'def main']", "evaluate.held_out_prompts=1", "evaluate.new_tokens=5")
+    after, written = evaluated("evaluate.tasks=[own_choice, own_text]", *asked, "run_name=prompts")
     assert before.items() <= after.items()
     assert sorted(name.split("/")[1].rsplit("-", 1)[0] for name in after.keys() - before.keys()) == ["prompts"] * 3
     for model in MODELS:
         found = written["models"][model]["evaluation"]
-        assert [one["prompt"] for one in found["continuations"]] == ["import ", "def main"] and "continuations" not in summary["models"][model]["evaluation"]
-    assert "What they write after a prompt" in (evaluated.folder / "runs" / "prompts" / "report.html").read_text()
+        assert [one["prompt"] for one in found["continuations"]][:2] == ["import ", "def main"] and len(found["continuations"]) == 3
+        assert "continuations" not in summary["models"][model]["evaluation"]
+    assert "<h2>What they write</h2>" in (evaluated.folder / "runs" / "prompts" / "report.html").read_text()

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.states import best_state, load_weights, newest_state
 from minitron.checkpoints.local_paths import public, without_paths
-from minitron.checkpoints.publish import model_card
+from minitron.checkpoints.publish import licence_note, licence_of, model_card
 from minitron.families.nemotron_h import FAMILY
-from minitron.hand_over.card import licence_note, licence_of, repeating_command
+from minitron.hand_over.card import repeating_command
 from minitron.hand_over.export import check_place, check_push, is_export
+from minitron.settings.hand_over import CardSettings
 
 IDS = torch.arange(40).reshape(2, 20) * 7
 
@@ -227,7 +228,7 @@ def test_the_licence_is_that_of_the_teachers_card_and_files(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: 'open: yes'\nlicense_link: https://example.org/l\nother: 3\n---\n# Model\n")
     (tmp_path / "LICENSE").write_text("terms")
     licence = licence_of(tmp_path)
-    note = licence_note(licence, "owner/teacher")
+    note = licence_note(licence, "owner/teacher", carried=True)
     assert "**open: yes** (https://example.org/l)" in note and "[LICENSE](LICENSE) is carried over" in note
     assert [path.name for path in licence.files] == ["LICENSE"]
     assert licence.metadata == {"license": "other", "license_name": "open: yes", "license_link": "https://example.org/l"}
@@ -244,7 +245,35 @@ def test_the_licence_stands_where_the_hub_reads_it(tmp_path, tiny):
 
 def test_a_licence_that_is_nowhere_is_unknown_and_an_unreadable_card_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("# Model\nlicense: mit is said here, but not to the Hub\n")
-    assert licence_note(licence_of(tmp_path), "it").startswith("Unknown")
+    assert licence_note(licence_of(tmp_path), "it", carried=True).startswith("Unknown")
     (tmp_path / "README.md").write_text("---\nlicense: [mit\n---\n")
     with pytest.raises(ValueError, match="must have metadata in YAML"):
         licence_of(tmp_path)
+    assert licence_of(tmp_path, "mit").metadata == {"license": "mit"}
+
+
+def metadata_of(folder: Path) -> dict:
+    return yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+
+
+@pytest.mark.parametrize("model", ["pruned", "student"])
+def test_a_checkpoint_of_a_teacher_that_nobody_knows_names_no_base_and_no_licence(model, walk):
+    found, card = metadata_of(walk.checkpoint(model)), (walk.checkpoint(model) / "README.md").read_text()
+    assert found["library_name"] == "transformers" and found["pipeline_tag"] == "text-generation" and "nemotron_h" in found["tags"]
+    assert not {"base_model", "license"} & set(found) and "Unknown: the folder of the teacher" in card and "card.licence=ID" in card
+
+
+def test_an_export_tells_the_hub_what_the_settings_say(walk, door, tmp_path):
+    finished = door(tmp_path, *walk.settings, "stage=export", f"export.folder={tmp_path / 'out'}", "card.base_model=owner/teacher", "card.licence=apache-2.0")
+    assert finished.returncode == 0, finished.stderr
+    found = metadata_of(tmp_path / "out")
+    assert (found["base_model"], found["license"]) == ("owner/teacher", "apache-2.0")
+    assert "whose licence is **apache-2.0**" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"base_model": "/data/teacher"}, "form owner/name"), ({"base_model": "teacher"}, "form owner/name"), ({"licence": "Apache 2.0"}, "in lower case"),
+])  # fmt: skip
+def test_a_base_or_a_licence_that_the_hub_does_not_know_how_to_read_is_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        CardSettings(**given)

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
 from distill.batches import PADDING
-from minitron.measures.held_out import MOST_SOURCES, TokenSums, by_position, by_source, evaluate, token_sums
+from minitron.measures.held_out import MOST_SOURCES, TokenSums, by_position, by_row, by_source, evaluate, token_sums
 from minitron.measures.kept import kept, measurements_folder
 from minitron.measures.needle import check_vocabulary, make_sample, measure_needle
+from minitron.measures.paired import paired_difference
 from minitron.measures.speed import _generate, _peak_bytes, make_prompts, measure_speed
 from minitron.settings.data import DataSettings
 from minitron.settings.evaluate import EvaluateSettings, NeedleSettings, SpeedSettings
@@ -86,6 +87,35 @@ def test_a_source_is_measured_on_its_own_rows(sums, rows, teacher, other):
         foreign = evaluate(other, teacher, batches_of(rows[names != part["source"]], 2, CPU))
         assert (part["loss_nats_per_token"], part["tokens"]) == (pytest.approx(own.loss_nats_per_token, rel=1e-6), own.tokens)
         assert part["loss_nats_per_token"] != pytest.approx(foreign.loss_nats_per_token, rel=1e-4)
+
+
+def test_rows_hold_their_own_losses_and_tokens(sums, rows, other):
+    slow, found = slow_losses(other, rows), by_row(sums)
+    assert found["tokens"] == [20] * 6 + [8]
+    assert found["loss"] == pytest.approx([sum(loss for (row, _), loss in slow.items() if row == number) for number in range(7)], rel=1e-6)
+
+
+def test_a_paired_difference_is_the_difference_of_means_and_of_equal_rows_has_the_textbooks_error():
+    """Of rows of one length it is the standard error of a mean. Losses of another order, the control, have the same mean and a larger error."""
+    generator = np.random.default_rng(0)
+    hard_R, apart_R, tokens_R = generator.gamma(3.0, 20.0, 60), generator.normal(0.1, 0.02, 60), np.full(60, 20.0)
+    one, other = ({"loss": (20 * losses_R).tolist(), "tokens": tokens_R.tolist()} for losses_R in (hard_R + apart_R, hard_R))
+    found = paired_difference(one, other)
+    assert found.nats_per_token == pytest.approx(apart_R.mean(), rel=1e-9)
+    assert found.standard_error == pytest.approx(apart_R.std(ddof=1) / math.sqrt(60), rel=1e-6)
+    unpaired = paired_difference(one, other | {"loss": other["loss"][::-1]})
+    assert unpaired.nats_per_token == pytest.approx(found.nats_per_token) and unpaired.standard_error > 100 * found.standard_error
+
+
+def test_the_error_of_rows_of_unequal_lengths_is_the_bootstraps():
+    generator = np.random.default_rng(1)
+    tokens_R = generator.integers(5, 200, 400)
+    apart_R = tokens_R * generator.normal(0.05, 0.3, 400)
+    found = paired_difference({"loss": apart_R, "tokens": tokens_R}, {"loss": np.zeros(400), "tokens": tokens_R})
+    drawn = generator.integers(400, size=(4000, 400))
+    means = apart_R[drawn].sum(1) / tokens_R[drawn].sum(1)
+    assert found.standard_error == pytest.approx(means.std(), rel=0.1) and found.standard_error != pytest.approx(means.std() / 2, rel=0.1)
+    assert paired_difference({"loss": [1.0], "tokens": [4]}, {"loss": [2.0], "tokens": [4]}).standard_error is None
 
 
 def test_small_sources_beyond_twenty_are_one():

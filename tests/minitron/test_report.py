@@ -22,7 +22,8 @@ from minitron.checkpoints.publish import model_card
 from minitron.report import files as report
 from minitron.report.data import row_lines
 from minitron.report.evaluation import speed_note, speed_table
-from minitron.report.page import page_html, page_markdown
+from minitron.report.html import page_html
+from minitron.report.page import page_markdown
 from minitron.report.plots import PLOTS, draw_plots
 from minitron.report.plots_search import non_dominated
 from minitron.report.search import architecture_table, candidates_table, choice_sentences, pattern_lines, table_notes
@@ -504,7 +505,7 @@ def test_before_the_search_the_table_has_what_is_measured_and_nobody_is_chosen(s
 
 def test_two_laps_have_a_section_each_and_shared_stages_one(two_laps):
     page = page_markdown(two_laps, list(PLOTS))
-    assert re.findall("\n## (.+)\n", page) == ["data", "teacher", "First lap: depth", "Second lap: widths", "Where and how"]
+    assert re.findall("\n## (.+)\n", page) == ["What they write", "data", "teacher", "First lap: depth", "Second lap: widths", "Where and how"]
     laps = page[page.index("## First lap") :].split("## Second lap")
     after_score = ["shortlist", "teacher_cache", "screen", "search", "prune", "distill"]
     assert re.findall("\n### (\\w+)\n", laps[0]) == ["score", *after_score]
@@ -609,8 +610,9 @@ def test_the_verdict_says_what_fits(summary):
 
 def test_speeds_that_differ_between_equal_architectures_are_called_rough(summary):
     assert "good to" not in verdict(summary)
-    summary["models"]["pruned"]["evaluation"]["decode_tokens_per_second"] = 60.0
-    assert "good to 20 % only" in verdict(summary)
+    for name, speed in (("pruned", 60.0), ("teacher", 40.0)):
+        summary["models"][name]["evaluation"]["decode_tokens_per_second"] = speed
+    assert "decodes 1.25 × as fast" in verdict(summary) and "good to 20 % only" in verdict(summary)
 
 
 def test_removed_layers_are_marked_under_their_letters(summary):
@@ -658,6 +660,82 @@ def test_the_html_page_has_tables_and_images_beside_it(whole):
     assert page.count("<table>") == 8 and all(f'<img src="{name}"' in page for name in ONE_LAP_PLOTS)
 
 
+def folded(page: str) -> list[str]:
+    """What stands in the lines that a reader sees of folded sections."""
+    return [re.sub(r"<[^>]+>", " ", line) for line in re.findall(r"<summary>(.*?)</summary>", page)]
+
+
+def test_what_a_stage_did_is_folded_under_its_one_line_and_the_verdict_is_not(whole):
+    page = (whole[0] / "report.html").read_text()
+    lines, (before, *_) = folded(page), page.split("<details>")
+    assert [line.split()[0] for line in lines] == [*SECTIONS, "Planned", "Where"] and "Small | teacher, pattern M-M*-M-*-." in lines[1]
+    assert "<strong>The student fits</strong>" in before and "<table>" in before and 'src="memory.png"' in before and "lengths.png" not in before
+    assert page.count("<details>") == page.count("</details>") == len(lines)
+    assert folded(page_html("# Title\n\nwords\n", "")) == [], "the control: a page without sections has nothing to fold"
+
+
+def test_laps_are_folded_with_their_stages_folded_within(two_laps):
+    page = html_of(two_laps)
+    first = page.split("<summary><h2>First lap: depth</h2>")[1].split("<summary><h2>Second lap")[0]
+    assert [line.split()[0] for line in folded(first)] == ["score", "shortlist", "teacher_cache", "screen", "search", "prune", "distill"]
+
+
+def fetched(page: str) -> list[str]:
+    """What a browser would ask of others when it shows a page: all but files beside it, and links that wait for a click."""
+    places = re.findall(r"""(?:src|srcset|poster|data|action)\s*=\s*["']?([^"'\s>]+)|url\(([^)]*)\)|@import\s+(\S+)|<link[^>]*>|<script""", page)
+    return [place for place in map("".join, places) if not re.fullmatch(r"\w+\.png", place)]
+
+
+def test_the_page_asks_nothing_of_others(whole, two_laps):
+    assert fetched((whole[0] / "report.html").read_text()) == [] == fetched(html_of(two_laps))
+
+
+@pytest.mark.parametrize("planted", ["![x](https://example.org/x.png)", "![x](//example.org/x.png)", "![x](../x.png)"])
+def test_a_page_that_would_ask_others_is_caught(planted):
+    assert len(fetched(page_html(planted, ""))) == 1
+
+
+def with_errors(summary: dict, **errors: float) -> dict:
+    """The summary with standard errors of what the cut cost, what was won back and what is left."""
+    summary["recovery"]["differences"] = {name: {"nats_per_token": 0.0, "standard_error": error} for name, error in errors.items()}
+    return summary
+
+
+def test_a_difference_within_noise_is_said_to_be_none(summary):
+    """Losses are 5.0, 5.5 and 5.2; small errors and none are the controls."""
+    assert "it is worse than the teacher: +0.200 nats per token" in verdict(summary) and "±" not in verdict(summary)
+    said = verdict(with_errors(summary, cut=0.01, won=0.01, left=0.01))
+    assert "it is worse than the teacher: +0.200 ± 0.020 nats per token, perplexity +22.1 %" in said
+    assert "cost 0.500 ± 0.020 nats" in said and "60 % of it" in said
+    said = verdict(with_errors(summary, cut=0.2, won=0.2, left=0.2))
+    assert "it is as good as the teacher, as far as these rows can tell: +0.200 ± 0.392" in said and "distillation hardly changed that" in said
+
+
+def test_a_plain_slice_within_noise_is_called_as_good(summary):
+    sliced = {name: summary["models"][name]["evaluation"] | {"loss_nats_per_token": loss} for name, loss in (("pruned", 6.0), ("student", 5.25))}
+    summary["against_slice"] = {"models": sliced, "tokens": 5120, "learning_rate": 0.005}
+    assert "trained on the same tokens, is 0.050 nats worse." in verdict(summary) and "cannot tell" not in verdict(summary)
+    summary["against_slice"]["difference"] = {"nats_per_token": 0.05, "standard_error": 0.04}
+    said = verdict(summary)
+    assert "is as good, as far as these rows can tell." in said and "0.050 ± 0.078 lower. These rows cannot tell that from nothing." in said
+
+
+def test_speeds_no_further_apart_than_noise_are_called_equal(summary):
+    for name, speed in (("teacher", 50.0), ("pruned", 60.0), ("student", 52.0)):
+        summary["models"][name]["evaluation"]["decode_tokens_per_second"] = speed
+    assert "too rough to tell student and teacher apart" in verdict(summary) and "1.04 ×" not in verdict(summary)
+    summary["models"]["student"]["evaluation"]["decode_tokens_per_second"] = 62.0
+    assert "decodes 1.24 × as fast as the teacher" in verdict(summary)
+
+
+def test_what_it_took_counts_shared_stages_of_two_laps_once(two_laps):
+    """Every stage took 1.5 s; data and teacher are of both laps."""
+    distinct = {(stage["key"], label) for lap in (two_laps, two_laps["depth_lap"]) for label, stage in lap["stages"].items() if label != "base"}
+    number = sum(len(lap["stages"]) for lap in (two_laps, two_laps["depth_lap"]))
+    assert f"**What it took.** {1.5 * len(distinct):.1f} s" in verdict(two_laps) and len(distinct) < number - 1
+    assert "Distillation learnt from 5,120 and 5,120 tokens." in verdict(two_laps)
+
+
 def test_a_plot_is_drawn_again_only_when_its_data_changed(summary, tmp_path):
     draw_plots(summary, tmp_path)
     before, drawn = {name: (tmp_path / name).stat().st_ino for name in ONE_LAP_PLOTS}, (tmp_path / "memory.png").read_bytes()
@@ -699,7 +777,8 @@ def test_the_page_of_an_unchanged_run_loads_neither_torch_nor_matplotlib(whole, 
 import json, sys
 from pathlib import Path
 from minitron.report.plots import draw_plots
-from minitron.report.page import page_html, page_markdown
+from minitron.report.html import page_html
+from minitron.report.page import page_markdown
 summary = json.loads(Path({str(folder / "summary.json")!r}).read_text())
 page = page_html(page_markdown(summary, draw_plots(summary, Path({str(folder)!r}))), "")
 print(len(page) > 1000, [name for name in ("torch", "transformers", "matplotlib") if name in sys.modules])

@@ -42,7 +42,7 @@ AWKWARD = ("a=b", "with space", "ünï-ß-漢", "[ab].txt", "(ab", "a)b", "{a,b"
            "\\", "a\\'b", "\\${x}", "1e6", "true", "-5", "key: value", "a:b", "*", "??", "@", "!", "&;|", " edges ", "choice(a,b)", "null?")  # fmt: skip
 ELSEWHERE = {"device", "plan.device", "run_name", "budget.name", "teacher.gguf", "teacher.package", "search.fixed.pattern", "data.dataset",
              "data.dataset_config", "data.dataset_revision", "data.prompt_field",
-             "data.answer_field"}  # what else is checked of them, or of them together, comes first  # fmt: skip
+             "data.answer_field", "card.base_model", "card.licence"}  # what else is checked of them, or of them together, comes first  # fmt: skip
 TEXTS = {name for name, kind in setting_types().items() if kind is str} - ELSEWHERE
 LISTS = ("data.files", "evaluate.task_folders", "merge.checkpoints", "evaluate.prompts")
 
