@@ -31,7 +31,8 @@ def settings_of(config: DictConfig, *, processes: int = 1) -> Settings:
 def check_names(config: DictConfig) -> None:
     """Refuse names that are no settings, and groups and lists that are something else, as ${seed} would be. Raises ValueError."""
     kinds = dict.fromkeys(setting_groups(), (DictConfig, "a group of settings"))
-    kinds |= {name: (ListConfig, "a list") for name, kind in setting_types().items() if get_origin(kind) is list}
+    containers = {list: (ListConfig, "a list"), dict: (DictConfig, "a mapping")}
+    kinds |= {name: containers[get_origin(kind)] for name, kind in setting_types().items() if get_origin(kind) in containers}
     for name, (kind, called) in kinds.items():
         with suppress(OmegaConfBaseException):  # what leads to nothing is told of where it is read, or follows from the model
             value = OmegaConf.select(config, name)
