@@ -95,6 +95,8 @@ def _word(argument: str) -> Word:
     name, given, value = argument.removeprefix(mark).partition("=")
     if not given and mark != "~":
         raise ValueError(f"{argument!r} is no key=value{_meant_by(argument)}")
+    if not name.strip():
+        raise ValueError(f"{argument!r} names no setting; it must be one, e.g. seed=1; --cfg job lists them all")
     return Word(mark, name, value if given else None)
 
 

@@ -35,6 +35,8 @@ def line(capsys):
     (("distill.phases=${run_name}",), "distill.phases is 'tiny', but distill.phases is a list"),
     (("scoring.protect=${seed}",), "scoring.protect is 0, but scoring.protect is a list"),
     (("scoring.ceilings=${run_name}",), "scoring.ceilings is 'tiny', but scoring.ceilings is a mapping"),
+    (("+=[1, 2]",), "'+=[1, 2]' names no setting"),
+    (("~",), "'~' names no setting"),
     (("data=${seed}",), "data is 0, but data is a group of settings"),
     (("+foo=1",), "foo is no setting"),
     (("teacher.train.learning_rate=1" + "0" * 400,), "teacher.train.learning_rate: int too large to convert to float"),
