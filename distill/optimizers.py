@@ -26,8 +26,7 @@ def build_optimizers(model: nn.Module, plan: TrainPlan) -> list[torch.optim.Opti
     groups = [{"params": adamw_matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if plan.optimizer == "adamw_8bit":
         return [_eight_bit()(groups, lr=plan.learning_rate, betas=BETAS)]
-    fused = parameters[0].device.type == "cuda"
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=plan.learning_rate, betas=BETAS, fused=fused or None)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=plan.learning_rate, betas=BETAS, fused=True)]
     if plan.optimizer == "muon" and matrices:
         muon = torch.optim.Muon if multiplies_bf16(parameters[0].device) else Float32Muon
         optimizers.append(muon(matrices, lr=plan.learning_rate, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"))

@@ -7,7 +7,7 @@ not measured again; a model is loaded only where something of it is missing.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from minitron.generation.tokenizers import load_tokenizer
 from minitron.machine.alone import measured_alone
 from minitron.machine.device import check_on_gpu, let_go, pick_device
 from minitron.measures.continuations import check_prompts, continuations, row_beginnings
-from minitron.measures.held_out import CHUNK_TOKENS, by_position, by_row, by_source, token_sums
+from minitron.measures.held_out import CHUNK_TOKENS, Reference, by_position, by_row, by_source, token_sums
 from minitron.measures.kept import kept, measurements_folder
 from minitron.measures.needle import check_vocabulary, measure_needle
 from minitron.measures.paired import Rows, paired_difference
@@ -62,6 +62,10 @@ class Models:
     def __init__(self, folders: Mapping[str, Path], device: torch.device):
         self.folders, self.device = folders, device
         self._loaded: dict[str, nn.Module] = {}
+
+    @cached_property
+    def reference(self) -> Reference:
+        return Reference(lambda: self["teacher"])
 
     def alone(self, name: str) -> nn.Module:
         """A model for what needs no other: on a GPU the others make room for long prompts."""
@@ -120,7 +124,7 @@ def evaluate_slice(context: StageContext) -> dict:
     sums = {}
     with context.console.track("evaluating the slice", 2 * count_tokens(rows), "tokens") as advance:
         for name in ("pruned", "student"):
-            sums[name] = token_sums(models[name], models["teacher"], batches_of(rows, wanted.batch, device), advance)
+            sums[name] = token_sums(models[name], models.reference, batches_of(rows, wanted.batch, device), advance)
     found = {name: asdict(one.means()) for name, one in sums.items()}
     students = json.loads((context.inputs["evaluate"].folder / "student.json").read_text()).get("rows")
     own, distilled = context.inputs["evaluate"].facts["models"], context.inputs["distill_slice"]
@@ -187,7 +191,7 @@ def _check_memory(context: StageContext, device: torch.device) -> None:
 
 def _held_out(models: Models, rows_RT: np.ndarray, sources_R: np.ndarray, batch: int, name: str, on_share: Share) -> dict[str, Any]:
     tokens = count_tokens(rows_RT)
-    sums = token_sums(models[name], models["teacher"], batches_of(rows_RT, batch, models.device), lambda some: on_share(some / tokens))
+    sums = token_sums(models[name], models.reference, batches_of(rows_RT, batch, models.device), lambda some: on_share(some / tokens))
     return {**asdict(sums.means()), "by_position": by_position(sums), "by_source": by_source(sums, sources_R.tolist()), "rows": by_row(sums)}
 
 

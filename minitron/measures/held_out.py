@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from distill.batches import PADDING, split_padding
+from distill.chunked_loss import Head
 from distill.losses import next_token_labels
 from distill.objectives import head_of, next_token_objective
 from distill.products import logits_of
 from minitron.text.samples import check_predicted
 
 MOST_SOURCES = 20
-CHUNK_TOKENS = 1024  # whose logits are there at once on a GPU
+CHUNK_TOKENS, CPU_CHUNK_TOKENS = 1024, 256  # whose logits are there at once on a GPU, on a CPU
+REMEMBERED_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +44,35 @@ class TokenSums:
         return _means(self.by_row.sum(1))
 
 
+class Reference:
+    """A teacher whose last hidden states of the same rows are computed once, for every model that is held against it, as far as they are
+    REMEMBERED_BYTES of host memory. `teacher` is asked for it whenever it is needed: it may be let go in between."""
+
+    def __init__(self, teacher: Callable[[], nn.Module]):
+        self.teacher = teacher
+        self._known: dict[bytes, torch.Tensor] = {}
+        self._room = REMEMBERED_BYTES
+
+    def head(self, ids_BT: torch.Tensor) -> Head:
+        name = ids_BT.cpu().numpy().tobytes()
+        if name in self._known:
+            return Head(self._known[name].to(ids_BT.device), self.teacher().get_output_embeddings().weight)
+        head = head_of(self.teacher(), ids_BT)
+        if head.hidden_BTD.nbytes <= self._room:
+            self._known[name] = head.hidden_BTD.cpu()
+            self._room -= head.hidden_BTD.nbytes
+        return head
+
+
 @torch.no_grad()
-def token_sums(model: nn.Module, teacher: nn.Module, batches: list[torch.Tensor], on_batch: Callable[[int], None] = lambda _: None) -> TokenSums:
+def token_sums(model: nn.Module, teacher: nn.Module | Reference, batches: list[torch.Tensor],
+               on_batch: Callable[[int], None] = lambda _: None) -> TokenSums:  # fmt: skip
     """Held-out loss of a model and its distance to the teacher, over batches of rows. `on_batch` hears the real tokens of each."""
     by_position, by_row = np.zeros((4, max(rows.shape[1] for rows in batches) - 1)), []
+    reference = teacher if isinstance(teacher, Reference) else Reference(lambda: teacher)
     for rows_BT in batches:
         ids_BT, mask_BT = split_padding(rows_BT)
-        measured = _by_chunks(model, teacher, ids_BT) if ids_BT.device.type == "cuda" else _at_once(model, teacher, ids_BT)
+        measured = _by_chunks(model, reference, ids_BT)
         values = torch.stack([*measured, torch.ones_like(measured[0])]) * (next_token_labels(rows_BT)[:, :-1] != PADDING)
         by_position[:, : values.shape[2]] += values.sum(1).cpu().numpy()
         by_row.append(values.sum(2).cpu().numpy())
@@ -56,21 +80,16 @@ def token_sums(model: nn.Module, teacher: nn.Module, batches: list[torch.Tensor]
     return TokenSums(by_position, np.concatenate(by_row, axis=1))
 
 
-def _at_once(model: nn.Module, teacher: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
-    """Loss, KL and agreement of every token but a row's first, float64 [3, B, T - 1], from whole logits."""
-    # The last position predicts nothing that is in the row.
-    own = F.log_softmax(model(ids_BT, use_cache=False).logits[:, :-1].float(), dim=-1)
-    reference = own if model is teacher else F.log_softmax(teacher(ids_BT, use_cache=False).logits[:, :-1].float(), dim=-1)
-    return _compared(own, reference, ids_BT[:, 1:])
-
-
-def _by_chunks(model: nn.Module, teacher: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
-    """The same, logits being there for some tokens at a time, in float32: of one long row the whole ones would be larger than the models."""
-    heads = [head_of(one, ids_BT) for one in ([model] if model is teacher else [model, teacher])]
-    targets_N, parts = ids_BT[:, 1:].flatten(), []
-    hidden = [head.hidden_BTD[:, :-1].flatten(0, 1) for head in heads]
-    for first in range(0, len(targets_N), CHUNK_TOKENS):
-        chunk = slice(first, first + CHUNK_TOKENS)
+def _by_chunks(model: nn.Module, reference: Reference, ids_BT: torch.Tensor) -> torch.Tensor:
+    """Loss, KL and agreement of every token but a row's first, float64 [3, B, T - 1]. Logits are there for some tokens at a time, in float32: of one long row
+    the whole ones would be larger than the models."""
+    heads = [reference.head(ids_BT)]
+    if model is not reference.teacher():
+        heads.insert(0, head_of(model, ids_BT))
+    targets_N, parts = ids_BT[:, 1:].flatten(), []  # the last position predicts nothing that is in the row
+    hidden, at_once = [head.hidden_BTD[:, :-1].flatten(0, 1) for head in heads], CHUNK_TOKENS if ids_BT.device.type == "cuda" else CPU_CHUNK_TOKENS
+    for first in range(0, len(targets_N), at_once):
+        chunk = slice(first, first + at_once)
         logs = [F.log_softmax(logits_of(some_ND[chunk], head.weight_VD), dim=-1) for some_ND, head in zip(hidden, heads, strict=True)]
         parts.append(_compared(logs[0], logs[-1], targets_N[chunk]))
     return torch.cat(parts, dim=1).unflatten(1, ids_BT[:, 1:].shape)

@@ -95,7 +95,8 @@ class CompensatedCut:
     each tensor is stored in by the canonical name of its source (else float32); `stored` gives what is stored already, of an interrupted walk, by
     the student's canonical names: it is taken as it is, and solved for no more. In memory are both models' residuals of all tokens, one layer of
     each and the Gram matrix of one layer. The units kept of every axis but hidden are the plan's, but for neurons that are chosen on the way, where
-    the plan has none chosen so: `plan` is then another one, of which `on_plan` hears before the layer's tensors are there.
+    the plan has none chosen so: `plan` is then another one, as it is once a layer was trained in vain, and `on_plan` hears of it before the layer's tensors
+    are there.
     """
 
     def __init__(self, base: PlacedModel, plan: PruningPlan, batches: Sequence[torch.Tensor], basis: Basis, recipe: Recipe, *, config: dict,
@@ -108,6 +109,7 @@ class CompensatedCut:
         self.on_layer, self.on_plan = on_layer, on_plan
         self.trained: list[Trained] = []  # what the local training of each layer with experts came to, of those made now
         self.feed_forward_kept: list[bool] = []  # of each feed-forward layer trained now, whether that served rows held back
+        self.not_trained = 0  # feed-forward layers behind those where that served nothing
         self.config, self.student_config = config, self.family.hf_config(config, plan.student)
         self.scales = self.family.embed_scale(plan.teacher), self.family.embed_scale(plan.student)
         self.multiplier, self.added = self.family.embed_multiplier(config), self.family.added_multiplier(config)
@@ -255,7 +257,10 @@ class CompensatedCut:
             for name, tensor in fitted.items():
                 begun.keep(name, tensor)
             if self.recipe.feed_forward_steps and self.plan.teacher.mixers[begun.layer] == "-":
-                self._train(begun)
+                if self.plan.trains(begun.layer):
+                    self._train(begun)
+                else:
+                    self.not_trained += 1
 
     def _train(self, begun: _Begun) -> None:
         """Trains a feed-forward layer, all of its matrices, some rows a step."""
@@ -273,6 +278,9 @@ class CompensatedCut:
         if kept:
             for name, tensor in own.mixer.named_parameters(prefix="mixer"):
                 begun.keep(name, tensor.detach())
+        else:
+            self.plan = replace(self.plan, trained_in_vain=self.plan.trained_in_vain | {begun.layer})
+            self.on_plan(self.plan)
 
     def _writing(self, block: nn.Module, writer: nn.Linear, place: str) -> torch.Tensor:
         """The writer's matrix [K, I] by least squares."""

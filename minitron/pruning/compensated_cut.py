@@ -76,7 +76,9 @@ def write_compensated(context: StageContext, family: Family, plan: PruningPlan, 
         made.write(sliced, max_shard_bytes=min(SHARD_BYTES, int(settings.max_shard_gib * GIB)))
     if kept := made.cut.feed_forward_kept:
         undone = "; elsewhere it did not serve rows held back, and the fit stayed" if sum(kept) < len(kept) else ""
-        context.console.say(f"    prune  training feed-forward layers on their own outputs helped in {sum(kept)} of {len(kept)}{undone}")
+        left = made.cut.not_trained
+        behind = f"; the {left} behind them were not trained" if left else ""
+        context.console.say(f"    prune  training feed-forward layers on their own outputs helped in {sum(kept)} of {len(kept)}{undone}{behind}")
     if trained := made.local_training:
         undone = trained["tried"] - trained["kept"]
         note = f"; {undone:,} times of {trained['tried']:,} it did not lower it, and the fit stayed" if undone else ""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from minitron.importance.scores import scores_of
 from minitron.machine.memory import available_memory_bytes
 from minitron.pruning.compensated_cut import BASIS_FILE, MadeWeights, damage, write_compensated
 from minitron.pruning.cut import TensorCut, cut_state, plan_cuts
-from minitron.pruning.plan import Indices, PruningPlan, make_plan
+from minitron.pruning.plan import PruningPlan, make_plan
 from minitron.settings.derived import base_stage
 from minitron.settings.run import PruneMethod
 from minitron.settings.teachers import base_architecture
@@ -43,7 +44,7 @@ def prune_teacher(context: StageContext) -> dict:
     student = Architecture(**chosen["architecture"])
     scores = scores_of(context.inputs["score"], settings)
     path = context.folder / PLAN_FILE
-    plan = make_plan(architecture, student, tuple(chosen["kept_layers"]), scores).with_neurons(chosen_before(path))
+    plan = found_before(make_plan(architecture, student, tuple(chosen["kept_layers"]), scores), path)
 
     def on_plan(plan: PruningPlan) -> None:
         write_json(path, plan.to_json())
@@ -75,10 +76,12 @@ def prune_teacher(context: StageContext) -> dict:
     return {"headline": headline, "path": "checkpoint", **facts}
 
 
-def chosen_before(path: Path) -> dict[int, Indices]:
-    """The neurons that a compensated cut, interrupted, has put in the scores' place, by sublayer: some of their layers may be written already."""
-    plan = json.loads(path.read_text()) if path.exists() else {}
-    return {layer: tuple(plan["units"][FFN][str(layer)]) for layer in plan.get("chosen_by_refit", ())}
+def found_before(plan: PruningPlan, path: Path) -> PruningPlan:
+    """With what a compensated cut, interrupted, has found on its way: the neurons in the scores' place, by sublayer, since some of their layers may be written
+    already, and where training served nothing."""
+    written = json.loads(path.read_text()) if path.exists() else {}
+    neurons = {layer: tuple(written["units"][FFN][str(layer)]) for layer in written.get("chosen_by_refit", ())}
+    return replace(plan.with_neurons(neurons), trained_in_vain=frozenset(written.get("trained_in_vain", ())))
 
 
 def write_cut(context: StageContext, family: Family, plan: PruningPlan, folder: Path, *, card: str,

@@ -24,6 +24,7 @@ LOCAL_STEPS = 200  # of training for each expert, where the setting says none (d
 FEED_FORWARD_STEPS = 48  # and of a feed-forward layer (docs/notes/real_model.md)
 TRAINED_TOKENS = 2048  # of such a step of a feed-forward layer, as far as whole rows are as many
 JUDGE = 8  # of so many rows one judges it
+IN_VAIN = 3  # layers one after another that were trained in vain; those behind them are not trained
 LOCAL_BATCH, SHARED_BATCH = 512, 2048  # tokens of such a step: of an expert, of the shared one, which sees all
 ENOUGH_FOR_EXPERT = 300.0  # tokens an input of an expert's matrix below which its ridge is raised (docs/notes/moe.md)
 SUMS_BYTES = 2**32  # of all sums of second moments: where they are more, neighbouring norms share one
@@ -34,13 +35,15 @@ AXIS_OF_KIND = {"M": (MAMBA_HEAD, MAMBA_CHANNEL), "-": (FFN,), "*": (KEY_VALUE_H
 class PruningPlan:
     """`kept_layers` are layers as config.json counts them. `units` maps an axis to the kept indices per sublayer of the teacher; hidden has one entry,
     under -1, for all of them, and the neurons of experts one for every expert, under `expert_place`. `chosen_by_refit` are the feed-forward sublayers whose
-    neurons a compensated cut has chosen in place of the scores (refits/neurons.py)."""
+    neurons a compensated cut has chosen in place of the scores (refits/neurons.py), `trained_in_vain` those whose training served no row held back
+    (refits/local_training.py)."""
 
     teacher: Architecture
     student: Architecture
     kept_layers: Indices
     units: Mapping[str, Mapping[int, Indices]]
     chosen_by_refit: frozenset[int] = frozenset()
+    trained_in_vain: frozenset[int] = frozenset()
 
     def kept(self, axis: str, layer: int | None, expert: int | None = None) -> Indices | None:
         """Kept indices of an axis in a sublayer of the teacher, or in an expert of it; None where all stay."""
@@ -54,8 +57,8 @@ class PruningPlan:
 
     def to_json(self) -> dict:
         """Without a copy of the units, which in a mixture of experts are millions."""
-        chosen = {"chosen_by_refit": sorted(self.chosen_by_refit)} if self.chosen_by_refit else {}
-        return {"teacher": asdict(self.teacher), "student": asdict(self.student), "kept_layers": self.kept_layers, "units": self.units, **chosen}
+        found = {name: sorted(getattr(self, name)) for name in ("chosen_by_refit", "trained_in_vain") if getattr(self, name)}
+        return {"teacher": asdict(self.teacher), "student": asdict(self.student), "kept_layers": self.kept_layers, "units": self.units, **found}
 
     def with_neurons(self, neurons: Mapping[int, Indices]) -> "PruningPlan":
         """With these neurons of feed-forward sublayers, which a compensated cut has chosen."""
@@ -63,6 +66,12 @@ class PruningPlan:
             return self
         units = {**self.units, FFN: {**self.units[FFN], **neurons}}
         return replace(self, units=units, chosen_by_refit=self.chosen_by_refit | set(neurons))
+
+    def trains(self, layer: int) -> bool:
+        """Whether a feed-forward sublayer is trained: not behind IN_VAIN of them, one after another, where that served nothing. What training can do falls
+        from layer to layer, so the rest would be too."""
+        before = [one in self.trained_in_vain for one in self.kept_sublayers if one < layer and self.teacher.mixers[one] == "-"]
+        return not any(all(before[first : first + IN_VAIN]) for first in range(len(before) - IN_VAIN + 1))
 
 
 def expert_place(teacher: Architecture, layer: int, expert: int) -> int:

@@ -142,7 +142,7 @@ def _aliases(words: list[Word], _sweeping: bool) -> list[Word]:
 def _known(words: list[Word], _sweeping: bool) -> list[Word]:
     """Raises ValueError for a name that is no setting, and for a value in place of a group of settings."""
     for word in words:
-        if not word.is_setting or word.mark == "+":  # which may name a group of config files too
+        if not word.is_setting or (word.mark == "+" and "." not in word.name):  # which may name a group of config files too
             continue
         if not is_setting(word.name):
             raise ValueError(no_setting(word.name))

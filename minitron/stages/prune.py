@@ -13,7 +13,7 @@ from minitron.walk.stage import StageContext, StoredStage
 from minitron.walk.store import Result
 from nas.axes import WIDTHS
 
-MADE = {"balanced": 3}  # how a compensated cut is made, counted up where that changes; a slice is what it was
+MADE = {"balanced": 4}  # how a compensated cut is made, counted up where that changes; a slice is what it was
 
 
 def needs(settings: Settings) -> tuple[str, ...]:

@@ -197,6 +197,15 @@ def test_local_training_brings_feed_forward_layers_closer_than_their_fit(teacher
     assert changed == {"layers.1.mixer.up_proj.weight", "layers.1.mixer.down_proj.weight"}  # what comes later is refitted to what these leave
 
 
+def test_behind_three_layers_trained_in_vain_none_is(teacher, hard_plan, rows, tiny, config_of):
+    base, basis = WholeModel(FAMILY, teacher, tiny), Basis(torch.eye(32)[:, :24])
+    assert [replace(hard_plan, trained_in_vain=frozenset(layers)).trains(8) for layers in ((1, 4, 6), (1, 4), (1, 6), (6, 8))] == [False, True, True, True]
+    plan = replace(hard_plan, trained_in_vain=frozenset((1, 4, 6)))
+    walk = CompensatedCut(base, plan, rows, basis, replace(EVERY_PART, feed_forward_steps=2), config=config_of(tiny))
+    list(walk.tensors())
+    assert (len(walk.feed_forward_kept), walk.not_trained) == (3, 1)
+
+
 def test_a_large_ridge_is_the_cut_without_refits(teacher, hard_plan, compensate, difference):
     plain = compensate(teacher, hard_plan, Recipe(refit_reading=False, refit_writing=False))
     assert difference(compensate(teacher, hard_plan, Recipe(ridge=1e9, choose_neurons=False)), plain) < 1e-4

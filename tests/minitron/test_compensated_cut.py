@@ -21,7 +21,7 @@ from minitron.pruning.basis import Basis
 from minitron.pruning.compensate import Recipe
 from minitron.pruning.compensated_cut import BASIS_FILE, MadeWeights
 from minitron.pruning.cut_cost import CutCost
-from minitron.pruning.disk_to_disk import PLAN_FILE, chosen_before, planned_tensors
+from minitron.pruning.disk_to_disk import PLAN_FILE, found_before, planned_tensors
 from minitron.pruning.plan import PruningPlan
 from minitron.settings.run import Directions, PruneMethod, PruneSettings, ScreenSettings, Settings
 from minitron.settings.teachers import CONF_FOLDER
@@ -109,8 +109,8 @@ def test_neurons_chosen_before_an_interruption_stay_in_the_plan(tmp_path, teache
     whole = cut(by_scores)
     shards = {path: path.read_bytes() for path in sorted(out.glob("*.safetensors"))}
     last = list(shards)[-1]
-    assert len(shards) > 3 and chosen_before(path) == whole.units[FFN] != by_scores.units[FFN]
-    for plan, same in ((by_scores.with_neurons(chosen_before(path)), True), (by_scores, False)):  # the control: as if nothing were known
+    assert len(shards) > 3 and found_before(by_scores, path) == whole and whole.units[FFN] != by_scores.units[FFN]
+    for plan, same in ((found_before(by_scores, path), True), (by_scores, False)):  # the control: as if nothing were known
         last.unlink()
         assert (cut(plan).units == whole.units) is same
         assert all(path.read_bytes() == written for path, written in shards.items())

@@ -37,6 +37,8 @@ def line(capsys):
     (("scoring.ceilings=${run_name}",), "scoring.ceilings is 'tiny', but scoring.ceilings is a mapping"),
     (("+=[1, 2]",), "'+=[1, 2]' names no setting"),
     (("~",), "'~' names no setting"),
+    (("+search.mamba_heads.values.x=1",), "search.mamba_heads.values.x is no setting; did you mean search.mamba_heads.values?"),
+    (("+search.mamba_heads.values.0=1",), "search.mamba_heads.values.0 is no setting"),
     (("data=${seed}",), "data is 0, but data is a group of settings"),
     (("+foo=1",), "foo is no setting"),
     (("teacher.train.learning_rate=1" + "0" * 400,), "teacher.train.learning_rate: int too large to convert to float"),

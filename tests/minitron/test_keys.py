@@ -25,7 +25,7 @@ ALWAYS = {"against_slice": "7876ddd073ac", "distill": "56125dbaf0ae", "distill_c
           "reasoning": "26e59a9c28e9", "score": "9bc0b75c6527", "search": "08ec7fd6fa0f", "teacher": "74718b3eb1c6", "teacher_cache": "d5cacd2ac754",
           "whole_rows": "0df6e5b8746a"}  # fmt: skip
 SLICE = {**ALWAYS, "prune": "5c737f5b1f51", "screen": "2f713e856b23", "shortlist": "a8faa30775e8"}
-COMPENSATED = {**ALWAYS, "prune": "2247a2c1ebfd", "screen": "8879d7730724", "shortlist": "1382e8e34e37"}
+COMPENSATED = {**ALWAYS, "prune": "637f47458ec6", "screen": "cbbedb3da524", "shortlist": "1382e8e34e37"}
 
 
 def settings(method: PruneMethod = PruneMethod.slice, *, search: dict | None = None, **groups) -> Settings:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
 from distill.batches import PADDING
-from minitron.measures.held_out import MOST_SOURCES, TokenSums, by_position, by_row, by_source, evaluate, token_sums
+from minitron.measures.held_out import MOST_SOURCES, Reference, TokenSums, by_position, by_row, by_source, evaluate, token_sums
 from minitron.measures.kept import kept, measurements_folder
 from minitron.measures.needle import check_vocabulary, make_sample, measure_needle
 from minitron.measures.paired import paired_difference
@@ -57,6 +57,18 @@ def slow_losses(model, rows) -> dict[tuple[int, int], float]:
         losses = F.cross_entropy(model(ids[None], use_cache=False).logits[0, :-1].double(), ids[1:], reduction="none")
         found |= {(number, position): loss for position, loss in enumerate(losses.tolist(), start=1)}
     return found
+
+
+def test_a_teacher_is_asked_once_for_the_same_rows(sums, rows, teacher, other):
+    asked = []
+    handle = teacher.base_model.register_forward_hook(lambda *_: asked.append(1))
+    reference, batches = Reference(lambda: teacher), batches_of(rows, 3, CPU)
+    for _ in range(2):
+        assert np.array_equal(token_sums(other, reference, batches).by_row, sums.by_row)
+    assert len(asked) == len(batches)
+    token_sums(other, teacher, batches)  # the control
+    handle.remove()
+    assert len(asked) == 2 * len(batches)
 
 
 # By position and by source.
