@@ -129,7 +129,7 @@ def test_the_likely_student_is_about_the_largest_that_fits(composed):
 def test_sums_are_those_of_the_stages_ahead(tiny_plan):
     assert tiny_plan.seconds == pytest.approx(sum(stage.seconds for stage in tiny_plan.stages))
     tokens = sum(stage.tokens for stage in tiny_plan.stages if stage.stage in TRAINING)
-    assert tiny_plan.distill_tokens == tokens == 3 * 12_000 + 40_000 + 3 * 16_000 + 2 * 80_000
+    assert tiny_plan.distill_tokens == tokens == 3 * 12_000 + 40_000 + 3 * 12_000 + 2 * 64_000
     done = replace(tiny_plan, stages=tuple(replace(stage, done=stage.stage != "evaluate") for stage in tiny_plan.stages))
     (last,) = done.ahead
     assert done.seconds == last.seconds and done.distill_tokens == 0 and done.memory_bytes == last.memory_bytes
@@ -148,7 +148,7 @@ def test_few_lines_come_first_and_the_table_has_every_stage_with_what_decides_it
     few, whole = lines(tiny_plan), table(tiny_plan)
     assert len(few) <= 8 and whole[: len(few)] == few and max(map(len, few)) < 260
     rows = {line.split("  ")[0]: line for line in whole[len(few) + 2 :]}
-    assert "distill.train.tokens=80,000" in rows["second lap, distill"] and "search.finalists=3" in rows["first lap, screen × 3"]
+    assert "distill.train.tokens=64,000" in rows["second lap, distill"] and "search.finalists=3" in rows["first lap, screen × 3"]
     assert len([name for name in rows if "lap, " in name]) == len(tiny_plan.stages)
 
 
