@@ -134,7 +134,7 @@ def test_sums_are_those_of_the_stages_ahead(tiny_plan):
     (last,) = done.ahead
     assert done.seconds == last.seconds and done.distill_tokens == 0 and done.memory_bytes == last.memory_bytes
     nothing = replace(tiny_plan, stages=tuple(replace(stage, done=True) for stage in tiny_plan.stages))
-    assert lines(nothing)[-1].endswith("everything is done already") and "19 of 20 stages are done already; about" in "\n".join(lines(done))
+    assert lines(nothing)[-1].endswith("everything is done already") and "18 of 19 stages are done already; about" in "\n".join(lines(done))
 
 
 def test_disk_is_the_most_that_is_there_at_once():
