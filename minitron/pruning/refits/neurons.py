@@ -52,14 +52,14 @@ def _rise(inverse_II: torch.Tensor, weight_OI: torch.Tensor, ridge: torch.Tensor
 
 def _one_by_one(inverse_cc: torch.Tensor, weight_Oc: torch.Tensor, ridge: torch.Tensor, number: int) -> torch.Tensor:
     """The places of `number` candidates that go one after another, each the cheapest once those before it are gone: of two that are alike one stays."""
-    gone = []
+    gone, left_c = [], torch.ones(len(inverse_cc), dtype=torch.bool, device=inverse_cc.device)
     for _ in range(number):
-        rise_c = _rise(inverse_cc, weight_Oc, ridge)
-        rise_c[gone] = torch.inf
+        rise_c = torch.where(left_c, _rise(inverse_cc, weight_Oc, ridge), torch.inf)
         place = int(rise_c.argmin())
         share_c = inverse_cc[place] / inverse_cc[place, place]
         weight_Oc = weight_Oc - torch.outer(weight_Oc[:, place], share_c)
         inverse_cc = inverse_cc - torch.outer(inverse_cc[:, place], share_c)
         inverse_cc[place, place] = 1.0
+        left_c[place] = False
         gone.append(place)
     return torch.tensor(gone, device=weight_Oc.device)
