@@ -22,11 +22,12 @@ from minitron.importance.layers import Block, SweepLimits, measure_round
 from minitron.importance.removal import LayerRules, rank_iteratively, rank_once
 from minitron.importance.scores import ImportanceScores, WidthSums, aggregate
 from minitron.pruning.compensate import Recipe
-from minitron.pruning.plan import PruningPlan, make_plan
+from minitron.pruning.plan import FEED_FORWARD_STEPS, PruningPlan, make_plan
 from minitron.text.samples import batches_of
 
 WIDTH_ROWS, LAYER_ROWS, COMPENSATED_ROWS = 64, 16, 32  # conf's scoring.samples and layer_samples, the tiny experiment's screen.cut_samples
 RULES = LayerRules(floors={"*": 2}, ceilings={})  # the tiny experiment's search.floors
+RECIPE = Recipe(feed_forward_steps=FEED_FORWARD_STEPS)  # the default cut's
 RATES = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08)
 FIRST_RATE = 0.005  # distill.train.learning_rate
 
@@ -98,7 +99,7 @@ class Students:
 
     def compensated(self, seed: int, student: Architecture) -> Student:
         calibration = self.rows(seed, COMPENSATED_ROWS)
-        return self._cut("compensated", seed, student, None, lambda: self.sides.compensated(self.plan(seed, student), Recipe(), calibration))
+        return self._cut("compensated", seed, student, None, lambda: self.sides.compensated(self.plan(seed, student), RECIPE, calibration))
 
     def chosen_at_random(self, seed: int, student: Architecture) -> Student:
         """Units of every axis by chance; heads still as many from every group."""
@@ -167,7 +168,6 @@ class Bench(Students):
         """Held-out loss after distillation, or after as many tokens of next-token training."""
         student, objective = side(seed), next_token_objective if on_text else None
         name = f"{student.name}: {self.tokens} tokens {'of text' if on_text else 'distilled'}, rate {rate:g}, order {seed}"
-        # The teacher itself saw its rows in the order 0.
         return self.measured.get(name, lambda: self.sides.trained(student.build(), self.tokens, rate, seed + 1, objective))
 
     def tuned(self, label: str, side: Side, *, on_text: bool = False) -> list[float]:

@@ -1,11 +1,11 @@
 """The field's claims about pruning and distillation, in miniature: every one as paired differences of held-out loss over seeds.
 
-The tiny experiment's teacher, or one of twice its parameters, is trained by the pipeline, once per --runs folder. Students are cut
+The teacher is the tiny experiment's, which comes with the package. Students are cut
 from it and trained in this process with the experiment's own optimiser; each side at its own best learning rate, found on the first seed by
 walking a grid from the experiment's rate for as long as the loss falls. A gain is what the claim's side is better by, in nats per token: the
 mean over seeds with its 95 % interval by Student's t. A claim holds where the interval lies above 0, does not hold where it lies below,
 and is not decided where it holds 0. What a seed stands for: see claim_students.py.
-Run: .venv/bin/python benchmarks/claims.py --runs DIR [--teacher tiny|double] [--claims NAME …] [--seeds 3] [--tokens 16384]
+Run: .venv/bin/python benchmarks/claims.py --runs DIR [--claims NAME …] [--seeds 3] [--tokens 16384]
 """
 
 import argparse
@@ -28,8 +28,6 @@ from memory_budget.parameters import count_total_parameters  # noqa: E402
 from memory_budget.workload import Workload  # noqa: E402
 from minitron.mamba import dispatch  # noqa: E402
 
-DOUBLE = {"hidden": 192, "ffn": 768, "num_attention_heads": 12, "num_key_value_heads": 3, "mamba_num_heads": 24, "mamba_num_groups": 3}
-TEACHERS = {"tiny": {}, "double": DOUBLE}
 WORKLOAD = Workload(context_tokens=4096, batch=1)  # the tiny experiment's
 REMOVED = (3, 6)  # layers, of 21; the last one is what widths are held against
 HELD_OUT_ROWS = 48  # 12,288 tokens, the same for all
@@ -164,21 +162,17 @@ ABOUT_TRAINING = ("distillation", "ranking")
 
 
 def open_bench(options) -> Bench:
-    """The pipeline's teacher of this size, and the losses measured so far of what is cut from it."""
-    name = f"claims-{options.teacher}"
-    sizes = ["teacher.train_anew=true"] + [f"teacher.tiny.{field}={value}" for field, value in TEACHERS[options.teacher].items()]
-    # No search follows, but its settings are checked: the larger teacher's students need more than the experiment's budget.
-    summary = walk_pipeline(options.runs, name, "stage=teacher", "depth_lap.enabled=false", "budget.device_gib=1", *sizes)
+    """The tiny experiment's teacher, and what was measured so far of what is cut from it."""
+    summary = walk_pipeline(options.runs, "claims", "stage=teacher", "depth_lap.enabled=false")
     teacher = Path(summary["models"]["teacher"]["path"])
     dispatch.install()
     sides = Sides(teacher, teacher, Path(summary["stages"]["data"]["path"]), held_out_rows=HELD_OUT_ROWS)
-    return Bench(sides, Measured(options.runs / name / f"{teacher.parent.name}.jsonl"), seeds=options.seeds, tokens=options.tokens)
+    return Bench(sides, Measured(options.runs / "claims" / f"{teacher.parent.name}.jsonl"), seeds=options.seeds, tokens=options.tokens)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, required=True, help="folder for the teacher and for what is measured; goes on where it was")
-    parser.add_argument("--teacher", choices=TEACHERS, default="tiny")
+    parser.add_argument("--runs", type=Path, required=True, help="folder for what is measured; goes on where it was")
     parser.add_argument("--claims", nargs="+", choices=CLAIMS, default=list(CLAIMS), metavar="NAME", help=", ".join(CLAIMS))
     parser.add_argument("--seeds", type=int, default=3, choices=range(2, len(T_QUANTILES) + 2), metavar=f"2 to {len(T_QUANTILES) + 1}")
     parser.add_argument("--tokens", type=int, default=16_384, help="of every training; 0 compares as cut alone, without the claims about training")
@@ -201,7 +195,7 @@ def main() -> None:
             ratios[one.text] = round(mean, 5)
             rows.append({"claim": name, "text": one.text, "claimed": one.claimed, "other": one.other, "gain": mean, "half": half,
                          "verdict": verdict(mean, half)})  # fmt: skip
-    print(json.dumps({"benchmark": "claims", "ratios": ratios, "teacher": options.teacher, "base_loss": base, "tokens": options.tokens, "seeds": options.seeds,
+    print(json.dumps({"benchmark": "claims", "ratios": ratios, "base_loss": base, "tokens": options.tokens, "seeds": options.seeds,
                       "rates": bench.rates, "claims": rows}))  # fmt: skip
 
 

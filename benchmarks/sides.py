@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -59,21 +60,23 @@ class Measured:
 
 
 class RememberingTeacher(nn.Module):
-    """A frozen teacher that computes a batch's last hidden states once: the same rows come again with every student."""
+    """A frozen teacher that computes a row's last hidden states once: the same rows come again with every student and in every epoch."""
 
     def __init__(self, teacher: nn.Module):
         super().__init__()
         self.teacher = teacher
-        self.known: dict[bytes, object] = {}
+        self.known: dict[bytes, torch.Tensor] = {}  # [T, D] by ids, and by where documents begin
 
     def get_output_embeddings(self) -> nn.Module:
         return self.teacher.get_output_embeddings()
 
-    def base_model(self, ids_BT: torch.Tensor, **arguments):
-        rows = ids_BT.numpy().tobytes()
-        if rows not in self.known:
-            self.known[rows] = self.teacher.base_model(ids_BT, **arguments)
-        return self.known[rows]
+    def base_model(self, ids_BT: torch.Tensor, *, use_cache: bool, **packed_BT: torch.Tensor) -> SimpleNamespace:
+        rows = [b"".join(tensor.numpy().tobytes() for tensor in row) for row in zip(ids_BT, *packed_BT.values(), strict=True)]
+        if new := [place for place, row in enumerate(rows) if row not in self.known]:
+            packed = {name: tensor_BT[new] for name, tensor_BT in packed_BT.items()}
+            hidden = self.teacher.base_model(ids_BT[new], use_cache=use_cache, **packed).last_hidden_state
+            self.known |= {rows[place]: hidden_TD for place, hidden_TD in zip(new, hidden, strict=True)}
+        return SimpleNamespace(last_hidden_state=torch.stack([self.known[row] for row in rows]))
 
 
 class Sides:

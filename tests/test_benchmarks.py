@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -157,14 +157,16 @@ def test_what_was_measured_is_not_measured_again(sides, tmp_path):
 
 def test_a_remembered_teacher_gives_what_the_teacher_gives(sides):
     class Counted(nn.Module):
-        calls = 0
+        asked = 0
 
-        def base_model(self, ids_BT):
-            self.calls += 1
-            return ids_BT * 2
+        def base_model(self, ids_BT, *, use_cache, position_ids):
+            self.asked += len(ids_BT)
+            return SimpleNamespace(last_hidden_state=(ids_BT * 2 + position_ids)[..., None])
 
     teacher = Counted()
     remembering = sides.RememberingTeacher(teacher)
-    for first in (0, 5, 0, 5):
-        assert torch.equal(remembering.base_model(torch.arange(first, first + 4)), torch.arange(first, first + 4) * 2)
-    assert teacher.calls == 2
+    for rows in ([0, 5], [5, 7], [7, 0], [0, 5]):
+        ids_BT, position_ids = torch.tensor(rows)[:, None] + torch.arange(4), torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])[[row % 2 for row in rows]]
+        found = remembering.base_model(ids_BT, use_cache=False, position_ids=position_ids).last_hidden_state
+        assert torch.equal(found, (ids_BT * 2 + position_ids)[..., None])
+    assert teacher.asked == 3
