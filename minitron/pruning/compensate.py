@@ -31,7 +31,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from minitron.checkpoints.placement import PlacedModel, given_to, ids_and_mask, look_up, run_layer
+from minitron.checkpoints.placement import PlacedModel, ids_and_mask, look_up, run_layer
 from minitron.checkpoints.stored_linear import load_to_compute
 from minitron.families.base import FFN, HIDDEN, POST_NORM
 from minitron.families.experts import experts_of
@@ -40,13 +40,14 @@ from minitron.families.table import expected_shape, expert_of, required_names, r
 from minitron.pruning.basis import Basis
 from minitron.pruning.cut import TensorCut, plan_cuts
 from minitron.pruning.directions import stream_basis
-from minitron.pruning.plan import TRAINED_TOKENS, PruningPlan, Recipe, set_ridge
+from minitron.pruning.plan import PruningPlan, Recipe, set_ridge
 from minitron.pruning.refits.experts import ExpertsFit, Trained, is_trained
 from minitron.pruning.refits.least_squares import Refit, fit_behind_norm
-from minitron.pruning.refits.local_training import Rows, train_locally, trainable
+from minitron.pruning.refits.local_training import train_feed_forward
 from minitron.pruning.refits.neurons import least_missed
 from minitron.pruning.refits.tied_head import TiedHead
-from minitron.pruning.rotation import BEHIND, NORM, WRITE, check_rms, check_turns, factors, in_basis, normalised, real_tokens, stream_role
+from minitron.pruning.rotation import BEHIND, NORM, WRITE, check_rms, check_turns, factors, in_basis, stream_role
+from minitron.pruning.streams import Streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +113,12 @@ class CompensatedCut:
         self.not_trained = 0  # feed-forward layers behind those where that served nothing
         self.config, self.student_config = config, self.family.hf_config(config, plan.student)
         self.scales = self.family.embed_scale(plan.teacher), self.family.embed_scale(plan.student)
-        self.multiplier, self.added = self.family.embed_multiplier(config), self.family.added_multiplier(config)
+        self.multiplier = self.family.embed_multiplier(config)
         rows = {name: row_of(self.family, plan.teacher, name) for name in required_names(self.family, plan.teacher)}
         self.shapes = {name: expected_shape(self.family, plan.teacher, row) for name, row in rows.items()}
         self.cuts = self._cuts_of(plan)
         self.roles = {name: stream_role(self.family, row) for name, row in rows.items()}
-        pairs = [ids_and_mask(batch) for batch in batches]
-        self.ids, self.masks = [ids for ids, _ in pairs], [mask for _, mask in pairs]
-        self.base_residuals: list[torch.Tensor] = []  # [B, T, D] and [B, T, K] of every batch, where the walk stands
-        self.student_residuals: list[torch.Tensor] = []
+        self.streams = Streams([ids_and_mask(batch) for batch in batches], basis, self.epsilon, self.family.added_multiplier(config))
 
     def _cuts_of(self, plan: PruningPlan) -> dict[str, TensorCut]:
         """Of every axis but hidden, by name in the base."""
@@ -144,7 +142,7 @@ class CompensatedCut:
                     yield from self._finish(begun)
                     begun = None  # its memory is the next one's
                 begun = self._begin(base_block, layer, positions[layer])
-            self.base_residuals = run_layer(base_block, self.base_residuals)
+            self.streams.base = run_layer(base_block, self.streams.base)
             self.on_layer()
         yield from self._finish(begun)
         del begun
@@ -163,25 +161,21 @@ class CompensatedCut:
     def _tied_reading(self, weight_D: torch.Tensor, table: str) -> _Reading:
         """Of the last norm before a head that is the table of embeddings."""
         fit = TiedHead(factors(self.family, weight_D), self.basis)
-        for wanted_ND, own_NK in self._normalised():
+        for wanted_ND, own_NK in self.streams.normalised():
             fit.add(wanted_ND, own_NK)
         for first, rows_VD in self.base.stored_rows(table):
             fit.add_rows(rows_VD.float(), sum(torch.bincount(ids[(ids >= first) & (ids < first + len(rows_VD))] - first, minlength=len(rows_VD))
-                                              for ids in self._real_ids()))  # fmt: skip
+                                              for ids in self.streams.real_ids()))  # fmt: skip
         scale = self.scales[1] / self.scales[0]  # the student's table is larger by as much
         return _Reading(fit.solve(set_ridge(self.recipe)) * scale, lambda rows_VD: rows_VD)
-
-    def _real_ids(self) -> Iterator[torch.Tensor]:
-        return (ids if mask is None else ids[mask] for ids, mask in zip(self.ids, self.masks, strict=True))
 
     def _embedding(self, name: str) -> Iterator[torch.Tensor]:
         """The student's table in pieces; on the way both models' tokens are looked up."""
         stored = self.stored[name]() if name in self.stored else None
-        widths = self.plan.teacher.hidden, self.plan.student.hidden
-        self.base_residuals, self.student_residuals = ([torch.empty(*ids_BT.shape, width, device=self.base.device) for ids_BT in self.ids] for width in widths)
+        self.streams.begin(self.plan.teacher.hidden, self.plan.student.hidden, self.base.device)
         for first, rows_VD in self.base.stored_rows(name):
             made_VK = self._made(name, rows_VD, None) if stored is None else stored[first : first + len(rows_VD)].to(self.base.device)
-            for ids_BT, base_BTD, student_BTK in zip(self.ids, self.base_residuals, self.student_residuals, strict=True):
+            for ids_BT, base_BTD, student_BTK in zip(self.streams.ids, self.streams.base, self.streams.student, strict=True):
                 look_up(ids_BT, first, rows_VD, base_BTD, self.scales[0] * self.multiplier)
                 look_up(ids_BT, first, made_VK, student_BTK, self.scales[1] * self.multiplier)
             yield made_VK
@@ -220,7 +214,7 @@ class CompensatedCut:
         block = self._block(position, tensors, self.family.hf_config(self.config, wide.student))
         (name,) = [name for name in names if self.roles[name] == WRITE]
         writer = block.get_submodule(name.removeprefix(f"layers.{layer}.").removesuffix(".weight"))
-        inputs = (inner_NI * weight_N1 for inner_NI, weight_N1 in zip(self._inputs(block, writer), self._token_weights(), strict=True))
+        inputs = (inner_NI * weight_N1 for inner_NI, weight_N1 in zip(self.streams.given(block, writer), self.streams.token_weights(), strict=True))
         self.plan = self.plan.with_neurons({layer: least_missed(inputs, writer.weight, number)})
         self.cuts = self._cuts_of(self.plan)
         self.on_plan(self.plan)
@@ -238,7 +232,7 @@ class CompensatedCut:
         """Refits the layer's writers, moves the student's residuals behind the layer and gives the layer's tensors."""
         if begun.unfinished:
             self._refit_writers(begun)
-        self.student_residuals = run_layer(begun.block, self.student_residuals)
+        self.streams.student = run_layer(begun.block, self.streams.student)
         named = ((f"layers.{begun.position}.{name}", tensor) for name, tensor in begun.tensors.items())
         yield from ((name, [tensor]) for name, tensor in named if name not in self.stored)
 
@@ -247,8 +241,7 @@ class CompensatedCut:
         names = [name for name in block.state_dict() if self.roles[f"layers.{begun.layer}.{name}"] == WRITE and expert_of(name) is None]
         if experts_of(block) is not None:
             if self.recipe.refit_experts or self.recipe.refit_shared:
-                missing = map(self._missing, self.base_residuals, self.student_residuals)
-                fit = ExpertsFit(block, self.student_residuals, self.masks, missing, begun.keep, self.added)
+                fit = ExpertsFit(block, self.streams.student, self.streams.masks, self.streams.missing(), begun.keep, self.streams.added)
                 self.trained.append(fit.run(self.recipe, names, place=place))
         elif self.recipe.refit_writing:
             (name,) = names
@@ -263,20 +256,10 @@ class CompensatedCut:
                     self.not_trained += 1
 
     def _train(self, begun: _Begun) -> None:
-        """Trains a feed-forward layer, all of its matrices, some rows a step."""
-        own, rows = trainable(begun.block), Rows(self.base_residuals, self.student_residuals, self.masks)
-
-        def off(numbers: torch.Tensor) -> torch.Tensor:
-            base_RTD, student_RTK, mask_RT = rows.some(numbers)
-            with torch.autocast(self.base.device.type, enabled=False):  # the stream in bf16 is off by as much as the layer is
-                wanted_RTK = self.basis.project(base_RTD)
-            return real_tokens((own(student_RTK) - wanted_RTK) * self._token_weight(base_RTD), mask_RT)
-
-        steps, at_once = self.recipe.feed_forward_steps, max(1, TRAINED_TOKENS // self.ids[0].shape[1])
-        kept = train_locally(own.mixer.parameters(), off, len(rows), steps=steps, batch=at_once, at_once=at_once, apart=True)
-        self.feed_forward_kept.append(kept)
-        if kept:
-            for name, tensor in own.mixer.named_parameters(prefix="mixer"):
+        trained = train_feed_forward(begun.block, self.streams, self.recipe.feed_forward_steps)
+        self.feed_forward_kept.append(trained is not None)
+        if trained is not None:
+            for name, tensor in trained.named_parameters(prefix="mixer"):
                 begun.keep(name, tensor.detach())
         else:
             self.plan = replace(self.plan, trained_in_vain=self.plan.trained_in_vain | {begun.layer})
@@ -285,54 +268,21 @@ class CompensatedCut:
     def _writing(self, block: nn.Module, writer: nn.Linear, place: str) -> torch.Tensor:
         """The writer's matrix [K, I] by least squares."""
         refit = Refit(writer.in_features, writer.out_features, self.base.device, self.recipe.ridge)
-        for (inner_NI, missing_NK, second_N), weight_N1 in zip(self._given_and_missing(block, writer), self._token_weights(), strict=True):
+        for (inner_NI, missing_NK, second_N), weight_N1 in zip(self.streams.given_and_missing(block, writer), self.streams.token_weights(), strict=True):
             refit.add(inner_NI * weight_N1, (missing_NK if writer.bias is None else missing_NK - writer.bias) * weight_N1, second_N)
         return refit.solve(writer.weight, place=place)
 
-    def _token_weights(self) -> Iterator[torch.Tensor]:
-        """Of every batch 1 over the root mean square of the base's stream behind the layer, [N, 1]: what comes next reads the stream normalised, so an error
-        counts for less in the few tokens where a model keeps values thousands of times as large as elsewhere (massive activations, arXiv 2402.17762)."""
-        for base_BTD, mask in zip(self.base_residuals, self.masks, strict=True):
-            yield self._token_weight(real_tokens(base_BTD, mask))
-
-    def _token_weight(self, base: torch.Tensor) -> torch.Tensor:
-        """Of streams [..., D], [..., 1]."""
-        return torch.rsqrt(base.float().square().mean(-1, keepdim=True) + self.epsilon)
-
     def _behind_norm(self, block: nn.Module, writer: nn.Linear, name: str, place: str) -> dict[str, torch.Tensor]:
         """The writer's matrix [K, I] and the weight [K] of the norm behind it, by name."""
-        weight_KI, factor_K = fit_behind_norm(writer, factors(self.family, block.post_norm.weight), lambda: self._given_and_missing(block, writer),
+        weight_KI, factor_K = fit_behind_norm(writer, factors(self.family, block.post_norm.weight), lambda: self.streams.given_and_missing(block, writer),
                                               self.epsilon, self.recipe.ridge, place=place)  # fmt: skip
         return {name: weight_KI, POST_NORM: factor_K - self.family.norm_offset}
-
-    def _missing(self, base_BTD: torch.Tensor, student_BTK: torch.Tensor) -> torch.Tensor:
-        """What a mixer of the student should give, [B, T, K]: what is missing in its stream, over what the family multiplies it by on its way there."""
-        missing_BTK = self.basis.project(base_BTD) - student_BTK
-        return missing_BTK if self.added == 1 else missing_BTK / self.added
-
-    def _second_half(self) -> Iterator[torch.Tensor]:
-        """Of every batch which real tokens, [N], are of rows with an odd number: however many rows a batch has, the same ones."""
-        first = 0
-        for ids_BT, mask in zip(self.ids, self.masks, strict=True):
-            odd_B1 = torch.arange(first, first + len(ids_BT), device=ids_BT.device)[:, None] % 2 == 1
-            yield real_tokens(odd_B1.expand_as(ids_BT), mask)
-            first += len(ids_BT)
-
-    def _inputs(self, block: nn.Module, writer: nn.Module) -> Iterator[torch.Tensor]:
-        """Of every batch what the writer is given, [N, I]. What it would make of it is not computed."""
-        return (real_tokens(given_to(writer, block, student_BTK), mask) for student_BTK, mask in zip(self.student_residuals, self.masks, strict=True))
-
-    def _given_and_missing(self, block: nn.Module, writer: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Of every batch what the writer is given, [N, I], what is missing, [N, K], and _second_half's."""
-        residuals = zip(self.base_residuals, self.student_residuals, self.masks, strict=True)
-        missing = (real_tokens(self._missing(base_BTD, student_BTK), mask) for base_BTD, student_BTK, mask in residuals)
-        return zip(self._inputs(block, writer), missing, self._second_half(), strict=True)
 
     def _reading(self, weight_D: torch.Tensor, stored: torch.dtype, place: str) -> _Reading:
         """At a norm of this weight, to be stored so: the student's, then the matrix by least squares from n(y) to n(x)."""
         weight_D, basis_DK, offset = factors(self.family, weight_D), self.basis.matrix_DK, self.family.norm_offset
         refit = Refit(basis_DK.shape[1], basis_DK.shape[0], basis_DK.device, self.recipe.ridge)
-        for (wanted_ND, own_NK), second_N in zip(self._normalised(), self._second_half(), strict=True):
+        for (wanted_ND, own_NK), second_N in zip(self.streams.normalised(), self.streams.second_half(), strict=True):
             refit.add(own_NK, wanted_ND, second_N)
         fitted = refit.factor(basis_DK)
         scale = offset + float((torch.as_tensor(weight_D.square().mean().sqrt() if self.recipe.balanced else fitted) - offset).to(stored))
@@ -340,11 +290,6 @@ class CompensatedCut:
             return _Reading(scale, lambda rows_VD: self.basis.project(rows_VD, weight_D).mul_(fitted / scale))
         folded_DK = weight_D[:, None] * (refit.solve(fitted * basis_DK, place=f"the stream before {place}") / scale)
         return _Reading(scale, lambda rows_VD: rows_VD @ folded_DK)
-
-    def _normalised(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """n(x) [N, D] and n(y) [N, K] of every batch."""
-        for base_BTD, student_BTK, mask in zip(self.base_residuals, self.student_residuals, self.masks, strict=True):
-            yield real_tokens(normalised(base_BTD, self.epsilon), mask), real_tokens(normalised(student_BTK, self.epsilon), mask)
 
     def _made(self, name: str, tensor: torch.Tensor, reading: _Reading | None, cut: TensorCut | None = None) -> torch.Tensor:
         """A tensor of the base, or rows of it, as the student has it: cut, folded, in its basis and in the dtype it is stored in."""

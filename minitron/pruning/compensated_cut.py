@@ -174,7 +174,7 @@ class MadeWeights:
                 raise RuntimeError(f"{self.folder}: tensor {self.family.file_name(name)}, read back, is not what was made")
         if architecture_from_config(read_config(self.folder)) != architecture_from_config(config):
             raise RuntimeError(f"{self.folder}/config.json, read back, describes another architecture than was planned")
-        expected, device = self.cut.student_residuals[0], self.cut.base.device
+        expected, device = self.cut.streams.student[0], self.cut.base.device
         model = _streamed(self.family, self.folder, read_config(self.folder), self.plan.student, device)
         (found,) = model.embed([ids_and_mask(self.batches[0])[0]])
         for _, block in model.visit(range(self.plan.student.num_sublayers)):

@@ -191,7 +191,7 @@ def test_local_training_brings_feed_forward_layers_closer_than_their_fit(teacher
     basis = stream_basis(base, hard_plan, rows, directions="variance", config=config_of(tiny))
     walks = [CompensatedCut(base, hard_plan, rows, basis, replace(EVERY_PART, feed_forward_steps=steps), config=config_of(tiny)) for steps in (0, 200)]
     before, after = ({name: torch.cat(list(pieces)) for name, pieces in walk.tensors()} for walk in walks)
-    fitted, trained = (sum(walk._missing(*pair).square().sum() for pair in zip(walk.base_residuals, walk.student_residuals, strict=True)) for walk in walks)
+    fitted, trained = (sum(missing_BTK.square().sum() for missing_BTK in walk.streams.missing()) for walk in walks)
     assert trained < 0.97 * fitted
     changed = {name for name in before if name.startswith(("layers.0.", "layers.1.mixer.")) and not torch.equal(before[name], after[name])}
     assert changed == {"layers.1.mixer.up_proj.weight", "layers.1.mixer.down_proj.weight"}  # what comes later is refitted to what these leave

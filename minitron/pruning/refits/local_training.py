@@ -5,10 +5,10 @@ Adam, in float32, on the least squares that the closed form solves for the last 
 mean square of the matrix, so that models of any size are trained alike. What was learned is kept where the error of all tokens is less than before, and is
 otherwise as if it had not been.
 
-Letters: O outputs.
+Letters: R rows, T tokens of a row, D hidden of the base, K of the student, O outputs.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 
 import torch
@@ -16,7 +16,9 @@ from torch import nn
 
 from minitron.checkpoints.stored_linear import StoredLinear
 from minitron.machine.device import bf16_pays
-from minitron.pruning.plan import JUDGE
+from minitron.pruning.plan import JUDGE, TRAINED_TOKENS
+from minitron.pruning.rotation import real_tokens
+from minitron.pruning.streams import Streams
 
 STEP = 0.02  # of a matrix's root mean square, at the peak
 LAST_STEP = 0.05  # of the peak, at the end of the cosine
@@ -35,21 +37,20 @@ def trainable(module: nn.Module) -> nn.Module:
     return copied.float()
 
 
-class Rows:
-    """Rows of both models' streams, [B, T, D] and [B, T, K] of every batch, and of what is no padding (None where all is), counted through all batches."""
+def train_feed_forward(block: nn.Module, streams: Streams, steps: int) -> nn.Module | None:
+    """A feed-forward layer's mixer, all of its matrices trained on what is missing in the student's stream behind it, some rows a step; None where that served
+    no row held back. The block stays as it is."""
+    own = trainable(block)
 
-    def __init__(self, base: Sequence[torch.Tensor], student: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]):
-        whole = (torch.ones_like(batch[..., 0], dtype=torch.bool) if mask is None else mask for batch, mask in zip(student, masks, strict=True))
-        self._parts = base, student, list(whole)
-        self._places = [(batch, row) for batch, rows in enumerate(student) for row in range(len(rows))]
+    def off(numbers: torch.Tensor) -> torch.Tensor:
+        base_RTD, student_RTK, mask_RT = streams.rows(numbers)
+        with torch.autocast(base_RTD.device.type, enabled=False):  # the stream in bf16 is off by as much as the layer is
+            wanted_RTK = streams.basis.project(base_RTD)
+        return real_tokens((own(student_RTK) - wanted_RTK) * streams.token_weight(base_RTD), mask_RT)
 
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def some(self, numbers: torch.Tensor) -> list[torch.Tensor]:
-        """Of these rows, [R, T, D], [R, T, K] and [R, T]."""
-        places = [self._places[number] for number in numbers.tolist()]
-        return [torch.stack([batches[batch][row] for batch, row in places]) for batches in self._parts]
+    at_once = max(1, TRAINED_TOKENS // streams.ids[0].shape[1])
+    kept = train_locally(own.mixer.parameters(), off, streams.num_rows, steps=steps, batch=at_once, at_once=at_once, apart=True)
+    return own.mixer if kept else None
 
 
 def train_locally(parameters: Iterable[nn.Parameter], off: Callable[[torch.Tensor], torch.Tensor], items: int, *, steps: int, batch: int,
