@@ -215,7 +215,7 @@ class CompensatedCut:
         (name,) = [name for name in names if self.roles[name] == WRITE]
         writer = block.get_submodule(name.removeprefix(f"layers.{layer}.").removesuffix(".weight"))
         inputs = (inner_NI * weight_N1 for inner_NI, weight_N1 in zip(self.streams.given(block, writer), self.streams.token_weights(), strict=True))
-        self.plan = self.plan.with_neurons({layer: least_missed(inputs, writer.weight, number)})
+        self.plan = self.plan.with_neurons({layer: least_missed(inputs, writer.weight, number, place=f"layer {layer}")})
         self.cuts = self._cuts_of(self.plan)
         self.on_plan(self.plan)
 

@@ -89,16 +89,16 @@ class CutCost:
 
     @property
     def held_bytes(self) -> int:
-        """At least: both models' residuals of all tokens in float32, and beside them two layers of the base and one of the student as stored, and in float64
-        either the Gram matrix of a fit, its factor and two matrices of its shape, an expert that is trained, or what directions are chosen by. The base's
-        experts are there one by one, the student's of a layer together."""
+        """At least: both models' residuals of all tokens in float32, and beside them two layers of the base and one of the student as stored, and what
+        needs most of a fit's Gram matrices, in float64, the choice of neurons, a layer or an expert that is trained, or what directions are chosen by. The
+        base's experts are there one by one, the student's of a layer together."""
         base = 2 * max(self._without_experts(kind) for kind in set(self.base.mixers)) + 3 * _expert(self.base)
         of_student = max(layer_parameters(self.student, kind).total for kind in set(self.student.mixers))
         fit = max((8 * self._squares(fit) * (fit.inputs**2 + fit.inputs * fit.outputs) for fit in self._fits), default=0)
         trained = _expert(self.student) * (self.recipe.local_steps > 0)
         if self.recipe.feed_forward_steps and "-" in self.student.mixers:  # beside itself four numbers a token and neuron
             trained = max(trained, _feed_forward(self.student) + 4 * self._trained_tokens * self.student.ffn // 5)
-        fit = max(fit, 8 * 3 * self._chosen_from**2)  # the Gram matrix of all neurons, its factor and its inverse
+        fit = max(fit, 8 * (self._chosen_from**2 + 2 * self._chosen_from * self.student.hidden))  # the Gram matrix of all neurons, the writer and its change
         fit = max(fit, 5 * 4 * trained)  # itself, as it was, its gradient and Adam's two
         return self._residual_bytes + self.number_bytes * (base + of_student) + max(fit, self._sums_for_directions)
 
@@ -109,8 +109,8 @@ class CutCost:
         return self.base.ffn if chooses else 0
 
     def _squares(self, fit: Fit) -> int:
-        """The Gram matrix and its factor; where the ridge is chosen, that of each half, a copy of one and its factor."""
-        return 2 if self.recipe.ridge is not None or fit.whose else 4
+        """The Gram matrix, where its factor will be; where the ridge is chosen, that of each half and a copy of one."""
+        return 1 if self.recipe.ridge is not None or fit.whose else 3
 
     def _solved(self, fit: Fit) -> float:
         """Float64 FLOP of a factor and the solution by it; where the ridge is chosen, also of those that it is chosen by."""

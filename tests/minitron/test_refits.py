@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minitron.pruning.refits import least_squares
-from minitron.pruning.refits.least_squares import RIDGES, Refit
+from minitron.pruning.refits.least_squares import RIDGES, Refit, factored
 from minitron.pruning.refits.local_training import train_locally
 from minitron.pruning.refits.neurons import least_missed
 
@@ -74,10 +74,27 @@ def test_of_neurons_that_are_alike_one_stays():
     writer_OI[:, :3] *= 1.5  # of these, scores by size would keep both
     writer_OI[:, 6:9] *= 1.5
     activations_NI = torch.cat([halves_N6, halves_N6], dim=1)
-    kept = least_missed(activations_NI.split(100), writer_OI, 6)
+    kept = least_missed(activations_NI.split(100), writer_OI, 6, place="layer 1")
     assert sorted(place % 6 for place in kept) == list(range(6))
     by_size = (writer_OI.norm(dim=0) * activations_NI.norm(dim=0)).topk(6).indices.tolist()
     assert sorted(place % 6 for place in by_size) != list(range(6))
+
+
+def test_neurons_whose_activations_are_not_finite_are_refused_by_their_layer():
+    activations_NI, writer_OI = random(50, 12, seed=1), random(5, 12, seed=2)
+    assert len(least_missed([activations_NI], writer_OI, 6, place="layer 1")) == 6
+    activations_NI[3, 4] = float("nan")
+    with pytest.raises(ValueError, match="layer 1 are not finite"):
+        least_missed([activations_NI], writer_OI, 6, place="layer 1")
+
+
+def test_a_gram_matrix_is_factored_in_its_own_place():
+    inputs_NI = random(300, 200, seed=1).double()
+    gram_II = inputs_NI.T @ inputs_NI
+    wanted_II, place = torch.linalg.cholesky(gram_II), gram_II.data_ptr()
+    factor_II, failed = factored(gram_II)
+    assert torch.equal(factor_II, wanted_II) and factor_II.data_ptr() == place and not failed
+    assert factored(-wanted_II @ wanted_II.T)[1]
 
 
 def test_training_that_serves_its_own_rows_alone_is_undone():

@@ -80,16 +80,12 @@ class NormalEquations:
         start_OI, num_inputs, diagonal_I = start_OI.double(), len(self.gram_II), self.gram_II.diagonal()
         added = ridge_for(ridge, num_inputs, self.num_tokens, enough=self.enough) * diagonal_I.mean()
         diagonal_I += added  # in place: at 15,680 inputs a copy takes 1.8 GiB
-        factor_II, failed = torch.linalg.cholesky_ex(self.gram_II)
+        starts = {width: start_OI[:, :width] for width in widths}
+        left = {width: self.cross_OI[:, :width] + added * start_OW - start_OW @ self.gram_II[:width, :width] for width, start_OW in starts.items()}
+        factor_II, failed = factored(self.gram_II)
         if failed:
             raise ValueError(f"prune.ridge is {ridge}, with which the Gram matrix of {place} ({num_inputs} inputs) is singular; it must be larger")
-
-        def first(width: int) -> torch.Tensor:
-            start_OW = start_OI[:, :width]
-            left_OW = self.cross_OI[:, :width] + added * start_OW - start_OW @ self.gram_II[:width, :width]
-            return (start_OW + torch.cholesky_solve(left_OW.T, factor_II[:width, :width]).T).float()
-
-        return {width: first(width) for width in widths}
+        return {width: (start_OW + torch.cholesky_solve(left.pop(width).T, factor_II[:width, :width]).T).float() for width, start_OW in starts.items()}
 
     def mirror(self) -> None:
         for first, end in _strips(len(self.gram_II)):
@@ -152,6 +148,14 @@ class Refit:
                 break
             best, least = ridge, error
         return best
+
+
+def factored(gram_II: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """The lower Cholesky factor of a mirrored Gram matrix in the matrix's own place, and whether there is none."""
+    failed = torch.empty((), dtype=torch.int32, device=gram_II.device)
+    turned_II = gram_II.mT  # columns first, as LAPACK has it: the same numbers, and no copy
+    torch.linalg.cholesky_ex(turned_II, out=(turned_II, failed))
+    return turned_II, bool(failed)
 
 
 def products_for(ridge: float | None) -> torch.dtype:

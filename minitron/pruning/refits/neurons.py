@@ -14,31 +14,35 @@ from collections.abc import Iterable
 
 import torch
 
-from minitron.pruning.refits.least_squares import NormalEquations, products_for
+from minitron.pruning.refits.least_squares import NormalEquations, factored, products_for
 
 SHARE = 1 / 24  # of all that go, at a time
 AMONG = 4  # times as many are looked at for it, one by one
 RIDGE = 0.1  # of the inputs' mean square: the cost is to hold for tokens that were not seen
 
 
-def least_missed(inputs: Iterable[torch.Tensor], writer_OI: torch.Tensor, number: int) -> tuple[int, ...]:
-    """The `number` inputs to keep, ascending, of a matrix that is given these inputs, [N, I] of every batch. In memory are three matrices [I, I], float64."""
+def least_missed(inputs: Iterable[torch.Tensor], writer_OI: torch.Tensor, number: int, *, place: str) -> tuple[int, ...]:
+    """The `number` inputs to keep, ascending, of a matrix that is given these inputs, [N, I] of every batch. In memory are a matrix [I, I] and two of the
+    writer's shape, float64. Raises ValueError naming the place where activations are not finite."""
     sums = NormalEquations(writer_OI.shape[1], 0, writer_OI.device, products=products_for(RIDGE))
     for inputs_NI in inputs:
         sums.add(inputs_NI, inputs_NI[:, :0])
     sums.mirror()
-    gram_II = sums.gram_II
+    gram_II, kept_I = sums.gram_II, torch.ones(writer_OI.shape[1], dtype=torch.bool, device=writer_OI.device)
     ridge = RIDGE * gram_II.diagonal().mean()
     gram_II.diagonal().add_(ridge)
-    inverse_II, weight_OI = torch.cholesky_inverse(torch.linalg.cholesky(gram_II)), writer_OI.double()
-    kept_I, going = torch.ones(len(gram_II), dtype=torch.bool, device=gram_II.device), len(gram_II) - number
+    factor_II, failed = factored(gram_II)
+    if failed:
+        raise ValueError(f"prune: the activations of {place} are not finite")
+    inverse_II, weight_OI = torch.cholesky_inverse(factor_II, out=factor_II), writer_OI.to(torch.float64, copy=True)
+    going = len(inverse_II) - number
     at_once = max(1, int(going * SHARE))
     while going:
         rise_I = torch.where(kept_I, _rise(inverse_II, weight_OI, ridge), torch.inf)
         near_c = rise_I.argsort(stable=True)[: min(AMONG * at_once, int(kept_I.sum()))]
         gone_g = near_c[_one_by_one(inverse_II[near_c][:, near_c], weight_OI[:, near_c], ridge, min(at_once, going))]
         given_gI = torch.linalg.solve(inverse_II[gone_g][:, gone_g], inverse_II[gone_g])
-        weight_OI = weight_OI - weight_OI[:, gone_g] @ given_gI
+        weight_OI -= weight_OI[:, gone_g] @ given_gI
         inverse_II.addmm_(inverse_II[:, gone_g], given_gI, alpha=-1)
         inverse_II.diagonal()[gone_g] = 1.0  # what is gone has no inverse
         kept_I[gone_g] = False
