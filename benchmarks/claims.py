@@ -163,10 +163,10 @@ ABOUT_TRAINING = ("distillation", "ranking")
 
 def open_bench(options) -> Bench:
     """The tiny experiment's teacher, and what was measured so far of what is cut from it."""
-    summary = walk_pipeline(options.runs, "claims", "stage=teacher", "depth_lap.enabled=false")
-    teacher = Path(summary["models"]["teacher"]["path"])
+    data, teacher = (walk_pipeline(options.runs, "claims", f"stage={stage}", "depth_lap.enabled=false") for stage in ("data", "teacher"))
+    teacher, rows = Path(teacher["models"]["teacher"]["path"]), Path(data["stages"]["data"]["path"])
     dispatch.install()
-    sides = Sides(teacher, teacher, Path(summary["stages"]["data"]["path"]), held_out_rows=HELD_OUT_ROWS)
+    sides = Sides(teacher, teacher, rows, held_out_rows=HELD_OUT_ROWS)
     return Bench(sides, Measured(options.runs / "claims" / f"{teacher.parent.name}.jsonl"), seeds=options.seeds, tokens=options.tokens)
 
 
