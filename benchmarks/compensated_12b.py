@@ -1,9 +1,10 @@
 """The default compensated cut of a few layers of a 12B-shaped checkpoint, at the published 9B's widths: time and memory, planned and measured.
 
 Weights and tokens are random, and so are the directions left out: each layer costs the same whatever is in it. Every kind of layer once is --pattern M-*.
-Seconds are of each layer from one to the next, by kind; the planned ones are those that stage prune says, at the rate of products measured in this run.
+Seconds are from one layer's last matrix to the next one's; the planned ones are those that stage prune says, at the rate of products measured in this run.
+Memory is what the process held at the most: the heap keeps what was let go (placement.py), so that holes count.
 Run: .venv/bin/python benchmarks/make_teacher.py --pattern 'M-*' --out DIR, then .venv/bin/python benchmarks/compensated_12b.py DIR --out EMPTY_DIR
-(half an hour on two cores, nearly all of it the feed-forward layer; 16 GiB of memory)
+(some 40 minutes of one core with --rows 8, nearly all of it the feed-forward layer's choice of neurons and the Mamba-2 and feed-forward writers)
 """
 
 import argparse
@@ -67,11 +68,11 @@ def main() -> int:
     peak, written = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, sum(path.stat().st_size for path in folder.iterdir())
     shutil.rmtree(folder)
 
-    # A layer is finished once the base is behind it: its writer, its training and the next one's readers follow on_layer.
+    # A layer is finished once the base is behind it: its writer and its training, the next one's readers and the choice of its neurons follow on_layer.
     steps = [after - earlier for earlier, after in zip(times, times[1:], strict=False)]
-    names = ["embeddings and first readers", *(f"{KINDS[mixer]} {number}" for number, mixer in enumerate(teacher.mixers))]
-    for kind, seconds in zip(names, steps, strict=True):
-        print(f"{kind:<32} {seconds:8.1f} s")
+    layers = [f"{KINDS[mixer]} {number}" for number, mixer in enumerate(teacher.mixers)]
+    for before, behind, seconds in zip(["embeddings", *layers], [*layers, "the end"], steps, strict=True):
+        print(f"{f'end of {before}, beginning of {behind}':<56} {seconds:8.1f} s")
     seconds = times[-1] - times[0]
     print(f"{seconds:.0f} s, planned {planned_seconds:.0f}; peak {peak:.2f} GiB ({before:.2f} before), planned {planned_bytes / GIB:.2f}; "
           f"{written / GIB:.2f} GiB written, {torch.get_num_threads()} threads")  # fmt: skip
