@@ -97,9 +97,9 @@ class Students:
     def sliced(self, seed: int, student: Architecture, kept: tuple[int, ...] | None = None) -> Student:
         return self._cut("slice", seed, student, kept, lambda: self.sides.sliced(self.plan(seed, student, kept)))
 
-    def compensated(self, seed: int, student: Architecture) -> Student:
+    def compensated(self, seed: int, student: Architecture, kept: tuple[int, ...] | None = None) -> Student:
         calibration = self.rows(seed, COMPENSATED_ROWS)
-        return self._cut("compensated", seed, student, None, lambda: self.sides.compensated(self.plan(seed, student), RECIPE, calibration))
+        return self._cut("compensated", seed, student, kept, lambda: self.sides.compensated(self.plan(seed, student, kept), RECIPE, calibration))
 
     def chosen_at_random(self, seed: int, student: Architecture) -> Student:
         """Units of every axis by chance; heads still as many from every group."""

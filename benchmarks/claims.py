@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -77,6 +78,10 @@ def sliced(bench: Bench, student: Architecture | None = None, kept: tuple[int, .
     return lambda seed: bench.sliced(seed, student or standard(bench), kept)
 
 
+def compensated_cut(bench: Bench, student: Architecture | None = None, kept: tuple[int, ...] | None = None) -> Side:
+    return lambda seed: bench.compensated(seed, student or standard(bench), kept)
+
+
 def distillation(bench: Bench) -> Iterator[Comparison]:
     on_text = bench.tuned("slice, trained on text", sliced(bench), on_text=True)
     yield Comparison("distillation < next-token training", bench.tuned("slice", sliced(bench)), on_text)
@@ -120,12 +125,12 @@ def of_size(architectures: Sequence[Architecture], size: Callable[[Architecture]
 def width_or_depth(bench: Bench) -> Iterator[Comparison]:
     depth, kept = depth_cut(bench, REMOVED[-1])
     sizes: dict[str, Callable[[Architecture], int]] = {"parameters": count_total_parameters, "bytes": lambda one: memory_report(one, WORKLOAD).total}
-    for what, size in sizes.items():
+    for (what, size), (how, cut) in product(sizes.items(), {"sliced": sliced, "compensated": compensated_cut}.items()):
         fitting = of_size(bench.widths(bench.teacher.pattern), size, size(depth))[:MOST_TRIED]
-        width = min(fitting, key=lambda one: bench.untouched(sliced(bench, one))[0])
+        width = min(fitting, key=lambda one, cut=cut: bench.untouched(cut(bench, one))[0])
         print(f"  {what}: depth {size(depth):,}, {depth.pattern}; width {size(width):,}, {width.hidden} {width.ffn} {width.mamba_num_heads}", flush=True)
-        yield from both(bench, f"width < depth, equal {what}", (f"width, equal {what}", sliced(bench, width)),
-                        (f"{REMOVED[-1]} layers, first seed's", sliced(bench, depth, kept)))  # fmt: skip
+        yield from both(bench, f"width < depth, equal {what}, {how}", (f"width, equal {what}, {how}", cut(bench, width)),
+                        (f"{REMOVED[-1]} layers, first seed's, {how}", cut(bench, depth, kept)))  # fmt: skip
 
 
 def start(bench: Bench) -> Iterator[Comparison]:
@@ -153,8 +158,7 @@ def ranking(bench: Bench) -> Iterator[Comparison]:
 
 
 def compensated(bench: Bench) -> Iterator[Comparison]:
-    refitted = lambda seed: bench.compensated(seed, standard(bench))  # noqa: E731
-    yield from both(bench, "compensated < slice", ("compensated", refitted), ("slice", sliced(bench)))
+    yield from both(bench, "compensated < slice", ("compensated", compensated_cut(bench)), ("slice", sliced(bench)))
 
 
 CLAIMS = {one.__name__: one for one in (distillation, importance, groups, depth_order, width_or_depth, start, ranking, compensated)}
