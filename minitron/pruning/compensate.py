@@ -31,7 +31,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from minitron.checkpoints.placement import PlacedModel, ids_and_mask, look_up, run_layer
+from minitron.checkpoints.placement import PlacedModel, give_back_memory, ids_and_mask, look_up, run_layer
 from minitron.checkpoints.stored_linear import load_to_compute
 from minitron.families.base import FFN, HIDDEN, POST_NORM
 from minitron.families.experts import experts_of
@@ -48,6 +48,8 @@ from minitron.pruning.refits.neurons import least_missed
 from minitron.pruning.refits.tied_head import TiedHead
 from minitron.pruning.rotation import BEHIND, NORM, WRITE, check_rms, check_turns, factors, in_basis, stream_role
 from minitron.pruning.streams import Streams
+
+GIVEN_BACK_BYTES = 2**28  # of one Gram matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +218,7 @@ class CompensatedCut:
         writer = block.get_submodule(name.removeprefix(f"layers.{layer}.").removesuffix(".weight"))
         inputs = (inner_NI * weight_N1 for inner_NI, weight_N1 in zip(self.streams.given(block, writer), self.streams.token_weights(), strict=True))
         self.plan = self.plan.with_neurons({layer: least_missed(inputs, writer.weight, number, place=f"layer {layer}")})
+        _let_go(writer.in_features)
         self.cuts = self._cuts_of(self.plan)
         self.on_plan(self.plan)
 
@@ -270,7 +273,10 @@ class CompensatedCut:
         refit = Refit(writer.in_features, writer.out_features, self.base.device, self.recipe.ridge)
         for (inner_NI, missing_NK, second_N), weight_N1 in zip(self.streams.given_and_missing(block, writer), self.streams.token_weights(), strict=True):
             refit.add(inner_NI * weight_N1, (missing_NK if writer.bias is None else missing_NK - writer.bias) * weight_N1, second_N)
-        return refit.solve(writer.weight, place=place)
+        fitted_KI = refit.solve(writer.weight, place=place)
+        del refit
+        _let_go(writer.in_features)
+        return fitted_KI
 
     def _behind_norm(self, block: nn.Module, writer: nn.Linear, name: str, place: str) -> dict[str, torch.Tensor]:
         """The writer's matrix [K, I] and the weight [K] of the norm behind it, by name."""
@@ -298,6 +304,12 @@ class CompensatedCut:
             stored = reading.scale - self.family.norm_offset
             return torch.as_tensor(stored, dtype=dtype, device=tensor.device).expand(self.plan.student.hidden).contiguous()
         return in_basis(cut.apply(tensor), role, self.basis, reading and reading.rows, dtype).contiguous()
+
+
+def _let_go(num_inputs: int) -> None:
+    """Gives back what large Gram matrices of so many inputs have left: what comes next has other shapes and would lie beside it."""
+    if 8 * num_inputs**2 >= GIVEN_BACK_BYTES:
+        give_back_memory()
 
 
 def _tensors(block: nn.Module, layer: int, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
