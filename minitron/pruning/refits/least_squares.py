@@ -85,7 +85,7 @@ class NormalEquations:
         factor_II, failed = factored(self.gram_II)
         if failed:
             raise ValueError(f"prune.ridge is {ridge}, with which the Gram matrix of {place} ({num_inputs} inputs) is singular; it must be larger")
-        return {width: (start_OW + torch.cholesky_solve(left.pop(width).T, factor_II[:width, :width]).T).float() for width, start_OW in starts.items()}
+        return {width: (start_OW + _solved(factor_II[:width, :width], left.pop(width))).float() for width, start_OW in starts.items()}
 
     def mirror(self) -> None:
         for first, end in _strips(len(self.gram_II)):
@@ -156,6 +156,12 @@ def factored(gram_II: torch.Tensor) -> tuple[torch.Tensor, bool]:
     turned_II = gram_II.mT  # columns first, as LAPACK has it: the same numbers, and no copy
     torch.linalg.cholesky_ex(turned_II, out=(turned_II, failed))
     return turned_II, bool(failed)
+
+
+def _solved(factor_II: torch.Tensor, left_OI: torch.Tensor) -> torch.Tensor:
+    """As torch.cholesky_solve of the transposed, to the bit, which copies the factor."""
+    half_IO = torch.linalg.solve_triangular(factor_II, left_OI.T, upper=False)
+    return torch.linalg.solve_triangular(factor_II.mT, half_IO, upper=True).T
 
 
 def products_for(ridge: float | None) -> torch.dtype:
