@@ -98,7 +98,7 @@ class CutCost:
         trained = _expert(self.student) * (self.recipe.local_steps > 0)
         if self.recipe.feed_forward_steps and "-" in self.student.mixers:  # beside itself four numbers a token and neuron
             trained = max(trained, _feed_forward(self.student) + 4 * self._trained_tokens * self.student.ffn // 5)
-        fit = max(fit, 8 * (self._chosen_from**2 + 2 * self._chosen_from * self.student.hidden))  # the Gram matrix of all neurons, the writer and its change
+        fit = max(fit, 8 * 2 * self._chosen_from**2)  # the Gram matrix of all neurons, and what CUDA inverts it from or, less, the writer twice
         fit = max(fit, 5 * 4 * trained)  # itself, as it was, its gradient and Adam's two
         return self._residual_bytes + self.number_bytes * (base + of_student) + max(fit, self._sums_for_directions)
 
