@@ -220,11 +220,11 @@ def test_memory_that_cannot_hold_the_cut_is_refused_before_it_begins_with_what_w
         CutCost(teacher, student, recipe, rows, rows * 8192, 2).check_memory(available, "this machine")
 
     residuals_and_layers = 4 * 64 * 8192 * (5120 + 4480) + 2 * (2 * 2 * 20480 * 5120 + (22656 + 10240) * 4480)
-    check(Recipe("variance", ridge=1e-3, choose_neurons=False), residuals_and_layers + 8 * (2 * 15680**2 + 2 * 15680 * 4480) + 10**7)
-    check(Recipe("variance", choose_neurons=False), residuals_and_layers + 8 * (4 * 15680**2 + 4 * 15680 * 4480) + 10**7)  # the sums of each half, and a copy
-    check(Recipe("variance", ridge=1e-3), residuals_and_layers + 8 * 3 * 20480**2 + 10**7)  # of all neurons, to choose from
+    check(Recipe("variance", ridge=1e-3, choose_neurons=False), residuals_and_layers + 8 * (15680**2 + 15680 * 4480) + 10**7)
+    check(Recipe("variance", choose_neurons=False), residuals_and_layers + 8 * (3 * 15680**2 + 3 * 15680 * 4480) + 10**7)  # the sums of each half, and a copy
+    check(Recipe("variance", ridge=1e-3), residuals_and_layers + 8 * 2 * 20480**2 + 10**7)  # of all neurons, to choose from
     check(Recipe(ridge=1e-3, choose_neurons=False), residuals_and_layers + 3 * 8 * 10 * 5120**2 + 10**7)  # ten sums of two moments
-    with pytest.raises(ValueError, match=r"64, 524,288 tokens: .* at least 29\.\d+ GiB, and this machine has 24.0+ GiB; prune.samples=\d+ would fit") as said:
+    with pytest.raises(ValueError, match=r"64, 524,288 tokens: .* at least 26\.\d+ GiB, and this machine has 24.0+ GiB; prune.samples=\d+ would fit") as said:
         check(Recipe(), 24 * GIB)
     fitting = int(said.value.args[0].rpartition("samples=")[2].split()[0])
     check(Recipe(), 24 * GIB, fitting)
