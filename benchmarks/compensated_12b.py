@@ -71,8 +71,8 @@ def main() -> int:
     # A layer is finished once the base is behind it: its writer and its training, the next one's readers and the choice of its neurons follow on_layer.
     steps = [after - earlier for earlier, after in zip(times, times[1:], strict=False)]
     layers = [f"{KINDS[mixer]} {number}" for number, mixer in enumerate(teacher.mixers)]
-    for before, behind, seconds in zip(["embeddings", *layers], [*layers, "the end"], steps, strict=True):
-        print(f"{f'end of {before}, beginning of {behind}':<56} {seconds:8.1f} s")
+    for ahead, behind, seconds in zip(["embeddings", *layers], [*layers, "the end"], steps, strict=True):
+        print(f"{f'end of {ahead}, beginning of {behind}':<56} {seconds:8.1f} s")
     seconds = times[-1] - times[0]
     print(f"{seconds:.0f} s, planned {planned_seconds:.0f}; peak {peak:.2f} GiB ({before:.2f} before), planned {planned_bytes / GIB:.2f}; "
           f"{written / GIB:.2f} GiB written, {torch.get_num_threads()} threads")  # fmt: skip
